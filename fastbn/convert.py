@@ -1,0 +1,62 @@
+"""Swap torch.nn.BatchNorm modules for fastbn's and back, in place.
+
+Only `__class__` changes: parameters, buffers, hooks, flags and whatever else refers to the module stay the same objects,
+so optimisers built before and checkpoints written before or after keep working.
+"""
+
+from torch import nn
+
+from fastbn import modules
+
+_TO_FASTBN = {
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+}
+_TO_TORCH = {fast: stock for stock, fast in _TO_FASTBN.items()}
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, in place.
+
+    Exact types only: SyncBatchNorm, Lazy*, parametrised modules and users' subclasses may override what fastbn would
+    change, and are left alone. `model` may itself be a BatchNorm. Converting twice is converting once. Keys, shapes and
+    dtypes of the state_dict stay.
+
+    Returns `model`. Raises TypeError if it is not a torch.nn.Module.
+    """
+    _require_module("convert", model)
+    return _swap(model, _TO_FASTBN)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Make every fastbn.BatchNorm1d, 2d and 3d of `model` a torch.nn one, in place: the inverse of `convert`.
+
+    Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
+    module has an `activation`: torch.nn's would silently leave it out.
+    """
+    _require_module("revert", model)
+    fused = [
+        f"{name or '(the model itself)'}: {module.activation}"
+        for name, module in model.named_modules()
+        if type(module) in _TO_TORCH and module.activation is not None
+    ]
+    if fused:
+        raise ValueError(f"revert: expected modules without an activation, got {', '.join(fused)}")
+    return _swap(model, _TO_TORCH)
+
+
+def _swap(model, classes):
+    for module in model.modules():
+        target = classes.get(type(module))
+        if target is not None:
+            module.__class__ = target
+            if classes is _TO_TORCH:
+                # An instance that fastbn itself made may carry the attribute; torch.nn's has none.
+                vars(module).pop("activation", None)
+    return model
+
+
+def _require_module(caller, model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,55 @@
+// Per-channel coefficients of the normalisation and of its gradient, made once in float64 and rounded to the type that
+// elements are computed in. Pivots are the rounded means; what the rounding lost is added back per channel, so that
+// float32 elements with |mean| >> std keep their digits at no cost an element.
+#pragma once
+
+#include "math/macros.h"
+
+namespace fastbn {
+
+// z = (x - pivot) * scale + shift  =  (x - mean) * inv_std * weight + bias
+template <class A>
+struct Affine {
+  A pivot, scale, shift;
+
+  static FASTBN_INLINE Affine make(double mean, double inv_std, double weight, double bias) {
+    const A pivot = A(mean);
+    const double scale = weight * inv_std;
+    return {pivot, A(scale), A(bias + (double(pivot) - mean) * scale)};
+  }
+
+  template <class F>
+  FASTBN_INLINE F apply(F x) const {
+    return (x - F(pivot)) * F(scale) + F(shift);
+  }
+};
+
+// grad_input = (grad_z - sum_grad / n - xhat * sum_grad_xhat / n) * weight * inv_std
+//            = (((grad_z - mean_grad) + (x - pivot) * slope) + rest) * scale
+template <class A>
+struct GradAffine {
+  A pivot, slope, mean_grad, rest, scale;
+
+  static FASTBN_INLINE GradAffine make(double mean, double inv_std, double weight, double sum_grad,
+                                       double sum_grad_xhat, double count) {
+    const A pivot = A(mean);
+    const double exact_mean_grad = sum_grad / count;
+    const A mean_grad = A(exact_mean_grad);
+    const double slope = -inv_std * (sum_grad_xhat / count);
+    const double rest = (double(pivot) - mean) * slope + (double(mean_grad) - exact_mean_grad);
+    return {pivot, A(slope), mean_grad, A(rest), A(weight * inv_std)};
+  }
+
+  template <class F>
+  FASTBN_INLINE F apply(F grad_z, F x) const {
+    return ((grad_z - F(mean_grad)) + ((x - F(pivot)) * F(slope) + F(rest))) * F(scale);
+  }
+};
+
+// sum(grad_z * xhat) from sums about the rounded mean.
+FASTBN_INLINE double sum_grad_xhat_of(double sum_grad, double sum_grad_shifted, double pivot, double mean,
+                                      double inv_std) {
+  return inv_std * (sum_grad_shifted + (pivot - mean) * sum_grad);
+}
+
+}  // namespace fastbn

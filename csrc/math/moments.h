@@ -1,0 +1,56 @@
+// Count, mean and sum of squared deviations of a set of values, merged by Chan, Golub & LeVeque (1979); and what is
+// made of them once a channel: variance, inv_std, running statistics. All float64, whatever the elements were.
+#pragma once
+
+#include <cmath>
+
+#include "math/macros.h"
+
+namespace fastbn {
+
+struct Moments {
+  double count = 0;
+  double mean = 0;
+  double m2 = 0;
+
+  // From sums of d = x - pivot. Rounding of the pivot does not matter: the sums are exact about it.
+  static FASTBN_INLINE Moments from_shifted(double count, double pivot, double sum, double sum_squares) {
+    const double offset = sum / count;
+    const double m2 = sum_squares - sum * offset;
+    return {count, pivot + offset, m2 < 0 ? 0 : m2};
+  }
+
+  FASTBN_INLINE bool is_finite() const { return mean - mean == 0 && m2 - m2 == 0; }
+
+  FASTBN_INLINE double var() const { return m2 / count; }
+
+  // n / (n - 1) of torch's running_var; 0/0 at one element, as there.
+  FASTBN_INLINE double unbiased_var() const { return m2 / (count - 1); }
+};
+
+FASTBN_INLINE Moments merge(const Moments& a, const Moments& b) {
+  if (a.count == 0) return b;
+  if (b.count == 0) return a;
+  const double count = a.count + b.count;
+  const double delta = b.mean - a.mean;
+  if (delta - delta != 0) {  // an infinite mean stays infinite where the update formula would make it NaN
+    return {count, (a.mean * a.count + b.mean * b.count) / count, delta * 0};
+  }
+  const double share = b.count / count;
+  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+
+FASTBN_INLINE double inv_std_of(double var, double eps) { return 1 / ::sqrt(var + eps); }
+
+// How much of the batch enters the running statistics: momentum, or 1/n where it is None; n is the number of batches
+// this one included, 0 where they are not counted.
+FASTBN_INLINE double averaging_factor(bool has_momentum, double momentum, int64_t num_batches_tracked) {
+  if (has_momentum) return momentum;
+  return num_batches_tracked > 0 ? 1.0 / double(num_batches_tracked) : 0.0;
+}
+
+FASTBN_INLINE double running_average(double running, double batch, double factor) {
+  return (1 - factor) * running + factor * batch;
+}
+
+}  // namespace fastbn

@@ -1,0 +1,215 @@
+"""What fastbn.reference is made of: activations, the mask, moments and the gradient as differentiable torch operations.
+
+They compute in the dtype of their arguments. `backward_formula` is also the double backward of the autograd Function.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbn._activations import ACTIVATIONS, is_piecewise_linear
+
+LEAKY_SLOPE = 0.01
+
+
+def activation(z: Tensor, index: int) -> Tensor:
+    """activation(z), as torch computes it."""
+    name = ACTIVATIONS[index]
+    return z if name == "none" else getattr(F, name)(z)
+
+
+def activation_backward(grad_out: Tensor, z: Tensor, index: int) -> Tensor:
+    """grad_out * activation'(z), differentiable in both.
+
+    The branches at the boundaries and at NaN are those of torch's scalar `*_backward` kernels. Where the derivative is
+    0 the result is 0 whatever grad_out is.
+    """
+    name = ACTIVATIONS[index]
+    if name == "none":
+        return grad_out
+    if is_piecewise_linear(index):
+        return masked_backward(grad_out, is_upper(z, index), index)
+    if name == "elu":
+        # exp of the unused branch would overflow, and its inf would make the second derivative NaN.
+        return torch.where(z <= 0, grad_out * torch.where(z <= 0, z, 0.0).exp(), grad_out)
+    if name == "silu":
+        s = torch.sigmoid(z)
+        return grad_out * (s * (1 + z * (1 - s)))
+    if name == "gelu":
+        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return grad_out * (0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density)
+    ramp = torch.where(z < 3, grad_out * (z / 3 + 0.5), grad_out)  # hardswish
+    return torch.where(z <= -3, torch.zeros_like(ramp), ramp)
+
+
+def activation_grad(z: Tensor, index: int) -> Tensor:
+    """activation'(z)."""
+    return activation_backward(torch.ones_like(z), z, index)
+
+
+def is_upper(z: Tensor, index: int) -> Tensor:
+    """Where a piecewise linear activation takes its upper branch: the bits of the mask. bool, the shape of z."""
+    name = ACTIVATIONS[index]
+    if name == "relu":
+        return ~(z <= 0)
+    if name == "leaky_relu":
+        return z > 0
+    if name == "relu6":
+        return ~((z <= 0) | (z >= 6))
+    raise ValueError(f"mask: expected a piecewise linear activation, got {name!r}")
+
+
+def masked_backward(grad_out: Tensor, upper: Tensor, index: int) -> Tensor:
+    """`activation_backward` of a piecewise linear activation from its bits."""
+    lower = grad_out * LEAKY_SLOPE if ACTIVATIONS[index] == "leaky_relu" else torch.zeros_like(grad_out)
+    return torch.where(upper, grad_out, lower)
+
+
+def suggest_memory_format(x: Tensor) -> torch.memory_format:
+    """ATen's Tensor.suggest_memory_format: the format of output and gradients."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() not in formats or x.stride(1) == 0:
+        return torch.contiguous_format
+    least = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = x.stride(d) * max(x.size(d), 1)
+    return formats[x.dim()]
+
+
+def _rows(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[bool, int, int]:
+    """(whether a run goes over the channels, runs, elements a run) of a tensor of that shape and format."""
+    outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
+    if memory_format != torch.contiguous_format or inner == 1:
+        return True, outer * inner, channels
+    return False, outer * channels, inner
+
+
+def pack_mask(upper: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Bits of a bool tensor (N, C, *): uint8 [runs, ceil(run / 8)], element i of a run in bit i % 8 of byte i / 8."""
+    over_channels, runs, run = _rows(tuple(upper.shape), memory_format)
+    bits = (upper.movedim(1, -1) if over_channels else upper).reshape(runs, run)
+    width = (run + 7) // 8
+    bits = F.pad(bits.to(torch.uint8), (0, width * 8 - run)).view(runs, width, 8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=upper.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
+    """The inverse of `pack_mask`: bool of the shape given."""
+    shape = tuple(shape)
+    over_channels, _, run = _rows(shape, memory_format)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :run].bool()
+    if over_channels:
+        return bits.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return bits.reshape(shape)
+
+
+def wide(x: Tensor, per_channel: Tensor) -> Tensor:
+    """A [C] vector in the dtype of x, to broadcast against it."""
+    return per_channel.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+
+
+def reduced_dims(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all dimensions but the second: two [C]. Zeros for an empty input."""
+    if x.numel() == 0:
+        zero = x.new_zeros(x.shape[1])
+        return zero, zero.clone()
+    dims = reduced_dims(x)
+    # The mean about a first mean: rounding of the first does not matter, and a constant channel's is exact.
+    pivot = x.detach().mean(dims)
+    mean = pivot + (x - wide(x, pivot)).mean(dims)
+    return mean, (x - wide(x, mean)).square().mean(dims)
+
+
+def unbiased(var: Tensor, count: int) -> Tensor:
+    """var * n / (n - 1); NaN for one element, as in torch."""
+    return var * (count / (count - 1)) if count > 1 else var * math.nan
+
+
+def affine(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inv_std: Tensor
+) -> Tensor:
+    """z = (x - mean) * (weight * inv_std) + bias + residual."""
+    z = (x - wide(x, mean)) * wide(x, inv_std if weight is None else inv_std * weight.to(inv_std.dtype))
+    z = z if bias is None else z + wide(x, bias)
+    return z if residual is None else z + residual.to(x.dtype)
+
+
+def grad_z_of(
+    grad_out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    upper: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    index: int,
+) -> Tensor:
+    if upper is not None and is_piecewise_linear(index):
+        return masked_backward(grad_out, upper, index)
+    if index == 0:
+        return grad_out
+    return activation_backward(grad_out, affine(x, residual, weight, bias, mean, inv_std), index)
+
+
+def input_gradient(
+    grad_z: Tensor, xhat: Tensor, weight: Tensor | None, inv_std: Tensor, sums: tuple[Tensor, Tensor, object] | None
+) -> Tensor:
+    if sums is not None:
+        sum_grad, sum_grad_xhat, count = sums
+        grad_z = grad_z - wide(xhat, sum_grad / count) - xhat * wide(xhat, sum_grad_xhat / count)
+    return grad_z * wide(xhat, inv_std if weight is None else inv_std * weight.to(inv_std.dtype))
+
+
+def backward_formula(
+    grad_out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    mean: Tensor | None = None,
+    inv_std: Tensor | None = None,
+    eps: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_input, grad_weight, grad_bias, grad_residual) of one batch norm, as a differentiable composition in `dtype`.
+
+    With `mean` and `inv_std` ([C]) statistics are frozen. Without them they are those of x, made from it and `eps`
+    here, so that derivatives of the result know how they depend on x. `mask` is a constant. The gradients of input and
+    residual have the dtype of x, those of weight and bias the dtype of weight (else bias, else x).
+    """
+    upper = None if mask is None else unpack_mask(mask, x.shape, suggest_memory_format(x))
+    g, x_, r = grad_out.to(dtype), x.to(dtype), None if residual is None else residual.to(dtype)
+    w, b = (None if t is None else t.to(dtype) for t in (weight, bias))
+    batch_stats = mean is None
+    if batch_stats:
+        m, var = moments(x_)
+        s = (var + eps).rsqrt()
+    else:
+        m, s = mean.to(dtype), inv_std.to(dtype)
+    grad_z = grad_z_of(g, x_, r, upper, w, b, m, s, activation)
+    xhat = (x_ - wide(x_, m)) * wide(x_, s)
+    dims = reduced_dims(x)
+    sum_grad, sum_grad_xhat = grad_z.sum(dims), (grad_z * xhat).sum(dims)
+    sums = (sum_grad, sum_grad_xhat, x.numel() // x.shape[1]) if batch_stats and x.numel() else None
+    grad_x = input_gradient(grad_z, xhat, w, s, sums)
+    per_channel = param_dtype(x, weight, bias)
+    return grad_x.to(x.dtype), sum_grad_xhat.to(per_channel), sum_grad.to(per_channel), grad_z.to(x.dtype)
+
+
+def param_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    return next((t.dtype for t in (weight, bias) if t is not None), x.dtype)

@@ -1,0 +1,193 @@
+"""Every op of the contract (docs/design.md) in plain torch operations, computed in float64 and differentiable.
+
+Arguments, results and dtypes are the contract's. Whoever wants results unrounded passes float64 tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbn._activations import is_piecewise_linear
+from fastbn._formulas import (
+    activation,
+    activation_backward,
+    activation_grad,
+    affine,
+    backward_formula,
+    grad_z_of,
+    input_gradient,
+    is_upper,
+    masked_backward,
+    moments,
+    pack_mask,
+    param_dtype,
+    reduced_dims,
+    suggest_memory_format,
+    unbiased,
+    unpack_mask,
+    wide,
+)
+
+__all__ = [
+    "activation",
+    "activation_backward",
+    "activation_grad",
+    "backward_formula",
+    "batch_norm_backward",
+    "batch_norm_eval",
+    "batch_norm_train",
+    "channel_stats",
+    "grad_sums",
+    "input_grad",
+    "is_upper",
+    "masked_backward",
+    "moments",
+    "normalize",
+    "pack_mask",
+    "suggest_memory_format",
+    "unbiased",
+    "unpack_mask",
+]
+
+EMPTY = (0,)
+
+
+def _double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    return result.to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
+
+
+def _output(x: Tensor, z: Tensor, index: int, save_mask: bool) -> tuple[Tensor, Tensor]:
+    mask = torch.empty(EMPTY, dtype=torch.uint8, device=x.device)
+    if save_mask and is_piecewise_linear(index):
+        mask = pack_mask(is_upper(z, index), suggest_memory_format(x))
+    return _like(activation(z, index), x), mask
+
+
+@torch.no_grad()
+def _update_buffers(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    if x.numel() == 0:
+        return
+    count = x.numel() // x.shape[1]
+    if momentum is not None:
+        factor = momentum
+    else:
+        factor = 0.0 if num_batches_tracked is None else 1.0 / num_batches_tracked.double()
+    for buffer, batch in ((running_mean, mean), (running_var, unbiased(var, count))):
+        if buffer is not None:
+            buffer.copy_((1 - factor) * buffer.double() + factor * batch)
+
+
+def batch_norm_train(
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask
+):
+    """Normalise with the statistics of the batch and update the buffers: (output, mean, inv_std, mask)."""
+    x, r, w, b = _double(input, residual, weight, bias)
+    mean, var = moments(x)
+    _update_buffers(x, mean, var, running_mean, running_var, num_batches_tracked, momentum)
+    inv_std = (var + eps).rsqrt()
+    output, mask = _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
+    return output, mean, inv_std, mask
+
+
+def batch_norm_eval(input, residual, weight, bias, running_mean, running_var, eps, activation, save_stats, save_mask):
+    """Normalise with the running statistics: (output, mean, inv_std, mask)."""
+    x, r, w, b, mean, var = _double(input, residual, weight, bias, running_mean, running_var)
+    inv_std = (var + eps).rsqrt()
+    output, mask = _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
+    saved = (mean.clone(), inv_std) if save_stats else (mean.new_empty(EMPTY), mean.new_empty(EMPTY))
+    return output, *saved, mask
+
+
+def channel_stats(input):
+    """(mean, biased var), float64 [C]. Zeros for an empty input: it merges as a rank with count 0."""
+    return moments(input.double())
+
+
+def normalize(input, residual, weight, bias, mean, inv_std, activation, save_mask):
+    """Normalise with given statistics: (output, mask)."""
+    x, r, w, b = _double(input, residual, weight, bias)
+    return _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
+
+
+def _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
+    """grad_z, xhat and the sums over each channel of grad_z and of grad_z * xhat, all float64."""
+    upper = None if mask is None else unpack_mask(mask, input.shape, suggest_memory_format(input))
+    g, x, r, w, b = _double(grad_out, input, residual, weight, bias)
+    grad_z = grad_z_of(g, x, r, upper, w, b, mean, inv_std, activation)
+    xhat = (x - wide(x, mean)) * wide(x, inv_std)
+    dims = reduced_dims(x)
+    return grad_z, xhat, grad_z.sum(dims), (grad_z * xhat).sum(dims)
+
+
+def batch_norm_backward(
+    grad_out,
+    input,
+    residual,
+    mask,
+    weight,
+    bias,
+    mean,
+    inv_std,
+    batch_stats,
+    activation,
+    need_input,
+    need_weight,
+    need_bias,
+    need_residual,
+):
+    """(grad_input, grad_weight, grad_bias, grad_residual); shape [0] for what is not needed."""
+    grad_z, xhat, sum_grad, sum_grad_xhat = _gradients(
+        grad_out, input, residual, mask, weight, bias, mean, inv_std, activation
+    )
+    dtype = param_dtype(input, weight, bias)
+    grad_input, grad_residual = input.new_empty(EMPTY), input.new_empty(EMPTY)
+    if need_input:
+        sums = (sum_grad, sum_grad_xhat, max(input.numel() // input.shape[1], 1)) if batch_stats else None
+        grad_input = _like(input_gradient(grad_z, xhat, weight, inv_std, sums), input)
+    if need_residual:
+        grad_residual = _like(grad_z, input).clone()
+    grad_weight = sum_grad_xhat.to(dtype) if need_weight else input.new_empty(EMPTY, dtype=dtype)
+    grad_bias = sum_grad.to(dtype) if need_bias else input.new_empty(EMPTY, dtype=dtype)
+    return grad_input, grad_weight, grad_bias, grad_residual
+
+
+def grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
+    """(sum_grad, sum_grad_xhat) over each channel, float64 [C]."""
+    return _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation)[2:]
+
+
+def input_grad(
+    grad_out,
+    input,
+    residual,
+    mask,
+    weight,
+    bias,
+    mean,
+    inv_std,
+    sum_grad,
+    sum_grad_xhat,
+    count,
+    activation,
+    need_residual,
+):
+    """(grad_input, grad_residual) from the sums of all ranks and their count, or None thrice for frozen statistics."""
+    grad_z, xhat, _, _ = _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation)
+    sums = None if sum_grad is None else (sum_grad, sum_grad_xhat, count)
+    grad_input = _like(input_gradient(grad_z, xhat, weight, inv_std, sums), input)
+    return grad_input, _like(grad_z, input).clone() if need_residual else input.new_empty(EMPTY)

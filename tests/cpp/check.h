@@ -1,0 +1,41 @@
+// Checks for the C++ tests: a failed one is printed and counted, and main returns fastbn::test::result().
+#pragma once
+
+#include <cmath>
+#include <iostream>
+
+namespace fastbn::test {
+
+inline int failures = 0;
+
+inline void report(bool passed, const char* file, int line, const char* text) {
+  if (passed) return;
+  ++failures;
+  std::cerr << file << ":" << line << ": failed: " << text << "\n";
+}
+
+template <class A, class B>
+void report_equal(const A& a, const B& b, const char* file, int line, const char* text) {
+  if (a == b) return;
+  ++failures;
+  std::cerr << file << ":" << line << ": failed: " << text << ": " << a << " against " << b << "\n";
+}
+
+// Written so that a NaN fails.
+inline void report_near(double a, double b, double tolerance, const char* file, int line, const char* text) {
+  if (std::fabs(a - b) <= tolerance) return;
+  ++failures;
+  std::cerr << file << ":" << line << ": failed: " << text << ": " << a << " against " << b << ", tolerance "
+            << tolerance << "\n";
+}
+
+inline int result() {
+  if (failures != 0) std::cerr << failures << " checks failed\n";
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace fastbn::test
+
+#define CHECK(...) fastbn::test::report(static_cast<bool>(__VA_ARGS__), __FILE__, __LINE__, #__VA_ARGS__)
+#define CHECK_EQUAL(a, b) fastbn::test::report_equal(a, b, __FILE__, __LINE__, #a " == " #b)
+#define CHECK_NEAR(a, b, tolerance) fastbn::test::report_near(a, b, tolerance, __FILE__, __LINE__, #a " ~ " #b)

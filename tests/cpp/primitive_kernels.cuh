@@ -1,0 +1,166 @@
+// Small kernels over each device primitive, with their launchers; some are wrong on purpose (named broken_*), for the
+// emulator to find. Compiled by nvcc too, to check that both headers offer the same.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/runtime.h"
+
+namespace fastbn::test {
+
+using namespace fastbn::device;
+
+struct Pair {
+  double sum;
+  int64_t count;
+};
+
+template <class T>
+FASTBN_DEVICE T warp_sum(T value) {
+  FASTBN_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// out[block] = the sum of the block's stretch of `in`, by a tree in shared memory.
+template <bool kBarrier>
+FASTBN_GLOBAL void block_sum_kernel(const float* in, float* out) {
+  float* partial = shared_memory<float>();
+  const int t = thread_index();
+  partial[t] = in[block_x() * block_threads() + t];
+  for (int half = block_threads() / 2; half > 0; half /= 2) {
+    if (kBarrier || half != 16) sync_block();
+    if (t < half) partial[t] += partial[t + half];
+  }
+  sync_block();
+  if (t == 0) out[block_x()] = partial[0];
+}
+
+// Sums across the warps of a block: one barrier, two rounds of shuffles, ballot to count.
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(256) warp_sum_kernel(const float* in, float* sums, int64_t* counts) {
+  Pair* partial = shared_memory<Pair>();
+  const int t = thread_index();
+  const float value = in[block_x() * block_threads() + t];
+  const uint32_t positive = ballot(value > 0);
+  Pair pair{warp_sum(static_cast<double>(value)), 0};
+  for (uint32_t bits = positive; bits != 0; bits &= bits - 1) ++pair.count;
+  if (t % kWarp == 0) partial[t / kWarp] = pair;
+  sync_block();
+  if (t >= kWarp) return;
+  Pair total = t < block_threads() / kWarp ? partial[t] : Pair{0, 0};
+  for (int delta = 16; delta > 0; delta /= 2) {
+    const Pair other = shuffle_down(total, delta);
+    total.sum += other.sum;
+    total.count += other.count;
+  }
+  if (t == 0) {
+    sums[block_x()] = static_cast<float>(total.sum);
+    counts[block_x()] = total.count;
+  }
+}
+
+// out[block] = the sum over the block's cluster, each block reading all the others' shared memory.
+template <bool kBarrier>
+FASTBN_GLOBAL void cluster_sum_kernel(const float* in, float* out) {
+  float* partial = shared_memory<float>();
+  const int t = thread_index();
+  const float sum = warp_sum(in[(block_y() * grid_x() + block_x()) * block_threads() + t]);
+  if (t == 0) *partial = sum;
+  if (kBarrier) sync_cluster();
+  float total = 0;
+  for (int rank = 0; rank < cluster_blocks(); ++rank) total += *cluster_shared(partial, rank);
+  if (t == 0) out[block_y() * grid_x() + block_x()] = total;
+  sync_cluster();
+}
+
+// y = x - the sum of all x, in one cooperative launch; partial has one element a block.
+FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) {
+  const int t = thread_index();
+  const int64_t i = block_x() * block_threads() + t;
+  const float sum = warp_sum(in[i]);
+  if (t == 0) partial[block_x()] = sum;
+  thread_fence();
+  sync_grid();
+  float total = 0;
+  for (int64_t block = 0; block < grid_x(); ++block) total += partial[block];
+  out[i] = in[i] - total;
+}
+
+// Reverses each block's stretch by way of shared memory, 16 bytes a thread.
+template <bool kWait>
+FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
+  float* tile = shared_memory<float>();
+  const int t = thread_index();
+  const int threads = block_threads();
+  const int64_t base = block_x() * threads * 4;
+  copy_async16(tile + 4 * t, in + base + 4 * t);
+  copy_async_commit();
+  if (kWait) copy_async_wait<0>();
+  sync_block();
+  const Vector16<float> from = load16(tile + 4 * (threads - 1 - t));
+  const Vector16<float> global = load16_streaming(in + base + 4 * (threads - 1 - t));
+  Vector16<float> reversed;
+  FASTBN_UNROLL
+  for (int i = 0; i < Vector16<float>::size; ++i) reversed.lane[i] = (from.lane[3 - i] + global.lane[3 - i]) / 2;
+  if (t % 2) {
+    store16(out + base + 4 * t, reversed);
+  } else {
+    store16_streaming(out + base + 4 * t, reversed);
+  }
+}
+
+FASTBN_GLOBAL void broken_write_kernel(float* out) {
+  float* partial = shared_memory<float>();
+  if (thread_index() != 5) partial[thread_index()] = 1;
+  sync_block();
+  out[thread_index()] = partial[thread_index()];
+}
+
+FASTBN_GLOBAL void broken_barrier_kernel() {
+  if (thread_index() == 7) return;
+  sync_block();
+}
+
+FASTBN_GLOBAL void broken_shuffle_kernel(float* out) {
+  float value = 1;
+  if (thread_index() < 16) {
+    value += shuffle_xor(value, 1);
+  } else {
+    value += shuffle_xor(value, 2);
+  }
+  out[thread_index()] = value;
+}
+
+FASTBN_GLOBAL void broken_warp_kernel(float* out) {
+  if (thread_index() % kWarp >= 16) return;
+  out[thread_index()] = shuffle_xor(1.0f, 1);
+}
+
+FASTBN_GLOBAL void broken_overrun_kernel() { shared_memory<float>()[block_threads()] = 0; }
+
+inline cudaError_t block_sum(bool barrier, int64_t blocks, int threads, const float* in, float* out, cudaStream_t s) {
+  const Launch shape{.grid_x = blocks, .threads = threads, .shared_bytes = threads * int64_t(sizeof(float))};
+  return launch(barrier ? block_sum_kernel<true> : block_sum_kernel<false>, shape, s, in, out);
+}
+
+inline cudaError_t warp_sums(int64_t blocks, const float* in, float* sums, int64_t* counts, cudaStream_t s) {
+  return launch(warp_sum_kernel, {.grid_x = blocks, .shared_bytes = 8 * sizeof(Pair)}, s, in, sums, counts);
+}
+
+inline cudaError_t cluster_sum(bool barrier, int64_t x, int64_t y, int cluster, const float* in, float* out,
+                               cudaStream_t s) {
+  const Launch shape{.grid_x = x, .grid_y = y, .threads = 32, .shared_bytes = 4, .cluster = cluster};
+  return launch(barrier ? cluster_sum_kernel<true> : cluster_sum_kernel<false>, shape, s, in, out);
+}
+
+inline cudaError_t grid_sum(int64_t blocks, const float* in, float* partial, float* out, cudaStream_t s) {
+  return launch(grid_sum_kernel, {.grid_x = blocks, .threads = 32, .cooperative = true}, s, in, partial, out);
+}
+
+inline cudaError_t reverse(bool wait, int64_t blocks, int threads, const float* in, float* out, cudaStream_t s) {
+  const Launch shape{.grid_x = blocks, .threads = threads, .shared_bytes = threads * int64_t{16}};
+  return launch(wait ? copy_kernel<true> : copy_kernel<false>, shape, s, in, out);
+}
+
+}  // namespace fastbn::test

@@ -1,0 +1,230 @@
+// The scheduler behind emulator.h. One launch runs at a time, on the host thread that asked for it; fibres and their
+// stacks are kept for the next one.
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+
+namespace fastbn::emulator {
+namespace {
+
+using device::Launch;
+using device::kWarp;
+
+// Estimates: kernels keep at most a few kilobytes a thread, and sanitizers several times that.
+constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
+constexpr size_t kMaxFibres = 1 << 16;
+// Of an H100 or H200, for one block.
+constexpr int64_t kMaxSharedBytes = 227 << 10;
+constexpr const char* kStateNames[] = {"ready", "at a warp operation", "at sync_block", "at sync_cluster",
+                                       "at sync_grid", "returned"};
+
+// splitmix64
+uint64_t random_below(uint64_t bound) {
+  uint64_t z = (machine.random += 0x9e3779b97f4a7c15u);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return (z ^ (z >> 31)) % bound;
+}
+
+// A returned block's shared memory belongs to nobody; what another block of the cluster still reads there is NaN.
+void retire(Block& block) {
+  const size_t bytes = static_cast<size_t>(machine.shape.shared_bytes);
+  if (bytes == 0) return;
+  memset(block.shared.get(), 0xff, bytes);
+#if FASTBN_EMULATOR_ASAN
+  __asan_poison_memory_region(block.shared.get(), bytes);
+#endif
+}
+
+void fibre_main() {
+  after_switch(machine.current->context);
+  for (;;) {
+    machine.body(machine.argument);
+    Fibre* self = machine.current;
+    self->state = State::returned;
+    if (--self->block->running == 0) retire(*self->block);
+    suspend();
+  }
+}
+
+bool grow_pool(size_t count) {
+  if (count <= machine.pool.size()) return true;
+  const size_t added = count - machine.pool.size();
+  void* stacks = mmap(nullptr, added * kStackBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) return false;
+  for (size_t i = 0; i < added; ++i) {
+    machine.pool.push_back(std::make_unique<Fibre>());
+    // Stacks that began at the same address modulo 64 KB would all fall on the same few cache sets.
+    make_context(machine.pool.back()->context, static_cast<unsigned char*>(stacks) + i * kStackBytes, kStackBytes,
+                 (machine.pool.size() % 61) * 64, fibre_main);
+  }
+  return true;
+}
+
+// After a failure fibres stand in the middle of a kernel: they begin anew.
+void reset_pool() {
+  for (size_t i = 0; i < machine.pool.size(); ++i) {
+    Context& context = machine.pool[i]->context;
+    auto* stack = static_cast<unsigned char*>(const_cast<void*>(context.stack));
+#if FASTBN_EMULATOR_ASAN
+    __asan_unpoison_memory_region(stack, kStackBytes);
+#endif
+    make_context(context, stack, kStackBytes, ((i + 1) % 61) * 64, fibre_main);
+  }
+}
+
+// Says of the first block that cannot go on where its threads are.
+std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
+  for (const auto& block : blocks) {
+    if (block->running == 0) continue;
+    std::string text = "deadlock in " + describe(*block) + " of " + std::to_string(machine.shape.threads) + " threads:";
+    std::vector<std::pair<std::string, int>> places;
+    for (const Fibre* fibre : block->fibres) {
+      std::string place = kStateNames[static_cast<int>(fibre->state)];
+      if (fibre->state != State::returned) place += " (" + describe(fibre->where) + ")";
+      auto found = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
+      if (found == places.end()) {
+        places.emplace_back(place, 1);
+      } else {
+        ++found->second;
+      }
+    }
+    for (size_t i = 0; i < places.size(); ++i) {
+      text += (i ? ", " : " ") + std::to_string(places[i].second) + " " + places[i].first;
+    }
+    const auto returned = std::count_if(blocks.begin(), blocks.end(), [](const auto& b) { return b->running == 0; });
+    if (blocks.size() > 1) {
+      text += "; " + std::to_string(returned) + " of " + std::to_string(blocks.size()) + " blocks returned";
+    }
+    return text;
+  }
+  return "deadlock";
+}
+
+// Runs the clusters [first, first + count) of `order` to their end.
+bool run_clusters(const int64_t* order, size_t count) {
+  const Launch& shape = machine.shape;
+  const int64_t clusters_x = shape.grid_x / shape.cluster;
+  const size_t threads = static_cast<size_t>(shape.threads);
+  std::vector<Cluster> clusters(count);
+  std::vector<std::unique_ptr<Block>> blocks;
+  machine.ready.clear();
+  machine.grid.waiting.clear();
+  machine.grid.expected = count * shape.cluster * threads;
+
+  for (size_t i = 0; i < count; ++i) {
+    clusters[i].barrier.expected = shape.cluster * threads;
+    for (int rank = 0; rank < shape.cluster; ++rank) {
+      auto block = std::make_unique<Block>();
+      block->x = order[i] % clusters_x * shape.cluster + rank;
+      block->y = order[i] / clusters_x;
+      block->rank = rank;
+      block->cluster = &clusters[i];
+      block->running = shape.threads;
+      block->barrier.expected = threads;
+      block->warps.resize((threads + kWarp - 1) / kWarp);
+      for (Barrier& warp : block->warps) warp.expected = kWarp;
+      block->shared.reset(new unsigned char[shape.shared_bytes]);
+      memset(block->shared.get(), 0xff, shape.shared_bytes);
+      for (size_t t = 0; t < threads; ++t) {
+        Fibre* fibre = machine.pool[blocks.size() * threads + t].get();
+        fibre->block = block.get();
+        fibre->index = static_cast<int>(t);
+        fibre->copies.clear();
+        fibre->committed = 0;
+        block->fibres.push_back(fibre);
+        make_ready(fibre);
+      }
+      clusters[i].blocks.push_back(block.get());
+      blocks.push_back(std::move(block));
+    }
+  }
+
+  while (!machine.ready.empty() && !machine.failed) {
+    std::swap(machine.ready[random_below(machine.ready.size())], machine.ready.back());
+    machine.current = machine.ready.back();
+    machine.ready.pop_back();
+    switch_context(machine.host, machine.current->context);
+  }
+  const bool finished = std::all_of(blocks.begin(), blocks.end(), [](const auto& b) { return b->running == 0; });
+  if (!finished && !machine.failed) record_failure(describe_deadlock(blocks));
+#if FASTBN_EMULATOR_ASAN
+  for (auto& block : blocks) __asan_unpoison_memory_region(block->shared.get(), shape.shared_bytes);
+#endif
+  return !machine.failed;
+}
+
+}  // namespace
+
+// Never destroyed: suspended fibres outlive static destructors.
+Machine& machine = *new Machine;
+
+std::string describe(const Location& where) {
+  const char* name = strrchr(where.file_name(), '/');
+  return std::string(name ? name + 1 : where.file_name()) + ":" + std::to_string(where.line());
+}
+
+std::string describe(const Block& block) {
+  return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ")";
+}
+
+void record_failure(std::string what) {
+  machine.failed = true;
+  machine.failure = std::move(what);
+}
+
+void set_seed(uint64_t seed) {
+  std::lock_guard lock(machine.mutex);
+  machine.random = seed;
+}
+
+int64_t launches() {
+  std::lock_guard lock(machine.mutex);
+  return machine.launches;
+}
+
+const char* last_failure() { return machine.failure.c_str(); }
+
+cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
+  if (!is_valid(shape)) return cudaErrorInvalidConfiguration;
+  if (shape.shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  std::lock_guard lock(machine.mutex);
+  const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster * shape.grid_y);
+  const size_t together = shape.cooperative ? clusters : 1;
+  const size_t fibres_each = static_cast<size_t>(shape.cluster * shape.threads);
+  if (together > kMaxFibres / fibres_each) return cudaErrorCooperativeLaunchTooLarge;
+  if (!grow_pool(together * fibres_each)) return cudaErrorMemoryAllocation;
+
+  ++machine.launches;
+  machine.shape = shape;
+  machine.body = body;
+  machine.argument = argument;
+  machine.failed = false;
+  machine.failure.clear();
+
+  std::vector<int64_t> order(clusters);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  for (size_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+  for (size_t first = 0; first < clusters; first += together) {
+    if (run_clusters(order.data() + first, together)) continue;
+    reset_pool();
+    fprintf(stderr, "emulator: %s\n", machine.failure.c_str());
+    return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace fastbn::emulator
+
+extern "C" void fastbn_emulator_set_seed(uint64_t seed) { fastbn::emulator::set_seed(seed); }

@@ -1,0 +1,47 @@
+// Runs kernels on a CPU: every thread is a fibre, and where a thread waits, a seeded generator chooses which one runs
+// next. Blocks run one cluster at a time in random order, or all at once if the launch is cooperative.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+#include "cuda/runtime.h"
+#include "cuda/types.h"
+
+namespace fastbn::emulator {
+
+// Restarts the schedule from a seed (0 at first). The same launches after the same seed run in the same order.
+void set_seed(uint64_t seed);
+
+// The number of launches that ran, failed ones included, refused ones not.
+int64_t launches();
+
+// Why the latest launch that returned cudaErrorLaunchFailure did; also printed to stderr. Valid until the next launch.
+const char* last_failure();
+
+// The rest serves the device primitives.
+
+using Location = std::source_location;
+
+enum class Exchange { shuffle_xor, shuffle_down, ballot };
+
+// Waits for the warp, then receives `bytes` bytes of what another lane sends; of ballot, one word.
+void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where);
+
+unsigned char* shared_memory();
+unsigned char* cluster_shared(const void* own, int rank, const Location& where);
+void copy_async_wait(int pending);
+
+[[noreturn]] void fail(const char* what, const Location& where);
+
+// A GPU traps where 16 bytes are moved at another address than a multiple of 16.
+inline void require_aligned(const void* address, const Location& where) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("16-byte access at an unaligned address", where);
+}
+
+cudaError_t run(const device::Launch& shape, void (*body)(void*), void* argument);
+
+}  // namespace fastbn::emulator
+
+extern "C" void fastbn_emulator_set_seed(uint64_t seed);

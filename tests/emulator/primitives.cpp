@@ -1,0 +1,142 @@
+// What a running thread calls: the device primitives, which suspend its fibre where a GPU's thread would wait.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "cuda/device.cuh"
+#include "machine.h"
+
+namespace fastbn::emulator {
+namespace {
+
+using device::kWarp;
+
+void wait_at(Barrier& barrier, State at, const Location& where) {
+  Fibre* self = machine.current;
+  self->state = at;
+  self->where = where;
+  barrier.waiting.push_back(self);
+  if (barrier.waiting.size() == barrier.expected) {
+    for (Fibre* fibre : barrier.waiting) make_ready(fibre);
+    barrier.waiting.clear();
+  }
+  suspend();
+}
+
+bool same_place(const Location& a, const Location& b) {
+  return a.line() == b.line() && a.column() == b.column() && strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+}  // namespace
+
+void fail(const char* what, const Location& where) {
+  record_failure(std::string(what) + " in " + describe(*machine.current->block) + ", thread " +
+                 std::to_string(machine.current->index) + ", " + describe(where));
+  suspend();
+  abort();
+}
+
+unsigned char* shared_memory() { return machine.current->block->shared.get(); }
+
+unsigned char* cluster_shared(const void* own, int rank, const Location& where) {
+  const Block& block = *machine.current->block;
+  const auto& blocks = block.cluster->blocks;
+  if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("rank outside of the cluster", where);
+  const int64_t offset = static_cast<const unsigned char*>(own) - block.shared.get();
+  if (offset < 0 || offset > machine.shape.shared_bytes) fail("address outside of shared memory", where);
+  if (blocks[rank]->running == 0) fail("shared memory of a block that has returned", where);
+  return blocks[rank]->shared.get() + offset;
+}
+
+void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where) {
+  Fibre* self = machine.current;
+  Block& block = *self->block;
+  Barrier& warp = block.warps[self->index / kWarp];
+  self->kind = kind;
+  self->argument = argument;
+  self->bytes = bytes;
+  self->send = send;
+  self->receive = receive;
+  if (!warp.waiting.empty()) {
+    const Fibre& first = *warp.waiting.front();
+    if (!same_place(first.where, where) || first.kind != kind || first.argument != argument || first.bytes != bytes) {
+      fail("lanes of one warp at different warp operations", where);
+    }
+  }
+  if (warp.waiting.size() + 1 == kWarp) {
+    // Of all lanes at once: one that ran ahead would overwrite what others have yet to receive.
+    const int base = self->index / kWarp * kWarp;
+    uint32_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const Fibre& to = *block.fibres[base + lane];
+      uint32_t vote;
+      memcpy(&vote, to.send, sizeof(vote));
+      votes |= (vote != 0 ? 1u : 0u) << lane;
+      const int source = kind == Exchange::shuffle_xor ? lane ^ argument : lane + argument;
+      memcpy(to.receive, source >= 0 && source < kWarp ? block.fibres[base + source]->send : to.send, bytes);
+    }
+    if (kind == Exchange::ballot) {
+      for (int lane = 0; lane < kWarp; ++lane) memcpy(block.fibres[base + lane]->receive, &votes, sizeof(votes));
+    }
+  }
+  wait_at(warp, State::in_shuffle, where);
+}
+
+void copy_async_wait(int pending) {
+  Fibre* self = machine.current;
+  auto arrived = std::stable_partition(self->copies.begin(), self->copies.end(), [&](const Copy& copy) {
+    return copy.group < self->committed - pending;
+  });
+  for (auto copy = self->copies.begin(); copy != arrived; ++copy) memcpy(copy->to, copy->from, 16);
+  self->copies.erase(self->copies.begin(), arrived);
+}
+
+}  // namespace fastbn::emulator
+
+namespace fastbn::device {
+
+using namespace fastbn::emulator;
+
+int thread_index() { return machine.current->index; }
+int block_threads() { return machine.shape.threads; }
+int64_t block_x() { return machine.current->block->x; }
+int64_t block_y() { return machine.current->block->y; }
+int64_t grid_x() { return machine.shape.grid_x; }
+int64_t grid_y() { return machine.shape.grid_y; }
+int cluster_rank() { return machine.current->block->rank; }
+int cluster_blocks() { return machine.shape.cluster; }
+
+void sync_block(const Location& where) {
+  Barrier& barrier = machine.current->block->barrier;
+  if (!barrier.waiting.empty() && !same_place(barrier.waiting.front()->where, where)) {
+    fail("threads of one block at different calls of sync_block", where);
+  }
+  wait_at(barrier, State::in_sync_block, where);
+}
+
+void sync_cluster(const Location& where) {
+  wait_at(machine.current->block->cluster->barrier, State::in_sync_cluster, where);
+}
+
+void sync_grid(const Location& where) {
+  if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative", where);
+  wait_at(machine.grid, State::in_sync_grid, where);
+}
+
+void thread_fence(const Location& where) {
+  machine.current->where = where;
+  make_ready(machine.current);
+  suspend();
+}
+
+void copy_async16(void* shared, const void* global, const Location& where) {
+  require_aligned(shared, where);
+  require_aligned(global, where);
+  memset(shared, 0xff, 16);
+  machine.current->copies.push_back({shared, global, machine.current->committed});
+}
+
+void copy_async_commit() { ++machine.current->committed; }
+
+}  // namespace fastbn::device

@@ -1,0 +1,137 @@
+// Gradients of training and of evaluation, input gradient with given sums, and the sums alone.
+#include <vector>
+
+#include "cpu/coefficients.h"
+#include "cpu/kernels.h"
+#include "cpu/launch.h"
+#include "cpu/partition.h"
+
+namespace fastbn::cpu {
+namespace {
+
+template <class A>
+class Backward {
+ public:
+  Backward(const BackwardParams& params, const Threads& threads)
+      : params_(params),
+        threads_(threads),
+        table_(kernels(params.dtype)),
+        partition_(params.layout, params.mask != nullptr),
+        affine_(entries()),
+        grad_affine_(entries()) {
+    for (int64_t c = 0; c < params.layout.channels; ++c)
+      affine_.set(c, params.layout.channels,
+                  Affine<A>::make(params.mean[c], params.inv_std[c], params.weight.load_or(c, 1),
+                                  params.bias.load_or(c, 0)));
+  }
+
+  void run() {
+    const bool frozen = params_.statistics == Statistics::running;
+    const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
+    const bool applies = params_.grad_input || params_.grad_residual;
+    const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
+    if (reduces) partials_.resize(size_t(partition_.blocks() * partition_.width()));
+
+    auto finish = [&](int64_t channel) {
+      double sum_grad = 0, sum_grad_xhat = 0, count = double(params_.layout.count());
+      if (reduces) {
+        sums(channel, &sum_grad, &sum_grad_xhat);
+        if (params_.grad_bias.defined()) params_.grad_bias.store(channel, sum_grad);
+        if (params_.grad_weight.defined()) params_.grad_weight.store(channel, sum_grad_xhat);
+      } else if (params_.statistics == Statistics::given) {
+        sum_grad = params_.sum_grad[channel];
+        sum_grad_xhat = params_.sum_grad_xhat[channel];
+        count = *params_.count;
+      }
+      grad_affine_.set(channel, params_.layout.channels,
+                       GradAffine<A>::make(params_.mean[channel], params_.inv_std[channel],
+                                           params_.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count));
+    };
+    auto reduce = [&](int64_t i) {
+      if (reduces) reduce_block(i);
+    };
+    auto apply = [&](int64_t i) {
+      if (!applies) return;
+      const GradArgs args = args_of(i, frozen);
+      (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args, partition_.block(i),
+                                                                                       partition_.mask_block(i));
+    };
+    run_phases(partition_, params_.layout.channels, threads_, reduce, finish, apply);
+  }
+
+  void run_sums() {
+    partials_.resize(size_t(partition_.blocks() * partition_.width()));
+    auto finish = [&](int64_t channel) { sums(channel, &params_.sum_grad[channel], &params_.sum_grad_xhat[channel]); };
+    run_phases(
+        partition_, params_.layout.channels, threads_, [&](int64_t i) { reduce_block(i); }, finish, [](int64_t) {});
+  }
+
+ private:
+  int64_t entries() const { return partition_.in_columns() ? partition_.width() : params_.layout.channels; }
+
+  GradArgs args_of(int64_t block, bool frozen) const {
+    const int64_t first = partition_.in_columns() ? 0 : partition_.channel_of(block);
+    return {params_.grad_out,   params_.input,           params_.residual,
+            params_.mask,       params_.activation,      affine_.arrays(first),
+            grad_affine_.arrays(first, frozen), params_.grad_input, params_.grad_residual};
+  }
+
+  void reduce_block(int64_t i) {
+    const GradArgs args = args_of(i, true);
+    if (partition_.in_columns())
+      table_.column_grad_sums(args, partition_.block(i), partition_.mask_block(i),
+                              &partials_[size_t(i * partition_.width())]);
+    else
+      partials_[size_t(i)] = table_.channel_grad_sums(args, partition_.block(i), partition_.mask_block(i));
+  }
+
+  void sums(int64_t channel, double* sum_grad, double* sum_grad_xhat) const {
+    GradSums total;
+    partition_.for_each_partial(channel, [&](int64_t i) {
+      total.sum_grad += partials_[size_t(i)].sum_grad;
+      total.sum_grad_shifted += partials_[size_t(i)].sum_grad_shifted;
+    });
+    const double mean = params_.mean[channel];
+    *sum_grad = total.sum_grad;
+    *sum_grad_xhat =
+        sum_grad_xhat_of(total.sum_grad, total.sum_grad_shifted, double(A(mean)), mean, params_.inv_std[channel]);
+  }
+
+  const BackwardParams& params_;
+  const Threads& threads_;
+  const Kernels& table_;
+  Partition partition_;
+  AffineTable<A> affine_;
+  GradAffineTable<A> grad_affine_;
+  std::vector<GradSums> partials_;
+};
+
+// What sums over no elements are.
+void write_zeros(const BackwardParams& params) {
+  for (int64_t c = 0; c < params.layout.channels; ++c) {
+    if (params.grad_weight.defined()) params.grad_weight.store(c, 0);
+    if (params.grad_bias.defined()) params.grad_bias.store(c, 0);
+  }
+}
+
+}  // namespace
+
+void backward(const BackwardParams& params, const Threads& threads) {
+  if (params.layout.count() == 0)
+    write_zeros(params);
+  else if (params.dtype == DType::float64)
+    Backward<double>(params, threads).run();
+  else
+    Backward<float>(params, threads).run();
+}
+
+void grad_sums(const BackwardParams& params, const Threads& threads) {
+  if (params.layout.count() == 0)
+    for (int64_t c = 0; c < params.layout.channels; ++c) params.sum_grad[c] = params.sum_grad_xhat[c] = 0;
+  else if (params.dtype == DType::float64)
+    Backward<double>(params, threads).run_sums();
+  else
+    Backward<float>(params, threads).run_sums();
+}
+
+}  // namespace fastbn::cpu

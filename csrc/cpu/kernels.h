@@ -1,0 +1,98 @@
+// The leaf loops of the CPU backend: each handles one block of one tensor on one thread, and exists once for every
+// instruction set and element type. Partition, threads and merging are in forward.cpp and backward.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "math/activation.h"
+#include "math/moments.h"
+#include "math/types.h"
+
+namespace fastbn::cpu {
+
+// Rows of contiguous elements. A block lies in one channel (its rows are runs), or its columns are channels.
+struct Block {
+  int64_t offset;      // of the first element, in elements
+  int64_t rows;
+  int64_t row_stride;  // in elements
+  int64_t cols;
+};
+
+// Where a block's mask lies: a row of the block starts at a byte of its own.
+struct MaskBlock {
+  int64_t offset = 0;  // in bytes
+  int64_t row_stride = 0;
+};
+
+// Arrays of acc_t<T>: one element where the block lies in one channel, else one a column. Members are those of Affine.
+struct AffineArrays {
+  const void* pivot = nullptr;
+  const void* scale = nullptr;
+  const void* shift = nullptr;
+};
+
+// Likewise for GradAffine.
+struct GradAffineArrays {
+  const void* pivot = nullptr;
+  const void* slope = nullptr;
+  const void* mean_grad = nullptr;
+  const void* rest = nullptr;
+  const void* scale = nullptr;
+};
+
+struct NormalizeArgs {
+  const void* input;
+  const void* residual;
+  void* output;
+  uint8_t* mask;
+  Activation activation;
+  AffineArrays affine;
+};
+
+struct GradArgs {
+  const void* grad_out;
+  const void* input;
+  const void* residual;
+  const uint8_t* mask;
+  Activation activation;
+  AffineArrays affine;          // recomputes z, where the activation needs it
+  GradAffineArrays grad_affine; // of input_grad; a null slope says that statistics are frozen
+  void* grad_input;
+  void* grad_residual;
+};
+
+struct GradSums {
+  double sum_grad = 0;
+  double sum_grad_shifted = 0;  // of grad_z * (x - pivot)
+};
+
+struct Kernels {
+  Moments (*channel_moments)(const void* input, Block block);
+  void (*column_moments)(const void* input, Block block, Moments* moments);
+  void (*channel_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
+  void (*column_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
+  GradSums (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask);
+  void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, GradSums* sums);
+  void (*channel_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
+  void (*column_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
+};
+
+// Those of the instruction set in use.
+const Kernels& kernels(DType dtype);
+
+// The instruction sets that this build holds and this machine can run, best first, and the one in use: the best, or the
+// one that the environment variable FASTBN_CPU names (portable, avx2, avx512).
+const char* const* instruction_sets();
+const char* instruction_set();
+
+namespace portable {
+const Kernels& kernels(DType dtype);
+}
+namespace avx2 {
+const Kernels& kernels(DType dtype);
+}
+namespace avx512 {
+const Kernels& kernels(DType dtype);
+}
+
+}  // namespace fastbn::cpu

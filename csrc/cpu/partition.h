@@ -1,0 +1,111 @@
+// Cuts a tensor into blocks of a size that a core's cache holds, by its layout alone. Where channels have runs, a block
+// lies in one channel; where they are innermost, it is a range of rows and its columns are channels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "cpu/launch.h"
+#include "math/layout.h"
+
+namespace fastbn::cpu {
+
+class Partition {
+ public:
+  Partition(const Layout& layout, bool has_mask) : layout_(layout), in_columns_(layout.channels_are_innermost()) {
+    if (in_columns_) {
+      // Rows of few channels are taken several at once, so that vectors are full; a mask pads every row, so not then.
+      const int64_t group = has_mask ? 1 : std::max<int64_t>(1, 64 / layout.channels);
+      width_ = group * layout.channels;
+      rows_ = layout.outer / group;
+      rest_ = (layout.outer - rows_ * group) * layout.channels;
+      // Estimates: 64 Ki elements stay in L2; 256 float terms a sum keep its rounding near one ulp.
+      rows_per_block_ = std::clamp<int64_t>(65536 / width_, 16, 256);
+      blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
+    } else {
+      // Estimate: 4 Ki elements stay in L1 between the two passes of the moments.
+      constexpr int64_t block_elements = 4096;
+      width_ = 1;
+      rows_per_block_ = std::max<int64_t>(1, block_elements / layout.inner);
+      const int64_t pieces = (layout.inner + block_elements - 1) / block_elements;
+      piece_ = ((layout.inner + pieces - 1) / pieces + 63) / 64 * 64;  // whole mask bytes, whole vectors
+      pieces_ = (layout.inner + piece_ - 1) / piece_;
+      per_channel_ = (layout.outer + rows_per_block_ - 1) / rows_per_block_ * pieces_;
+      blocks_ = layout.channels * per_channel_;
+    }
+  }
+
+  bool in_columns() const { return in_columns_; }
+  int64_t blocks() const { return blocks_; }
+
+  // Partial results a block: its columns, or one.
+  int64_t width() const { return width_; }
+
+  // A channel's blocks are [channel * per_channel, (channel + 1) * per_channel), where blocks lie in one channel.
+  int64_t per_channel() const { return per_channel_; }
+  int64_t channel_of(int64_t block) const { return block / per_channel_; }
+
+  Block block(int64_t index) const {
+    if (in_columns_) {
+      const int64_t first = index * rows_per_block_;
+      if (first >= rows_) return {rows_ * width_, 1, width_, rest_};
+      return {first * width_, std::min(rows_per_block_, rows_ - first), width_, width_};
+    }
+    const int64_t channel = index / per_channel_, part = index % per_channel_;
+    const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
+    return {(first * layout_.channels + channel) * layout_.inner + column,
+            std::min(rows_per_block_, layout_.outer - first), layout_.channels * layout_.inner,
+            std::min(piece_, layout_.inner - column)};
+  }
+
+  MaskBlock mask_block(int64_t index) const {
+    const int64_t bytes = layout_.mask_bytes_per_run();
+    if (in_columns_) return {index * rows_per_block_ * bytes, bytes};
+    const int64_t channel = index / per_channel_, part = index % per_channel_;
+    const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
+    return {(first * layout_.channels + channel) * bytes + column / 8, layout_.channels * bytes};
+  }
+
+  // Calls visit(index into the partial results) for all that belong to a channel, in an order that is always the same.
+  template <class Visit>
+  void for_each_partial(int64_t channel, Visit&& visit) const {
+    if (!in_columns_) {
+      for (int64_t k = 0; k < per_channel_; ++k) visit(channel * per_channel_ + k);
+      return;
+    }
+    for (int64_t i = 0; i < blocks_; ++i) {
+      const int64_t cols = i + 1 == blocks_ && rest_ > 0 ? rest_ : width_;
+      for (int64_t j = channel; j < cols; j += layout_.channels) visit(i * width_ + j);
+    }
+  }
+
+ private:
+  Layout layout_;
+  bool in_columns_;
+  int64_t width_ = 0, rows_per_block_ = 0, blocks_ = 0;
+  int64_t rows_ = 0, rest_ = 0;                          // in columns
+  int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;     // in channels
+};
+
+// reduce(block), then finish(channel), then apply(block). A channel that one thread has to itself goes through all three
+// while it is cached, last block first.
+template <class Reduce, class Finish, class Apply>
+void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduce&& reduce, Finish&& finish,
+                Apply&& apply) {
+  if (!partition.in_columns() && channels >= 4 * threads.count) {
+    threads.for_each(channels, 1, [&](int64_t channel) {
+      const int64_t first = channel * partition.per_channel(), last = first + partition.per_channel();
+      for (int64_t i = first; i < last; ++i) reduce(i);
+      finish(channel);
+      for (int64_t i = last - 1; i >= first; --i) apply(i);
+    });
+  } else {
+    threads.for_each(partition.blocks(), 1, reduce);
+    threads.for_each(channels, 16, finish);
+    threads.for_each(partition.blocks(), 1, apply);
+  }
+}
+
+
+}  // namespace fastbn::cpu

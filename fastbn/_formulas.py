@@ -82,9 +82,11 @@ def suggest_memory_format(x: Tensor) -> torch.memory_format:
     return formats[x.dim()]
 
 
-def _rows(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[bool, int, int]:
+def runs_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[bool, int, int]:
     """(whether a run goes over the channels, runs, elements a run) of a tensor of that shape and format."""
     outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
+    if channels == 1:  # one long run, whatever the format
+        return False, 1, outer * inner
     if memory_format != torch.contiguous_format or inner == 1:
         return True, outer * inner, channels
     return False, outer * channels, inner
@@ -92,7 +94,7 @@ def _rows(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[b
 
 def pack_mask(upper: Tensor, memory_format: torch.memory_format) -> Tensor:
     """Bits of a bool tensor (N, C, *): uint8 [runs, ceil(run / 8)], element i of a run in bit i % 8 of byte i / 8."""
-    over_channels, runs, run = _rows(tuple(upper.shape), memory_format)
+    over_channels, runs, run = runs_of(tuple(upper.shape), memory_format)
     bits = (upper.movedim(1, -1) if over_channels else upper).reshape(runs, run)
     width = (run + 7) // 8
     bits = F.pad(bits.to(torch.uint8), (0, width * 8 - run)).view(runs, width, 8)
@@ -103,7 +105,7 @@ def pack_mask(upper: Tensor, memory_format: torch.memory_format) -> Tensor:
 def unpack_mask(mask: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
     """The inverse of `pack_mask`: bool of the shape given."""
     shape = tuple(shape)
-    over_channels, _, run = _rows(shape, memory_format)
+    over_channels, _, run = runs_of(shape, memory_format)
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :run].bool()
     if over_channels:
@@ -128,7 +130,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     dims = reduced_dims(x)
     # The mean about a first mean: rounding of the first does not matter, and a constant channel's is exact.
     pivot = x.detach().mean(dims)
-    mean = pivot + (x - wide(x, pivot)).mean(dims)
+    correction = (x - wide(x, pivot)).mean(dims)
+    mean = pivot + torch.where(pivot.isinf(), 0.0, correction)  # an infinite mean stays infinite, as torch's does
     return mean, (x - wide(x, mean)).square().mean(dims)
 
 

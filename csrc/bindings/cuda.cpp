@@ -1,0 +1,52 @@
+// The ops on CUDA tensors. The stream's symbol lives in libtorch_cuda and is looked up at run time, so that the same
+// binary also loads under a torch without CUDA.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <mutex>
+#include <vector>
+
+#include "bindings/cuda_backend.h"
+#include "bindings/ops.h"
+
+namespace fastbn {
+namespace {
+
+cudaStream_t current_stream(int32_t device) {
+  using Shim = AOTITorchError (*)(int32_t, void**);
+  static const Shim shim = reinterpret_cast<Shim>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  if (!shim || shim(device, &stream) != 0) fail("fastbn", "expected a torch built with CUDA, got one without");
+  return static_cast<cudaStream_t>(stream);
+}
+
+const DeviceLimits& limits_of(int32_t device) {
+  static std::mutex mutex;
+  static std::vector<DeviceLimits> known(64);
+  const std::scoped_lock lock(mutex);
+  DeviceLimits& limits = known.at(size_t(device));
+  if (limits.sm_count == 0) {
+    limits.name = "cuda";
+    const cudaError_t error = cuda::device_limits(device, &limits);
+    if (error != cudaSuccess) fail("fastbn", "cannot read the limits of device ", device, ": ", cudaGetErrorString(error));
+  }
+  return limits;
+}
+
+class TorchContext {
+ public:
+  explicit TorchContext(const Tensor& input) : device_(input.get_device_index()), guard_(device_) {}
+  cudaStream_t stream() const { return current_stream(device_); }
+  const DeviceLimits& limits() const { return limits_of(device_); }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+}  // namespace
+}  // namespace fastbn
+
+STABLE_TORCH_LIBRARY_IMPL(FASTBN_NAMESPACE, CUDA, m) {
+  fastbn::Ops<fastbn::CudaBackend<fastbn::TorchContext>>::register_all(m);
+}

@@ -1,0 +1,94 @@
+// fastbn._C: importing it registers the ops; what it binds is not an op: build information and the planner.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "math/plan.h"
+
+#ifndef FASTBN_CUDA_ARCHITECTURES
+#define FASTBN_CUDA_ARCHITECTURES ""
+#endif
+#ifdef __clang__
+#define FASTBN_COMPILER "clang " __clang_version__
+#else
+#define FASTBN_COMPILER "g++ " __VERSION__
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace fastbn;
+
+py::dict build_info() {
+  std::vector<std::string> sets;
+  for (const char* const* name = cpu::instruction_sets(); *name; ++name) sets.emplace_back(*name);
+  py::dict info;
+  info["compiler"] = FASTBN_COMPILER;
+  info["built_with_torch"] = FASTBN_TORCH_VERSION;
+  info["cuda_architectures"] = FASTBN_CUDA_ARCHITECTURES;
+  info["cpu_instruction_sets"] = sets;
+  info["cpu_instruction_set"] = cpu::instruction_set();
+  return info;
+}
+
+DeviceLimits named_device(const std::string& name) {
+  std::string names;
+  for (const DeviceLimits& limits : known_devices) {
+    if (name == limits.name) return limits;
+    names += (names.empty() ? "" : ", ") + std::string(limits.name);
+  }
+  throw std::invalid_argument("device: expected one of " + names + ", got '" + name + "'");
+}
+
+py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int dtype,
+              const std::string& direction, int activation, bool residual, bool aligned, const DeviceLimits& limits) {
+  const int64_t dim = int64_t(sizes.size());
+  Request request;
+  request.layout = layout_of(sizes.data(), dim, suggest_memory_format(sizes.data(), strides.data(), dim));
+  request.dtype = DType(dtype);
+  request.direction = direction == "forward"    ? Direction::forward
+                      : direction == "eval"     ? Direction::eval
+                      : direction == "backward" ? Direction::backward
+                                                : Direction::frozen_backward;
+  request.activation = Activation(activation);
+  request.residual = residual;
+  request.aligned = aligned;
+  const Plan chosen = choose_plan(request, limits);
+  py::dict result;
+  result["kernel"] = chosen.kernel == Kernel::channel_blocks ? "channel_blocks" : "row_blocks";
+  result["launches"] = chosen.launches;
+  result["tensor_reads"] = chosen.tensor_reads;
+  result["tensor_writes"] = chosen.tensor_writes;
+  result["cluster"] = chosen.cluster;
+  result["blocks"] = chosen.grid_x * chosen.splits;
+  result["threads"] = chosen.threads;
+  result["shared_bytes"] = chosen.shared_bytes;
+  result["vectorized"] = chosen.vectorized;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and the planner of fastbn; importing it registers torch.ops.fastbn.";
+  py::class_<DeviceLimits>(m, "DeviceLimits", "What the planner knows of a GPU.")
+      .def(py::init([](int sm_count, int64_t shared_bytes_per_block, int max_cluster, int64_t l2_bytes) {
+             return DeviceLimits{"cuda", sm_count, shared_bytes_per_block, max_cluster, l2_bytes};
+           }),
+           py::kw_only(), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("max_cluster"),
+           py::arg("l2_bytes"))
+      .def_readonly("sm_count", &DeviceLimits::sm_count)
+      .def_readonly("shared_bytes_per_block", &DeviceLimits::shared_bytes_per_block)
+      .def_readonly("max_cluster", &DeviceLimits::max_cluster)
+      .def_readonly("l2_bytes", &DeviceLimits::l2_bytes);
+  m.def("build_info", &build_info, "How this binary was built, and the CPU instruction sets it can use here.");
+  m.def("named_device", &named_device, "The limits of a100, h100, h200 or b200.");
+  m.def("plan", &plan, "The CUDA plan for a tensor's sizes and strides; traffic in units of one activation tensor.",
+        py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),
+        py::arg("activation"), py::arg("residual"), py::arg("aligned"), py::arg("limits"));
+}

@@ -1,0 +1,128 @@
+"""fastbn.explain: which implementation a call would run, what it would launch and move, and why not a faster one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastbn import _C, _ops, functional
+from fastbn._activations import index as activation_index
+from fastbn._activations import is_piecewise_linear
+
+_DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs. Traffic is in units of S, the bytes of one activation tensor; predictions, not measurements."""
+
+    backend: str
+    kernel: str
+    launches: int
+    tensor_reads: float
+    tensor_writes: float
+    cluster: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"{self.blocks} blocks of {self.threads} threads" if self.blocks else f"{self.threads} threads"
+        if self.cluster > 1:
+            where += f" in clusters of {self.cluster}"
+        return (
+            f"{self.backend}: {self.kernel}, {self.launches} launches, {where}; reads {self.tensor_reads:g} S, "
+            f"writes {self.tensor_writes:g} S; {self.reason}"
+        )
+
+
+def explain(
+    input: Tensor,
+    direction: str = "forward",
+    *,
+    activation: str | None = None,
+    residual: bool = False,
+    training: bool = True,
+    device: str | None = None,
+) -> Plan:
+    """The plan for batch-normalising `input`, a tensor (N, C, *) on any device; meta tensors do.
+
+    direction: "forward" or "backward". training: batch statistics, else frozen ones. residual: whether one is added.
+    device: "a100", "h100", "h200" or "b200" asks about that GPU without having one; None about the input's own device.
+
+    Raises ValueError for an argument outside these.
+    """
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
+    index = activation_index(activation)
+    reason = _ops.why_unsupported(input, *_statistics(input, training), None, None, training, eps=1e-5)
+    if reason is None and device is None:
+        backend, reason = _ops.default_backend(input.device)
+    elif reason is None:
+        backend, reason = "cuda", f"planned for a {device}"
+    else:
+        backend = None
+    if backend == "cuda":
+        return _cuda_plan(input, direction, index, residual, training, device, reason)
+    reads, writes = _two_pass_traffic(input, direction, index, residual, training)
+    if backend == "cpu":
+        kernel = "row_blocks" if _is_channels_innermost(input) else "channel_blocks"
+        return Plan("cpu", kernel, 1, reads, writes, 1, 0, torch.get_num_threads(), 0, reason)
+    return Plan("torch", "batch_norm", 0, reads, writes, 1, 0, 0, 0, reason)
+
+
+def _statistics(input: Tensor, training: bool):
+    if training:
+        return None, None
+    channels = input.size(1) if input.dim() > 1 else 0
+    stats = torch.empty(channels, dtype=input.dtype, device=input.device)
+    return stats, stats
+
+
+def _is_channels_innermost(input: Tensor) -> bool:
+    channels_innermost, _, _ = _ops._formulas.runs_of(
+        tuple(input.shape), _ops._formulas.suggest_memory_format(input)
+    )
+    return channels_innermost
+
+
+def _two_pass_traffic(input, direction, index, residual, training) -> tuple[float, float]:
+    masked = residual and is_piecewise_linear(index)
+    mask = 1 / (8 * input.element_size()) if masked else 0.0
+    if direction == "forward":
+        return (2.0 if training else 1.0) + residual, 1.0 + mask
+    derivative = 0.0 if index == 0 else mask if masked else float(residual)
+    writes = 1.0 + (residual and index != 0)
+    if training:
+        return 2 * (2 + derivative), writes
+    return (1.0 if index == 0 else 1 + mask if masked else 2.0 + residual), writes
+
+
+def _cuda_plan(input, direction, index, residual, training, device, reason) -> Plan:
+    if device is not None:
+        limits = _C.named_device(device)
+    else:
+        properties = torch.cuda.get_device_properties(input.device)
+        limits = _C.DeviceLimits(
+            sm_count=properties.multi_processor_count,
+            shared_bytes_per_block=properties.shared_memory_per_block_optin,
+            max_cluster=16 if properties.major >= 9 else 1,
+            l2_bytes=properties.L2_cache_size,
+        )
+    wanted = {("forward", True): "forward", ("forward", False): "eval", ("backward", True): "backward"}
+    plan = _C.plan(
+        sizes=list(input.shape),
+        strides=list(input.stride()),
+        dtype=_ops.DTYPES.index(input.dtype),
+        direction=wanted.get((direction, training), "frozen_backward"),
+        activation=index,
+        residual=residual,
+        aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
+        limits=limits,
+    )
+    if not plan.pop("vectorized"):
+        reason += "; element by element, because runs are not whole octets of eight aligned elements"
+    return Plan(backend="cuda", reason=reason, **plan)

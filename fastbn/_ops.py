@@ -1,0 +1,236 @@
+"""The ops as Python sees them: loads fastbn._C, adds what torch needs beside kernels, and decides who serves a call.
+
+Kernels come from C++; here are the shapes that tracing asks for, the refusal to differentiate an op directly, and the one
+place that picks a backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbn import _formulas, reference
+from fastbn._activations import is_piecewise_linear
+
+try:
+    from fastbn import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastbn._C could not be loaded ({error}): build it with 'pip install .' in a clone of fastbn, against PyTorch "
+        "2.10 or newer"
+    ) from error
+
+CUDA_ARCHITECTURES: str = _C.build_info()["cuda_architectures"]
+HALF_TYPES = (torch.bfloat16, torch.float16)
+# In the order of DType in csrc/math/types.h.
+DTYPES = (torch.float32, torch.float64, *HALF_TYPES)
+OPS = (
+    "batch_norm_train",
+    "batch_norm_eval",
+    "batch_norm_backward",
+    "channel_stats",
+    "normalize",
+    "grad_sums",
+    "input_grad",
+)
+
+_backends: dict[str, Any] = {}
+
+
+def namespace(backend: str) -> Any:
+    """What holds the seven ops of a backend as attributes. ValueError for an unknown name."""
+    try:
+        return _backends[backend]
+    except KeyError:
+        raise ValueError(f"backend: expected one of {', '.join(_backends)}, torch, got {backend!r}") from None
+
+
+def default_backend(device: torch.device) -> tuple[str | None, str]:
+    """(the backend that serves tensors of a device, or None, and why)."""
+    if device.type == "cpu":
+        return "cpu", "CPU tensors run on the C++ kernels"
+    if device.type == "cuda":
+        if CUDA_ARCHITECTURES and torch.version.cuda:
+            return "cuda", "CUDA tensors run on the CUDA kernels"
+        return None, "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+    return None, f"fastbn has no kernels for {device.type} tensors"
+
+
+def why_unsupported(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> str | None:
+    """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
+    if input.dtype not in DTYPES:
+        return f"fastbn has no kernels for {input.dtype}"
+    if input.layout is not torch.strided:
+        return f"fastbn takes strided tensors, not {input.layout}"
+    if input.dim() < 2:
+        return "fastbn takes inputs of at least two dimensions"
+    channels = input.size(1)
+    if channels == 0:
+        return "there are no channels"
+    if not eps > 0:
+        return "eps is not positive"
+    if (running_mean is None) != (running_var is None):
+        return "only one running statistic is given"
+    if training:
+        if input.numel() == channels:
+            return "there is but one value a channel"
+    elif running_mean is None:
+        return "evaluation needs running statistics"
+    dtype = None
+    for vector in (weight, bias, running_mean, running_var):
+        if vector is None:
+            continue
+        if vector.dim() != 1 or vector.size(0) != channels or not vector.is_contiguous():
+            return f"a parameter or running statistic is not a contiguous vector of {channels}"
+        if vector.device != input.device:
+            return "parameters and input are on different devices"
+        if dtype is None:
+            dtype = vector.dtype
+            if dtype != input.dtype and not (dtype == torch.float32 and input.dtype in HALF_TYPES):
+                return f"parameters of {dtype} do not go with an input of {input.dtype}"
+        elif vector.dtype != dtype:
+            return "parameters and running statistics differ in dtype"
+    return None
+
+
+def _stats(input: Tensor, wanted: bool = True) -> Tensor:
+    return input.new_empty(input.size(1) if wanted else 0, dtype=torch.float64)
+
+
+def _output(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=_formulas.suggest_memory_format(input))
+
+
+def _mask(input: Tensor, activation: int, wanted: bool) -> Tensor:
+    if not (wanted and is_piecewise_linear(activation)):
+        return input.new_empty(0, dtype=torch.uint8)
+    _, runs, run = _formulas.runs_of(tuple(input.shape), _formulas.suggest_memory_format(input))
+    return input.new_empty(runs, (run + 7) // 8, dtype=torch.uint8)
+
+
+def _fake_train(
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask
+):
+    return _output(input), _stats(input), _stats(input), _mask(input, activation, save_mask)
+
+
+def _fake_eval(input, residual, weight, bias, running_mean, running_var, eps, activation, save_stats, save_mask):
+    stats = _stats(input, save_stats), _stats(input, save_stats)
+    return _output(input), *stats, _mask(input, activation, save_mask)
+
+
+def _fake_backward(
+    grad_out,
+    input,
+    residual,
+    mask,
+    weight,
+    bias,
+    mean,
+    inv_std,
+    batch_stats,
+    activation,
+    need_input,
+    need_weight,
+    need_bias,
+    need_residual,
+):
+    vector = next((v for v in (weight, bias) if v is not None), input)
+    return (
+        _output(input) if need_input else input.new_empty(0),
+        vector.new_empty(input.size(1) if need_weight else 0),
+        vector.new_empty(input.size(1) if need_bias else 0),
+        _output(input) if need_residual else input.new_empty(0),
+    )
+
+
+def _fake_channel_stats(input):
+    return _stats(input), _stats(input)
+
+
+def _fake_normalize(input, residual, weight, bias, mean, inv_std, activation, save_mask):
+    return _output(input), _mask(input, activation, save_mask)
+
+
+def _fake_grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
+    return _stats(input), _stats(input)
+
+
+def _fake_input_grad(
+    grad_out,
+    input,
+    residual,
+    mask,
+    weight,
+    bias,
+    mean,
+    inv_std,
+    sum_grad,
+    sum_grad_xhat,
+    count,
+    activation,
+    need_residual,
+):
+    return _output(input), _output(input) if need_residual else input.new_empty(0)
+
+
+_FAKES = (
+    _fake_train,
+    _fake_eval,
+    _fake_backward,
+    _fake_channel_stats,
+    _fake_normalize,
+    _fake_grad_sums,
+    _fake_input_grad,
+)
+
+
+def _refuse_backward(op: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{op} cannot be differentiated directly: use fastbn.functional.batch_norm")
+
+    return backward
+
+
+def _refuse_forward(op: torch._ops.OpOverload):
+    """torch registers backward formulas for functional ops only; the op with buffers refuses when it is called."""
+
+    def forward(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            _refuse_backward(op.name())(None)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return forward
+
+
+_libraries = []  # registrations last as long as these
+
+
+def register(backend: str, ops: str) -> None:
+    """Make the C++ ops of the torch.ops namespace `ops` known to torch's tracers, and a backend of that name."""
+    library = torch.library.Library(ops, "IMPL")
+    _libraries.append(library)
+    for name, fake in zip(OPS, _FAKES):
+        qualified = f"{ops}::{name}"
+        torch.library.register_fake(qualified, fake, lib=library)
+        op = getattr(getattr(torch.ops, ops), name).default
+        if op._schema.is_mutable:
+            library.impl(name, _refuse_forward(op), "Autograd", with_keyset=True)
+        else:
+            torch.library.register_autograd(qualified, _refuse_backward(qualified), lib=library)
+    _backends[backend] = getattr(torch.ops, ops)
+
+
+register("cpu", "fastbn")
+_backends["cuda"] = torch.ops.fastbn
+_backends["reference"] = reference

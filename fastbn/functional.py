@@ -1,0 +1,127 @@
+"""fastbn.functional.batch_norm: torch.nn.functional.batch_norm with residual, activation and counter fused in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastbn import _formulas, _ops
+from fastbn._activations import index as activation_index
+from fastbn.autograd import BatchNormFunction
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    num_batches_tracked: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """activation(batch_norm(input) + residual) in one pass, as `torch.nn.functional.batch_norm` otherwise.
+
+    input: (N, C, *), float32, float64, bfloat16 or float16, any strides. The result has its shape, dtype and suggested
+    memory format. weight, bias, running_mean, running_var: (C,), the dtype of input, or float32 beside a half type.
+    training: normalise by the biased statistics of the batch and move the running ones, if given, by `momentum`
+    (`running = (1 - momentum) * running + momentum * batch`, unbiased variance); else normalise by the running ones.
+    residual: the shape, dtype and device of input. activation: None, "relu", "leaky_relu", "relu6", "elu", "silu",
+    "gelu" or "hardswish", with torch's default parameters.
+    num_batches_tracked: int64 of one element, incremented in training; with momentum None the statistics move by
+    1 / num_batches_tracked, which makes them the average over all batches.
+    backend: "cpu", "cuda", "reference" or "torch"; None takes the fastest that can, and torch's own where none can, or
+    where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
+
+    Raises what torch raises for the same input, before any buffer has changed, and ValueError for a residual, activation
+    or backend that does not fit.
+    """
+    index = activation_index(activation)
+    if residual is not None:
+        _check_residual(input, residual)
+    if backend is None:
+        backend = _choose_backend(input, running_mean, running_var, weight, bias, training, eps)[0]
+    if backend == "torch":
+        return _torch_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            index,
+            num_batches_tracked,
+        )
+    if not training:
+        num_batches_tracked = None
+    return BatchNormFunction.apply(
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        index,
+        backend,
+    )
+
+
+def _choose_backend(input, running_mean, running_var, weight, bias, training, eps) -> tuple[str, str]:
+    """(backend, why): the one place that decides which implementation runs."""
+    reason = _why_torch_must_see() or _ops.why_unsupported(
+        input, running_mean, running_var, weight, bias, training, eps
+    )
+    if reason is not None:
+        return "torch", reason
+    backend, reason = _ops.default_backend(input.device)
+    return backend or "torch", reason
+
+
+def _why_torch_must_see() -> str | None:
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
+        return None
+    if torch.jit.is_tracing():
+        return "what consumes a traced graph knows aten::batch_norm, not fastbn's ops"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "functorch transforms differentiate and batch torch's own batch_norm"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD has its formula for torch's own batch_norm"
+    return None
+
+
+def _check_residual(input: Tensor, residual: Tensor) -> None:
+    if residual.shape != input.shape:
+        raise ValueError(f"batch_norm: expected residual of shape {list(input.shape)}, got {list(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise ValueError(f"batch_norm: expected residual of dtype {input.dtype}, got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"batch_norm: expected residual on {input.device}, got {residual.device}")
+
+
+def _torch_batch_norm(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, residual, index, num_batches_tracked
+) -> Tensor:
+    counts = training and num_batches_tracked is not None
+    factor = momentum
+    if momentum is None:
+        factor = 1.0 / float(num_batches_tracked + 1) if counts else 0.0
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+    if counts:  # after batch_norm, which may raise
+        num_batches_tracked.add_(1)
+    return _formulas.activation(output if residual is None else output + residual, index)

@@ -1,0 +1,65 @@
+"""BatchNorm1d, 2d and 3d: torch.nn's modules with another forward, and room for a residual and an activation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastbn import functional
+from fastbn._activations import index as activation_index
+
+
+class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the three share. Parameters, buffers, checks and state_dict are torch's; `activation` is a class attribute so
+    that a torch.nn module whose class is swapped has it too."""
+
+    activation: str | None = None
+
+    def __init__(self, *args, activation: str | None = None, **kwargs) -> None:
+        activation_index(activation)
+        super().__init__(*args, **kwargs)
+        if activation is not None:
+            self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        tracks = self.training and self.track_running_stats
+        uses_buffers = tracks or not self.training
+        return functional.batch_norm(
+            input,
+            self.running_mean if uses_buffers else None,
+            self.running_var if uses_buffers else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self.momentum,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+            num_batches_tracked=self.num_batches_tracked if tracks else None,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+_DOC = """torch.nn.{name} whose forward and backward are fused kernels.
+
+    Arguments, parameters, buffers and state_dict are those of the installed torch.nn.{name}; also
+    activation: None, "relu", "leaky_relu", "relu6", "elu", "silu", "gelu" or "hardswish", applied last.
+
+    forward(input, residual=None): {shape}; residual has the shape, dtype and device of input and is
+    added before the activation. Errors are torch.nn.{name}'s.
+    """
+
+
+class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):
+    __doc__ = _DOC.format(name="BatchNorm1d", shape="input (N, C) or (N, C, L)")
+
+
+class BatchNorm2d(_FastBatchNorm, nn.BatchNorm2d):
+    __doc__ = _DOC.format(name="BatchNorm2d", shape="input (N, C, H, W)")
+
+
+class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
+    __doc__ = _DOC.format(name="BatchNorm3d", shape="input (N, C, D, H, W)")

@@ -10,7 +10,7 @@
 
 #include "check.h"
 #include "emulator.h"
-#include "primitive_kernels.cuh"
+#include "primitive_kernels.cu"
 
 using namespace fastbn;
 using namespace fastbn::test;
@@ -186,7 +186,11 @@ void print_speed() {
 
 }  // namespace
 
-int main() {
+// With the argument "overrun": writes past the end of shared memory, for AddressSanitizer to report.
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "overrun") {
+    return device::launch(broken_overrun_kernel, {.threads = 32, .shared_bytes = 128}, nullptr);
+  }
   test_block_sum();
   test_missing_barrier_is_found();
   test_warp_sums();

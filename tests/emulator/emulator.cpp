@@ -23,8 +23,6 @@ using device::kWarp;
 // Estimates: kernels keep at most a few kilobytes a thread, and sanitizers several times that.
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
-// Of an H100 or H200, for one block.
-constexpr int64_t kMaxSharedBytes = 227 << 10;
 constexpr const char* kStateNames[] = {"ready", "at a warp operation", "at sync_block", "at sync_cluster",
                                        "at sync_grid", "returned"};
 
@@ -198,7 +196,9 @@ const char* last_failure() { return machine.failure.c_str(); }
 
 cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   if (!is_valid(shape)) return cudaErrorInvalidConfiguration;
-  if (shape.shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  int max_shared_bytes = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (error != cudaSuccess || shape.shared_bytes > max_shared_bytes) return cudaErrorInvalidValue;
   std::lock_guard lock(machine.mutex);
   const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster * shape.grid_y);
   const size_t together = shape.cooperative ? clusters : 1;

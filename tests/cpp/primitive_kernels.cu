@@ -1,7 +1,5 @@
 // Small kernels over each device primitive, with their launchers; some are wrong on purpose (named broken_*), for the
 // emulator to find. Compiled by nvcc too, to check that both headers offer the same.
-#pragma once
-
 #include <cstdint>
 
 #include "cuda/device.cuh"

@@ -1,0 +1,74 @@
+"""Compiles the CUDA kernels for the emulator and registers them as torch.ops.fastbn_emulator, backend "emulator".
+
+FASTBN_SANITIZE=1 compiles with AddressSanitizer and UBSan; python must then run with `preload()` in LD_PRELOAD.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS_A_DEVICE = {"device_limits.cu"}
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+def sanitizes() -> bool:
+    return os.environ.get("FASTBN_SANITIZE") == "1"
+
+
+def preload() -> str:
+    """The value of LD_PRELOAD for a python that loads the sanitized build."""
+    libraries = (
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    )
+    return ":".join(libraries)
+
+
+def _sources(folder: Path) -> list[str]:
+    """The emulator, the bindings, and a C++ file around each kernel file: torch would give a .cu to nvcc."""
+    wrapped = []
+    for kernel in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        if kernel.name in NEEDS_A_DEVICE:
+            continue
+        wrapper = folder / f"{kernel.stem}_kernels.cpp"
+        text = f'#include "cuda/{kernel.name}"\n'
+        if not wrapper.exists() or wrapper.read_text() != text:
+            wrapper.write_text(text)
+        wrapped.append(wrapper)
+    bindings = [ROOT / "csrc" / "bindings" / name for name in ("schemas.cpp", "arguments.cpp")]
+    emulator = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
+    return [str(path) for path in [*wrapped, *bindings, *emulator, ROOT / "tests" / "emulator" / "binding" / "ops.cpp"]]
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Build if anything changed, import, and register with fastbn. Returns the module (set_seed, launches)."""
+    import fastbn._ops
+
+    folder = ROOT / ".build" / ("emulator_sanitized" if sanitizes() else "emulator")
+    folder.mkdir(parents=True, exist_ok=True)
+    module = cpp_extension.load(
+        name="fastbn_emulator",
+        sources=_sources(folder),
+        # In this order: cuda/device.cuh and cuda/runtime.h are then the emulator's.
+        extra_include_paths=[str(ROOT / "tests" / "emulator"), str(ROOT / "csrc")],
+        extra_cflags=[
+            "-std=c++20",
+            "-O2",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-DFASTBN_NAMESPACE=fastbn_emulator",
+            "-fvisibility=hidden",
+            *(["-g1", *SANITIZERS] if sanitizes() else ["-g0"]),
+        ],
+        extra_ldflags=SANITIZERS[:1] if sanitizes() else [],
+        build_directory=str(folder),
+    )
+    fastbn._ops.register("emulator", "fastbn_emulator")
+    return module

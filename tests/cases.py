@@ -1,0 +1,263 @@
+"""The table of cases that every test and benchmark uses, and the tensors of a case.
+
+A case is a shape, a layout and a kind of data. `setups` crosses cases with the options of the ops so that each
+activation meets each dtype, memory format and residual.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+from fastbn._activations import ACTIVATIONS
+
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "channels_last_3d",
+    "sliced",
+    "sliced_channels_last",
+    "transposed",
+    "expanded",
+    "unaligned",
+    "unaligned_channels_last",
+)
+DATA = ("normal", "offset", "constant", "inf", "nan")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Exact in no binary format but 0 and 1e4; the last two are beyond where a mean in float32 or a scale-and-shift survives.
+CONSTANTS = (0.1, 0.0, -3.3, 1e4, 12345.678, -5e4, 1e7, 1e30)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...]
+    layout: str = "contiguous"
+    data: str = "normal"
+    large: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def memory_format(self) -> str:
+        """What the ops make of the layout; channels_last stands for channels_last_3d too."""
+        return "channels_last" if "channels_last" in self.layout else "contiguous"
+
+    @property
+    def count(self) -> int:
+        """Elements a channel."""
+        return self.numel // self.channels
+
+
+def _case(kind: str, *shape: int, layout: str = "contiguous", data: str = "normal", large: bool = False) -> Case:
+    parts = [kind, "x".join(map(str, shape))]
+    parts += [part for part, default in ((layout, "contiguous"), (data, "normal")) if part != default]
+    return Case("-".join(parts), shape, layout, data, large)
+
+
+CASES = (
+    _case("prime", 7, 13),
+    _case("prime", 5, 11, 17),
+    _case("prime", 3, 7, 11, 13),
+    _case("prime", 2, 5, 3, 7, 11),
+    _case("prime", 3, 7, 11, 13, layout="channels_last"),
+    _case("prime", 2, 5, 3, 7, 11, layout="channels_last_3d"),
+    _case("one_channel", 37, 1),
+    _case("one_channel", 4, 1, 9, 9),
+    _case("one_channel", 4, 1, 9, 9, layout="channels_last"),
+    _case("rgb", 4, 3, 16, 16),
+    _case("rgb", 4, 3, 16, 16, layout="channels_last"),
+    _case("wide", 2, 129, 3, 3),
+    _case("wide", 2, 129, 3, 3, layout="channels_last"),
+    _case("wide", 17, 129),
+    _case("aligned", 4, 32, 4, 8),
+    _case("aligned", 4, 32, 4, 8, layout="channels_last"),
+    _case("aligned", 2, 16, 2, 4, 8, layout="channels_last_3d"),
+    _case("pointwise", 6, 20, 1, 1),
+    _case("pointwise", 6, 20, 1, 1, layout="channels_last"),
+    _case("two_values", 2, 5),
+    _case("two_values", 1, 5, 1, 2),
+    _case("two_values", 1, 5, 1, 2, layout="channels_last"),
+    _case("three_values", 3, 24),
+    _case("three_values", 1, 24, 3),
+    _case("one_value", 1, 6, 1, 1),
+    _case("empty", 0, 4),
+    _case("empty", 0, 3, 5, 5),
+    _case("empty", 2, 3, 0, 5, layout="channels_last"),
+    _case("unaligned", 3, 8, 5, 5, layout="unaligned"),
+    _case("unaligned", 3, 8, 5, 5, layout="unaligned_channels_last"),
+    _case("unaligned", 33, 10, layout="unaligned"),
+    _case("strided", 3, 6, 5, 4, layout="sliced"),
+    _case("strided", 3, 6, 5, 4, layout="sliced_channels_last"),
+    _case("strided", 3, 6, 5, 4, layout="transposed"),
+    _case("strided", 12, 9, layout="transposed"),
+    _case("strided", 4, 6, 5, layout="sliced"),
+    _case("strided", 4, 3, 5, 3, layout="expanded"),
+    _case("steep", 4, 7, 9, 9, data="offset"),
+    _case("steep", 4, 7, 9, 9, layout="channels_last", data="offset"),
+    _case("steep", 64, 33, data="offset"),
+    _case("flat", 3, 8, 5, 5, data="constant"),
+    _case("flat", 3, 8, 5, 5, layout="channels_last", data="constant"),
+    _case("flat", 19, 8, data="constant"),
+    _case("infinite", 3, 5, 4, 4, data="inf"),
+    _case("infinite", 3, 5, 4, 4, layout="channels_last", data="inf"),
+    _case("not_a_number", 3, 5, 4, 4, data="nan"),
+    _case("not_a_number", 3, 5, 4, 4, layout="channels_last", data="nan"),
+    _case("long_row", 2, 2, 1021),
+    _case("many_rows", 1031, 3),
+    # Beyond here not for the emulator.
+    _case("many_rows", 65537, 2),
+    _case("many_rows", 70001, 1, 1, 1),
+    _case("many_rows", 66000, 2, 1, 2, layout="channels_last"),
+    _case("long_row", 1, 2, 65537),
+    _case("resnet", 8, 64, 28, 28),
+    _case("resnet", 8, 64, 28, 28, layout="channels_last"),
+    _case("resnet", 16, 256, 7, 7, layout="channels_last"),
+    _case("video", 2, 24, 4, 14, 14, layout="channels_last_3d"),
+    _case("mlp", 512, 300),
+    _case("steep", 8, 16, 56, 56, data="offset"),
+    _case("steep", 8, 16, 56, 56, layout="channels_last", data="offset"),
+    _case("beyond_int32", 3, 2, 2**15, 11003, large=True),
+    _case("beyond_int32", 3, 2, 2**15, 11003, layout="channels_last", large=True),
+)
+LARGE = tuple(case for case in CASES if case.large)
+ORDINARY = tuple(case for case in CASES if not case.large)
+SMALL_NUMEL = 4096
+SMALL = tuple(case for case in ORDINARY if case.numel <= SMALL_NUMEL)
+# What reaches a kernel: the bindings make the other layouts dense before.
+SMALL_DENSE = tuple(
+    case for case in SMALL if case.layout not in ("sliced", "sliced_channels_last", "transposed", "expanded")
+)
+
+
+def _values(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Contiguous values of the kind of data, in dtype, on the CPU."""
+    per_channel = (1, case.channels, *[1] * (len(case.shape) - 2))
+    if case.data == "constant":
+        limit = 0.9 * torch.finfo(dtype).max
+        constants = torch.tensor([CONSTANTS[c % len(CONSTANTS)] for c in range(case.channels)], dtype=torch.float64)
+        return constants.clamp(-limit, limit).to(dtype).view(per_channel).expand(case.shape).contiguous()
+    x = torch.randn(case.shape, dtype=torch.float64, generator=generator)
+    if case.data == "offset":
+        return (x * 1e-2 + 1e4).to(dtype)
+    std = torch.rand(per_channel, dtype=torch.float64, generator=generator) + 0.5
+    mean = torch.rand(per_channel, dtype=torch.float64, generator=generator) * 2 - 1
+    x = x * std + mean
+    if case.data == "inf":
+        x[0, 0, ..., -1] = math.inf
+        x[-1, -1, ..., 0] = -math.inf
+    if case.data == "nan":
+        x[0, 0, ..., -1] = math.nan
+    return x.to(dtype)
+
+
+def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of contiguous x in that layout."""
+    if layout in ("channels_last", "channels_last_3d"):
+        # Not Tensor.contiguous: it leaves the strides of one channel or one pixel, which are also channels_last, alone.
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        return torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2]
+    if layout == "sliced_channels_last":
+        return torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout.startswith("unaligned"):
+        last = layout.endswith("channels_last")
+        dense = x.movedim(1, -1).contiguous() if last else x
+        storage = x.new_empty(x.numel() + 1)
+        storage[1:] = dense.flatten()
+        shifted = storage[1:].view(dense.shape)
+        return shifted.movedim(-1, 1) if last else shifted
+    return x
+
+
+def make_input(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> torch.Tensor:
+    """The input of a case: its shape, layout and data; the same for every device and run."""
+    if case.large:
+        return _large_values(case, dtype, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return _laid_out(_values(case, dtype, generator).to(device), case.layout)
+
+
+def make_normal(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 1) -> torch.Tensor:
+    """Standard normal values of the case's shape and layout: its residual, or its grad_out."""
+    if case.large:
+        return _large_values(case, dtype, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(case.shape, dtype=torch.float64, generator=generator).to(dtype)
+    return _laid_out(x.to(device), case.layout)
+
+
+def _large_values(case: Case, dtype: torch.dtype, device: str | torch.device, seed: int) -> torch.Tensor:
+    """Made on the device and in place: half of the memory of a GPU may be this one tensor."""
+    generator = torch.Generator(device).manual_seed(seed)
+    memory_format = torch.contiguous_format if case.layout == "contiguous" else getattr(torch, case.layout)
+    x = torch.empty(case.shape, dtype=dtype, device=device, memory_format=memory_format)
+    return x.normal_(generator=generator)
+
+
+def make_vector(channels: int, dtype: torch.dtype, device: str | torch.device, seed: int, low: float, high: float):
+    """Uniform values in [low, high): a weight, bias or running statistic of shape [channels]."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(channels, dtype=torch.float64, generator=generator) * (high - low) + low
+    return values.to(dtype).to(device)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A case with the options of an op. affine: both, weight, bias, neither; momentum as BatchNorm's."""
+
+    case: Case
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+    activation: int
+    residual: bool
+    affine: str
+    momentum: float | None
+
+    def __str__(self) -> str:
+        name = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+        dtype, param = (name[str(d).removeprefix("torch.")] for d in (self.dtype, self.param_dtype))
+        options = [ACTIVATIONS[self.activation], "add"] if self.residual else [ACTIVATIONS[self.activation]]
+        return "-".join([self.case.name, dtype, f"p{param}", *options, self.affine, f"m{self.momentum}"])
+
+
+def setups(cases: tuple[Case, ...] = ORDINARY) -> list[Setup]:
+    """Every activation x dtype x memory format x residual, and every case x dtype; the other options in turn."""
+    rng = random.Random(20)
+    chosen = []
+    for memory_format in ("contiguous", "channels_last"):
+        # The larger cases come once a dtype, below. The pool is walked, not sampled, so that each case has its turn.
+        pool = [case for case in cases if case.memory_format == memory_format and case.numel <= SMALL_NUMEL]
+        walk = itertools.cycle(rng.sample(pool, len(pool)))
+        for activation, dtype, residual in itertools.product(range(len(ACTIVATIONS)), DTYPES, (False, True)):
+            chosen.append((next(walk), dtype, activation, residual))
+    seen = {(case, dtype) for case, dtype, _, _ in chosen}
+    for case, dtype in itertools.product(cases, DTYPES):
+        if (case, dtype) not in seen:
+            chosen.append((case, dtype, rng.randrange(len(ACTIVATIONS)), rng.random() < 0.5))
+    result = []
+    for number, (case, dtype, activation, residual) in enumerate(chosen):
+        half = dtype in (torch.bfloat16, torch.float16)
+        param_dtype = torch.float32 if half and rng.random() < 0.5 else dtype
+        affine = ("both", "both", "weight", "bias", "neither")[number % 5]
+        momentum = (0.1, None, 0.3, 0.0, -0.5, 1.0, 0.01)[number % 7]
+        result.append(Setup(case, dtype, param_dtype, activation, residual, affine, momentum))
+    return result

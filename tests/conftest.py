@@ -1,0 +1,74 @@
+"""Markers, the check for unwritten outputs, and the fixture `ops`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import cases, implementations
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped without one unless FASTBN_REQUIRE_CUDA=1")
+    config.addinivalue_line("markers", "large: more than 2^31 elements; runs only if named, as in -m large")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "large" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="large: ask for it with -m large"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `ops` runs on every implementation; with `setup` too, on the setups that suit each."""
+    marked = any(m.name == "parametrize" and "ops" in m.args[0] for m in metafunc.definition.iter_markers())
+    if "ops" not in metafunc.fixturenames or marked:
+        return
+    if "setup" not in metafunc.fixturenames:
+        metafunc.parametrize("ops", implementations.params(), indirect=True)
+        return
+    pairs = []
+    for param in implementations.params():
+        # An emulated launch costs milliseconds a block; layouts that no kernel sees are left to the CPU.
+        table = cases.SMALL_DENSE if param.id == "emulator" else cases.ORDINARY
+        for setup in cases.setups(table):
+            pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=param.marks))
+    metafunc.parametrize("ops,setup", pairs, indirect=["ops"])
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        implementations.require_gpu()
+
+
+@pytest.fixture(scope="session")
+def _loaded() -> dict[str, implementations.Implementation | Exception]:
+    return {}
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest, _gpu: None, _loaded: dict) -> implementations.Implementation:
+    if request.param not in _loaded:
+        try:
+            _loaded[request.param] = implementations.load(request.param)
+        except Exception as error:  # kept, so that a broken build is tried once and not per test
+            _loaded[request.param] = error
+    if isinstance(_loaded[request.param], Exception):
+        raise _loaded[request.param]
+    return _loaded[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    """Fresh tensors, also those that an op allocates, start as NaN: an element that nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,50 @@
+"""The implementations of the contract that tests run: how to load each, and what a missing GPU means."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+NAMES = ("reference", "cpu", "emulator", "cuda")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`namespace` has the seven ops as attributes; they are called with tensors on `device`."""
+
+    name: str
+    namespace: Any
+    device: torch.device
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def params(*names: str) -> list:
+    """Values to parametrise the fixture `ops` with (indirect)."""
+    return [pytest.param(name, id=name, marks=[pytest.mark.gpu] if name == "cuda" else []) for name in names or NAMES]
+
+
+def load(name: str) -> Implementation:
+    """An implementation that cannot be loaded is an error: a broken build must not pass for a skipped test."""
+    if name == "reference":
+        return Implementation(name, importlib.import_module("fastbn.reference"), torch.device("cpu"))
+    if name == "emulator":
+        importlib.import_module("tests.emulator.build").load()
+        return Implementation(name, torch.ops.fastbn_emulator, torch.device("cpu"))
+    importlib.import_module("fastbn")
+    return Implementation(name, torch.ops.fastbn, torch.device(name))
+
+
+def require_gpu() -> None:
+    """Skip without a GPU, or fail under FASTBN_REQUIRE_CUDA=1."""
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("FASTBN_REQUIRE_CUDA") == "1":
+        pytest.fail("FASTBN_REQUIRE_CUDA=1, but torch sees no GPU", pytrace=False)
+    pytest.skip("needs a GPU")

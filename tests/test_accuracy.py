@@ -1,0 +1,52 @@
+"""Acceptance: the error against float64 is at most stock torch's on the same case, or 2 ulp of the dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbn import reference
+from tests import cases, implementations
+from tests.tolerance import assert_error_bound
+
+EPS = 1e-5
+MOMENTUM = 0.3
+CASES = [case for case in cases.ORDINARY if case.numel]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("ops", implementations.params("reference", "cpu", "cuda"), indirect=True)
+def test_error_is_at_most_stocks_or_two_ulp(ops, case, dtype):
+    x, grad_out = cases.make_input(case, dtype, ops.device), cases.make_normal(case, dtype, ops.device, seed=2)
+    vector = lambda seed, low, high: cases.make_vector(  # noqa: E731
+        case.channels, torch.float32, ops.device, seed, low, high
+    )
+    weight, bias, mean, var = vector(3, 0.5, 1.5), vector(4, -0.5, 0.5), vector(5, -0.5, 0.5), vector(6, 0.5, 1.5)
+
+    def measure(namespace, *tensors):
+        x, grad_out, weight, bias, mean, var = (t.clone() if t.dim() == 1 else t for t in tensors)
+        y, m, s, _ = namespace.batch_norm_train(x, None, weight, bias, mean, var, None, MOMENTUM, EPS, 0, False)
+        flags = (True, True, True, False)
+        grads = namespace.batch_norm_backward(grad_out, x, None, None, weight, bias, m, s, True, 0, *flags)
+        return y, mean, var, *grads[:3]
+
+    tensors = (x, grad_out, weight, bias, mean, var)
+    actual = measure(ops.namespace, *tensors)
+    exact = measure(reference, *(t.cpu().double() for t in tensors))
+    stock = _stock(*tensors)
+    names = ("output", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
+    failures = []
+    for name, got, expected, rival in zip(names, actual, exact, stock, strict=True):
+        try:
+            assert_error_bound(got, expected, rival, got.dtype, name)
+        except AssertionError as error:
+            failures.append(str(error).splitlines()[0])
+    assert not failures, "\n".join(failures)
+
+
+def _stock(x, grad_out, weight, bias, mean, var):
+    x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+    mean, var = mean.clone(), var.clone()
+    y = torch.batch_norm(x, weight, bias, mean, var, True, MOMENTUM, EPS, torch.backends.cudnn.enabled)
+    return y.detach(), mean, var, *torch.autograd.grad(y, (x, weight, bias), grad_out)

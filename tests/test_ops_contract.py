@@ -1,0 +1,151 @@
+"""What the contract says of every implementation apart from values close to the reference's."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fastbn import reference
+from fastbn._activations import ACTIVATIONS
+from tests import cases
+
+EPS = 1e-5
+
+
+def test_setups_cover_every_activation_dtype_memory_format_and_residual():
+    for table in (cases.ORDINARY, cases.SMALL_DENSE):
+        setups = cases.setups(table)
+        options = (range(len(ACTIVATIONS)), cases.DTYPES, ("contiguous", "channels_last"), (False, True))
+        assert {(s.activation, s.dtype, s.case.memory_format, s.residual) for s in setups} == set(
+            itertools.product(*options)
+        )
+        assert {(s.case, s.dtype) for s in setups} == set(itertools.product(table, cases.DTYPES))
+        assert len({str(s) for s in setups}) == len(setups)
+
+
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("batch_stats", [True, False], ids=["batch", "frozen"])
+def test_only_what_is_asked_for_is_returned(ops, flags, batch_stats):
+    x, r, g = (torch.randn(3, 5, 7, device=ops.device) for _ in range(3))
+    w, mean, inv_std = torch.ones(5, device=ops.device), *torch.ones(2, 5, dtype=torch.float64, device=ops.device)
+    grads = ops.namespace.batch_norm_backward(g, x, r, None, w, w, mean, inv_std, batch_stats, 1, *flags)
+    full = reference.batch_norm_backward(
+        *(t.cpu() for t in (g, x, r)), None, *(t.cpu() for t in (w, w, mean, inv_std)), batch_stats, 1, *[True] * 4
+    )
+    for grad, expected, asked in zip(grads, full, flags, strict=True):
+        assert grad.dtype == expected.dtype
+        if asked:
+            torch.testing.assert_close(grad.cpu(), expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert grad.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", cases.CONSTANTS)
+def test_a_constant_channel_gives_exactly_its_bias(ops, value, channels_last, dtype):
+    value = min(value, 0.9 * torch.finfo(dtype).max)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.full((7, 3, 5, 11), value, dtype=dtype, device=ops.device).contiguous(memory_format=memory_format)
+    bias = torch.tensor([0.1, -2.0, 0.0], dtype=dtype, device=ops.device)
+    weight = torch.tensor([1.3, 1.0, -7.7], dtype=dtype, device=ops.device)
+    output, mean, _, _ = ops.namespace.batch_norm_train(
+        x, None, weight, bias, None, None, None, 0.1, EPS, 0, False
+    )
+    assert torch.equal(mean, x[0, :, 0, 0].double())
+    assert torch.equal(output, bias.view(1, 3, 1, 1).expand_as(x))
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "elu", "hardswish"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
+    """Frozen statistics 0 and 1 and a zero bias make z the input itself."""
+    index = ACTIVATIONS.index(name)
+    row = [-7.0, -3.0, -0.0, 0.0, 1.0, 3.0, 6.0, float("inf"), float("nan")]
+    z = torch.tensor([row] * 3, dtype=dtype)
+    mean, inv_std = torch.zeros(9, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+    expected = reference.activation_backward(torch.full_like(z.double(), 2.0), z.double(), index).to(dtype)
+    x, m, s = z.to(ops.device), mean.to(ops.device), inv_std.to(ops.device)
+    grad_out = torch.full_like(x, 2.0)
+    grads = ops.namespace.batch_norm_backward(
+        grad_out, x, None, None, None, None, m, s, False, index, False, False, False, True
+    )
+    torch.testing.assert_close(grads[3].cpu(), expected, equal_nan=True)
+    if name not in ("elu", "hardswish"):
+        mask = ops.namespace.normalize(x, None, None, None, m, s, index, True)[1]
+        assert torch.equal(mask.cpu(), reference.pack_mask(reference.is_upper(z, index), torch.contiguous_format))
+
+
+def test_a_zero_derivative_stops_an_infinite_gradient(ops):
+    x = torch.tensor([[-1.0, 1.0]], device=ops.device)
+    stats = (torch.zeros(2, dtype=torch.float64, device=ops.device), torch.ones(2, dtype=torch.float64, device=ops.device))
+    grad_out = torch.full_like(x, float("inf"))
+    grads = ops.namespace.batch_norm_backward(
+        grad_out, x, None, None, None, None, *stats, False, 1, True, False, False, True
+    )
+    assert grads[3].tolist() == [[0.0, float("inf")]]
+
+
+def test_inputs_are_left_alone(ops):
+    tensors = [torch.randn(3, 4, 5, 6, device=ops.device) for _ in range(3)]
+    weight, bias = torch.randn(2, 4, device=ops.device)
+    before = [t.clone() for t in (*tensors, weight, bias)]
+    x, r, g = tensors
+    y, mean, inv_std, mask = ops.namespace.batch_norm_train(
+        x, r, weight, bias, None, None, None, 0.1, EPS, 1, True
+    )
+    ops.namespace.batch_norm_backward(
+        g, x, None, mask, weight, bias, mean, inv_std, True, 1, True, True, True, True
+    )
+    assert all(torch.equal(a, b) for a, b in zip((*tensors, weight, bias), before, strict=True))
+    assert y.data_ptr() != x.data_ptr()
+
+
+def test_statistics_of_eval_survive_an_update_of_the_buffers(ops):
+    running_mean = torch.zeros(3, dtype=torch.float64, device=ops.device)
+    running_var = torch.ones(3, dtype=torch.float64, device=ops.device)
+    x = torch.randn(4, 3, dtype=torch.float64, device=ops.device)
+    _, mean, _, _ = ops.namespace.batch_norm_eval(
+        x, None, None, None, running_mean, running_var, EPS, 0, True, False
+    )
+    running_mean.fill_(7)
+    assert torch.equal(mean, torch.zeros_like(mean))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_batch_is_counted_and_nothing_else(ops, momentum):
+    mean, var = torch.zeros(4, device=ops.device), torch.ones(4, device=ops.device)
+    tracked = torch.tensor(2, device=ops.device)
+    x = torch.empty(0, 4, 3, 3, device=ops.device)
+    output = ops.namespace.batch_norm_train(x, None, None, None, mean, var, tracked, momentum, EPS, 0, False)[0]
+    assert output.shape == x.shape and tracked.item() == 3
+    assert torch.equal(mean, torch.zeros_like(mean)) and torch.equal(var, torch.ones_like(var))
+
+
+def test_momentum_none_without_a_counter_changes_nothing(ops):
+    mean, var = torch.full((4,), 0.25, device=ops.device), torch.full((4,), 1.5, device=ops.device)
+    x = torch.randn(5, 4, device=ops.device)
+    ops.namespace.batch_norm_train(x, None, None, None, mean, var, None, None, EPS, 0, False)
+    assert torch.equal(mean, torch.full_like(mean, 0.25)) and torch.equal(var, torch.full_like(var, 1.5))
+
+
+def test_a_residual_of_another_layout(ops):
+    x = torch.randn(3, 4, 5, 6, device=ops.device)
+    r = torch.randn(3, 4, 5, 6, device=ops.device).contiguous(memory_format=torch.channels_last)
+    same = ops.namespace.batch_norm_train(x, r.contiguous(), None, None, None, None, None, 0.1, EPS, 1, True)
+    other = ops.namespace.batch_norm_train(x, r, None, None, None, None, None, 0.1, EPS, 1, True)
+    assert all(torch.equal(a, b) for a, b in zip(same, other, strict=True))
+
+
+def test_repeated_calls_are_bitwise_equal(ops):
+    x, g = torch.randn(2, 16, 8, 5, 7, device=ops.device)
+    forward = [
+        ops.namespace.batch_norm_train(x, None, None, None, None, None, None, 0.1, EPS, 6, False) for _ in range(2)
+    ]
+    _, mean, inv_std, _ = forward[0]
+    arguments = (g, x, None, None, None, None, mean, inv_std, True, 6, True, True, True, True)
+    backward = [ops.namespace.batch_norm_backward(*arguments) for _ in range(2)]
+    for first, second in (forward, backward):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,135 @@
+"""How far a result may lie from the float64 reference, and why.
+
+The arithmetic behind every bound: elements are computed in float32 (float64 for float64), each operation rounding by
+half of `unit`; sums of n terms are taken in blocks and merged in a tree, so their relative error grows with log2(n);
+results are rounded once to their dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Roundings on the way of an element through the affine step and an activation with an exp or erf of some 2 ulp.
+ELEMENT_ROUNDINGS = 8
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Spacing at 1 of the type that elements of dtype are computed in."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def ulp(dtype: torch.dtype, scale: Tensor | float) -> Tensor:
+    """Spacing of dtype at the magnitude `scale`, float64."""
+    scale = torch.as_tensor(scale, dtype=torch.float64).abs()
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(scale.clamp(min=info.tiny, max=info.max)))
+    return info.eps * torch.exp2(exponent)
+
+
+def sum_tolerance(dtype: torch.dtype, count: int, magnitude: Tensor | float) -> Tensor:
+    """Of a sum of `count` terms whose absolute values add up to `magnitude`.
+
+    A block's serial part is a random walk and the tree adds a level a doubling; both are below 2 roundings a doubling.
+    """
+    doublings = math.log2(max(count, 1))
+    return unit(dtype) * (ELEMENT_ROUNDINGS + 2 * doublings) * torch.as_tensor(magnitude, dtype=torch.float64)
+
+
+def mean_tolerance(dtype: torch.dtype, count: int, deviation: Tensor, mean: Tensor) -> Tensor:
+    """Sums are taken about a pivot inside the data: the error scales with the largest deviation, not with the mean."""
+    return sum_tolerance(dtype, count, 2 * deviation) + 4 * ulp(torch.float64, mean)
+
+
+def variance_tolerance(dtype: torch.dtype, count: int, var: Tensor, mean: Tensor) -> Tensor:
+    """Squares about a pivot up to sqrt(3) standard deviations off the mean add up to 4 variances.
+
+    The last term is the float64 mean's own rounding, squared, and matters where the channel is all but constant.
+    """
+    return sum_tolerance(dtype, count, 4 * var) + (4 * ulp(torch.float64, mean)) ** 2
+
+
+def inv_std_tolerance(var_tolerance: Tensor, inv_std: Tensor) -> Tensor:
+    """d(1/sqrt(v)) = 1/2 v^(-3/2) dv, and the rounding of float64's square root and division."""
+    return 0.5 * inv_std**3 * var_tolerance + 4 * ulp(torch.float64, inv_std)
+
+
+def forward_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float) -> Tensor:
+    """Of an output whose largest term (xhat * weight, bias or residual, added up) has the magnitude `scale`.
+
+    The error of z, at most 1.5 times as large behind the steepest activation (hardswish), and the output's rounding.
+    inv_std contributes half of the relative error of the variance.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    z = unit(dtype) * ELEMENT_ROUNDINGS * scale + sum_tolerance(dtype, count, 2 * scale)
+    return 1.5 * z + ulp(dtype, 1.5 * scale)
+
+
+def activation_tolerance(dtype: torch.dtype, grad_scale: Tensor | float, z_scale: Tensor | float) -> Tensor:
+    """Of grad_out * activation'(z): z's error times a second derivative below 1, and a few roundings.
+
+    Not for elements at a jump of the derivative: tests set their grad_out to 0.
+    """
+    return unit(dtype) * ELEMENT_ROUNDINGS * torch.as_tensor(grad_scale) * (1 + torch.as_tensor(z_scale))
+
+
+def gradient_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float) -> Tensor:
+    """Of a gradient of an element whose largest term has the magnitude `scale`; the terms may cancel."""
+    return sum_tolerance(dtype, count, scale) + ulp(dtype, scale)
+
+
+def _worst(error: Tensor, allowed: Tensor, actual: Tensor, exact: Tensor) -> str:
+    excess = (error - allowed).nan_to_num(0.0).flatten()
+    at = int(excess.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), error.shape)) if error.dim() else ()
+    pick = [t.expand(error.shape).flatten()[at].item() for t in (actual, exact, error, allowed)]
+    return "worst at {}: got {:.9g}, exact {:.17g}, error {:.3g}, allowed {:.3g}".format(index, *pick)
+
+
+def assert_close_to_reference(
+    actual: Tensor, exact: Tensor, tolerance: Tensor | float, what: str = "result", which_nonfinite: bool = True
+) -> None:
+    """actual, in its own dtype, lies within tolerance (broadcast) of the float64 exact.
+
+    Where exact, rounded to that dtype, is not finite, actual is the same inf or NaN; with `which_nonfinite` False, any.
+    """
+    assert actual.shape == exact.shape, f"{what}: expected shape {list(exact.shape)}, got {list(actual.shape)}"
+    exact = exact.detach().cpu().double()
+    rounded = exact.to(actual.dtype).double()
+    actual = actual.detach().cpu().double()
+    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).cpu()
+    finite = rounded.isfinite()
+    assert torch.equal(finite, actual.isfinite()), (
+        f"{what}: expected {int((~finite).sum())} elements that are not finite, got {int((~actual.isfinite()).sum())}"
+    )
+    if which_nonfinite:
+        same = torch.where(finite, 0.0, rounded).nan_to_num(nan=1.0).equal(
+            torch.where(finite, 0.0, actual).nan_to_num(nan=1.0)
+        )
+        assert same, f"{what}: inf and NaN are not where the reference has them"
+    error = torch.where(finite, (actual - exact).abs(), 0.0)
+    allowed = torch.where(finite, tolerance, 0.0).expand_as(error)
+    assert bool((error <= allowed).all()), f"{what}: {_worst(error, allowed, actual, exact)}"
+
+
+def assert_error_bound(
+    actual: Tensor, exact: Tensor, stock: Tensor, dtype: torch.dtype, what: str = "result", ulps: float = 2
+) -> None:
+    """The acceptance criterion: the error against float64 is at most stock torch's, or 2 ulp at the result's scale."""
+    exact = exact.detach().cpu().double()
+    actual, stock = (t.detach().cpu().double() for t in (actual, stock))
+    finite = exact.to(dtype).isfinite()
+    if not bool(finite.any()):
+        return
+    assert bool(actual[finite].isfinite().all()), f"{what}: not finite where the reference is"
+    error = (actual - exact)[finite].abs().max().item()
+    stock_error = (stock - exact)[finite & stock.isfinite()].abs()
+    stock_error = stock_error.max().item() if stock_error.numel() else 0.0
+    scale = exact[finite].abs().max().item()
+    spacing = ulp(dtype, scale).item()
+    assert error <= max(stock_error, ulps * spacing), (
+        f"{what}: error {error:.3g} ({error / spacing:.2f} ulp at {scale:.3g}), "
+        f"stock's {stock_error:.3g} ({stock_error / spacing:.2f} ulp), allowed {ulps} ulp"
+    )

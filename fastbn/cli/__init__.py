@@ -1,0 +1,34 @@
+"""The command `fastbn`: one file a subcommand, each with `add_arguments(parser)` and `run(args) -> int`."""
+
+import argparse
+import sys
+
+from fastbn.cli import demo, info, verify
+from fastbn.cli.errors import CommandError
+
+_COMMANDS = {"info": info, "verify": verify, "demo": demo}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastbn", description="BatchNorm for PyTorch that reads the activation once.")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        summary = command.__doc__.split("\n\n")[0].replace("\n", " ")
+        sub = commands.add_parser(name, help=command.SUMMARY, description=summary)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand with `argv` (None: the process's own arguments).
+
+    Returns the exit status: 0 for success, 1 where a check failed, 2 where the command could not do its work. argparse
+    itself exits with SystemExit(2) on arguments that it does not know.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return 2

@@ -1,0 +1,88 @@
+"""Time spent in the BatchNorm modules of a model, forward and backward, by hooks that the model's result does not see.
+
+Forward is from a module's call to its return. Backward is from the gradient of its output being ready to the gradient of
+its input being ready, which holds the gradients of weight and bias too. Both hold what launching them costs. The clock is
+the host's on a CPU and CUDA events on the current stream on a GPU.
+"""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+
+class BatchNormTimer:
+    """Hooks on every BatchNorm of `model`; `with timer:` around a training step measures it.
+
+    A module may be called several times in a step. The time is exact where nothing but the BatchNorm uses its input, as
+    in a chain of layers; elsewhere backward also holds what runs before the last gradient of that input arrives. The
+    first `warm_up` steps are left out of the medians.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, warm_up: int = 5):
+        self._clock = _CudaClock() if device.type == "cuda" else _HostClock()
+        self._warm_up = warm_up
+        self._totals = []
+        self._steps = []
+        self._spans = None
+        self._starts = {}
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(self._before)
+                module.register_forward_hook(self._after)
+
+    def __enter__(self):
+        self._spans = {"forward": [], "backward": [], "step": []}
+        self._start = self._clock.now()
+        return self
+
+    def __exit__(self, *_):
+        self._spans["step"].append((self._start, self._clock.now()))
+        self._steps.append(self._spans)
+        self._spans = None
+
+    def collect(self) -> None:
+        """Wait for the device and turn what was recorded into times. Once an epoch keeps the events on a GPU few."""
+        for spans in self._steps:
+            self._totals.append({name: sum(self._clock.milliseconds(*span) for span in spans[name]) for name in spans})
+        self._steps = []
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds a step, medians over the steps: `forward` and `backward` of all BatchNorms, and the whole `step`."""
+        self.collect()
+        totals = self._totals[self._warm_up :] or self._totals
+        return {name: statistics.median(total[name] for total in totals) for name in ("forward", "backward", "step")}
+
+    def _before(self, module, args):
+        if self._spans is not None:
+            self._starts[module] = self._clock.now()
+
+    def _after(self, module, args, output):
+        if self._spans is None:
+            return
+        spans, clock = self._spans, self._clock
+        spans["forward"].append((self._starts.pop(module), clock.now()))
+        began = []
+        # Hooks on the tensors, not on the module: full backward hooks would add an identity to the forward pass.
+        if output.requires_grad and args[0].requires_grad:
+            output.register_hook(lambda grad: began.append(clock.now()))
+            args[0].register_hook(lambda grad: spans["backward"].append((began.pop(), clock.now())))
+
+
+class _HostClock:
+    now = staticmethod(time.perf_counter)
+
+    def milliseconds(self, start, end):
+        return (end - start) * 1e3
+
+
+class _CudaClock:
+    def now(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start, end):
+        end.synchronize()
+        return start.elapsed_time(end)

@@ -1,0 +1,37 @@
+"""What a command says when it cannot do its work: one sentence and exit status 2, no traceback."""
+
+import importlib
+
+import torch
+
+# Import names of the packages whose distribution is called otherwise.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+
+class CommandError(Exception):
+    """A failure that the user can put right; the message says what was expected and what was got."""
+
+
+def require(command: str, *names: str):
+    """Import the optional modules `names` for `fastbn command`, whose extra has the command's name.
+
+    Returns the last one. Raises CommandError where the package is not installed.
+    """
+    for name in names:
+        package = name.partition(".")[0]
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != package:
+                raise
+            needed = _DISTRIBUTIONS.get(package, package)
+            raise CommandError(f"fastbn {command} needs {needed}: pip install 'fastbn[{command}]'") from None
+    return module
+
+
+def device(name: str) -> torch.device:
+    """The torch.device called `name`. Raises CommandError where this torch cannot reach it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "finds no GPU" if torch.version.cuda or torch.version.hip else "was built for the CPU alone"
+        raise CommandError(f"--device cuda needs a GPU, but this torch ({torch.__version__}) {why}")
+    return torch.device(name)

@@ -1,0 +1,16 @@
+"""Print what this installation of fastbn is: versions, how it was built, which devices and backends it can use, and why
+not the others."""
+
+from fastbn._info import info
+from fastbn.cli.text import outline
+
+SUMMARY = "versions, build, devices, backends"
+
+
+def add_arguments(parser):
+    pass
+
+
+def run(args) -> int:
+    print("\n".join(outline(info())))
+    return 0

@@ -1,0 +1,85 @@
+"""Compare fastbn and torch.nn with a float64 reference on this machine: outputs, running statistics and gradients, over
+shapes, layouts, dtypes and fused operations. Exits with 1 if fastbn's error exceeds its bound anywhere."""
+
+import torch
+
+from fastbn.cli.errors import device
+from fastbn.cli.parity import FLOOR_ULP, Case, compare
+from fastbn.cli.text import table
+
+SUMMARY = "compare fastbn and torch.nn with float64 on this machine"
+
+_BF16, _F16, _F64 = torch.bfloat16, torch.float16, torch.float64
+_QUICK = [
+    Case((64, 96)),
+    Case((8, 32, 14, 14)),
+    Case((8, 32, 14, 14), relu=True, residual=True, layout="channels_last"),
+    Case((8, 32, 14, 14), _BF16, relu=True, layout="channels_last"),
+    Case((8, 32, 14, 14), relu=True, training=False),
+    Case((8, 16, 28, 28), mean=1e4, std=1e-2),
+]
+_FULL = _QUICK + [
+    Case((256, 120), relu=True),
+    Case((8, 13, 31)),
+    Case((16, 64, 56, 56), _BF16, relu=True, residual=True),
+    Case((16, 64, 56, 56), _BF16, relu=True, residual=True, layout="channels_last"),
+    Case((16, 6, 24, 24), _F16, layout="channels_last"),
+    Case((32, 256, 7, 7), _F16, relu=True),
+    Case((32, 256, 7, 7), _BF16, parameter_dtype=_BF16),
+    Case((4, 16, 8, 14, 14), relu=True, layout="channels_last_3d"),
+    Case((8, 17, 13, 11), relu=True, layout="strided"),
+    Case((8, 32, 14, 14), _F64, relu=True, residual=True, parameter_dtype=_F64),
+    Case((16, 64, 28, 28), _BF16, relu=True, residual=True, training=False, layout="channels_last"),
+    Case((8, 16, 28, 28), mean=1e4, std=1e-2, layout="channels_last"),
+    Case((8, 16, 28, 28), mean=1e4, std=1e-2, relu=True, training=False),
+]
+
+_HEADER = ["mode", "operation", "shape", "layout", "dtype", "data", "quantity", "fastbn", "stock", "bound", ""]
+_GROUPS = ("output", "running_", "grad_")
+_NOTE = f"""\
+Errors are the largest difference from float64, in ulp of the quantity's dtype at its largest value. Of the running
+statistics and of the gradients a row shows the one that comes closest to its bound. The bound is the larger of stock's
+error and {FLOOR_ULP:g} ulp."""
+
+
+def add_arguments(parser):
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both run (default: cpu)")
+    parser.add_argument("--quick", action="store_true", help=f"only the {len(_QUICK)} smallest of {len(_FULL)} cases")
+    parser.epilog = _NOTE
+
+
+def run(args) -> int:
+    where = device(args.device)
+    cases = _QUICK if args.quick else _FULL
+    rows, failures, quantities = [_HEADER], [], 0
+    for case in cases:
+        comparisons = list(compare(case, where))
+        quantities += len(comparisons)
+        failures += [(case, comparison) for comparison in comparisons if not comparison.passed]
+        rows += _rows(case, comparisons)
+    print("\n".join(table(rows, left=(0, 1, 2, 3, 4, 5, 6, 10))))
+    print(f"\n{_NOTE}\n")
+    for case, comparison in failures:
+        print(f"FAIL  {comparison.quantity}: {comparison.fastbn:.2f} ulp, expected at most {comparison.bound:.2f}: {case}")
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+    checked = f"{quantities} quantities of {len(cases)} cases on {name}"
+    print(f"{len(failures)} of {checked} exceed their bound." if failures else f"All {checked} are within their bound.")
+    return 1 if failures else 0
+
+
+def _rows(case, comparisons):
+    about = [
+        "train" if case.training else "eval",
+        case.operation,
+        "x".join(map(str, case.shape)),
+        case.layout,
+        str(case.dtype).removeprefix("torch."),
+        f"{case.mean:g} ± {case.std:g}",
+    ]
+    for prefix in _GROUPS:
+        group = [comparison for comparison in comparisons if comparison.quantity.startswith(prefix)]
+        if group:
+            worst = max(group, key=lambda comparison: comparison.fastbn / comparison.bound)
+            errors = [f"{error:.2f}" for error in (worst.fastbn, worst.stock, worst.bound)]
+            yield [*about, worst.quantity, *errors, "ok" if worst.passed else "FAIL"]
+            about = [""] * len(about)

@@ -1,0 +1,63 @@
+// Activations over an octet: one uniform branch for all eight elements.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/device.cuh"
+#include "cuda/loop.cuh"
+#include "math/activation.h"
+#include "math/plan.h"
+
+namespace fastbn::cuda {
+
+// Calls use(a constant that equals activation), but for none, which leaves everything as it is.
+template <class Use>
+FASTBN_DEVICE void with_activation(Activation activation, Use use) {
+  const auto with = [&]<Activation constant>() { use(std::integral_constant<Activation, constant>()); };
+  switch (activation) {
+    case Activation::none: break;
+    case Activation::relu: with.template operator()<Activation::relu>(); break;
+    case Activation::leaky_relu: with.template operator()<Activation::leaky_relu>(); break;
+    case Activation::relu6: with.template operator()<Activation::relu6>(); break;
+    case Activation::elu: with.template operator()<Activation::elu>(); break;
+    case Activation::silu: with.template operator()<Activation::silu>(); break;
+    case Activation::gelu: with.template operator()<Activation::gelu>(); break;
+    case Activation::hardswish: with.template operator()<Activation::hardswish>(); break;
+  }
+}
+
+// values[i] = map(constant activation, z[i], values[i])
+template <class A, class Map>
+FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[octet], A (&values)[octet], Map map) {
+  with_activation(activation, [&](auto constant) {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      FASTBN_KEEP_LOOP
+      for (int i = 0; i < octet; ++i) place(values, i, map(constant, pick(z, i), pick(values, i)));
+    } else {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) values[i] = map(constant, z[i], values[i]);
+    }
+  });
+}
+
+template <class A>
+FASTBN_DEVICE void activate(Activation activation, A (&z)[octet]) {
+  map_activation(activation, z, z, [](auto constant, A z, A) { return activation_forward(constant.value, z); });
+}
+
+template <class A>
+FASTBN_DEVICE void activate_backward(Activation activation, const A (&z)[octet], A (&grad)[octet]) {
+  map_activation(activation, z, grad, [](auto constant, A z, A g) { return activation_backward(constant.value, z, g); });
+}
+
+template <class A>
+FASTBN_DEVICE uint8_t mask_of(Activation activation, const A (&z)[octet], int count) {
+  uint32_t bits = 0;
+  FASTBN_UNROLL
+  for (int i = 0; i < octet; ++i) {
+    if (i < count && activation_is_upper(activation, z[i])) bits |= 1u << i;
+  }
+  return static_cast<uint8_t>(bits);
+}
+
+}  // namespace fastbn::cuda

@@ -1,0 +1,87 @@
+// The two-phase plans: reduce, finish, then a second pass over the elements.
+#include "cuda/launch.h"
+
+#include "cuda/passes.cuh"
+
+namespace fastbn::cuda {
+namespace {
+
+// Two doubles a channel that live between launches, then the partials.
+struct Workspace {
+  double* first;
+  double* second;
+  void* partials;
+
+  Workspace(void* memory, const Layout& layout)
+      : first(static_cast<double*>(memory)), second(first + layout.channels), partials(second + layout.channels) {}
+};
+
+}  // namespace
+
+int64_t workspace_bytes(const Plan& plan, const Layout& layout) {
+  static_assert(sizeof(GradSums) <= sizeof(Moments));
+  const int64_t a_channel = plan.splits * static_cast<int64_t>(sizeof(Moments)) + 2 * static_cast<int64_t>(sizeof(double));
+  return layout.channels * a_channel;
+}
+
+cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  ForwardParams params = given;
+  params.inv_std = nullptr;
+  params.running_mean = params.running_var = {};
+  params.num_batches_tracked = nullptr;
+  auto* partials = static_cast<Moments*>(Workspace(memory, params.layout).partials);
+  const cudaError_t error = launch_moments(params, plan, partials, stream);
+  return error != cudaSuccess ? error : launch_finish_moments(params, plan, partials, stream);
+}
+
+cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  ForwardParams params = given;
+  if (params.statistics == Statistics::batch) {
+    const Workspace workspace(memory, params.layout);
+    if (!params.mean) params.mean = workspace.first;
+    if (!params.inv_std) params.inv_std = workspace.second;
+    params.var = nullptr;
+    auto* partials = static_cast<Moments*>(workspace.partials);
+    cudaError_t error = launch_moments(params, plan, partials, stream);
+    if (error == cudaSuccess) error = launch_finish_moments(params, plan, partials, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_normalize(params, plan, stream);
+}
+
+cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  BackwardParams params = given;
+  params.grad_weight = params.grad_bias = {};
+  auto* partials = static_cast<GradSums*>(Workspace(memory, params.layout).partials);
+  const cudaError_t error = launch_grad_sums(params, plan, partials, stream);
+  return error != cudaSuccess ? error : launch_finish_grad_sums(params, plan, partials, stream);
+}
+
+cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  BackwardParams params = given;
+  if (params.statistics != Statistics::given) {
+    const bool needs_sums = params.statistics == Statistics::batch && params.grad_input;
+    params.sum_grad = nullptr;
+    params.sum_grad_xhat = nullptr;
+    params.count = nullptr;
+    if (needs_sums || params.grad_weight.defined() || params.grad_bias.defined()) {
+      const Workspace workspace(memory, params.layout);
+      if (needs_sums) {
+        params.sum_grad = workspace.first;
+        params.sum_grad_xhat = workspace.second;
+      }
+      auto* partials = static_cast<GradSums*>(workspace.partials);
+      cudaError_t error = launch_grad_sums(params, plan, partials, stream);
+      if (error == cudaSuccess) error = launch_finish_grad_sums(params, plan, partials, stream);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  if (!params.grad_input && !params.grad_residual) return cudaSuccess;
+  return launch_input_grad(params, plan, stream);
+}
+
+}  // namespace fastbn::cuda

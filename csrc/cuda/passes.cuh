@@ -1,0 +1,84 @@
+// The single launches that the plans are made of, and how a launch finds its kernel. A pass over the elements takes the
+// plan's grid; a finishing pass takes a warp a channel.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/walk.cuh"
+#include "math/moments.h"
+#include "math/params.h"
+#include "math/plan.h"
+
+namespace fastbn::cuda {
+
+// What a block knows of the gradient's sums of one channel: of grad_z, and of grad_z * (x - pivot).
+struct GradSums {
+  double grad = 0;
+  double shifted = 0;
+};
+
+// Partials lie as [splits, channels].
+cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Moments* partials, cudaStream_t stream);
+cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Moments* partials,
+                                  cudaStream_t stream);
+cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
+
+cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, GradSums* partials, cudaStream_t stream);
+// Writes sum_grad, sum_grad_xhat, grad_weight and grad_bias where they are not null.
+cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const GradSums* partials,
+                                    cudaStream_t stream);
+// The statistics are frozen where sum_grad is null; a null count is the layout's.
+cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+// Calls run.operator()<T, Walk>() for the dtype and the plan's kernel.
+template <class Run>
+cudaError_t dispatch(DType dtype, const Plan& plan, Run run) {
+  const auto with_walk = [&]<class T>() {
+    return plan.kernel == Kernel::row_blocks ? run.template operator()<T, Walk<Kernel::row_blocks>>()
+                                             : run.template operator()<T, Walk<Kernel::channel_blocks>>();
+  };
+  switch (dtype) {
+    case DType::float32: return with_walk.template operator()<float>();
+    case DType::float64: return with_walk.template operator()<double>();
+    case DType::bfloat16: return with_walk.template operator()<bfloat16>();
+    case DType::float16: return with_walk.template operator()<float16>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Warps merge by halving, which takes full warps and a power of two of lanes.
+inline bool is_runnable(const Plan& plan) {
+  const bool lanes = plan.lanes >= 1 && plan.lanes <= device::kWarp && (plan.lanes & (plan.lanes - 1)) == 0;
+  return lanes && plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
+}
+
+// A pass over the elements: shared memory of so many bytes, and behind them a scratch of so many a channel of the block,
+// or `lanes` times so many a warp.
+inline device::Launch pass_shape(const Plan& plan, int64_t bytes, int64_t bytes_a_channel, int64_t bytes_a_lane) {
+  const bool by_rows = plan.kernel == Kernel::row_blocks;
+  const int64_t lanes = by_rows ? plan.lanes : 1;
+  const int64_t coefficients = bytes_a_channel * lanes * (by_rows ? octet : 1);
+  const int64_t merges = bytes_a_lane * lanes * (plan.threads / device::kWarp);
+  device::Launch shape;
+  shape.grid_x = plan.grid_x;
+  shape.grid_y = plan.splits;
+  shape.threads = plan.threads;
+  shape.shared_bytes = bytes + std::max(coefficients, merges);
+  return shape;
+}
+
+inline device::Launch finish_shape(const Layout& layout) {
+  constexpr int warps = 4;
+  device::Launch shape;
+  shape.grid_x = std::max<int64_t>(1, (layout.channels + warps - 1) / warps);
+  shape.threads = warps * device::kWarp;
+  return shape;
+}
+
+// The channel of a warp of a finishing pass, at or behind the last one where there is none left.
+FASTBN_DEVICE int64_t finish_channel() {
+  return device::block_x() * (device::block_threads() / device::kWarp) + device::thread_index() / device::kWarp;
+}
+
+}  // namespace fastbn::cuda

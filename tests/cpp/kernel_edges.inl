@@ -1,0 +1,147 @@
+// The edges of the contract, included by test_kernels.cu: what is constant, huge, infinite, empty or not wanted.
+
+template <class T>
+void test_constant(const Shape& shape, double value) {
+  Case<T> a(shape);
+  for (int64_t i = 0; i < a.input.size; ++i) a.input.data()[i] = from_acc<T>(acc_t<T>(value));
+  CHECK_EQUAL(a.forward(a.forward_params(Statistics::batch, Activation::none, false)), cudaSuccess);
+  for (int64_t i = 0; i < a.input.size; ++i) CHECK_EQUAL(a.output.at(i), a.channels.bias[channel_of(a.layout, i)]);
+  for (double inv_std : a.inv_std) CHECK_EQUAL(inv_std, 1 / std::sqrt(kEps));
+}
+
+// Calls check(channel, mean, var, mean in double, var in double) for float input after change(value, index).
+template <class Change, class Check>
+void test_stats(const Shape& shape, Change change, Check check) {
+  Case<float> a(shape);
+  for (int64_t i = 0; i < a.input.size; ++i) a.input.data()[i] = float(change(a.input.at(i), i));
+  reference_stats(a.layout, a.input, a.channels.mean, a.var);
+  ForwardParams p = a.forward_params(Statistics::batch, Activation::none, false);
+  Doubles var(a.layout.channels, NAN);
+  p.var = var.data();
+  CHECK_EQUAL(cuda::channel_stats(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
+  for (int64_t k = 0; k < a.layout.channels; ++k) check(k, a.mean[k], var[k], a.channels.mean[k], a.var[k]);
+}
+
+void test_extremes(const Shape& shape) {
+  const auto close = [](int64_t, double mean, double var, double true_mean, double true_var) {
+    CHECK_NEAR(mean, true_mean, 1e-6 * std::sqrt(true_var));
+    CHECK_NEAR(var, true_var, 4e-6 * true_var);
+  };
+  test_stats(shape, [](double x, int64_t) { return x * 1e30; }, close);
+  test_stats(shape, [](double x, int64_t) { return 1e4 + 0.01 * x; }, close);
+  test_stats(shape, [](double x, int64_t) { return 1e6 + x; }, close);
+
+  // One value that is not finite, in channel 0 and at the first element or a late one, leaves the other channels alone.
+  for (double value : {kInfinity, -kInfinity, double(NAN)}) {
+    for (int64_t place : {int64_t(0), shape.layout.count() - 1}) {
+      const int64_t inner = shape.layout.inner;
+      const int64_t at = place / inner * inner * shape.layout.channels + place % inner;
+      test_stats(
+          shape, [=](double x, int64_t i) { return i == at ? value : x; },
+          [&](int64_t channel, double mean, double var, double true_mean, double true_var) {
+            if (channel != 0) return close(channel, mean, var, true_mean, true_var);
+            CHECK(std::isnan(value) ? std::isnan(mean) : mean == value);
+            CHECK(std::isnan(var));
+          });
+    }
+  }
+}
+
+void test_empty(const Layout& layout) {
+  Case<float> a({layout, 0, 0, 0});
+  const int64_t channels = layout.channels;
+  int64_t batches = 0;
+  ForwardParams p = a.forward_params(Statistics::batch, Activation::relu, false);
+  p.running_mean = vector_of(a.running_mean);
+  p.running_var = vector_of(a.running_var);
+  p.num_batches_tracked = &batches;
+  p.momentum = 0.1;
+  const Doubles running_var = a.running_var;
+  CHECK_EQUAL(a.forward(p), cudaSuccess);
+  CHECK_EQUAL(batches, 1);
+  CHECK(a.running_mean == Doubles(channels, 2.5) && a.running_var == running_var);
+  CHECK(a.mean == Doubles(channels, 0) && a.inv_std == Doubles(channels, 1 / std::sqrt(kEps)));
+
+  Doubles var(channels, NAN);
+  p.var = var.data();
+  a.mean.assign(channels, NAN);
+  CHECK_EQUAL(cuda::channel_stats(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
+  CHECK_EQUAL(batches, 1);
+  CHECK(a.mean == Doubles(channels, 0) && var == Doubles(channels, 0));
+
+  BackwardParams b = a.backward_params(Statistics::batch, Activation::relu);
+  CHECK_EQUAL(a.backward(b), cudaSuccess);
+  CHECK(a.grad_weight == Doubles(channels, 0) && a.grad_bias == Doubles(channels, 0));
+}
+
+// A channel of one element has no unbiased variance.
+void test_single(const Layout& layout) {
+  Case<float> a({layout, 0, 0, 0});
+  ForwardParams p = a.forward_params(Statistics::batch, Activation::none, false);
+  p.running_mean = vector_of(a.running_mean);
+  p.running_var = vector_of(a.running_var);
+  p.momentum = 0.5;
+  CHECK_EQUAL(a.forward(p), cudaSuccess);
+  for (int64_t k = 0; k < layout.channels; ++k) {
+    CHECK_EQUAL(a.output.at(k), a.channels.bias[k]);
+    CHECK_EQUAL(a.running_mean[k], 0.5 * 2.5 + 0.5 * a.input.at(k));
+    CHECK(std::isnan(a.running_var[k]));
+  }
+}
+
+// What is absent has its default, what is not wanted costs no launch.
+void test_wanted() {
+  Case<bfloat16> a(shapes[0]);
+  const auto launches = [&](BackwardParams p) {
+    const int64_t before = emulator::launches();
+    CHECK_EQUAL(a.backward(p), cudaSuccess);
+    return emulator::launches() - before;
+  };
+  for (Statistics statistics : {Statistics::batch, Statistics::running}) {
+    const bool batch = statistics == Statistics::batch;
+    BackwardParams p = a.backward_params(statistics, Activation::relu);
+    CHECK_EQUAL(launches(p), 3);
+    p.grad_weight = {};
+    CHECK_EQUAL(launches(p), 3);
+    p.grad_bias = {};
+    CHECK_EQUAL(launches(p), batch ? 3 : 1);
+    p.grad_input = nullptr;
+    CHECK_EQUAL(launches(p), 0);
+    p.grad_residual = a.grad_residual.data();
+    CHECK_EQUAL(launches(p), 1);
+    p.grad_residual = nullptr;
+    p.grad_weight = vector_of(a.grad_weight);
+    CHECK_EQUAL(launches(p), 2);
+  }
+
+  // Frozen statistics without a z to compute do not read the input.
+  BackwardParams p = a.backward_params(Statistics::running, Activation::none);
+  p.input = nullptr;
+  p.grad_weight = {};
+  CHECK_EQUAL(a.backward(p), cudaSuccess);
+
+  const int64_t before = emulator::launches();
+  ForwardParams f = a.forward_params(Statistics::batch, Activation::none, false);
+  f.weight = f.bias = {};
+  f.mean = f.inv_std = nullptr;
+  CHECK_EQUAL(a.forward(f), cudaSuccess);
+  CHECK_EQUAL(emulator::launches() - before, 3);
+  Channels plain = a.channels;
+  plain.weight.assign(a.layout.channels, 1);
+  plain.bias.assign(a.layout.channels, 0);
+  check_output(a, plain, Activation::none, false);
+}
+
+void test_edges() {
+  for (const Shape& shape : shapes) {
+    test_constant<float>(shape, 10000.1);
+    test_constant<float>(shape, 3e38);
+    test_constant<double>(shape, 1e200 / 3);
+    test_constant<bfloat16>(shape, -7.3);
+    test_constant<float16>(shape, 60000);
+    test_extremes(shape);
+  }
+  for (const Layout& layout : {Layout{0, 5, 1}, Layout{0, 5, 16}}) test_empty(layout);
+  for (const Layout& layout : {Layout{1, 5, 1}, Layout{1, 16, 1}}) test_single(layout);
+  test_wanted();
+}

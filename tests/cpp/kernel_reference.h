@@ -1,0 +1,103 @@
+// What the kernels should compute, straight from the definitions in double; and tensors of T that know their layout.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "math/params.h"
+
+namespace fastbn::test {
+
+using Doubles = std::vector<double>;
+
+// Exactly the elements, so that AddressSanitizer sees an overrun; `shift` elements off 16-byte alignment.
+template <class T>
+struct Tensor {
+  std::unique_ptr<T[]> memory;
+  int64_t size;
+  int64_t shift;
+
+  explicit Tensor(int64_t size, int64_t shift = 0) : memory(new T[size + shift]), size(size), shift(shift) {
+    std::memset(static_cast<void*>(memory.get()), 0xff, (size + shift) * sizeof(T));
+  }
+
+  T* data() const { return memory.get() + shift; }
+  double at(int64_t i) const { return double(to_acc(data()[i])); }
+};
+
+inline double random_normal(uint64_t& state) {
+  double sum = -6;
+  for (int i = 0; i < 12; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    sum += double(state >> 40) / double(1 << 24);
+  }
+  return sum;
+}
+
+template <class T>
+Tensor<T> random_tensor(int64_t size, uint64_t seed, double mean, int64_t shift = 0) {
+  Tensor<T> tensor(size, shift);
+  uint64_t state = seed;
+  for (int64_t i = 0; i < size; ++i) tensor.data()[i] = from_acc<T>(acc_t<T>(mean + random_normal(state)));
+  return tensor;
+}
+
+inline int64_t channel_of(const Layout& layout, int64_t i) { return i / layout.inner % layout.channels; }
+
+// Byte and bit of element i in the mask.
+inline bool mask_bit(const Layout& layout, const uint8_t* mask, int64_t i) {
+  const int64_t run = i / layout.run();
+  const int64_t place = i % layout.run();
+  return mask[run * layout.mask_bytes_per_run() + place / 8] >> (place % 8) & 1;
+}
+
+template <class T>
+void reference_stats(const Layout& layout, const Tensor<T>& input, Doubles& mean, Doubles& var) {
+  mean.assign(layout.channels, 0);
+  var.assign(layout.channels, 0);
+  const double count = double(layout.count());
+  for (int64_t i = 0; i < layout.numel(); ++i) mean[channel_of(layout, i)] += input.at(i) / count;
+  for (int64_t i = 0; i < layout.numel(); ++i) {
+    const double d = input.at(i) - mean[channel_of(layout, i)];
+    var[channel_of(layout, i)] += d * d / count;
+  }
+}
+
+struct Channels {
+  Doubles mean, inv_std, weight, bias;
+};
+
+template <class T>
+double reference_z(const Layout& layout, const Channels& c, const Tensor<T>& input, const Tensor<T>* residual,
+                   int64_t i) {
+  const int64_t k = channel_of(layout, i);
+  const double z = (input.at(i) - c.mean[k]) * c.inv_std[k] * c.weight[k] + c.bias[k];
+  return residual ? z + residual->at(i) : z;
+}
+
+struct Gradients {
+  Doubles z, sum, sum_xhat, absolute_sum, absolute_sum_xhat;
+};
+
+template <class T>
+Gradients reference_gradients(const Layout& layout, const Channels& c, Activation activation, const Tensor<T>& grad_out,
+                              const Tensor<T>& input, const Tensor<T>* residual) {
+  Gradients g;
+  for (Doubles* sums : {&g.sum, &g.sum_xhat, &g.absolute_sum, &g.absolute_sum_xhat}) sums->assign(layout.channels, 0);
+  for (int64_t i = 0; i < layout.numel(); ++i) {
+    const int64_t k = channel_of(layout, i);
+    const double z = activation_backward(activation, reference_z(layout, c, input, residual, i), grad_out.at(i));
+    const double xhat = (input.at(i) - c.mean[k]) * c.inv_std[k];
+    g.z.push_back(z);
+    g.sum[k] += z;
+    g.sum_xhat[k] += z * xhat;
+    g.absolute_sum[k] += std::fabs(z);
+    g.absolute_sum_xhat[k] += std::fabs(z * xhat);
+  }
+  return g;
+}
+
+}  // namespace fastbn::test

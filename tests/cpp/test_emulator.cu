@@ -165,7 +165,8 @@ void test_seed_sets_the_schedule() {
     fastbn_emulator_set_seed(seed);
     std::vector<int> order;
     auto body = [&] { order.push_back(device::thread_index()); };
-    CHECK_EQUAL(emulator::run({.threads = 64}, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body), cudaSuccess);
+    const auto call = [](void* b) { (*static_cast<decltype(body)*>(b))(); };
+    CHECK_EQUAL(emulator::run({.threads = 64}, call, &body), cudaSuccess);
     return order;
   };
   CHECK(run(1) == run(1));

@@ -1,4 +1,4 @@
-// Stackful contexts for one host thread: a short assembly switch on x86-64 and arm64 (swapcontext makes two system calls
+// Stackful contexts for one host thread: a short assembly switch on x86-64 and arm64 (swapcontext makes a system call
 // a switch), ucontext elsewhere; AddressSanitizer is told of each switch.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The emulator's state while a launch runs: who waits where. Shared by the scheduler (emulator.cpp) and by the primitives
-// that a running thread calls (primitives.cpp).
+// The emulator's state while a launch runs: who waits where. Shared by the scheduler (emulator.cpp) and by the
+// primitives that a running thread calls (primitives.cpp).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/device.cuh where g++ compiles kernels. An asynchronous copy is done in its wait and its target
-// is NaN until then; where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
+// Stands in for csrc/cuda/device.cuh where g++ compiles kernels. An asynchronous copy is done in its wait and its
+// target is NaN until then; where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,16 @@
 """Draw the demo's curves: training loss and test accuracy by epoch, one line a net."""
 
+import math
 from pathlib import Path
 
 from fastbn.cli.errors import require
 from fastbn.cli.lenet import FASTBN, PLAIN, STOCK
 
-# Okabe and Ito's colours tell apart under every common colour blindness. fastbn lies upon torch.nn: narrow dashes and
+# Okabe and Ito's colours, which the colour-blind can tell apart. fastbn's line lies upon torch.nn's: narrow dashes and
 # hollow markers upon a wide line show both.
 _STYLES = {
     PLAIN: {"color": "#000000", "linestyle": ":", "linewidth": 1.8, "marker": "^", "markersize": 6},
-    STOCK: {"color": "#56B4E9", "linestyle": "-", "linewidth": 6, "marker": "", "solid_capstyle": "round"},
+    STOCK: {"color": "#56B4E9", "linestyle": "-", "linewidth": 6, "marker": "o", "markersize": 10},
     FASTBN: {
         "color": "#D55E00",
         "linestyle": (0, (3, 2)),
@@ -33,7 +34,9 @@ def save_curves(path: Path, title: str, loss: dict[str, list[float]], accuracy: 
     panels = figure.subplots(1, 2)
     for axes, values in zip(panels, (loss, accuracy)):
         for name, style in _STYLES.items():
-            axes.plot(range(1, len(values[name]) + 1), values[name], label=_LABELS[name], **style)
+            epochs = range(1, len(values[name]) + 1)
+            spacing = math.ceil(len(epochs) / 15)
+            axes.plot(epochs, values[name], label=_LABELS[name], markevery=spacing, clip_on=False, zorder=3, **style)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(color="#DDDDDD", linewidth=0.8)

@@ -1,13 +1,11 @@
 """Compiles the CUDA kernels for the emulator and registers them as torch.ops.fastbn_emulator, backend "emulator".
 
-FASTBN_SANITIZE=1 compiles with AddressSanitizer and UBSan; python must then run with `preload()` in LD_PRELOAD.
+The sanitizers run over the same kernels in tests/cpp, without Python in between.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -15,20 +13,6 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_A_DEVICE = {"device_limits.cu"}
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-
-
-def sanitizes() -> bool:
-    return os.environ.get("FASTBN_SANITIZE") == "1"
-
-
-def preload() -> str:
-    """The value of LD_PRELOAD for a python that loads the sanitized build."""
-    libraries = (
-        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    )
-    return ":".join(libraries)
 
 
 def _sources(folder: Path) -> list[str]:
@@ -52,7 +36,7 @@ def load() -> ModuleType:
     """Build if anything changed, import, and register with fastbn. Returns the module (set_seed, launches)."""
     import fastbn._ops
 
-    folder = ROOT / ".build" / ("emulator_sanitized" if sanitizes() else "emulator")
+    folder = ROOT / ".build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
     module = cpp_extension.load(
         name="fastbn_emulator",
@@ -65,9 +49,8 @@ def load() -> ModuleType:
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
             "-DFASTBN_NAMESPACE=fastbn_emulator",
             "-fvisibility=hidden",
-            *(["-g1", *SANITIZERS] if sanitizes() else ["-g0"]),
+            "-g0",
         ],
-        extra_ldflags=SANITIZERS[:1] if sanitizes() else [],
         build_directory=str(folder),
     )
     fastbn._ops.register("emulator", "fastbn_emulator")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbn import _C, _ops, functional
+from fastbn import _C, _formulas, _ops
 from fastbn._activations import index as activation_index
 from fastbn._activations import is_piecewise_linear
 
@@ -58,19 +58,21 @@ def explain(
     if direction not in _DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
     index = activation_index(activation)
-    reason = _ops.why_unsupported(input, *_statistics(input, training), None, None, training, eps=1e-5)
-    if reason is None and device is None:
-        backend, reason = _ops.default_backend(input.device)
-    elif reason is None:
-        backend, reason = "cuda", f"planned for a {device}"
-    else:
+    limits = None if device is None else _C.named_device(device)
+    reason = _ops.why_unsupported(input, *_statistics(input, training), None, None, None, training, eps=1e-5)
+    if reason is not None:
         backend = None
+    elif device is not None:
+        backend, reason = "cuda", f"planned for {device}"
+    else:
+        backend, reason = _ops.default_backend(input.device)
     if backend == "cuda":
-        return _cuda_plan(input, direction, index, residual, training, device, reason)
-    reads, writes = _two_pass_traffic(input, direction, index, residual, training)
+        return _cuda_plan(input, direction, index, residual, training, limits, reason)
     if backend == "cpu":
         kernel = "row_blocks" if _is_channels_innermost(input) else "channel_blocks"
+        reads, writes = _two_pass_traffic(input, direction, index, residual, training)
         return Plan("cpu", kernel, 1, reads, writes, 1, 0, torch.get_num_threads(), 0, reason)
+    reads, writes = _torch_traffic(direction, index, residual, training)
     return Plan("torch", "batch_norm", 0, reads, writes, 1, 0, 0, 0, reason)
 
 
@@ -83,10 +85,7 @@ def _statistics(input: Tensor, training: bool):
 
 
 def _is_channels_innermost(input: Tensor) -> bool:
-    channels_innermost, _, _ = _ops._formulas.runs_of(
-        tuple(input.shape), _ops._formulas.suggest_memory_format(input)
-    )
-    return channels_innermost
+    return _formulas.runs_of(tuple(input.shape), _formulas.suggest_memory_format(input))[0]
 
 
 def _two_pass_traffic(input, direction, index, residual, training) -> tuple[float, float]:
@@ -101,10 +100,15 @@ def _two_pass_traffic(input, direction, index, residual, training) -> tuple[floa
     return (1.0 if index == 0 else 1 + mask if masked else 2.0 + residual), writes
 
 
-def _cuda_plan(input, direction, index, residual, training, device, reason) -> Plan:
-    if device is not None:
-        limits = _C.named_device(device)
-    else:
+def _torch_traffic(direction, index, residual, training) -> tuple[float, float]:
+    """Batch norm, addition and activation each read and write the whole tensor."""
+    if direction == "forward":
+        return (2.0 if training else 1.0) + 2 * residual + (index != 0), 1.0 + residual + (index != 0)
+    return (4.0 if training else 2.0) + 2 * (index != 0), 1.0 + (index != 0)
+
+
+def _cuda_plan(input, direction, index, residual, training, limits, reason) -> Plan:
+    if limits is None:
         properties = torch.cuda.get_device_properties(input.device)
         limits = _C.DeviceLimits(
             sm_count=properties.multi_processor_count,

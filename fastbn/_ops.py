@@ -58,12 +58,20 @@ def default_backend(device: torch.device) -> tuple[str | None, str]:
     return None, f"fastbn has no kernels for {device.type} tensors"
 
 
+def why_unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors of a device; None if it can. ValueError for an unknown name."""
+    namespace(backend)
+    served, reason = default_backend(device)
+    return reason if backend in ("cpu", "cuda") and served != backend else None
+
+
 def why_unsupported(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
     eps: float,
 ) -> str | None:
@@ -84,6 +92,11 @@ def why_unsupported(
     if training:
         if input.numel() == channels:
             return "there is but one value a channel"
+        counter = num_batches_tracked
+        if counter is not None and (
+            counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != input.device
+        ):
+            return "num_batches_tracked is not one int64 on the input's device"
     elif running_mean is None:
         return "evaluation needs running statistics"
     dtype = None

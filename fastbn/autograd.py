@@ -19,6 +19,39 @@ def _below_autograd():
     return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
+def batch_norm(input, residual, weight, bias, *rest) -> Tensor:
+    """activation(batch_norm(input) + residual), updating the buffers; the arguments of `BatchNormFunction`."""
+    tensors = (input, residual, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return BatchNormFunction.apply(*tensors, *rest)
+    return _forward(*tensors, *rest, save_stats=False, save_mask=False)[0]
+
+
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    batch_stats: bool,
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    backend: str,
+    *,
+    save_stats: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ops = _ops.namespace(backend)
+    operands = (input, residual, weight, bias, running_mean, running_var)
+    with _below_autograd():
+        if batch_stats:
+            return ops.batch_norm_train(*operands, num_batches_tracked, momentum, eps, activation, save_mask)
+        return ops.batch_norm_eval(*operands, eps, activation, save_stats, save_mask)
+
+
 class BatchNormFunction(torch.autograd.Function):
     """output = activation(batch_norm(input) + residual), updating the buffers.
 
@@ -28,60 +61,25 @@ class BatchNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        batch_stats: bool,
-        momentum: float | None,
-        eps: float,
-        activation: int,
-        backend: str,
-    ) -> Tensor:
-        need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        differentiates = need_input or need_residual or need_weight or need_bias
-        masked = differentiates and residual is not None and is_piecewise_linear(activation)
-        ops = _ops.namespace(backend)
-        with _below_autograd():
-            if batch_stats:
-                output, mean, inv_std, mask = ops.batch_norm_train(
-                    input,
-                    residual,
-                    weight,
-                    bias,
-                    running_mean,
-                    running_var,
-                    num_batches_tracked,
-                    momentum,
-                    eps,
-                    activation,
-                    masked,
-                )
-            else:
-                output, mean, inv_std, mask = ops.batch_norm_eval(
-                    input, residual, weight, bias, running_mean, running_var, eps, activation, differentiates, masked
-                )
-        if differentiates:
-            # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
-            recomputes = activation != 0 and not masked
-            needs_input_data = batch_stats or need_weight or recomputes
-            ctx.save_for_backward(
-                input if needs_input_data else None,
-                residual if recomputes else None,
-                weight,
-                bias if recomputes else None,
-                mean,
-                inv_std,
-                mask if masked else None,
-            )
-            ctx.batch_stats, ctx.eps, ctx.activation, ctx.backend = batch_stats, eps, activation, backend
-            ctx.memory_format = None if needs_input_data else _formulas.suggest_memory_format(input)
-            ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(ctx, *arguments) -> Tensor:
+        input, residual, weight, bias, _, _, _, batch_stats, _, eps, activation, backend = arguments
+        masked = residual is not None and is_piecewise_linear(activation)
+        output, mean, inv_std, mask = _forward(*arguments, save_stats=True, save_mask=masked)
+        # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
+        recomputes = activation != 0 and not masked
+        needs_input_data = batch_stats or ctx.needs_input_grad[2] or recomputes
+        ctx.save_for_backward(
+            input if needs_input_data else None,
+            residual if recomputes else None,
+            weight,
+            bias if recomputes else None,
+            mean,
+            inv_std,
+            mask if masked else None,
+        )
+        ctx.batch_stats, ctx.eps, ctx.activation, ctx.backend = batch_stats, eps, activation, backend
+        ctx.memory_format = None if needs_input_data else _formulas.suggest_memory_format(input)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
@@ -90,6 +88,8 @@ class BatchNormFunction(torch.autograd.Function):
         need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         if input is None:  # only its shape and format matter
             input = grad_out.detach().contiguous(memory_format=ctx.memory_format)
+        if weight is None and bias is None and ctx.bias_dtype is not None:  # only its dtype matters, which is that of its gradient
+            bias = mean.new_empty(mean.shape, dtype=ctx.bias_dtype)
         if torch.is_grad_enabled():
             grads = _differentiable_backward(ctx, grad_out, input, residual, weight, bias, mean, inv_std, mask)
         else:
@@ -115,8 +115,6 @@ class BatchNormFunction(torch.autograd.Function):
         grad_input, grad_weight, grad_bias, grad_residual = grads
         if ctx.activation == 0:
             grad_residual = grad_out
-        if need_bias and grad_bias.dtype != ctx.bias_dtype:
-            grad_bias = grad_bias.to(ctx.bias_dtype)
         return (
             grad_input if need_input else None,
             grad_residual if need_residual else None,

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastbn import _formulas, _ops
+from fastbn import _formulas, _ops, autograd
 from fastbn._activations import index as activation_index
-from fastbn.autograd import BatchNormFunction
 
 
 def batch_norm(
@@ -41,13 +41,16 @@ def batch_norm(
     where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
 
     Raises what torch raises for the same input, before any buffer has changed, and ValueError for a residual, activation
-    or backend that does not fit.
+    or backend that does not fit, or a backend that cannot take what torch may.
     """
     index = activation_index(activation)
     if residual is not None:
         _check_residual(input, residual)
+    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
     if backend is None:
-        backend = _choose_backend(input, running_mean, running_var, weight, bias, training, eps)[0]
+        backend = _choose_backend(*tensors, training, eps)[0]
+    elif backend != "torch":
+        _check_backend(backend, *tensors, training, eps)
     if backend == "torch":
         return _torch_batch_norm(
             input,
@@ -64,7 +67,7 @@ def batch_norm(
         )
     if not training:
         num_batches_tracked = None
-    return BatchNormFunction.apply(
+    return autograd.batch_norm(
         input,
         residual,
         weight,
@@ -80,29 +83,32 @@ def batch_norm(
     )
 
 
-def _choose_backend(input, running_mean, running_var, weight, bias, training, eps) -> tuple[str, str]:
+def _choose_backend(input, *rest) -> tuple[str, str]:
     """(backend, why): the one place that decides which implementation runs."""
-    reason = _why_torch_must_see() or _ops.why_unsupported(
-        input, running_mean, running_var, weight, bias, training, eps
-    )
+    reason = _why_torch_must_see(input) or _ops.why_unsupported(input, *rest)
     if reason is not None:
         return "torch", reason
     backend, reason = _ops.default_backend(input.device)
     return backend or "torch", reason
 
 
-def _why_torch_must_see() -> str | None:
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
-            return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
-        return None
-    if torch.jit.is_tracing():
-        return "what consumes a traced graph knows aten::batch_norm, not fastbn's ops"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+def _why_torch_must_see(input: Tensor) -> str | None:
+    # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "functorch transforms differentiate and batch torch's own batch_norm"
     if forward_ad._current_level >= 0:
         return "forward-mode AD has its formula for torch's own batch_norm"
+    if is_traceable_wrapper_subclass(input):
+        return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
     return None
+
+
+def _check_backend(backend: str, input: Tensor, *rest) -> None:
+    reason = _ops.why_unavailable(backend, input.device) or _ops.why_unsupported(input, *rest)
+    if reason is not None:
+        raise ValueError(f"batch_norm: backend {backend!r} cannot take this call: {reason}")
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:

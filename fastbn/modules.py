@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn._activations import index as activation_index
@@ -21,6 +21,9 @@ class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):  # a leaf of symbolic tracing, as torch.nn's own modules are
+            arguments = (input,) if residual is None else (input, residual)
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), arguments, {})
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
         uses_buffers = tracks or not self.training

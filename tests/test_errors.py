@@ -1,0 +1,209 @@
+"""Bad calls: the exception and the words of torch on the same call, and no buffer changed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbn
+from fastbn import _ops
+from tests.stock import FAST, STOCK, normal
+
+
+def _zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+FOUR = _zeros(4)
+# name: input, running_mean, running_var, and what else F.batch_norm is given.
+CALLS = {
+    "one_value": (_zeros(1, 4), FOUR, FOUR, {"training": True}),
+    "one_value_and_space": (_zeros(1, 4, 1, 1), None, None, {"training": True}),
+    "mean_size": (_zeros(3, 4), _zeros(3), FOUR, {}),
+    "mean_size_train": (_zeros(3, 4), _zeros(3), FOUR, {"training": True}),
+    "var_size_train": (_zeros(3, 4), FOUR, _zeros(3), {"training": True}),
+    "weight_size": (_zeros(3, 4), FOUR, FOUR, {"weight": _zeros(5)}),
+    "weight_size_train": (_zeros(3, 4), FOUR, FOUR, {"weight": _zeros(5), "training": True}),
+    "bias_size_train": (_zeros(3, 4), FOUR, FOUR, {"bias": _zeros(5), "training": True}),
+    "no_stats_in_eval": (_zeros(3, 4), None, None, {}),
+    "no_mean_in_eval": (_zeros(3, 4), None, FOUR, {}),
+    "no_var_in_eval": (_zeros(3, 4), FOUR, None, {}),
+    "no_mean_in_train": (_zeros(3, 4), None, FOUR, {"training": True}),
+    "no_var_in_train": (_zeros(3, 4), FOUR, None, {"training": True}),
+    "integers": (_zeros(3, 4, dtype=torch.int32), FOUR, FOUR, {}),
+    "integers_train": (_zeros(3, 4, dtype=torch.int32), FOUR, FOUR, {"training": True}),
+    "no_channels": (_zeros(3, 0), _zeros(0), _zeros(0), {}),
+    "no_channels_train": (_zeros(3, 0), _zeros(0), _zeros(0), {"training": True}),
+    "no_channels_affine": (_zeros(3, 0), _zeros(0), _zeros(0), {"weight": _zeros(0), "training": True}),
+    "no_dimensions": (_zeros(), FOUR, FOUR, {}),
+    "one_dimension": (_zeros(4), FOUR, FOUR, {}),
+    "negative_eps": (_zeros(3, 4), FOUR, FOUR, {"eps": -1.0}),
+    "zero_eps": (_zeros(3, 4), FOUR, FOUR, {"eps": 0.0}),
+    "zero_eps_train": (_zeros(3, 4), FOUR, FOUR, {"eps": 0.0, "training": True}),
+    "negative_eps_train": (_zeros(3, 4), FOUR, FOUR, {"eps": -1.0, "training": True}),
+    "double_input": (_zeros(3, 4, dtype=torch.float64), FOUR, FOUR, {"training": True}),
+    "half_parameters": (_zeros(3, 4), *[_zeros(4, dtype=torch.bfloat16)] * 2, {"training": True}),
+    "double_parameters": (
+        _zeros(3, 4, dtype=torch.bfloat16), *[_zeros(4, dtype=torch.float64)] * 2, {"training": True}
+    ),
+    "different_parameters": (
+        _zeros(3, 4, dtype=torch.bfloat16), FOUR, FOUR, {"weight": _zeros(4, dtype=torch.bfloat16), "training": True}
+    ),
+    "complex": (_zeros(3, 4, dtype=torch.complex64), FOUR, FOUR, {"training": True}),
+}
+
+
+def _outcome(function, arguments):
+    """What a call gave or raised, on copies; those of its tensors that it changed."""
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    try:
+        result = function(*copies)
+    except Exception as error:
+        result = error
+    changed = [
+        not torch.equal(a, b) for a, b in zip(copies, arguments, strict=True) if isinstance(a, torch.Tensor)
+    ]
+    return result, any(changed)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functional(name):
+    input, mean, var, options = CALLS[name]
+    call = lambda function: lambda *tensors: function(*tensors, **options)  # noqa: E731
+    expected, _ = _outcome(call(F.batch_norm), (input, mean, var))
+    counter = torch.tensor(3)
+    actual, changed = _outcome(
+        lambda *t: fastbn.functional.batch_norm(*t[:3], num_batches_tracked=t[3], **options), (input, mean, var, counter)
+    )
+    if isinstance(expected, Exception):
+        assert type(actual) is type(expected), f"expected {expected!r}, got {actual!r}"
+        assert str(actual).split("\nException raised")[0] == str(expected).split("\nException raised")[0]
+        assert not changed
+    else:
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+MODULE_CALLS = {
+    "dimensions_1d": (1, _zeros(3, 5, 2, 2), True, {}),
+    "dimensions_2d": (2, _zeros(3, 5, 2), True, {}),
+    "dimensions_2d_eval": (2, _zeros(3, 5, 2), False, {}),
+    "dimensions_3d": (3, _zeros(3, 5, 2, 2), True, {}),
+    "channels": (2, _zeros(3, 4, 2, 2), True, {}),
+    "channels_eval": (2, _zeros(3, 4, 2, 2), False, {}),
+    "channels_without_affine": (2, _zeros(3, 4, 2, 2), True, {"affine": False}),
+    "one_value": (2, _zeros(1, 5, 1, 1), True, {}),
+    "integers": (2, _zeros(3, 5, 2, 2, dtype=torch.int64), True, {}),
+    "doubles": (2, _zeros(3, 5, 2, 2, dtype=torch.float64), True, {}),
+    "zero_eps": (2, _zeros(3, 5, 2, 2), True, {"eps": 0.0}),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", MODULE_CALLS)
+def test_modules(name, momentum):
+    """Not even the counter moves, which torch's modules increment before they fail."""
+    dim, input, training, options = MODULE_CALLS[name]
+    errors = []
+    for module in (kind[dim](5, momentum=momentum, **options).train(training) for kind in (STOCK, FAST)):
+        with pytest.raises(Exception) as caught:
+            module(input)
+        errors.append(caught.value)
+    assert type(errors[1]) is type(errors[0])
+    assert str(errors[1]).split("\nException raised")[0] == str(errors[0]).split("\nException raised")[0]
+    assert module.num_batches_tracked.item() == 0
+    assert torch.equal(module.running_mean, torch.zeros(5)) and torch.equal(module.running_var, torch.ones(5))
+
+
+def test_input_of_another_device():
+    fast = FAST[2](5)
+    with pytest.raises(Exception) as caught:
+        fast(torch.zeros(3, 5, 2, 2, device="meta"))
+    with pytest.raises(type(caught.value)):
+        STOCK[2](5)(torch.zeros(3, 5, 2, 2, device="meta"))
+    assert fast.num_batches_tracked.item() == 0
+
+
+def test_names_that_do_not_exist():
+    x = normal(3, 4)
+    with pytest.raises(ValueError, match="activation: expected one of none, relu, .*, got 'tanh'"):
+        fastbn.functional.batch_norm(x, None, None, training=True, activation="tanh")
+    with pytest.raises(ValueError, match="backend: expected one of cpu, .*, torch, got 'triton'"):
+        fastbn.functional.batch_norm(x, None, None, training=True, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "backend,input,reason",
+    [
+        ("cpu", _zeros(3, 4, dtype=torch.int32), "no kernels for torch.int32"),
+        ("reference", _zeros(1, 4), "but one value a channel"),
+        ("cuda", _zeros(3, 4), "CPU tensors run on"),
+        ("cpu", torch.zeros(3, 4, device="meta"), "no kernels for meta tensors"),
+    ],
+)
+def test_a_backend_that_cannot(backend, input, reason):
+    with pytest.raises(ValueError, match=f"batch_norm: backend '{backend}' cannot take this call: .*{reason}"):
+        fastbn.functional.batch_norm(input, None, None, training=True, backend=backend)
+
+
+def _arguments(**changed):
+    """Of batch_norm_train, in order, right but for what is named."""
+    right = {
+        "input": _zeros(3, 4, 2), "residual": None, "weight": None, "bias": None, "running_mean": _zeros(4),
+        "running_var": _zeros(4), "num_batches_tracked": torch.tensor(0), "momentum": 0.1, "eps": 1e-5,
+        "activation": 1, "save_mask": False,
+    }  # fmt: skip
+    return list((right | changed).values())
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"input": _zeros(4)}, "expected input of at least 2 dimensions, got shape [4]"),
+        ({"input": _zeros(3, 0)}, "expected input of at least one channel, got shape [3, 0]"),
+        ({"input": _zeros(3, 4, dtype=torch.int32)}, "expected input of dtype Float, Double, BFloat16 or Half, got Int"),
+        ({"residual": _zeros(3, 4, 1)}, "expected residual of shape [3, 4, 2], got [3, 4, 1]"),
+        ({"residual": _zeros(3, 4, 2, dtype=torch.float64)}, "expected residual of dtype Float, got Double"),
+        ({"weight": _zeros(5)}, "expected weight of shape [4], got [5]"),
+        ({"bias": _zeros(4, 1)}, "expected bias of shape [4], got [4, 1]"),
+        ({"weight": _zeros(4, dtype=torch.float64)}, "expected weight of dtype Float, got Double"),
+        ({"running_mean": _zeros(8)[::2]}, "expected contiguous running_mean, got stride 2"),
+        ({"running_var": _zeros(3)}, "expected running_var of shape [4], got [3]"),
+        ({"num_batches_tracked": torch.tensor(0.0)}, "expected num_batches_tracked of dtype Long and one element, got"),
+        ({"activation": 8}, "expected activation from 0 to 7, got 8"),
+        ({"activation": -1}, "expected activation from 0 to 7, got -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_ops_say_what_they_expected(changed, message):
+    arguments = _arguments(**changed)
+    buffers = [t for t in arguments[4:7] if t is not None]
+    before = [t.clone() for t in buffers]
+    with pytest.raises(RuntimeError, match=re.escape(f"batch_norm_train: {message}")):
+        torch.ops.fastbn.batch_norm_train(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+
+
+def test_ops_check_what_backward_is_given():
+    x, stats = _zeros(3, 4, 2), torch.ones(4, dtype=torch.float64)
+    flags = (True, 1, True, True, True, True)
+    for changed, message in (
+        ({0: _zeros(3, 4)}, "expected grad_out of shape [3, 4, 2], got [3, 4]"),
+        ({0: x.double()}, "expected grad_out of dtype Float, got Double"),
+        ({3: torch.zeros(12, 2, dtype=torch.uint8)}, "expected contiguous mask of dtype Byte and shape [12, 1], got Byte"),
+        ({6: stats.float()}, "expected contiguous mean of dtype Double and shape [4], got Float of shape [4]"),
+        ({7: stats[:3]}, "expected contiguous inv_std of dtype Double and shape [4], got Double of shape [3]"),
+    ):
+        arguments = [x, x, None, None, None, None, stats, stats]
+        for position, value in changed.items():
+            arguments[position] = value
+        with pytest.raises(RuntimeError, match=re.escape(f"batch_norm_backward: {message}")):
+            torch.ops.fastbn.batch_norm_backward(*arguments, *flags)
+    with pytest.raises(RuntimeError, match="input_grad: expected all of sum_grad, sum_grad_xhat and count, or none"):
+        torch.ops.fastbn.input_grad(x, x, None, None, None, None, stats, stats, stats, None, None, 0, False)
+
+
+def test_every_op_is_listed():
+    assert set(dir(torch.ops.fastbn)) >= set(_ops.OPS)

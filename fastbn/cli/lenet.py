@@ -98,14 +98,27 @@ class Experiment:
             run.timer.collect()
             self._test(run)
 
-    @torch.no_grad()
+    def same_net_gap(self) -> tuple[float, float]:
+        """Evaluate torch.nn's net, as it now is, by torch.nn and by fastbn, which takes its running statistics along.
+
+        Returns the largest absolute difference of the logits of the test set, and the largest absolute logit.
+        """
+        stock = self.runs[STOCK].net
+        expected, got = self._logits(stock), self._logits(convert(copy.deepcopy(stock)))
+        return (got - expected).abs().max().item(), expected.abs().max().item()
+
     def _test(self, run):
-        run.net.eval()
-        logits = torch.cat([run.net(_pixels(images)) for images in self.data.test_images.split(1024)])
-        run.net.train()
+        logits = self._logits(run.net)
         run.accuracy.append((logits.argmax(1) == self.data.test_labels).double().mean().item())
         if run.logits is None:
             run.logits = logits
+
+    @torch.no_grad()
+    def _logits(self, net):
+        net.eval()
+        logits = torch.cat([net(_pixels(images)) for images in self.data.test_images.split(1024)])
+        net.train()
+        return logits
 
 
 def _train_step(run, images, labels):

@@ -1,7 +1,7 @@
 """Swap torch.nn.BatchNorm modules for fastbn's and back, in place.
 
-Only `__class__` changes: parameters, buffers, hooks, flags and whatever else refers to the module stay the same objects,
-so optimisers built before and checkpoints written before or after keep working.
+Only `__class__` changes: parameters, buffers, hooks, flags and whatever else refers to the module stay the same
+objects, so optimisers built before and checkpoints written before or after keep working.
 """
 
 from torch import nn

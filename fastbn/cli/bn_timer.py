@@ -1,8 +1,8 @@
 """Time spent in the BatchNorm modules of a model, forward and backward, by hooks that the model's result does not see.
 
-Forward is from a module's call to its return. Backward is from the gradient of its output being ready to the gradient of
-its input being ready, which holds the gradients of weight and bias too. Both hold what launching them costs. The clock is
-the host's on a CPU and CUDA events on the current stream on a GPU.
+Forward is from a module's call to its return. Backward is from the gradient of its output being ready to that of its
+input being ready, which holds the gradients of weight and bias too. Both hold what launching them costs. The clock is the
+host's on a CPU and CUDA events on the current stream on a GPU.
 """
 
 import statistics
@@ -49,7 +49,7 @@ class BatchNormTimer:
         self._steps = []
 
     def medians(self) -> dict[str, float]:
-        """Milliseconds a step, medians over the steps: `forward` and `backward` of all BatchNorms, and the whole `step`."""
+        """Milliseconds a step, medians: `forward` and `backward` of all BatchNorms, and the whole `step`."""
         self.collect()
         totals = self._totals[self._warm_up :] or self._totals
         return {name: statistics.median(total[name] for total in totals) for name in ("forward", "backward", "step")}

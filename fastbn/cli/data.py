@@ -1,4 +1,4 @@
-"""The images that the demo trains on: Fashion-MNIST from its four IDX files, or the digits that scikit-learn bundles."""
+"""The images that the demo trains on: Fashion-MNIST from its four IDX files, or scikit-learn's digits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ def load_idx_directory(directory: Path) -> Dataset:
 
 
 def load_digits(seed: int) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, scaled up bilinearly from 8x8 pixels; a stratified fifth is the test set."""
+    """scikit-learn's 1,797 digits, scaled up bilinearly from 8x8 pixels; a stratified fifth is the test set."""
     datasets = require("demo", "sklearn.model_selection", "sklearn.datasets")
     from sklearn.model_selection import train_test_split
 

@@ -55,14 +55,13 @@ def add_arguments(parser):
     parser.add_argument("--batch-size", type=_positive(int), default=256, metavar="N", help="default: 256")
     parser.add_argument("--lr", type=_positive(float), default=1.0, help="SGD's learning rate (default: 1.0)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, order and split (default: 0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), metavar="DIR", help="where curves.png and results.json go (default: demo)"
-    )
+    where = "where curves.png and results.json go (default: demo)"
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help=where)
 
 
 def run(args) -> int:
     if args.batch_size < 2:
-        raise CommandError(f"--batch-size: expected at least 2, got {args.batch_size}: one image has no batch statistics")
+        raise CommandError(f"--batch-size: expected at least 2, got {args.batch_size}: one image has no statistics")
     where = device(args.device)
     progress = require("demo", "matplotlib", "tqdm").tqdm
     data = load_idx_directory(args.data) if args.data else load_digits(args.seed)
@@ -183,11 +182,13 @@ def _report(results):
     if results["verdict"]["agree"]:
         yield "Verdict: fastbn trains as torch.nn does."
     else:
-        yield f"Verdict: fastbn does NOT train as torch.nn does: {', '.join(results['verdict']['beyond'])} too far off."
+        beyond = ", ".join(results["verdict"]["beyond"])
+        yield f"Verdict: fastbn does NOT train as torch.nn does: {beyond} too far off."
 
 
 def _bounded(results, name, text):
-    return [text, *(f"{values[name]:.2e}" for values in (results["difference_fastbn_torch"], results["verdict"]["bounds"]))]
+    got, bound = results["difference_fastbn_torch"][name], results["verdict"]["bounds"][name]
+    return [text, f"{got:.2e}", f"{bound:.2e}"]
 
 
 def _save(out, data, results):

@@ -18,7 +18,7 @@ PLAIN, STOCK, FASTBN = "without BN", "torch.nn", "fastbn"
 
 
 def lenet(batch_norm: bool) -> nn.Sequential:
-    """LeNet for (N, 1, 28, 28) float32 images; a BatchNorm before each sigmoid if `batch_norm`. Returns (N, 10) logits."""
+    """LeNet from (N, 1, 28, 28) float32 images to (N, 10) logits; with `batch_norm`, one before each sigmoid."""
     layers = OrderedDict()
 
     def add(number, layer, norm, *after):

@@ -1,4 +1,4 @@
-"""One parity case: fastbn and torch.nn.functional on one device, each against a float64 composition of torch operations.
+"""One parity case: fastbn and torch.nn.functional on one device, each against float64 torch operations.
 
 Errors are largest absolute differences in ulp: the spacing of the quantity's dtype at the largest value it should have.
 """
@@ -25,7 +25,7 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What to compare. `layout` is one of contiguous, channels_last, channels_last_3d, strided (every second column)."""
+    """What to compare. `layout`: contiguous, channels_last, channels_last_3d or strided (every second column)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32

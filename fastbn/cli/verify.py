@@ -60,7 +60,8 @@ def run(args) -> int:
     print("\n".join(table(rows, left=(0, 1, 2, 3, 4, 5, 6, 10))))
     print(f"\n{_NOTE}\n")
     for case, comparison in failures:
-        print(f"FAIL  {comparison.quantity}: {comparison.fastbn:.2f} ulp, expected at most {comparison.bound:.2f}: {case}")
+        got, bound = f"{comparison.fastbn:.2f}", f"{comparison.bound:.2f}"
+        print(f"FAIL  {comparison.quantity}: expected at most {bound} ulp, got {got}: {case}")
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     checked = f"{quantities} quantities of {len(cases)} cases on {name}"
     print(f"{len(failures)} of {checked} exceed their bound." if failures else f"All {checked} are within their bound.")

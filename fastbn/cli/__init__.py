@@ -13,8 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastbn", description="BatchNorm for PyTorch that reads the activation once.")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        summary = command.__doc__.split("\n\n")[0].replace("\n", " ")
-        sub = commands.add_parser(name, help=command.SUMMARY, description=summary)
+        sub = commands.add_parser(name, help=command.SUMMARY, description=command.__doc__)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser

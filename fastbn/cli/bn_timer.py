@@ -1,8 +1,8 @@
 """Time spent in the BatchNorm modules of a model, forward and backward, by hooks that the model's result does not see.
 
 Forward is from a module's call to its return. Backward is from the gradient of its output being ready to that of its
-input being ready, which holds the gradients of weight and bias too. Both hold what launching them costs. The clock is the
-host's on a CPU and CUDA events on the current stream on a GPU.
+input being ready, which holds the gradients of weight and bias too. Both hold what launching them costs. The clock
+is the host's on a CPU and CUDA events on the current stream on a GPU.
 """
 
 import statistics

@@ -28,9 +28,9 @@ the gradient of its output to that of its input, both with what launching them c
 events with --device cuda. Other work on the machine shows in it.
 
 Rounding differs between any two implementations, and training amplifies it: nets that agree to the last digits in the
-first step are visibly different nets after an epoch, though not better or worse ones. The verdict therefore asks that the
-loss of the first step is equal but for rounding, that fastbn evaluates the net that torch.nn trained as torch.nn does,
-and that the training losses lie close to each other compared with the net without BatchNorm. Test accuracies and the
+first step are visibly different nets after an epoch, though not better or worse ones. The verdict therefore asks that
+the loss of the first step is equal but for rounding, that fastbn evaluates the net that torch.nn trained as torch.nn
+does, and that the training losses lie close to each other compared with the net without BatchNorm. Test accuracies and the
 logits after an epoch are reported, not judged.
 """
 

@@ -1,5 +1,6 @@
 """Read IDX files, the format of MNIST and Fashion-MNIST: two zero bytes, a type code, the number of dimensions, each
-size as a big-endian uint32, then the elements. Only the type that these data sets use, unsigned bytes (0x08), is read."""
+size as a big-endian uint32, then the elements. Only the type that these data sets use, unsigned bytes (0x08), is read.
+"""
 
 import gzip
 import math

@@ -30,8 +30,8 @@ events with --device cuda. Other work on the machine shows in it.
 Rounding differs between any two implementations, and training amplifies it: nets that agree to the last digits in the
 first step are visibly different nets after an epoch, though not better or worse ones. The verdict therefore asks that
 the loss of the first step is equal but for rounding, that fastbn evaluates the net that torch.nn trained as torch.nn
-does, and that the training losses lie close to each other compared with the net without BatchNorm. Test accuracies and the
-logits after an epoch are reported, not judged.
+does, and that the training losses lie close to each other compared with the net without BatchNorm. Test accuracies
+and the logits after an epoch are reported, not judged.
 """
 
 

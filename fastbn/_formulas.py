@@ -189,7 +189,7 @@ def backward_formula(
     eps: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_input, grad_weight, grad_bias, grad_residual) of one batch norm, as a differentiable composition in `dtype`.
+    """(grad_input, grad_weight, grad_bias, grad_residual) as a differentiable composition in `dtype`.
 
     With `mean` and `inv_std` ([C]) statistics are frozen. Without them they are those of x, made from it and `eps`
     here, so that derivatives of the result know how they depend on x. `mask` is a constant. The gradients of input and

@@ -80,7 +80,7 @@ def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
 
 def test_a_zero_derivative_stops_an_infinite_gradient(ops):
     x = torch.tensor([[-1.0, 1.0]], device=ops.device)
-    stats = (torch.zeros(2, dtype=torch.float64, device=ops.device), torch.ones(2, dtype=torch.float64, device=ops.device))
+    stats = [torch.tensor([value] * 2, dtype=torch.float64, device=ops.device) for value in (0, 1)]
     grad_out = torch.full_like(x, float("inf"))
     grads = ops.namespace.batch_norm_backward(
         grad_out, x, None, None, None, None, *stats, False, 1, True, False, False, True

@@ -13,7 +13,7 @@ from fastbn import _activations, reference
 from fastbn._activations import ACTIVATIONS
 from tests import cases
 
-FINITE = [c for c in cases.ORDINARY if c.data in ("normal", "offset") and c.numel and c.count > 1]
+FINITE = [c for c in cases.SMALL if c.data in ("normal", "offset") and c.numel and c.count > 1]
 EPS = 1e-5
 INDICES = range(len(ACTIVATIONS))
 BOUNDARY = (-math.inf, -3.0, -1.0, -0.0, 0.0, 0.5, 3.0, 6.0, math.inf, math.nan)
@@ -121,8 +121,10 @@ def test_an_empty_batch_is_counted_and_nothing_else():
 
 def test_one_value_a_channel_has_no_unbiased_variance():
     mean, var = torch.zeros(2), torch.ones(2)
-    output = reference.batch_norm_train(torch.tensor([[1.0, 2.0]]), None, None, None, mean, var, None, 0.5, EPS, 0, False)
-    assert torch.equal(output[0], torch.zeros(1, 2)) and torch.equal(mean, torch.tensor([0.5, 1.0])) and var.isnan().all()
+    x = torch.tensor([[1.0, 2.0]])
+    output = reference.batch_norm_train(x, None, None, None, mean, var, None, 0.5, EPS, 0, False)[0]
+    assert torch.equal(output, torch.zeros(1, 2))
+    assert torch.equal(mean, torch.tensor([0.5, 1.0])) and var.isnan().all()
 
 
 @pytest.mark.parametrize("value", cases.CONSTANTS)

@@ -46,9 +46,11 @@ def mean_tolerance(dtype: torch.dtype, count: int, deviation: Tensor, mean: Tens
 def variance_tolerance(dtype: torch.dtype, count: int, var: Tensor, mean: Tensor) -> Tensor:
     """Squares about a pivot up to sqrt(3) standard deviations off the mean add up to 4 variances.
 
-    The last term is the float64 mean's own rounding, squared, and matters where the channel is all but constant.
+    Blocks are merged by the difference of their float64 means, which differ by at most some standard deviations and
+    are each off by the rounding `r` of float64 at the mean: (std + r)^2 - std^2, taken 4 times, is the other term.
     """
-    return sum_tolerance(dtype, count, 4 * var) + (4 * ulp(torch.float64, mean)) ** 2
+    r = ulp(torch.float64, mean)
+    return sum_tolerance(dtype, count, 4 * var) + 4 * (2 * var.sqrt() * r + r**2)
 
 
 def inv_std_tolerance(var_tolerance: Tensor, inv_std: Tensor) -> Tensor:
@@ -56,14 +58,18 @@ def inv_std_tolerance(var_tolerance: Tensor, inv_std: Tensor) -> Tensor:
     return 0.5 * inv_std**3 * var_tolerance + 4 * ulp(torch.float64, inv_std)
 
 
-def forward_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float) -> Tensor:
+def forward_tolerance(
+    dtype: torch.dtype, count: int, scale: Tensor | float, steepness: Tensor | float = 0.0
+) -> Tensor:
     """Of an output whose largest term (xhat * weight, bias or residual, added up) has the magnitude `scale`.
 
     The error of z, at most 1.5 times as large behind the steepest activation (hardswish), and the output's rounding.
-    inv_std contributes half of the relative error of the variance.
+    inv_std contributes half of the relative error of the variance. `steepness` is |mean| / std: times float64's spacing
+    it is what the mean's own rounding moves xhat and, through the variance, inv_std by. It shows in float64 only.
     """
     scale = torch.as_tensor(scale, dtype=torch.float64)
     z = unit(dtype) * ELEMENT_ROUNDINGS * scale + sum_tolerance(dtype, count, 2 * scale)
+    z = z + 4 * torch.finfo(torch.float64).eps * steepness * (1 + scale)
     return 1.5 * z + ulp(dtype, 1.5 * scale)
 
 

@@ -47,7 +47,8 @@ FASTBN_DEVICE void activate(Activation activation, A (&z)[octet]) {
 
 template <class A>
 FASTBN_DEVICE void activate_backward(Activation activation, const A (&z)[octet], A (&grad)[octet]) {
-  map_activation(activation, z, grad, [](auto constant, A z, A g) { return activation_backward(constant.value, z, g); });
+  map_activation(activation, z, grad,
+                 [](auto constant, A z, A grad) { return activation_backward(constant.value, z, grad); });
 }
 
 template <class A>

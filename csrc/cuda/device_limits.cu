@@ -1,4 +1,7 @@
 // What the planner must know of a device, by attributes one at a time: cudaGetDeviceProperties takes milliseconds.
+// Empty for g++: the emulator has no device to ask.
+#ifdef __CUDACC__
+
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
 
@@ -21,3 +24,5 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
 }
 
 }  // namespace fastbn::cuda
+
+#endif

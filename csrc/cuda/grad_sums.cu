@@ -1,5 +1,5 @@
-// The sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about the rounded mean, which is
-// corrected to xhat once a channel.
+// The sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about the rounded mean, which
+// is corrected to xhat once a channel.
 #include "cuda/grad_z.cuh"
 #include "cuda/loop.cuh"
 #include "cuda/passes.cuh"
@@ -83,7 +83,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
 
 cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, GradSums* partials, cudaStream_t stream) {
   return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
-    const device::Launch shape = pass_shape(plan, ReduceMemory<Walk::channels>::bytes, sizeof(Affine<acc_t<T>>), sizeof(GradSums));
+    const device::Launch shape =
+        pass_shape(plan, ReduceMemory<Walk::channels>::bytes, sizeof(Affine<acc_t<T>>), sizeof(GradSums));
     return device::launch(&grad_sums_kernel<T, Walk>, shape, stream, params, plan, partials);
   });
 }

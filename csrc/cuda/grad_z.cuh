@@ -55,7 +55,9 @@ class GradZ {
     }
     A z[octet];
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) z[i] = affine[i % channels].apply(item.x[i]) + (residual_ ? item.residual[i] : A(0));
+    for (int i = 0; i < octet; ++i) {
+      z[i] = affine[i % channels].apply(item.x[i]) + (residual_ ? item.residual[i] : A(0));
+    }
     activate_backward(activation_, z, grad);
   }
 

@@ -1,5 +1,5 @@
-// grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only grad_z * weight * inv_std
-// where the statistics are frozen; grad_residual = grad_z.
+// grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
+// grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.
 #include "cuda/grad_z.cuh"
 #include "cuda/passes.cuh"
 

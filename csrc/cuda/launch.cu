@@ -20,8 +20,8 @@ struct Workspace {
 
 int64_t workspace_bytes(const Plan& plan, const Layout& layout) {
   static_assert(sizeof(GradSums) <= sizeof(Moments));
-  const int64_t a_channel = plan.splits * static_cast<int64_t>(sizeof(Moments)) + 2 * static_cast<int64_t>(sizeof(double));
-  return layout.channels * a_channel;
+  constexpr int64_t partial = sizeof(Moments), number = sizeof(double);
+  return layout.channels * (plan.splits * partial + 2 * number);
 }
 
 cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {

@@ -1,6 +1,6 @@
 // The statistics of a channel. Each thread sums d and d*d about the first element it meets, so that nothing cancels;
-// the sums become float64 moments that merge by Chan's formula over the block and then over the splits. Where float sums
-// overflow, or meet inf or NaN, the block starts again in double.
+// the sums become float64 moments that merge by Chan's formula over the block and then over the splits. Where float
+// sums overflow, or meet inf or NaN, the block starts again in double.
 #include "cuda/loop.cuh"
 #include "cuda/octet.cuh"
 #include "cuda/passes.cuh"
@@ -70,7 +70,7 @@ FASTBN_DEVICE bool block_moments(const ForwardParams& params, const Plan& plan, 
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows && sizeof(T) == sizeof(float) ? 2 : least_blocks)
     moments_kernel(ForwardParams params, Plan plan, Moments* partials) {
   using A = acc_t<T>;
   if (params.num_batches_tracked && device::block_x() == 0 && device::block_y() == 0 && device::thread_index() == 0) {

@@ -1,4 +1,4 @@
-// output = activation((x - mean) * inv_std * weight + bias + residual), with one bit an element for backward where asked.
+// output = activation((x - mean) * inv_std * weight + bias + residual), with a bit an element for backward where asked.
 #include "cuda/activate.cuh"
 #include "cuda/octet.cuh"
 #include "cuda/passes.cuh"
@@ -16,12 +16,8 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
   return {params.running_mean.load(channel), inv_std_of(params.running_var.load(channel), params.eps)};
 }
 
-// Blocks that a multiprocessor must hold; 0 leaves it to the compiler, which by rows would spill a word to hold four.
 template <class T, class Walk>
-constexpr int least_blocks = Walk::by_rows && sizeof(T) < sizeof(double) ? 3 : 0;
-
-template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, least_blocks<T, Walk>)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows && sizeof(T) < sizeof(double) ? 3 : least_blocks)
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);

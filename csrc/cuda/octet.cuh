@@ -1,5 +1,5 @@
-// Loads and stores of an octet: eight consecutive elements of a run, or the run's tail. It is the unit of a thread's work
-// and of the mask. Held as it lies in memory, so that octets on their way take no more registers than bytes.
+// Loads and stores of an octet: eight consecutive elements of a run, or the run's tail. It is the unit of a thread's
+// work and of the mask. Held as it lies in memory, so that octets on their way take no more registers than bytes.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -53,8 +53,8 @@ inline bool is_runnable(const Plan& plan) {
   return lanes && plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
 }
 
-// A pass over the elements: shared memory of so many bytes, and behind them a scratch of so many a channel of the block,
-// or `lanes` times so many a warp.
+// A pass over the elements: shared memory of so many bytes, and behind them a scratch of so many a channel of the
+// block, or `lanes` times so many a warp.
 inline device::Launch pass_shape(const Plan& plan, int64_t bytes, int64_t bytes_a_channel, int64_t bytes_a_lane) {
   const bool by_rows = plan.kernel == Kernel::row_blocks;
   const int64_t lanes = by_rows ? plan.lanes : 1;

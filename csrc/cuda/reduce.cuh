@@ -8,11 +8,11 @@
 
 namespace fastbn::cuda {
 
-// Octets between promotions of a running sum to double: the error of a sum is that of 64 steps, however large the tensor.
+// Octets between promotions of a running sum to double: its error is that of 64 steps, however large the tensor.
 constexpr int octets_a_promotion = 64;
 
-// n sums of type A; an octet of terms goes to the eight of them, or all into the only one. The promoted totals are seldom
-// touched and lie in shared memory, n of them, most_threads apart: in registers they would halve the occupancy.
+// n sums of type A; an octet of terms goes to the eight of them, or all into the only one. The promoted totals are
+// seldom touched and lie in shared memory, n of them, most_threads apart: in registers they would halve the occupancy.
 template <class A, int n>
 struct LongSum {
   static_assert(n == 1 || n == octet);

@@ -1,6 +1,6 @@
-// Which octets a thread visits, in both layouts, found by addition alone. A block has a slice of channels (grid x: one
-// channel, or `lanes` octets of them) and a contiguous share of what lies along it (grid y). A thread keeps its channels
-// all the way: one (channel_blocks), or the eight of its octet (row_blocks).
+// Which octets a thread visits, in both layouts, without a division a step. A block has a slice of channels (grid x:
+// one channel, or `lanes` octets of them) and a contiguous share of what lies along it (grid y). A thread keeps its
+// channels all the way: one (channel_blocks), or the eight of its octet (row_blocks).
 #pragma once
 
 #include "cuda/device.cuh"
@@ -10,6 +10,9 @@
 namespace fastbn::cuda {
 
 constexpr int most_threads = 256;
+// Of blocks that a multiprocessor must hold: no demand. A kernel asks for a number of them where the compiler, left alone,
+// spills a word or two to hold one more.
+constexpr int least_blocks = 0;
 
 // Reversed, a second pass over a tensor begins where the first one ended, with the lines that L2 still holds.
 enum class Order { ascending, reversed };

@@ -59,7 +59,7 @@ void test_empty(const Layout& layout) {
   const Doubles running_var = a.running_var;
   CHECK_EQUAL(a.forward(p), cudaSuccess);
   CHECK_EQUAL(batches, 1);
-  CHECK(a.running_mean == Doubles(channels, 2.5) && a.running_var == running_var);
+  CHECK(a.running_mean == Doubles(channels, -2.5) && a.running_var == running_var);
   CHECK(a.mean == Doubles(channels, 0) && a.inv_std == Doubles(channels, 1 / std::sqrt(kEps)));
 
   Doubles var(channels, NAN);
@@ -84,7 +84,7 @@ void test_single(const Layout& layout) {
   CHECK_EQUAL(a.forward(p), cudaSuccess);
   for (int64_t k = 0; k < layout.channels; ++k) {
     CHECK_EQUAL(a.output.at(k), a.channels.bias[k]);
-    CHECK_EQUAL(a.running_mean[k], 0.5 * 2.5 + 0.5 * a.input.at(k));
+    CHECK_EQUAL(a.running_mean[k], 0.5 * -2.5 + 0.5 * a.input.at(k));
     CHECK(std::isnan(a.running_var[k]));
   }
 }

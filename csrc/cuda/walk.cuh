@@ -10,8 +10,8 @@
 namespace fastbn::cuda {
 
 constexpr int most_threads = 256;
-// Of blocks that a multiprocessor must hold: no demand. A kernel asks for a number of them where the compiler, left alone,
-// spills a word or two to hold one more.
+// Of blocks that a multiprocessor must hold: no demand. A kernel asks for a number of them where the compiler, left
+// alone, spills a word or two to hold one more.
 constexpr int least_blocks = 0;
 
 // Reversed, a second pass over a tensor begins where the first one ended, with the lines that L2 still holds.

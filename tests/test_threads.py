@@ -1,0 +1,123 @@
+"""CPU results do not depend on the number of threads, bit for bit, and each instruction set is near the reference."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastbn
+from fastbn import _C
+from tests import cases, tolerance
+from tests.tolerance import assert_close_to_reference
+
+CASES = [
+    cases.Case(f"{'x'.join(map(str, shape))}-{layout}", shape, layout)
+    for shape, layout in (
+        ((8, 64, 28, 28), "contiguous"),
+        ((8, 64, 28, 28), "channels_last"),
+        ((3, 1, 200, 211), "contiguous"),
+        ((4, 3, 128, 130), "channels_last"),
+        ((4099, 37), "contiguous"),
+        ((2, 500, 7, 7), "contiguous"),
+        ((2, 500, 7, 7), "channels_last"),
+        ((2, 24, 4, 14, 14), "channels_last_3d"),
+    )
+]
+
+
+def _run(case, dtype, activation="silu", residual=True, training=True, backend=None):
+    """Output, buffers and gradients of one step."""
+    tensors = [cases.make_input(case, dtype), cases.make_vector(case.channels, dtype, "cpu", 3, 0.5, 1.5),
+               cases.make_vector(case.channels, dtype, "cpu", 4, -0.5, 0.5)]  # fmt: skip
+    tensors += [cases.make_normal(case, dtype, seed=5)] if residual else []
+    x, weight, bias, *added = (t.requires_grad_() for t in tensors)
+    mean, var = torch.zeros(case.channels, dtype=dtype), torch.ones(case.channels, dtype=dtype)
+    output = fastbn.functional.batch_norm(
+        x, mean, var, weight, bias, training, residual=added[0] if added else None, activation=activation, backend=backend
+    )
+    grads = torch.autograd.grad(output, tensors, cases.make_normal(case, dtype, seed=6))
+    return [output.detach(), mean, var, *grads]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bitwise_equal_whatever_the_threads(case, dtype, threads):
+    for options in ({"activation": "relu"}, {"activation": "silu", "residual": False}, {"training": False}):
+        results = []
+        for count in (1, 2, 3, 2):  # the last: from run to run
+            threads(count)
+            results.append(_run(case, dtype, **options))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), options
+
+
+def _environment(instruction_set: str, threads: int) -> dict[str, str]:
+    return os.environ | {"FASTBN_CPU": instruction_set, "OMP_NUM_THREADS": str(threads)}
+
+
+# Sizes and layouts that meet full vectors, tails and rows of few channels.
+_PROGRAM = """
+import sys, torch
+from fastbn import _C
+from tests import cases, test_threads
+table = [case for case in cases.ORDINARY if case.data == "normal" and case.numel <= cases.SMALL_NUMEL and case.count > 1]
+results = {"instruction_set": _C.build_info()["cpu_instruction_set"]}
+for case in table:
+    for dtype in cases.DTYPES:
+        for activation in ("relu", "gelu") if dtype == torch.float32 else ("gelu",):
+            results[f"{case}-{dtype}-{activation}"] = test_threads._run(case, dtype, activation)
+torch.save(results, sys.argv[1])
+"""
+
+
+def _allowed(case, dtype, actual):
+    """Standard normal data: terms of an element stay below 4 (z) or 16 (grad * xhat), those of a sum near 1."""
+    if actual.dim() == 1:
+        return tolerance.sum_tolerance(dtype, case.count, case.count) + tolerance.ulp(dtype, case.count)
+    return tolerance.forward_tolerance(dtype, case.count, 4) + tolerance.gradient_tolerance(dtype, case.count, 16)
+
+
+@pytest.mark.parametrize("instruction_set", _C.build_info()["cpu_instruction_sets"])
+def test_instruction_sets(instruction_set, tmp_path):
+    saved = tmp_path / "results.pt"
+    subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(saved)], env=_environment(instruction_set, 1), check=True, timeout=300
+    )
+    results = torch.load(saved)
+    assert results.pop("instruction_set") == instruction_set
+    assert len(results) > 100
+    table = {case.name: case for case in cases.ORDINARY}
+    for name, tensors in results.items():
+        case_name, dtype, activation = name.rsplit("-", 2)
+        case, dtype = table[case_name], getattr(torch, dtype.removeprefix("torch."))
+        # relu's kink: an element within rounding of it may take the other branch, and with it its channel's sums.
+        elements = [0] if activation == "relu" else range(len(tensors))
+        for i in elements:
+            exact = _expected(case, dtype, activation)[i]
+            assert_close_to_reference(tensors[i], exact, _allowed(case, dtype, tensors[i]), f"{name}, result {i}")
+
+
+@functools.cache
+def _expected(case, dtype, activation):
+    return [t.double() for t in _run(case, dtype, activation, backend="reference")]
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    run = subprocess.run(
+        [sys.executable, "-c", "import fastbn"], env=_environment("sse9", 1), capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode != 0
+    assert re.search("FASTBN_CPU: expected one of .*portable on this machine, got 'sse9'", run.stderr)

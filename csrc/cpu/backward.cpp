@@ -86,15 +86,10 @@ class Backward {
   }
 
   void sums(int64_t channel, double* sum_grad, double* sum_grad_xhat) const {
-    GradSums total;
-    partition_.for_each_partial(channel, [&](int64_t i) {
-      total.sum_grad += partials_[size_t(i)].sum_grad;
-      total.sum_grad_shifted += partials_[size_t(i)].sum_grad_shifted;
-    });
+    const Sums total = partition_.sum_partials(channel, partials_);
     const double mean = params_.mean[channel];
-    *sum_grad = total.sum_grad;
-    *sum_grad_xhat =
-        sum_grad_xhat_of(total.sum_grad, total.sum_grad_shifted, double(A(mean)), mean, params_.inv_std[channel]);
+    *sum_grad = total.first;
+    *sum_grad_xhat = sum_grad_xhat_of(total.first, total.second, double(A(mean)), mean, params_.inv_std[channel]);
   }
 
   const BackwardParams& params_;
@@ -103,7 +98,7 @@ class Backward {
   Partition partition_;
   AffineTable<A> affine_;
   GradAffineTable<A> grad_affine_;
-  std::vector<GradSums> partials_;
+  std::vector<Sums> partials_;
 };
 
 // What sums over no elements are.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/sums.h"
 #include "cpu/vec.h"
 #include "math/affine.h"
 
@@ -16,16 +17,6 @@ FASTBN_INLINE Vec<A> coefficient(const void* array, int64_t column, int64_t coun
   } else {
     return Vec<A>(values[0]);
   }
-}
-
-template <class T>
-FASTBN_INLINE Vec<acc_t<T>> load_up_to(const T* source, int64_t count) {
-  return count == Vec<acc_t<T>>::lanes ? load(source) : load_some(source, count, Vec<acc_t<T>>(0));
-}
-
-template <class T>
-FASTBN_INLINE void store_up_to(T* target, int64_t count, Vec<acc_t<T>> x) {
-  count == Vec<acc_t<T>>::lanes ? store(target, x) : store_some(target, count, x);
 }
 
 // Bits of a run are read and written a vector at a time; a vector of fewer than eight lanes shares its byte with its
@@ -145,35 +136,36 @@ FASTBN_INLINE Vec<A> keep_first(Vec<A> x, int64_t count) {
   return count == Vec<A>::lanes ? x : select(from_bits<A>((uint64_t(1) << count) - 1), x, Vec<A>(0));
 }
 
-template <class T>
-GradSums channel_grad_sums(const GradArgs& args, Block block, MaskBlock mask) {
+// Sums of grad_z and of grad_z * (x - pivot) over some columns, in double; x - pivot is exact where |x| >> |x - pivot|.
+template <class T, bool PerColumn>
+FASTBN_INLINE ShiftedSums<acc_t<T>> sum_grads(const GradArgs& args, const Block& block, const MaskBlock& mask,
+                                              Columns columns) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const V pivot(static_cast<const A*>(args.affine.pivot)[0]);
-  V sum(0), shifted(0);
-  for_each_grad<T, false>(args, block, mask, {0, block.cols}, true,
-                          [&](int64_t, int64_t, int64_t count, V x, V grad_z) FASTBN_INLINE_LAMBDA {
-                            sum += keep_first(grad_z, count);
-                            shifted += keep_first(grad_z * (x - pivot), count);
-                          });
-  return {sum_lanes(sum), sum_lanes(shifted)};
+  ShiftedSums<A> sums;
+  for_each_grad<T, PerColumn>(args, block, mask, columns, true,
+                              [&](int64_t, int64_t j, int64_t count, V x, V grad_z) FASTBN_INLINE_LAMBDA {
+                                const V pivot = coefficient<PerColumn, A>(args.affine.pivot, j, count);
+                                sums.first.add(WideSum<A>(keep_first(grad_z, count)));
+                                sums.second.add(WideSum<A>(keep_first(grad_z * (x - pivot), count)));
+                              });
+  return sums;
 }
 
 template <class T>
-void column_grad_sums(const GradArgs& args, Block block, MaskBlock mask, GradSums* sums) {
-  using A = acc_t<T>;
-  using V = Vec<A>;
-  // A strip of one vector at a time keeps its two sums in registers; the block is cached.
-  for (int64_t j = 0; j < block.cols; j += V::lanes) {
-    const int64_t count = block.cols - j < V::lanes ? block.cols - j : V::lanes;
-    const V pivot = coefficient<true, A>(args.affine.pivot, j, count);
-    V sum(0), shifted(0);
-    for_each_grad<T, true>(args, block, mask, {j, j + count}, true,
-                           [&](int64_t, int64_t, int64_t, V x, V grad_z) FASTBN_INLINE_LAMBDA {
-                             sum += grad_z;
-                             shifted += grad_z * (x - pivot);
-                           });
-    for (int64_t i = 0; i < count; ++i) sums[j + i] = {double(sum.native[i]), double(shifted.native[i])};
+Sums channel_grad_sums(const GradArgs& args, Block block, MaskBlock mask) {
+  const auto sums = sum_grads<T, false>(args, block, mask, {0, block.cols});
+  return {sums.first.total(), sums.second.total()};
+}
+
+template <class T>
+void column_grad_sums(const GradArgs& args, Block block, MaskBlock mask, Sums* result) {
+  constexpr int lanes = Vec<acc_t<T>>::lanes;
+  // A strip of one vector at a time keeps its sums in registers; the block is cached.
+  for (int64_t j = 0; j < block.cols; j += lanes) {
+    const int64_t count = block.cols - j < lanes ? block.cols - j : lanes;
+    const auto sums = sum_grads<T, true>(args, block, mask, {j, j + count});
+    for (int64_t i = 0; i < count; ++i) result[j + i] = {sums.first.lane(int(i)), sums.second.lane(int(i))};
   }
 }
 

@@ -1,34 +1,58 @@
 // Training forward, evaluation forward, normalise with given statistics, and statistics alone.
+#include <optional>
 #include <vector>
 
 #include "cpu/coefficients.h"
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/partition.h"
+#include "math/moments.h"
 
 namespace fastbn::cpu {
 namespace {
 
-Moments merge_partials(const Partition& partition, int64_t channel, const std::vector<Moments>& partials) {
-  Moments total;
-  partition.for_each_partial(channel, [&](int64_t i) { total = merge(total, partials[size_t(i)]); });
-  return total;
-}
+// The reduction of a forward op: partial sums about the first element of each channel, then their moments.
+template <class A>
+class Statistician {
+ public:
+  Statistician(const ForwardParams& params, const Partition& partition)
+      : params_(params),
+        partition_(partition),
+        table_(kernels(params.dtype)),
+        pivots_(size_t(std::max(params.layout.channels, partition.width()))),
+        partials_(size_t(partition.blocks() * partition.width())) {
+    const int64_t channels = params.layout.channels;
+    table_.pivots(params.input, channels, partition.in_columns() ? 1 : params.layout.inner, pivots_.data());
+    for (size_t j = size_t(channels); j < pivots_.size(); ++j) pivots_[j] = pivots_[j - size_t(channels)];
+  }
+
+  void reduce(int64_t i) {
+    if (partition_.in_columns())
+      table_.column_sums(params_.input, partition_.block(i), pivots_.data(), &partials_[size_t(i * partition_.width())]);
+    else
+      partials_[size_t(i)] =
+          table_.channel_sums(params_.input, partition_.block(i), &pivots_[size_t(partition_.channel_of(i))]);
+  }
+
+  Moments moments(int64_t channel) const {
+    const Sums total = partition_.sum_partials(channel, partials_);
+    return Moments::from_shifted(double(params_.layout.count()), double(pivots_[size_t(channel)]), total.first,
+                                 total.second);
+  }
+
+ private:
+  const ForwardParams& params_;
+  const Partition& partition_;
+  const Kernels& table_;
+  std::vector<A> pivots_;
+  std::vector<Sums> partials_;
+};
 
 void update_running_stats(const ForwardParams& params, int64_t channel, const Moments& moments, double factor) {
   if (params.running_mean.defined())
     params.running_mean.store(channel, running_average(params.running_mean.load(channel), moments.mean, factor));
   if (params.running_var.defined())
     params.running_var.store(channel, running_average(params.running_var.load(channel), moments.unbiased_var(), factor));
-}
-
-auto make_reduce(const ForwardParams& params, const Partition& partition, std::vector<Moments>& partials) {
-  return [&params, &partition, &partials, &table = kernels(params.dtype)](int64_t i) {
-    if (partition.in_columns())
-      table.column_moments(params.input, partition.block(i), &partials[size_t(i * partition.width())]);
-    else
-      partials[size_t(i)] = table.channel_moments(params.input, partition.block(i));
-  };
 }
 
 template <class A>
@@ -38,7 +62,8 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   const Partition partition(layout, params.mask != nullptr);
   const bool batch = params.statistics == Statistics::batch;
   AffineTable<A> affine(partition.in_columns() ? partition.width() : layout.channels);
-  std::vector<Moments> partials(batch ? size_t(partition.blocks() * partition.width()) : 0);
+  std::optional<Statistician<A>> statistician;
+  if (batch) statistician.emplace(params, partition);
 
   double factor = 0;
   if (batch) {
@@ -50,7 +75,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   auto finish = [&](int64_t channel) {
     double mean, inv_std;
     if (batch) {
-      const Moments moments = merge_partials(partition, channel, partials);
+      const Moments moments = statistician->moments(channel);
       mean = moments.mean;
       inv_std = inv_std_of(moments.var(), params.eps);
       update_running_stats(params, channel, moments, factor);
@@ -75,10 +100,23 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, partition.block(i),
                                                                                partition.mask_block(i));
   };
-  if (batch)
-    run_phases(partition, layout.channels, threads, make_reduce(params, partition, partials), finish, apply);
-  else
-    run_phases(partition, layout.channels, threads, [](int64_t) {}, finish, apply);
+  auto reduce = [&](int64_t i) {
+    if (batch) statistician->reduce(i);
+  };
+  run_phases(partition, layout.channels, threads, reduce, finish, apply);
+}
+
+template <class A>
+void channel_stats_as(const ForwardParams& params, const Threads& threads) {
+  const Partition partition(params.layout, false);
+  Statistician<A> statistician(params, partition);
+  auto finish = [&](int64_t channel) {
+    const Moments moments = statistician.moments(channel);
+    params.mean[channel] = moments.mean;
+    params.var[channel] = moments.var();
+  };
+  run_phases(
+      partition, params.layout.channels, threads, [&](int64_t i) { statistician.reduce(i); }, finish, [](int64_t) {});
 }
 
 }  // namespace
@@ -99,19 +137,13 @@ void forward(const ForwardParams& params, const Threads& threads) {
 }
 
 void channel_stats(const ForwardParams& params, const Threads& threads) {
-  const int64_t channels = params.layout.channels;
   if (params.layout.count() == 0) {
-    for (int64_t c = 0; c < channels; ++c) params.mean[c] = params.var[c] = 0;
-    return;
+    for (int64_t c = 0; c < params.layout.channels; ++c) params.mean[c] = params.var[c] = 0;
+  } else if (params.dtype == DType::float64) {
+    channel_stats_as<double>(params, threads);
+  } else {
+    channel_stats_as<float>(params, threads);
   }
-  const Partition partition(params.layout, false);
-  std::vector<Moments> partials(size_t(partition.blocks() * partition.width()));
-  auto finish = [&](int64_t channel) {
-    const Moments moments = merge_partials(partition, channel, partials);
-    params.mean[channel] = moments.mean;
-    params.var[channel] = moments.var();
-  };
-  run_phases(partition, channels, threads, make_reduce(params, partition, partials), finish, [](int64_t) {});
 }
 
 }  // namespace fastbn::cpu

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "math/activation.h"
-#include "math/moments.h"
 #include "math/types.h"
 
 namespace fastbn::cpu {
@@ -61,18 +60,22 @@ struct GradArgs {
   void* grad_residual;
 };
 
-struct GradSums {
-  double sum_grad = 0;
-  double sum_grad_shifted = 0;  // of grad_z * (x - pivot)
+// Partial results of a block: plain sums, so that merging is adding.
+struct Sums {
+  double first = 0;   // of x - pivot; of grad_z
+  double second = 0;  // of (x - pivot)^2; of grad_z * (x - pivot)
 };
 
 struct Kernels {
-  Moments (*channel_moments)(const void* input, Block block);
-  void (*column_moments)(const void* input, Block block, Moments* moments);
+  // The pivots of the channels: an acc_t<T> each, their first elements.
+  void (*pivots)(const void* input, int64_t channels, int64_t stride, void* pivots);
+  // About the pivot, or that of each column.
+  Sums (*channel_sums)(const void* input, Block block, const void* pivot);
+  void (*column_sums)(const void* input, Block block, const void* pivots, Sums* sums);
   void (*channel_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
   void (*column_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
-  GradSums (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask);
-  void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, GradSums* sums);
+  Sums (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask);
+  void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, Sums* sums);
   void (*channel_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
   void (*column_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
 };

@@ -1,13 +1,13 @@
 // The table of leaf loops for the instruction set FASTBN_ISA. Included last by kernels_*.cpp, after the standard headers
 // and after the pragma that selects the instruction set, so that no shared inline function is compiled for it.
 #include "cpu/elementwise.h"
-#include "cpu/moments.h"
+#include "cpu/sums.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 
 template <class T>
 constexpr Kernels table{
-    channel_moments<T>,   column_moments<T>,   normalize<T, false>,  normalize<T, true>,
+    pivots<T>,            channel_sums<T>,     column_sums<T>,       normalize<T, false>,  normalize<T, true>,
     channel_grad_sums<T>, column_grad_sums<T>, input_grad<T, false>, input_grad<T, true>,
 };
 

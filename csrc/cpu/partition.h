@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
@@ -20,12 +21,12 @@ class Partition {
       width_ = group * layout.channels;
       rows_ = layout.outer / group;
       rest_ = (layout.outer - rows_ * group) * layout.channels;
-      // Estimates: 64 Ki elements stay in L2; 256 float terms a sum keep its rounding near one ulp.
-      rows_per_block_ = std::clamp<int64_t>(65536 / width_, 16, 256);
+      // Estimate: 64 Ki elements stay in L2 between the columns of a strip and the next.
+      rows_per_block_ = std::max<int64_t>(65536 / width_, 16);
       blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
     } else {
-      // Estimate: 4 Ki elements stay in L1 between the two passes of the moments.
-      constexpr int64_t block_elements = 4096;
+      // Estimate: 16 Ki elements are work enough for a call, and little enough to share out evenly.
+      constexpr int64_t block_elements = 16384;
       width_ = 1;
       rows_per_block_ = std::max<int64_t>(1, block_elements / layout.inner);
       const int64_t pieces = (layout.inner + block_elements - 1) / block_elements;
@@ -67,17 +68,22 @@ class Partition {
     return {(first * layout_.channels + channel) * bytes + column / 8, layout_.channels * bytes};
   }
 
-  // Calls visit(index into the partial results) for all that belong to a channel, in an order that is always the same.
-  template <class Visit>
-  void for_each_partial(int64_t channel, Visit&& visit) const {
+  // The sum of a channel's partial results, in an order that is always the same.
+  Sums sum_partials(int64_t channel, const std::vector<Sums>& partials) const {
+    Sums total;
+    auto add = [&](int64_t i) {
+      total.first += partials[size_t(i)].first;
+      total.second += partials[size_t(i)].second;
+    };
     if (!in_columns_) {
-      for (int64_t k = 0; k < per_channel_; ++k) visit(channel * per_channel_ + k);
-      return;
+      for (int64_t k = 0; k < per_channel_; ++k) add(channel * per_channel_ + k);
+      return total;
     }
     for (int64_t i = 0; i < blocks_; ++i) {
       const int64_t cols = i + 1 == blocks_ && rest_ > 0 ? rest_ : width_;
-      for (int64_t j = channel; j < cols; j += layout_.channels) visit(i * width_ + j);
+      for (int64_t j = channel; j < cols; j += layout_.channels) add(i * width_ + j);
     }
+    return total;
   }
 
  private:

@@ -111,12 +111,13 @@ FASTBN_INLINE Vec<A> erf(Vec<A> x) {
   return map_lanes(x, [](A value) { return fastbn::erf(value); });
 }
 
-// The sum of the lanes in double, in lane order.
-template <class A>
-FASTBN_INLINE double sum_lanes(Vec<A> x) {
-  double sum = 0;
-  for (int i = 0; i < Vec<A>::lanes; ++i) sum += double(x.native[i]);
-  return sum;
+// The first (part 0) or the last (part 1) half of the lanes, as double.
+FASTBN_INLINE Vec<double> widen(Vec<float> x, int part) {
+  typedef float Half __attribute__((vector_size(vector_bytes / 2)));
+  struct Halves {
+    Half half[2];
+  };
+  return __builtin_convertvector(__builtin_bit_cast(Halves, x.native).half[part], Vec<double>::Native);
 }
 
 typedef uint16_t Half16 __attribute__((vector_size(vector_bytes / 2)));
@@ -217,6 +218,17 @@ FASTBN_INLINE void store_some(T* target, int64_t count, Vec<acc_t<T>> x) {
   T lane[Vec<acc_t<T>>::lanes];
   store(lane, x);
   std::memcpy(target, lane, size_t(count) * sizeof(T));
+}
+
+// As many as `count` says, up to a vector.
+template <class T>
+FASTBN_INLINE Vec<acc_t<T>> load_up_to(const T* source, int64_t count) {
+  return count == Vec<acc_t<T>>::lanes ? load(source) : load_some(source, count, Vec<acc_t<T>>(0));
+}
+
+template <class T>
+FASTBN_INLINE void store_up_to(T* target, int64_t count, Vec<acc_t<T>> x) {
+  count == Vec<acc_t<T>>::lanes ? store(target, x) : store_some(target, count, x);
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -25,7 +25,8 @@ struct Affine {
 };
 
 // grad_input = (grad_z - sum_grad / n - xhat * sum_grad_xhat / n) * weight * inv_std
-//            = (((grad_z - mean_grad) + (x - pivot) * slope) + rest) * scale
+//            = (grad_z - mean_grad) * scale + ((x - pivot) * slope + rest)
+// The difference is taken first, so that a constant grad_out cancels before it is scaled.
 template <class A>
 struct GradAffine {
   A pivot, slope, mean_grad, rest, scale;
@@ -35,14 +36,15 @@ struct GradAffine {
     const A pivot = A(mean);
     const double exact_mean_grad = sum_grad / count;
     const A mean_grad = A(exact_mean_grad);
-    const double slope = -inv_std * (sum_grad_xhat / count);
-    const double rest = (double(pivot) - mean) * slope + (double(mean_grad) - exact_mean_grad);
-    return {pivot, A(slope), mean_grad, A(rest), A(weight * inv_std)};
+    const double scale = weight * inv_std;
+    const double slope = -scale * inv_std * (sum_grad_xhat / count);
+    const double rest = (double(pivot) - mean) * slope + (double(mean_grad) - exact_mean_grad) * scale;
+    return {pivot, A(slope), mean_grad, A(rest), A(scale)};
   }
 
   template <class F>
   FASTBN_INLINE F apply(F grad_z, F x) const {
-    return ((grad_z - F(mean_grad)) + ((x - F(pivot)) * F(slope) + F(rest))) * F(scale);
+    return (grad_z - F(mean_grad)) * F(scale) + ((x - F(pivot)) * F(slope) + F(rest));
   }
 };
 

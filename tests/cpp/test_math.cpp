@@ -1,0 +1,139 @@
+// The shared math against what it is defined by: half conversions against every value, moments of hard data, layouts and
+// formats against torch's rules, traffic of plans.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "math/affine.h"
+#include "math/moments.h"
+#include "math/plan.h"
+#include "math/types.h"
+
+using namespace fastbn;
+
+namespace {
+
+void test_float16_round_trips() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float16 half{uint16_t(bits)};
+    const float value = to_acc(half);
+    if (value == value) CHECK(from_acc<float16>(value).bits == bits);
+    const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
+    if (exponent < 31) {
+      const double magnitude =
+          exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(double(fraction), -24);
+      CHECK(double(value) == (bits >> 15 ? -magnitude : magnitude));
+    } else {
+      CHECK(fraction ? value != value : std::isinf(value));
+    }
+  }
+}
+
+void test_halves_round_to_nearest_even() {
+  // Between every two neighbours: below, at and above the middle.
+  for (uint32_t bits = 0; bits < 0x7bff; ++bits) {
+    const float low = to_acc(float16{uint16_t(bits)}), high = to_acc(float16{uint16_t(bits + 1)});
+    const float middle = (low + high) / 2;
+    CHECK(from_acc<float16>(std::nextafterf(middle, low)).bits == bits);
+    CHECK(from_acc<float16>(std::nextafterf(middle, high)).bits == bits + 1);
+    CHECK(from_acc<float16>(middle).bits == bits + (bits & 1));
+  }
+  CHECK(from_acc<float16>(65520.0f).bits == 0x7c00);
+  CHECK(from_acc<float16>(65519.99f).bits == 0x7bff);
+  for (uint32_t bits = 0; bits < 0x7f7f; ++bits) {
+    const float middle = bit_cast<float>(bits << 16 | 0x8000u);
+    CHECK(from_acc<bfloat16>(middle).bits == bits + (bits & 1));
+    CHECK(from_acc<bfloat16>(std::nextafterf(middle, 0)).bits == bits);
+  }
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  CHECK(to_acc(from_acc<bfloat16>(nan)) != to_acc(from_acc<bfloat16>(nan)));
+  CHECK(to_acc(from_acc<float16>(nan)) != to_acc(from_acc<float16>(nan)));
+}
+
+Moments moments_of(const std::vector<double>& values) {
+  Moments total;
+  for (double value : values) total = merge(total, Moments{1, value, 0});
+  return total;
+}
+
+void test_moments() {
+  for (double constant : {0.0, 1.0, -1e30, 1e7 + 1, 0.1}) {
+    const Moments moments = moments_of(std::vector<double>(1000, constant));
+    CHECK(moments.mean == constant && moments.m2 == 0);
+  }
+  const Moments small = moments_of({1e8, 1e8 + 1, 1e8 + 2});
+  CHECK(small.mean == 1e8 + 1 && std::abs(small.m2 - 2) < 1e-6);
+  CHECK(small.var() * 3 == small.unbiased_var() * 2);
+  const double inf = std::numeric_limits<double>::infinity();
+  CHECK(moments_of({1, inf, 2}).mean == inf);
+  CHECK(std::isnan(moments_of({1, inf, 2}).m2));
+  CHECK(std::isnan(moments_of({inf, -inf}).mean));
+  CHECK(std::isnan(Moments({1, 3, 0}).unbiased_var()));
+  CHECK(averaging_factor(false, 0, 4) == 0.25 && averaging_factor(false, 0, 0) == 0);
+  CHECK(averaging_factor(true, 2, 9) == 2);
+}
+
+// A float32 mean is off by up to half an ulp; the affine form gives that back.
+void test_affine_keeps_the_rounding_of_the_mean() {
+  const double mean = 10000.00031, inv_std = 100;
+  const auto affine = Affine<float>::make(mean, inv_std, 1, 0);
+  for (float x : {9999.99f, 10000.0f, 10000.01f})
+    CHECK(std::abs(double(affine.apply(x)) - (double(x) - mean) * inv_std) < 1e-6);
+  const auto grad = GradAffine<float>::make(mean, inv_std, 1, 4, 8, 4);
+  const double xhat = (10000.01f - mean) * inv_std;
+  CHECK(std::abs(double(grad.apply(3.0f, 10000.01f)) - (3 - 1 - xhat * 2) * inv_std) < 1e-3);
+}
+
+void test_layouts() {
+  const int64_t sizes[] = {2, 3, 4, 5};
+  const int64_t contiguous[] = {60, 20, 5, 1}, last[] = {60, 1, 15, 3}, transposed[] = {60, 20, 1, 4};
+  CHECK(suggest_memory_format(sizes, contiguous, 4) == MemoryFormat::contiguous);
+  CHECK(suggest_memory_format(sizes, last, 4) == MemoryFormat::channels_last);
+  CHECK(suggest_memory_format(sizes, transposed, 4) == MemoryFormat::contiguous);
+  CHECK(is_dense(sizes, contiguous, 4, MemoryFormat::contiguous) && !is_dense(sizes, last, 4, MemoryFormat::contiguous));
+  CHECK(is_dense(sizes, last, 4, MemoryFormat::channels_last));
+  CHECK(!is_dense(sizes, transposed, 4, MemoryFormat::contiguous));
+
+  const Layout nchw = layout_of(sizes, 4, MemoryFormat::contiguous);
+  CHECK(nchw.runs() == 6 && nchw.run() == 20 && nchw.mask_bytes_per_run() == 3 && nchw.count() == 40);
+  const Layout nhwc = layout_of(sizes, 4, MemoryFormat::channels_last);
+  CHECK(nhwc.runs() == 40 && nhwc.run() == 3 && nhwc.mask_bytes_per_run() == 1 && nhwc.count() == 40);
+  const int64_t one[] = {2, 1, 4, 5};
+  CHECK(layout_of(one, 4, MemoryFormat::channels_last).runs() == 1);
+}
+
+void test_plans() {
+  const DeviceLimits h200 = known_devices[2];
+  Request request{{256, 64, 3136}, DType::bfloat16};
+  Plan plan = choose_plan(request, h200);
+  CHECK(plan.kernel == Kernel::channel_blocks && plan.vectorized && plan.splits > 1);
+  CHECK(plan.tensor_reads == 2 && plan.tensor_writes == 1);
+  request.direction = Direction::backward;
+  CHECK(choose_plan(request, h200).tensor_reads == 4);
+  request.residual = true;
+  request.activation = Activation::relu;
+  CHECK(choose_plan(request, h200).tensor_reads == 2 * (2 + 1.0 / 16));
+  request.activation = Activation::silu;
+  CHECK(choose_plan(request, h200).tensor_reads == 6 && choose_plan(request, h200).tensor_writes == 2);
+  request.aligned = false;
+  CHECK(!choose_plan(request, h200).vectorized);
+  for (int64_t channels : {1, 3, 8, 100, 4096})
+    for (int64_t outer : {1, 2, 1000, 10000000}) {
+      const Plan rows = choose_plan({{outer, channels, 1}, DType::float32}, h200);
+      CHECK(rows.kernel == Kernel::row_blocks && rows.splits >= 1 && rows.splits <= 1024);
+      CHECK(rows.grid_x * rows.lanes * octet >= channels);
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_float16_round_trips();
+  test_halves_round_to_nearest_even();
+  test_moments();
+  test_affine_keeps_the_rounding_of_the_mean();
+  test_layouts();
+  test_plans();
+  return fastbn::test::result();
+}

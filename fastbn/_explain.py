@@ -30,13 +30,15 @@ class Plan:
     reason: str
 
     def __str__(self) -> str:
-        where = f"{self.blocks} blocks of {self.threads} threads" if self.blocks else f"{self.threads} threads"
+        parts = [f"{self.backend}: {self.kernel}"]
+        if self.launches:
+            parts.append(f"{self.launches} launch{'es' if self.launches > 1 else ''}")
+        if self.threads:
+            parts.append(f"{self.blocks} blocks of {self.threads} threads" if self.blocks else f"{self.threads} threads")
         if self.cluster > 1:
-            where += f" in clusters of {self.cluster}"
-        return (
-            f"{self.backend}: {self.kernel}, {self.launches} launches, {where}; reads {self.tensor_reads:g} S, "
-            f"writes {self.tensor_writes:g} S; {self.reason}"
-        )
+            parts[-1] += f" in clusters of {self.cluster}"
+        traffic = f"reads {self.tensor_reads:g} S, writes {self.tensor_writes:g} S"
+        return "; ".join([", ".join(parts), traffic, self.reason])
 
 
 def explain(

@@ -1,0 +1,154 @@
+"""torch.compile takes the layer whole: no graph break, fastbn's ops in both graphs, the same numbers as eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch._functorch.aot_autograd import make_boxed_func
+from torch import nn
+
+import fastbn
+from tests.stock import SHAPES, assert_same, assert_same_buffers, normal, pair
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs graphs as they are and remembers which ops they call."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+        self.backend = aot_autograd(fw_compiler=self._keep(self.forward), bw_compiler=self._keep(self.backward))
+
+    @staticmethod
+    def _keep(names):
+        def compiler(graph, inputs):
+            for node in graph.graph.nodes:
+                if node.op == "call_function":
+                    # Ops that change buffers are arguments of a higher-order op.
+                    names.extend(str(f) for f in (node.target, *node.args[:1]) if hasattr(f, "_schema"))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+
+def _step(module, x, *residual):
+    x = x.detach().clone().requires_grad_()
+    output = module(x, *residual)
+    output.square().sum().backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return {"output": output.detach(), "x": x.grad, **{n.removeprefix("_orig_mod."): g for n, g in grads.items()}}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_is_eager(backend, training, momentum):
+    """momentum=None too, where torch's own module breaks the graph."""
+    _, eager = pair(momentum=momentum)
+    _, compiled = pair(momentum=momentum)
+    eager.train(training), compiled.train(training)
+    step = torch.compile(compiled, backend=backend, fullgraph=True)
+    for seed in range(3):
+        x = normal(*SHAPES[2], seed=seed)
+        assert_same(_step(step, x), _step(eager, x), rtol=0, atol=0)
+        assert_same_buffers(compiled, eager, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_inductor(memory_format, activation):
+    """With neighbours to fuse with, a residual and a mask."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = pair(dtype=torch.float32)[1]
+            self.bn.activation = activation
+
+        def forward(self, x, residual):
+            return self.bn(x * 2 + 1, residual).sigmoid()
+
+    eager, compiled = Block(), Block()
+    step = torch.compile(compiled, fullgraph=True)
+    for seed in range(2):
+        x, residual = (
+            normal(*SHAPES[2], seed=seed + k, dtype=torch.float32).contiguous(memory_format=memory_format) for k in (0, 9)
+        )
+        assert_same(_step(step, x, residual), _step(eager, x, residual))
+        assert_same_buffers(compiled, eager)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_breaks_and_recompiles(dynamic):
+    _, fast = pair()
+    counter = CompileCounter()
+    step = torch.compile(fast, backend=counter, dynamic=dynamic)
+    for batch in (3, 3, 3):
+        step(normal(batch, *SHAPES[2][1:])).sum().backward()
+    assert counter.frame_count == 1
+    for batch in (4, 5, 7):
+        step(normal(batch, *SHAPES[2][1:])).sum().backward()
+    assert counter.frame_count == (1 if dynamic else 2)
+    assert torch._dynamo.explain(fast)(normal(*SHAPES[2])).graph_break_count == 0
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
+def test_graphs_hold_the_ops(residual, training):
+    """Neither torch's batch_norm nor its decomposition."""
+    _, fast = pair()
+    fast.train(training).activation = "relu"
+    graphs = Graphs()
+    x, *added = normal(*SHAPES[2]), *([normal(*SHAPES[2], seed=1)] if residual else [])
+    _step(torch.compile(fast, backend=graphs.backend, fullgraph=True), x, *added)
+    forward = [name for name in graphs.forward if name.startswith("fastbn")]
+    assert forward == ["fastbn.batch_norm_train.default" if training else "fastbn.batch_norm_eval.default"]
+    assert [name for name in graphs.backward if name.startswith("fastbn")] == ["fastbn.batch_norm_backward.default"]
+    for name in graphs.forward + graphs.backward:
+        assert not any(word in name for word in ("batch_norm_legit", "native_batch_norm", "var_mean", "rsqrt", "relu")), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_without_gradients(training):
+    _, eager = pair()
+    _, compiled = pair()
+    eager.train(training), compiled.train(training)
+    graphs = Graphs()
+    with torch.no_grad():
+        x = normal(*SHAPES[2])
+        torch.testing.assert_close(torch.compile(compiled, backend=graphs.backend, fullgraph=True)(x), eager(x))
+    assert len([name for name in graphs.forward if name.startswith("fastbn")]) == 1 and not graphs.backward
+    assert_same_buffers(compiled, eager)
+
+
+def test_errors_of_compiled_calls_are_torchs():
+    fast = fastbn.BatchNorm2d(5)
+    with pytest.raises(Exception, match="Expected more than 1 value per channel"):
+        torch.compile(fast, backend="aot_eager")(torch.zeros(1, 5, 1, 1))
+    assert fast.num_batches_tracked.item() == 0
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_transforms_inside_compiled_code(transform):
+    """Dynamo traces them itself: the layer must choose torch's batch_norm there too. (jvp fails with torch's own.)"""
+    stock, fast = pair()
+    stock.eval(), fast.eval()
+    x, v = normal(*SHAPES[2]), normal(*SHAPES[2], seed=1)
+    results = []
+    for module in (stock, fast):
+        functions = {
+            "grad": lambda x, v, module=module: torch.func.grad(lambda x: (module(x) * v).pow(2).sum())(x),
+            "vmap": lambda x, v, module=module: torch.func.vmap(lambda t: module(t))(torch.stack([x, v])),
+        }
+        results.append(torch.compile(functions[transform], backend="aot_eager", fullgraph=True)(x, v))
+    torch.testing.assert_close(results[1], results[0])

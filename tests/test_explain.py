@@ -1,0 +1,120 @@
+"""fastbn.explain and fastbn.info: plans without a GPU, reasons that name what stands in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fastbn
+from fastbn._activations import ACTIVATIONS
+
+DEVICES = ("a100", "h100", "h200", "b200")
+
+
+def _meta(*shape, dtype=torch.bfloat16, memory_format=torch.contiguous_format):
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, device):
+    x = _meta(64, 256, 16, 16, memory_format=memory_format)
+    plan = fastbn.explain(x, direction, training=training, device=device)
+    assert plan.backend == "cuda" and plan.reason == f"planned for {device}"
+    assert plan.kernel == ("row_blocks" if memory_format == torch.channels_last else "channel_blocks")
+    assert plan.blocks > 0 and plan.threads > 0 and plan.launches >= 1 and plan.cluster >= 1
+    assert plan.tensor_reads >= (2 if direction == "backward" and training else 1) and plan.tensor_writes >= 1
+    assert f"{plan.blocks} blocks of {plan.threads} threads" in str(plan)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_traffic_of_a_residual_and_an_activation(direction, activation):
+    """No activation fused behind no residual costs traffic; a residual does, and a mask an eighth of a byte an element."""
+    x = _meta(64, 256, 16, 16)
+    plans = {
+        residual: fastbn.explain(x, direction, activation=activation, residual=residual, device="h200")
+        for residual in (False, True)
+    }
+    bare = fastbn.explain(x, direction, device="h200")
+    assert (plans[False].tensor_reads, plans[False].tensor_writes) == (bare.tensor_reads, bare.tensor_writes)
+    mask = 1 / 16 if activation in ("relu", "leaky_relu", "relu6") else 0
+    if direction == "forward":
+        assert plans[True].tensor_reads == bare.tensor_reads + 1
+        assert plans[True].tensor_writes == bare.tensor_writes + mask
+    else:
+        assert plans[True].tensor_writes == bare.tensor_writes + (activation != "none")
+        assert (plans[True].tensor_reads > bare.tensor_reads) == (activation != "none")
+
+
+def test_a_plan_is_frozen_and_made_of_plain_values():
+    plan = fastbn.explain(_meta(8, 64, 7, 7), device="h200")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.backend = "cpu"
+    names = ["backend", "kernel", "launches", "tensor_reads", "tensor_writes", "cluster", "blocks", "threads"]
+    assert [field.name for field in dataclasses.fields(plan)] == [*names, "shared_bytes", "reason"]
+    assert json.loads(json.dumps(dataclasses.asdict(plan))) == dataclasses.asdict(plan)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("shape,kernel", [((4, 8, 5, 5), "channel_blocks"), ((16, 8), "row_blocks")], ids=str)
+def test_cpu_tensors(shape, kernel, direction, training):
+    plan = fastbn.explain(torch.empty(shape), direction, training=training)
+    assert (plan.backend, plan.kernel, plan.blocks) == ("cpu", kernel, 0)
+    assert plan.threads == torch.get_num_threads() and "C++ kernels" in plan.reason
+
+
+@pytest.mark.parametrize(
+    "x,training,reason",
+    [
+        (torch.empty(4, 3, dtype=torch.int32), True, "no kernels for torch.int32"),
+        (torch.empty(3), True, "at least two dimensions"),
+        (torch.empty(3), False, "at least two dimensions"),
+        (torch.empty(1, 3, 1, 1), True, "one value a channel"),
+        (torch.empty(4, 0), True, "no channels"),
+        (torch.empty(4, 3, device="meta"), True, "no kernels for meta tensors"),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_why_not(x, training, reason, direction):
+    plan = fastbn.explain(x, direction, training=training, activation="relu", residual=True)
+    assert plan.backend == "torch" and reason in plan.reason and reason in str(plan)
+    assert plan.tensor_reads > fastbn.explain(torch.empty(4, 3), direction, training=training).tensor_reads
+
+
+def test_a_plan_that_cannot_use_whole_vectors_says_so():
+    assert "element by element" in fastbn.explain(_meta(8, 64, 7, 7), device="h200").reason
+    assert "element by element" not in fastbn.explain(_meta(8, 64, 8, 8), device="h200").reason
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"direction": "sideways"}, "direction: expected one of forward, backward, got 'sideways'"),
+        ({"activation": "tanh"}, "activation: expected one of none, relu, .*, got 'tanh'"),
+        ({"device": "p100"}, "device: expected one of a100, h100, h200, b200, got 'p100'"),
+    ],
+    ids=["direction", "activation", "device"],
+)
+@pytest.mark.parametrize("x", [torch.empty(4, 3), torch.empty(3)], ids=["supported", "unsupported"])
+def test_arguments_outside(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        fastbn.explain(x, **options)
+
+
+def test_info():
+    info = fastbn.info()
+    assert list(info) == ["fastbn", "torch", "python", "build", "runs here", "devices"]
+    assert info["torch"] == torch.__version__
+    assert set(info["build"]) == {
+        "compiler", "against torch", "CUDA architectures", "CPU instruction sets usable here"
+    }  # fmt: skip
+    assert list(info["runs here"]) == ["cpu", "cuda", "reference"]
+    assert info["runs here"]["cuda"].startswith("yes" if torch.cuda.is_available() else "no: ")
+    assert json.loads(json.dumps(info)) == info

@@ -16,7 +16,7 @@ _DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs. Traffic is in units of S, the bytes of one activation tensor; predictions, not measurements."""
+    """How one call runs. Traffic is predicted, not measured, in units of S, the bytes of one activation tensor."""
 
     backend: str
     kernel: str
@@ -34,7 +34,7 @@ class Plan:
         if self.launches:
             parts.append(f"{self.launches} launch{'es' if self.launches > 1 else ''}")
         if self.threads:
-            parts.append(f"{self.blocks} blocks of {self.threads} threads" if self.blocks else f"{self.threads} threads")
+            parts.append(f"{self.blocks} blocks of " * (self.blocks > 0) + f"{self.threads} threads")
         if self.cluster > 1:
             parts[-1] += f" in clusters of {self.cluster}"
         traffic = f"reads {self.tensor_reads:g} S, writes {self.tensor_writes:g} S"

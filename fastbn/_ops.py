@@ -1,7 +1,7 @@
 """The ops as Python sees them: loads fastbn._C, adds what torch needs beside kernels, and decides who serves a call.
 
-Kernels come from C++; here are the shapes that tracing asks for, the refusal to differentiate an op directly, and the one
-place that picks a backend.
+Kernels come from C++; here are the shapes that tracing asks for, the refusal to differentiate an op directly, and what
+a backend can take.
 """
 
 from __future__ import annotations

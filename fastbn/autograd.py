@@ -56,8 +56,8 @@ class BatchNormFunction(torch.autograd.Function):
     """output = activation(batch_norm(input) + residual), updating the buffers.
 
     Arguments are those of the ops (docs/design.md): `batch_stats` chooses between the statistics of the batch and the
-    running ones, `activation` is an index, `backend` a name that `fastbn._ops.namespace` knows. Differentiable any number
-    of times in input, residual, weight and bias; the first derivative is an op, later ones are torch compositions.
+    running ones, `activation` is an index, `backend` a name that `fastbn._ops.namespace` knows. Differentiable any
+    number of times in input, residual, weight and bias; the first derivative is an op, later ones torch compositions.
     """
 
     @staticmethod
@@ -88,7 +88,7 @@ class BatchNormFunction(torch.autograd.Function):
         need_input, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         if input is None:  # only its shape and format matter
             input = grad_out.detach().contiguous(memory_format=ctx.memory_format)
-        if weight is None and bias is None and ctx.bias_dtype is not None:  # only its dtype matters, which is that of its gradient
+        if weight is None and bias is None and ctx.bias_dtype is not None:  # only its dtype matters: its gradient's
             bias = mean.new_empty(mean.shape, dtype=ctx.bias_dtype)
         if torch.is_grad_enabled():
             grads = _differentiable_backward(ctx, grad_out, input, residual, weight, bias, mean, inv_std, mask)

@@ -40,8 +40,8 @@ def batch_norm(
     backend: "cpu", "cuda", "reference" or "torch"; None takes the fastest that can, and torch's own where none can, or
     where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
 
-    Raises what torch raises for the same input, before any buffer has changed, and ValueError for a residual, activation
-    or backend that does not fit, or a backend that cannot take what torch may.
+    Raises what torch raises for the same input, before any buffer has changed, and ValueError for a residual or
+    activation that does not fit and for a named backend that cannot take the call.
     """
     index = activation_index(activation)
     if residual is not None:

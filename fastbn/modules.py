@@ -9,8 +9,8 @@ from fastbn._activations import index as activation_index
 
 
 class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the three share. Parameters, buffers, checks and state_dict are torch's; `activation` is a class attribute so
-    that a torch.nn module whose class is swapped has it too."""
+    """What the three share. Parameters, buffers, checks and state_dict are torch's; `activation` is a class attribute
+    so that a torch.nn module whose class is swapped has it too."""
 
     activation: str | None = None
 

@@ -1,4 +1,4 @@
-"""What surrounds a BatchNorm takes fastbn's for torch's: checkpoints, copies, tools that look for it, symbolic tracing."""
+"""What surrounds a BatchNorm takes fastbn's for torch's: checkpoints, copies, tools, symbolic tracing."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, d
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_traffic_of_a_residual_and_an_activation(direction, activation):
-    """No activation fused behind no residual costs traffic; a residual does, and a mask an eighth of a byte an element."""
+    """An activation alone costs none; a residual does, and a mask an eighth of a byte an element."""
     x = _meta(64, 256, 16, 16)
     plans = {
         residual: fastbn.explain(x, direction, activation=activation, residual=residual, device="h200")

@@ -1,18 +1,24 @@
 """Builds fastbn._C with torch's cpp_extension.
 
 FASTBN_CUDA=0|1|auto   without, with, or (default) with CUDA exactly where nvcc is found; never by whether a GPU is here
-TORCH_CUDA_ARCH_LIST   as torch reads it; without it sm_80, sm_90 and sm_100, and PTX for what comes later
+TORCH_CUDA_ARCH_LIST   as torch reads it; without it those of sm_80, sm_90 and sm_100 that nvcc knows, and PTX of the
+                       last for what comes later
 """
 
 import glob
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import setup
 
 OLDEST_TORCH = (2, 10)
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
 def fail(message: str) -> None:
@@ -36,25 +42,41 @@ if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
     fail("building needs a C++20 compiler, got none: install g++ 11 or clang 14 or newer, or set CXX")
 
 
-def with_cuda() -> bool:
+def find_cuda() -> str | None:
+    """The folder of the CUDA toolkit, or None for a build without. torch looks for one only if it was built with CUDA."""
     wanted = os.environ.get("FASTBN_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         fail(f"FASTBN_CUDA: expected 0, 1 or auto, got '{wanted}'")
-    home = cpp_extension.CUDA_HOME
-    found = home is not None and os.path.exists(os.path.join(home, "bin", "nvcc"))
-    if wanted == "1" and not found:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if wanted == "1" and nvcc is None:
         fail("FASTBN_CUDA=1 needs nvcc, got none: install the CUDA toolkit, or set CUDA_HOME")
-    return found and wanted != "0"
+    if wanted == "0" or nvcc is None:
+        return None
+    # nvcc on PATH may be a link or a script; nvcc itself knows where its toolkit is.
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return os.path.realpath(top[1]) if top else str(Path(nvcc).resolve().parents[1])
+
+
+def default_architectures(cuda: str) -> str:
+    nvcc = [os.path.join(cuda, "bin", "nvcc"), "--list-gpu-arch"]
+    known = subprocess.run(nvcc, check=True, capture_output=True, text=True).stdout.split()
+    chosen = [arch for arch in DEFAULT_ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
+    return ";".join(chosen) + "+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(path for pattern in patterns for path in glob.glob(pattern))
 
 
-CUDA = with_cuda()
+CUDA = find_cuda()
 if CUDA:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
-architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if CUDA else ""
+    cpp_extension.CUDA_HOME = CUDA
+    # Nothing of CUDA is taken from torch, so its version and nvcc's need not match.
+    cpp_extension._check_cuda_version = lambda *args: None
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(CUDA))
+architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA else ""
 
 macros = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),
@@ -67,7 +89,36 @@ common = {
     "include_dirs": [os.path.abspath("csrc"), pybind11.get_include()],
     "define_macros": macros,
 }
-cpu_sources = sources("csrc/bindings/*.cpp", "csrc/cpu/*.cpp")
+# Leaf loops that are compiled for more than the baseline, and run only where dispatch.cpp finds the instructions.
+instruction_sets = {
+    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+cpu_sources = [path for path in sources("csrc/bindings/*.cpp", "csrc/cpu/*.cpp") if path not in instruction_sets]
+if platform.machine() not in ("x86_64", "AMD64"):
+    instruction_sets = {}
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, and before it the files with flags of their own: torch's ninja file has one set of flags for all."""
+
+    def build_extensions(self) -> None:
+        with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            self.extensions[0].extra_objects += pool.map(self.compile_leaf_loops, instruction_sets)
+        super().build_extensions()
+
+    def compile_leaf_loops(self, source: str) -> str:
+        target = Path(self.build_temp).resolve() / Path(source).with_suffix(".o").name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        inputs = [Path(source), *map(Path, sources("csrc/cpu/*.h", "csrc/cpu/*.inl", "csrc/math/*.h"))]
+        if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+            compiler = os.environ.get("CXX", "c++").split()
+            # g++ 12 warns of its own intrinsics' header.
+            flags = [*host_flags, *instruction_sets[source], "-Wno-maybe-uninitialized", "-fPIC", "-Icsrc"]
+            subprocess.run([*compiler, *flags, "-c", source, "-o", str(target)], check=True)
+        return str(target)
+
+
 if CUDA:
     extension = cpp_extension.CUDAExtension(
         sources=cpu_sources + sources("csrc/cuda/*.cu"),
@@ -87,4 +138,4 @@ extension.libraries = [
     name for name in extension.libraries if name not in ("cudart", "c10_cuda", "torch_cuda", "torch_python", "torch")
 ]
 
-setup(ext_modules=[extension], cmdclass={"build_ext": cpp_extension.BuildExtension})
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

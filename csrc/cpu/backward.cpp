@@ -30,7 +30,7 @@ class Backward {
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
     const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
-    if (reduces) partials_.resize(size_t(partition_.blocks() * partition_.width()));
+    if (reduces) partials_.resize(size_t(partition_.partials()));
 
     auto finish = [&](int64_t channel) {
       double sum_grad = 0, sum_grad_xhat = 0, count = double(params_.layout.count());
@@ -60,7 +60,7 @@ class Backward {
   }
 
   void run_sums() {
-    partials_.resize(size_t(partition_.blocks() * partition_.width()));
+    partials_.resize(size_t(partition_.partials()));
     auto finish = [&](int64_t channel) { sums(channel, &params_.sum_grad[channel], &params_.sum_grad_xhat[channel]); };
     run_phases(
         partition_, params_.layout.channels, threads_, [&](int64_t i) { reduce_block(i); }, finish, [](int64_t) {});

@@ -20,7 +20,7 @@ class Statistician {
         partition_(partition),
         table_(kernels(params.dtype)),
         pivots_(size_t(std::max(params.layout.channels, partition.width()))),
-        partials_(size_t(partition.blocks() * partition.width())) {
+        partials_(size_t(partition.partials())) {
     const int64_t channels = params.layout.channels;
     table_.pivots(params.input, channels, partition.in_columns() ? 1 : params.layout.inner, pivots_.data());
     for (size_t j = size_t(channels); j < pivots_.size(); ++j) pivots_[j] = pivots_[j - size_t(channels)];

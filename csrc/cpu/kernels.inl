@@ -1,5 +1,5 @@
-// The table of leaf loops for the instruction set FASTBN_ISA. Included last by kernels_*.cpp, after the standard headers
-// and after the pragma that selects the instruction set, so that no shared inline function is compiled for it.
+// The table of leaf loops for the instruction set FASTBN_ISA, which names the namespace that all of them are in: a function
+// outside it that were not inlined could be taken by the linker for machines without those instructions.
 #include "cpu/elementwise.h"
 #include "cpu/sums.h"
 

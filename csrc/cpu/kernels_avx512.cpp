@@ -1,17 +1,6 @@
-// The leaf loops for the avx512 instruction set.
-#include "cpu/isa_headers.h"
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+// The leaf loops for AVX-512 F, BW, DQ and VL; the build gives this file their flags.
+#ifndef __AVX512DQ__
+#error "compile with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 #endif
-
 #define FASTBN_ISA avx512
 #include "cpu/kernels.inl"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif

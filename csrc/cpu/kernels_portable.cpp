@@ -1,5 +1,3 @@
-// The leaf loops for the baseline instruction set.
-#include "cpu/isa_headers.h"
-
+// The leaf loops for the compiler's baseline.
 #define FASTBN_ISA portable
 #include "cpu/kernels.inl"

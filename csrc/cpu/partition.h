@@ -40,8 +40,11 @@ class Partition {
   bool in_columns() const { return in_columns_; }
   int64_t blocks() const { return blocks_; }
 
+  int64_t elements_per_block() const { return std::max<int64_t>(1, layout_.numel() / blocks_); }
+
   // Partial results a block: its columns, or one.
   int64_t width() const { return width_; }
+  int64_t partials() const { return blocks_ * width_; }
 
   // A channel's blocks are [channel * per_channel, (channel + 1) * per_channel), where blocks lie in one channel.
   int64_t per_channel() const { return per_channel_; }
@@ -99,17 +102,19 @@ class Partition {
 template <class Reduce, class Finish, class Apply>
 void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduce&& reduce, Finish&& finish,
                 Apply&& apply) {
+  // Estimate: below 16 Ki elements a thread is not worth waking.
+  const int64_t grain = std::max<int64_t>(1, 16384 / partition.elements_per_block());
   if (!partition.in_columns() && channels >= 4 * threads.count) {
-    threads.for_each(channels, 1, [&](int64_t channel) {
+    threads.for_each(channels, std::max<int64_t>(1, grain / partition.per_channel()), [&](int64_t channel) {
       const int64_t first = channel * partition.per_channel(), last = first + partition.per_channel();
       for (int64_t i = first; i < last; ++i) reduce(i);
       finish(channel);
       for (int64_t i = last - 1; i >= first; --i) apply(i);
     });
   } else {
-    threads.for_each(partition.blocks(), 1, reduce);
-    threads.for_each(channels, 16, finish);
-    threads.for_each(partition.blocks(), 1, apply);
+    threads.for_each(partition.blocks(), grain, reduce);
+    threads.for_each(channels, std::max<int64_t>(1, 4096 * channels / partition.partials()), finish);
+    threads.for_each(partition.blocks(), grain, apply);
   }
 }
 

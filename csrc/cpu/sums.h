@@ -39,10 +39,7 @@ struct WideSum {
 
 template <class A>
 struct ShiftedSums {
-  WideSum<A> first, second;
-
-  // Not left to the compiler: g++ compiles a constructor of its own making for the baseline, and could not inline here.
-  FASTBN_INLINE ShiftedSums() : first(0.0), second(0.0) {}
+  WideSum<A> first{0.0}, second{0.0};
 
   FASTBN_INLINE void add(Vec<A> x, const WideSum<A>& pivot) {
     const WideSum<A> wide(x);

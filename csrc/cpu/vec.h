@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 

@@ -43,7 +43,7 @@ if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
 
 
 def find_cuda() -> str | None:
-    """The folder of the CUDA toolkit, or None for a build without. torch looks for one only if it was built with CUDA."""
+    """The folder of the CUDA toolkit, or None for a build without. torch built without CUDA looks for none."""
     wanted = os.environ.get("FASTBN_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         fail(f"FASTBN_CUDA: expected 0, 1 or auto, got '{wanted}'")

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from fastbn import _C, _ops
+from fastbn import _C
 
 
 def info() -> dict:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
-from torch import nn
 
 import fastbn
 from tests.stock import SHAPES, assert_same, assert_same_buffers, normal, pair

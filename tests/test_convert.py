@@ -114,9 +114,7 @@ def test_hooks_stay():
     assert calls == ["pre", "forward", "backward"]
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("training", [True, False])
 def test_copies_of_a_converted_model(copied, training):
     net = convert(small_net()).train(training)

@@ -47,10 +47,15 @@ CALLS = {
     "double_input": (_zeros(3, 4, dtype=torch.float64), FOUR, FOUR, {"training": True}),
     "half_parameters": (_zeros(3, 4), *[_zeros(4, dtype=torch.bfloat16)] * 2, {"training": True}),
     "double_parameters": (
-        _zeros(3, 4, dtype=torch.bfloat16), *[_zeros(4, dtype=torch.float64)] * 2, {"training": True}
+        _zeros(3, 4, dtype=torch.bfloat16),
+        *[_zeros(4, dtype=torch.float64)] * 2,
+        {"training": True},
     ),
     "different_parameters": (
-        _zeros(3, 4, dtype=torch.bfloat16), FOUR, FOUR, {"weight": _zeros(4, dtype=torch.bfloat16), "training": True}
+        _zeros(3, 4, dtype=torch.bfloat16),
+        FOUR,
+        FOUR,
+        {"weight": _zeros(4, dtype=torch.bfloat16), "training": True},
     ),
     "complex": (_zeros(3, 4, dtype=torch.complex64), FOUR, FOUR, {"training": True}),
 }
@@ -63,9 +68,7 @@ def _outcome(function, arguments):
         result = function(*copies)
     except Exception as error:
         result = error
-    changed = [
-        not torch.equal(a, b) for a, b in zip(copies, arguments, strict=True) if isinstance(a, torch.Tensor)
-    ]
+    changed = [not torch.equal(a, b) for a, b in zip(copies, arguments, strict=True) if isinstance(a, torch.Tensor)]
     return result, any(changed)
 
 

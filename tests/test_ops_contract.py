@@ -51,9 +51,7 @@ def test_a_constant_channel_gives_exactly_its_bias(ops, value, channels_last, dt
     x = torch.full((7, 3, 5, 11), value, dtype=dtype, device=ops.device).contiguous(memory_format=memory_format)
     bias = torch.tensor([0.1, -2.0, 0.0], dtype=dtype, device=ops.device)
     weight = torch.tensor([1.3, 1.0, -7.7], dtype=dtype, device=ops.device)
-    output, mean, _, _ = ops.namespace.batch_norm_train(
-        x, None, weight, bias, None, None, None, 0.1, EPS, 0, False
-    )
+    output, mean, _, _ = ops.namespace.batch_norm_train(x, None, weight, bias, None, None, None, 0.1, EPS, 0, False)
     assert torch.equal(mean, x[0, :, 0, 0].double())
     assert torch.equal(output, bias.view(1, 3, 1, 1).expand_as(x))
 
@@ -93,12 +91,8 @@ def test_inputs_are_left_alone(ops):
     weight, bias = torch.randn(2, 4, device=ops.device)
     before = [t.clone() for t in (*tensors, weight, bias)]
     x, r, g = tensors
-    y, mean, inv_std, mask = ops.namespace.batch_norm_train(
-        x, r, weight, bias, None, None, None, 0.1, EPS, 1, True
-    )
-    ops.namespace.batch_norm_backward(
-        g, x, None, mask, weight, bias, mean, inv_std, True, 1, True, True, True, True
-    )
+    y, mean, inv_std, mask = ops.namespace.batch_norm_train(x, r, weight, bias, None, None, None, 0.1, EPS, 1, True)
+    ops.namespace.batch_norm_backward(g, x, None, mask, weight, bias, mean, inv_std, True, 1, True, True, True, True)
     assert all(torch.equal(a, b) for a, b in zip((*tensors, weight, bias), before, strict=True))
     assert y.data_ptr() != x.data_ptr()
 
@@ -107,9 +101,7 @@ def test_statistics_of_eval_survive_an_update_of_the_buffers(ops):
     running_mean = torch.zeros(3, dtype=torch.float64, device=ops.device)
     running_var = torch.ones(3, dtype=torch.float64, device=ops.device)
     x = torch.randn(4, 3, dtype=torch.float64, device=ops.device)
-    _, mean, _, _ = ops.namespace.batch_norm_eval(
-        x, None, None, None, running_mean, running_var, EPS, 0, True, False
-    )
+    _, mean, _, _ = ops.namespace.batch_norm_eval(x, None, None, None, running_mean, running_var, EPS, 0, True, False)
     running_mean.fill_(7)
     assert torch.equal(mean, torch.zeros_like(mean))
 

@@ -79,17 +79,13 @@ def test_gradients_are_autograds(name, training, residual, activation):
             )
             torch.testing.assert_close(list(got[: len(leaves)]), list(expected), rtol=1e-9, atol=1e-9)
             statistics = {} if training else {"mean": mean, "inv_std": inv_std}
-            got = reference.backward_formula(
-                grad_out, x, r_, m, weight, bias, activation, **statistics, eps=EPS
-            )
+            got = reference.backward_formula(grad_out, x, r_, m, weight, bias, activation, **statistics, eps=EPS)
             torch.testing.assert_close(list(got[: len(leaves)]), list(expected), rtol=1e-9, atol=1e-9)
             sums = reference.grad_sums(grad_out, x, r_, m, weight, bias, mean, inv_std, activation)
             torch.testing.assert_close(list(sums), [expected[2], expected[1]], rtol=1e-9, atol=1e-9)
             count = torch.tensor([case.count], dtype=torch.float64)
             given = (*sums, count) if training else (None, None, None)
-            got = reference.input_grad(
-                grad_out, x, r_, m, weight, bias, mean, inv_std, *given, activation, True
-            )
+            got = reference.input_grad(grad_out, x, r_, m, weight, bias, mean, inv_std, *given, activation, True)
             torch.testing.assert_close(got[0], expected[0], rtol=1e-9, atol=1e-9)
 
 

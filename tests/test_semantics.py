@@ -157,7 +157,7 @@ def test_a_module_called_twice_before_backward():
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_eval_forward_then_train_forward_then_backward(activation):
-    """The gradient is that of the statistics of the forward pass. Torch keeps the buffers, and takes the updated ones."""
+    """The gradient is that of the statistics of the forward pass. Torch takes the updated buffers instead."""
     stock, fast = pair()
     fast.activation = activation
     results = []

@@ -58,9 +58,7 @@ def inv_std_tolerance(var_tolerance: Tensor, inv_std: Tensor) -> Tensor:
     return 0.5 * inv_std**3 * var_tolerance + 4 * ulp(torch.float64, inv_std)
 
 
-def forward_tolerance(
-    dtype: torch.dtype, count: int, scale: Tensor | float, steepness: Tensor | float = 0.0
-) -> Tensor:
+def forward_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float, steepness: Tensor | float = 0.0) -> Tensor:
     """Of an output whose largest term (xhat * weight, bias or residual, added up) has the magnitude `scale`.
 
     The error of z, at most 1.5 times as large behind the steepest activation (hardswish), and the output's rounding.
@@ -111,8 +109,10 @@ def assert_close_to_reference(
         f"{what}: expected {int((~finite).sum())} elements that are not finite, got {int((~actual.isfinite()).sum())}"
     )
     if which_nonfinite:
-        same = torch.where(finite, 0.0, rounded).nan_to_num(nan=1.0).equal(
-            torch.where(finite, 0.0, actual).nan_to_num(nan=1.0)
+        same = (
+            torch.where(finite, 0.0, rounded)
+            .nan_to_num(nan=1.0)
+            .equal(torch.where(finite, 0.0, actual).nan_to_num(nan=1.0))
         )
         assert same, f"{what}: inf and NaN are not where the reference has them"
     error = torch.where(finite, (actual - exact).abs(), 0.0)

@@ -35,9 +35,7 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-const char* name_of(ScalarType type) {
-  return torch::headeronly::toString(type);
-}
+const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
 
 DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -121,8 +119,8 @@ const uint8_t* Operands::mask(const OptionalTensor& tensor) const {
   check_device("mask", *tensor);
   if (tensor->scalar_type() != ScalarType::Byte || tensor->dim() != 2 || tensor->size(0) != layout_.runs() ||
       tensor->size(1) != layout_.mask_bytes_per_run() || !tensor->is_contiguous())
-    fail(op_, "expected contiguous mask of dtype Byte and shape [", layout_.runs(), ", ",
-         layout_.mask_bytes_per_run(), "], got ", name_of(tensor->scalar_type()), " of shape ", shape_of(*tensor));
+    fail(op_, "expected contiguous mask of dtype Byte and shape [", layout_.runs(), ", ", layout_.mask_bytes_per_run(),
+         "], got ", name_of(tensor->scalar_type()), " of shape ", shape_of(*tensor));
   return static_cast<const uint8_t*>(tensor->data_ptr());
 }
 

@@ -28,7 +28,8 @@ const DeviceLimits& limits_of(int32_t device) {
   if (limits.sm_count == 0) {
     limits.name = "cuda";
     const cudaError_t error = cuda::device_limits(device, &limits);
-    if (error != cudaSuccess) fail("fastbn", "cannot read the limits of device ", device, ": ", cudaGetErrorString(error));
+    if (error != cudaSuccess)
+      fail("fastbn", "cannot read the limits of device ", device, ": ", cudaGetErrorString(error));
   }
   return limits;
 }

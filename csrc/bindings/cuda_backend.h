@@ -28,7 +28,8 @@ class CudaBackend {
   }
 
   void grad_sums(const BackwardParams& params) {
-    run(cuda::grad_sums, params, Direction::backward, params.residual, {params.grad_out, params.input, params.residual});
+    run(cuda::grad_sums, params, Direction::backward, params.residual,
+        {params.grad_out, params.input, params.residual});
   }
 
  private:

@@ -20,9 +20,9 @@ class Backward {
         affine_(entries()),
         grad_affine_(entries()) {
     for (int64_t c = 0; c < params.layout.channels; ++c)
-      affine_.set(c, params.layout.channels,
-                  Affine<A>::make(params.mean[c], params.inv_std[c], params.weight.load_or(c, 1),
-                                  params.bias.load_or(c, 0)));
+      affine_.set(
+          c, params.layout.channels,
+          Affine<A>::make(params.mean[c], params.inv_std[c], params.weight.load_or(c, 1), params.bias.load_or(c, 0)));
   }
 
   void run() {
@@ -71,9 +71,15 @@ class Backward {
 
   GradArgs args_of(int64_t block, bool frozen) const {
     const int64_t first = partition_.in_columns() ? 0 : partition_.channel_of(block);
-    return {params_.grad_out,   params_.input,           params_.residual,
-            params_.mask,       params_.activation,      affine_.arrays(first),
-            grad_affine_.arrays(first, frozen), params_.grad_input, params_.grad_residual};
+    return {params_.grad_out,
+            params_.input,
+            params_.residual,
+            params_.mask,
+            params_.activation,
+            affine_.arrays(first),
+            grad_affine_.arrays(first, frozen),
+            params_.grad_input,
+            params_.grad_residual};
   }
 
   void reduce_block(int64_t i) {

@@ -57,7 +57,8 @@ FASTBN_INLINE void for_each_vector(const Block& block, Columns columns, Visit&& 
 
 template <bool PerColumn, class A>
 FASTBN_INLINE Affine<Vec<A>> affine_at(const AffineArrays& arrays, int64_t column, int64_t count) {
-  return {coefficient<PerColumn, A>(arrays.pivot, column, count), coefficient<PerColumn, A>(arrays.scale, column, count),
+  return {coefficient<PerColumn, A>(arrays.pivot, column, count),
+          coefficient<PerColumn, A>(arrays.scale, column, count),
           coefficient<PerColumn, A>(arrays.shift, column, count)};
 }
 
@@ -75,18 +76,22 @@ void normalize(const NormalizeArgs& args, Block block, MaskBlock mask_block) {
       const int64_t at = r * block.row_stride + j;
       V z = affine_at<PerColumn, A>(args.affine, j, count).apply(load_up_to(input + at, count));
       if (residual) z = z + load_up_to(residual + at, count);
-      if (mask) store_bits(mask + r * mask_block.row_stride, j, count, to_bits(activation_is_upper(args.activation, z)));
+      if (mask)
+        store_bits(mask + r * mask_block.row_stride, j, count, to_bits(activation_is_upper(args.activation, z)));
       store_up_to(output + at, count, activation_of(z));
     });
   };
   // The two that every network uses get a loop of their own, without a branch an element.
-  if (args.activation == Activation::none) loop([](V z) FASTBN_INLINE_LAMBDA { return z; });
-  else if (args.activation == Activation::relu) loop([](V z) FASTBN_INLINE_LAMBDA { return activation_forward(Activation::relu, z); });
-  else loop([&](V z) FASTBN_INLINE_LAMBDA { return activation_forward(args.activation, z); });
+  if (args.activation == Activation::none)
+    loop([](V z) FASTBN_INLINE_LAMBDA { return z; });
+  else if (args.activation == Activation::relu)
+    loop([](V z) FASTBN_INLINE_LAMBDA { return activation_forward(Activation::relu, z); });
+  else
+    loop([&](V z) FASTBN_INLINE_LAMBDA { return activation_forward(args.activation, z); });
 }
 
-// Calls consume(offset, column, count, x, grad_z) for each vector of some columns of a block. x is loaded only if `need_input`, or
-// if the activation's derivative has to be recomputed from it.
+// Calls consume(offset, column, count, x, grad_z) for each vector of some columns of a block. x is loaded only if
+// `need_input`, or if the activation's derivative has to be recomputed from it.
 template <class T, bool PerColumn, class Consume>
 FASTBN_INLINE void for_each_grad(const GradArgs& args, const Block& block, const MaskBlock& mask_block, Columns columns,
                                  bool need_input, Consume&& consume) {
@@ -112,20 +117,19 @@ FASTBN_INLINE void for_each_grad(const GradArgs& args, const Block& block, const
       return activation_backward_masked(args.activation, upper, grad);
     });
   } else {
-    auto recompute = [&](Activation activation, int64_t at, int64_t j, int64_t count, V x, V grad) FASTBN_INLINE_LAMBDA {
-      if (!need_input) x = load_up_to(input + at, count);
-      V z = affine_at<PerColumn, A>(args.affine, j, count).apply(x);
-      if (residual) z = z + load_up_to(residual + at, count);
-      return activation_backward(activation, z, grad);
-    };
+    auto recompute = [&](Activation activation, int64_t at, int64_t j, int64_t count, V x, V grad)
+                         FASTBN_INLINE_LAMBDA {
+                           if (!need_input) x = load_up_to(input + at, count);
+                           V z = affine_at<PerColumn, A>(args.affine, j, count).apply(x);
+                           if (residual) z = z + load_up_to(residual + at, count);
+                           return activation_backward(activation, z, grad);
+                         };
     if (args.activation == Activation::relu) {
-      loop([&](int64_t, int64_t at, int64_t j, int64_t count, V x, V grad) FASTBN_INLINE_LAMBDA {
-        return recompute(Activation::relu, at, j, count, x, grad);
-      });
+      loop([&](int64_t, int64_t at, int64_t j, int64_t count, V x, V grad)
+               FASTBN_INLINE_LAMBDA { return recompute(Activation::relu, at, j, count, x, grad); });
     } else {
-      loop([&](int64_t, int64_t at, int64_t j, int64_t count, V x, V grad) FASTBN_INLINE_LAMBDA {
-        return recompute(args.activation, at, j, count, x, grad);
-      });
+      loop([&](int64_t, int64_t at, int64_t j, int64_t count, V x, V grad)
+               FASTBN_INLINE_LAMBDA { return recompute(args.activation, at, j, count, x, grad); });
     }
   }
 }
@@ -177,22 +181,22 @@ void input_grad(const GradArgs& args, Block block, MaskBlock mask) {
   T* grad_residual = args.grad_residual ? static_cast<T*>(args.grad_residual) + block.offset : nullptr;
   const GradAffineArrays& arrays = args.grad_affine;
   const bool frozen = arrays.slope == nullptr;
-  for_each_grad<T, PerColumn>(
-      args, block, mask, {0, block.cols}, grad_input && !frozen,
-      [&](int64_t at, int64_t j, int64_t count, V x, V grad_z) FASTBN_INLINE_LAMBDA {
-        if (grad_residual) store_up_to(grad_residual + at, count, grad_z);
-        if (!grad_input) return;
-        const V scale = coefficient<PerColumn, A>(arrays.scale, j, count);
-        if (frozen) {
-          store_up_to(grad_input + at, count, grad_z * scale);
-        } else {
-          const GradAffine<V> grad_affine{coefficient<PerColumn, A>(arrays.pivot, j, count),
-                                          coefficient<PerColumn, A>(arrays.slope, j, count),
-                                          coefficient<PerColumn, A>(arrays.mean_grad, j, count),
-                                          coefficient<PerColumn, A>(arrays.rest, j, count), scale};
-          store_up_to(grad_input + at, count, grad_affine.apply(grad_z, x));
-        }
-      });
+  for_each_grad<T, PerColumn>(args, block, mask, {0, block.cols}, grad_input && !frozen,
+                              [&](int64_t at, int64_t j, int64_t count, V x, V grad_z) FASTBN_INLINE_LAMBDA {
+                                if (grad_residual) store_up_to(grad_residual + at, count, grad_z);
+                                if (!grad_input) return;
+                                const V scale = coefficient<PerColumn, A>(arrays.scale, j, count);
+                                if (frozen) {
+                                  store_up_to(grad_input + at, count, grad_z * scale);
+                                } else {
+                                  const GradAffine<V> grad_affine{coefficient<PerColumn, A>(arrays.pivot, j, count),
+                                                                  coefficient<PerColumn, A>(arrays.slope, j, count),
+                                                                  coefficient<PerColumn, A>(arrays.mean_grad, j, count),
+                                                                  coefficient<PerColumn, A>(arrays.rest, j, count),
+                                                                  scale};
+                                  store_up_to(grad_input + at, count, grad_affine.apply(grad_z, x));
+                                }
+                              });
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

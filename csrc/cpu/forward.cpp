@@ -28,7 +28,8 @@ class Statistician {
 
   void reduce(int64_t i) {
     if (partition_.in_columns())
-      table_.column_sums(params_.input, partition_.block(i), pivots_.data(), &partials_[size_t(i * partition_.width())]);
+      table_.column_sums(params_.input, partition_.block(i), pivots_.data(),
+                         &partials_[size_t(i * partition_.width())]);
     else
       partials_[size_t(i)] =
           table_.channel_sums(params_.input, partition_.block(i), &pivots_[size_t(partition_.channel_of(i))]);
@@ -52,7 +53,8 @@ void update_running_stats(const ForwardParams& params, int64_t channel, const Mo
   if (params.running_mean.defined())
     params.running_mean.store(channel, running_average(params.running_mean.load(channel), moments.mean, factor));
   if (params.running_var.defined())
-    params.running_var.store(channel, running_average(params.running_var.load(channel), moments.unbiased_var(), factor));
+    params.running_var.store(channel,
+                             running_average(params.running_var.load(channel), moments.unbiased_var(), factor));
 }
 
 template <class A>
@@ -98,7 +100,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                              params.output,     params.mask,
                              params.activation, affine.arrays(partition.in_columns() ? 0 : partition.channel_of(i))};
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, partition.block(i),
-                                                                               partition.mask_block(i));
+                                                                                partition.mask_block(i));
   };
   auto reduce = [&](int64_t i) {
     if (batch) statistician->reduce(i);

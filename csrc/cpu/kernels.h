@@ -11,7 +11,7 @@ namespace fastbn::cpu {
 
 // Rows of contiguous elements. A block lies in one channel (its rows are runs), or its columns are channels.
 struct Block {
-  int64_t offset;      // of the first element, in elements
+  int64_t offset;  // of the first element, in elements
   int64_t rows;
   int64_t row_stride;  // in elements
   int64_t cols;
@@ -54,8 +54,8 @@ struct GradArgs {
   const void* residual;
   const uint8_t* mask;
   Activation activation;
-  AffineArrays affine;          // recomputes z, where the activation needs it
-  GradAffineArrays grad_affine; // of input_grad; a null slope says that statistics are frozen
+  AffineArrays affine;           // recomputes z, where the activation needs it
+  GradAffineArrays grad_affine;  // of input_grad; a null slope says that statistics are frozen
   void* grad_input;
   void* grad_residual;
 };

@@ -1,5 +1,5 @@
-// The CPU backend: the same operations as csrc/cuda/launch.h, on the caller's threads. Results do not depend on how many
-// there are: the partition and the order of merging follow from the layout alone.
+// The CPU backend: the same operations as csrc/cuda/launch.h, on the caller's threads. Results do not depend on how
+// many there are: the partition and the order of merging follow from the layout alone.
 #pragma once
 
 #include <cstdint>

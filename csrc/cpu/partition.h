@@ -93,12 +93,12 @@ class Partition {
   Layout layout_;
   bool in_columns_;
   int64_t width_ = 0, rows_per_block_ = 0, blocks_ = 0;
-  int64_t rows_ = 0, rest_ = 0;                          // in columns
-  int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;     // in channels
+  int64_t rows_ = 0, rest_ = 0;                       // in columns
+  int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;  // in channels
 };
 
-// reduce(block), then finish(channel), then apply(block). A channel that one thread has to itself goes through all three
-// while it is cached, last block first.
+// reduce(block), then finish(channel), then apply(block). A channel that one thread has to itself goes through all
+// three while it is cached, last block first.
 template <class Reduce, class Finish, class Apply>
 void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduce&& reduce, Finish&& finish,
                 Apply&& apply) {
@@ -117,6 +117,5 @@ void run_phases(const Partition& partition, int64_t channels, const Threads& thr
     threads.for_each(partition.blocks(), grain, apply);
   }
 }
-
 
 }  // namespace fastbn::cpu

@@ -1,5 +1,5 @@
-// Sums of a block about a pivot that is an element of the data, in double: one pass, nothing overflows, and what cancels
-// is bounded by the pivot's own share in the result. A constant channel has sums of exactly zero.
+// Sums of a block about a pivot that is an element of the data, in double: one pass, nothing overflows, and what
+// cancels is bounded by the pivot's own share in the result. A constant channel has sums of exactly zero.
 #pragma once
 
 #include "cpu/kernels.h"

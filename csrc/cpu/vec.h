@@ -164,9 +164,11 @@ FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x) {
       half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Half16);
     } else {
 #if defined(__AVX512F__)
-      half = __builtin_bit_cast(Half16, _mm512_cvtps_ph(__builtin_bit_cast(__m512, x.native), _MM_FROUND_TO_NEAREST_INT));
+      half =
+          __builtin_bit_cast(Half16, _mm512_cvtps_ph(__builtin_bit_cast(__m512, x.native), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-      half = __builtin_bit_cast(Half16, _mm256_cvtps_ph(__builtin_bit_cast(__m256, x.native), _MM_FROUND_TO_NEAREST_INT));
+      half =
+          __builtin_bit_cast(Half16, _mm256_cvtps_ph(__builtin_bit_cast(__m256, x.native), _MM_FROUND_TO_NEAREST_INT));
 #else
       for (int i = 0; i < Vec<float>::lanes; ++i) half[i] = from_acc<float16>(float(x.native[i])).bits;
 #endif

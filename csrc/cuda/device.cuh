@@ -58,15 +58,14 @@ FASTBN_DEVICE T shuffle_words(const T& value, Shuffle shuffle) {
 
 template <class T>
 FASTBN_DEVICE T shuffle_xor(T value, int lane_mask) {
-  return detail::shuffle_words(
-    value, [=](uint32_t word) { return __shfl_xor_sync(detail::kAllLanes, word, lane_mask); });
+  return detail::shuffle_words(value,
+                               [=](uint32_t word) { return __shfl_xor_sync(detail::kAllLanes, word, lane_mask); });
 }
 
 // Lanes whose source would lie beyond the warp keep their own value.
 template <class T>
 FASTBN_DEVICE T shuffle_down(T value, int delta) {
-  return detail::shuffle_words(
-    value, [=](uint32_t word) { return __shfl_down_sync(detail::kAllLanes, word, delta); });
+  return detail::shuffle_words(value, [=](uint32_t word) { return __shfl_down_sync(detail::kAllLanes, word, delta); });
 }
 
 FASTBN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(detail::kAllLanes, predicate); }
@@ -154,10 +153,10 @@ FASTBN_DEVICE void store16_streaming(T* to, const Vector16<T>& value) {
 // Copies 16 bytes past the registers and L1. The bytes are there for this thread after the wait, and for others after
 // a barrier behind it.
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "l"(__cvta_generic_to_global(global))
-                 : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
 }
 
 FASTBN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -179,7 +178,7 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   if (shape.shared_bytes > kSharedWithoutAsking) {
     if (shape.shared_bytes > INT32_MAX) return cudaErrorInvalidValue;
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shape.shared_bytes));
+                                 static_cast<int>(shape.shared_bytes));
   }
   if (error == cudaSuccess && shape.cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

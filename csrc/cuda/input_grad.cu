@@ -13,8 +13,7 @@ struct Coefficients {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
-    input_grad_kernel(BackwardParams params, Plan plan) {
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads) input_grad_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   constexpr int channels = Walk::channels;
   T* grad_input = static_cast<T*>(params.grad_input);

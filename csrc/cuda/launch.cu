@@ -1,6 +1,5 @@
 // The two-phase plans: reduce, finish, then a second pass over the elements.
 #include "cuda/launch.h"
-
 #include "cuda/passes.cuh"
 
 namespace fastbn::cuda {

@@ -25,8 +25,8 @@ inline constexpr int kMaxCluster = 16;
 // The limits that hold on every GPU; those of one model (shared memory, cooperative grids) are left to the launch.
 inline bool is_valid(const Launch& launch) {
   return launch.grid_x >= 1 && launch.grid_x <= kMaxGridX && launch.grid_y >= 1 && launch.grid_y <= kMaxGridY &&
-           launch.threads >= 1 && launch.threads <= kMaxThreads && launch.shared_bytes >= 0 && launch.cluster >= 1 &&
-           launch.cluster <= kMaxCluster && launch.grid_x % launch.cluster == 0;
+         launch.threads >= 1 && launch.threads <= kMaxThreads && launch.shared_bytes >= 0 && launch.cluster >= 1 &&
+         launch.cluster <= kMaxCluster && launch.grid_x % launch.cluster == 0;
 }
 
 template <class T>

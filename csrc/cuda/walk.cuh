@@ -83,7 +83,7 @@ class Walk {
   }
 
   int lanes;
-  int live;               // how many of this thread's channels exist
+  int live;  // how many of this thread's channels exist
   int64_t split;
   int64_t slice_channel;  // the block's first channel
   int64_t channel;        // the thread's first channel

@@ -80,8 +80,7 @@ FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
   switch (activation) {
     case Activation::relu:
     case Activation::leaky_relu:
-    case Activation::relu6:
-      return activation_backward_masked(activation, activation_is_upper(activation, z), grad_out);
+    case Activation::relu6: return activation_backward_masked(activation, activation_is_upper(activation, z), grad_out);
     case Activation::elu: return select(z <= F(0), grad_out * exp(z), grad_out);
     case Activation::silu: {
       const F s = sigmoid(z);

@@ -1,5 +1,5 @@
-// The arguments of the forward and of the backward ops, as the bindings hand them to a backend's launchers. Pointers are
-// to dense memory of one layout; null where absent or not wanted.
+// The arguments of the forward and of the backward ops, as the bindings hand them to a backend's launchers. Pointers
+// are to dense memory of one layout; null where absent or not wanted.
 #pragma once
 
 #include <cstdint>

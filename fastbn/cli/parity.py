@@ -147,9 +147,7 @@ def _stock(case, input, weight, bias, running_mean, running_var, residual=None):
 def _fastbn(case, input, weight, bias, running_mean, running_var, residual=None):
     activation = "relu" if case.relu else None
     fused = {"residual": residual, "activation": activation}
-    return {
-        "output": batch_norm(input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS, **fused)
-    }
+    return {"output": batch_norm(input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS, **fused)}
 
 
 def _ulp(dtype, scale):

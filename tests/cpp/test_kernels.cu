@@ -52,11 +52,9 @@ const Shape shapes[] = {
     {{4, 2, 200}, 32, 3, 0},          // runs longer than a block, splits that cut them
     {{70, 2, 8}, 32, 1, 0},           // many runs a block
     {{1, 1, 8 * 32 * 67}, 32, 1, 0},  // promotions of the running sums
-    {{37, 16, 1}, 0, 0, 0},
-    {{37, 16, 1}, 64, 5, 1},
-    {{29, 13, 1}, 64, 2, 0},          // a tail in every row
-    {{40, 264, 1}, 64, 2, 0},         // two slices, the second one octet wide
-    {{6, 3, 1}, 32, 4, 0},            // less than an octet, splits without rows
+    {{37, 16, 1}, 0, 0, 0},          {{37, 16, 1}, 64, 5, 1}, {{29, 13, 1}, 64, 2, 0},  // a tail in every row
+    {{40, 264, 1}, 64, 2, 0},  // two slices, the second one octet wide
+    {{6, 3, 1}, 32, 4, 0},     // less than an octet, splits without rows
     {{32 * 67, 8, 1}, 32, 1, 0},
 };
 

@@ -1,5 +1,5 @@
-// The shared math against what it is defined by: half conversions against every value, moments of hard data, layouts and
-// formats against torch's rules, traffic of plans.
+// The shared math against what it is defined by: half conversions against every value, moments of hard data, layouts
+// and formats against torch's rules, traffic of plans.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -91,7 +91,8 @@ void test_layouts() {
   CHECK(suggest_memory_format(sizes, contiguous, 4) == MemoryFormat::contiguous);
   CHECK(suggest_memory_format(sizes, last, 4) == MemoryFormat::channels_last);
   CHECK(suggest_memory_format(sizes, transposed, 4) == MemoryFormat::contiguous);
-  CHECK(is_dense(sizes, contiguous, 4, MemoryFormat::contiguous) && !is_dense(sizes, last, 4, MemoryFormat::contiguous));
+  CHECK(is_dense(sizes, contiguous, 4, MemoryFormat::contiguous) &&
+        !is_dense(sizes, last, 4, MemoryFormat::contiguous));
   CHECK(is_dense(sizes, last, 4, MemoryFormat::channels_last));
   CHECK(!is_dense(sizes, transposed, 4, MemoryFormat::contiguous));
 

@@ -17,14 +17,14 @@
 namespace fastbn::emulator {
 namespace {
 
-using device::Launch;
 using device::kWarp;
+using device::Launch;
 
 // Estimates: kernels keep at most a few kilobytes a thread, and sanitizers several times that.
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
-constexpr const char* kStateNames[] = {"ready", "at a warp operation", "at sync_block", "at sync_cluster",
-                                       "at sync_grid", "returned"};
+constexpr const char* kStateNames[] = {"ready",           "at a warp operation", "at sync_block",
+                                       "at sync_cluster", "at sync_grid",        "returned"};
 
 // splitmix64
 uint64_t random_below(uint64_t bound) {
@@ -58,8 +58,8 @@ void fibre_main() {
 bool grow_pool(size_t count) {
   if (count <= machine.pool.size()) return true;
   const size_t added = count - machine.pool.size();
-  void* stacks = mmap(nullptr, added * kStackBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* stacks =
+      mmap(nullptr, added * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) return false;
   for (size_t i = 0; i < added; ++i) {
     machine.pool.push_back(std::make_unique<Fibre>());

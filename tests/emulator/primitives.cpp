@@ -85,9 +85,8 @@ void exchange(Exchange kind, int argument, const void* send, void* receive, size
 
 void copy_async_wait(int pending) {
   Fibre* self = machine.current;
-  auto arrived = std::stable_partition(self->copies.begin(), self->copies.end(), [&](const Copy& copy) {
-    return copy.group < self->committed - pending;
-  });
+  auto arrived = std::stable_partition(self->copies.begin(), self->copies.end(),
+                                       [&](const Copy& copy) { return copy.group < self->committed - pending; });
   for (auto copy = self->copies.begin(); copy != arrived; ++copy) memcpy(copy->to, copy->from, 16);
   self->copies.erase(self->copies.begin(), arrived);
 }

@@ -75,7 +75,8 @@ if CUDA:
     cpp_extension.CUDA_HOME = CUDA
     # Nothing of CUDA is taken from torch, so its version and nvcc's need not match.
     cpp_extension._check_cuda_version = lambda *args: None
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(CUDA))
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(CUDA)
 architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA else ""
 
 macros = [
@@ -83,6 +84,8 @@ macros = [
     ("FASTBN_TORCH_VERSION", f'"{torch.__version__}"'),
     ("FASTBN_CUDA_ARCHITECTURES", f'"{architectures}"'),
 ]
+if CUDA:
+    macros.append(("FASTBN_WITH_CUDA", None))
 host_flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 common = {
     "name": "fastbn._C",

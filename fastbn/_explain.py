@@ -61,7 +61,9 @@ def explain(
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
     index = activation_index(activation)
     limits = None if device is None else _C.named_device(device)
-    reason = _ops.why_unsupported(input, *_statistics(input, training), None, None, None, training, eps=1e-5)
+    reason = _ops.why_torch_must_see(input) or _ops.why_unsupported(
+        input, *_statistics(input, training), None, None, None, training, eps=1e-5
+    )
     if reason is not None:
         backend = None
     elif device is not None:

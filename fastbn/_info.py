@@ -18,6 +18,8 @@ def info() -> dict:
         cuda = "no: fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
     elif not torch.version.cuda:
         cuda = "no: this torch was built without CUDA"
+    elif not build["finds_cuda_stream"]:
+        cuda = "no: this torch does not offer its CUDA stream"
     elif not torch.cuda.is_available():
         cuda = "no: torch sees no GPU"
     else:

@@ -6,10 +6,14 @@ a backend can take.
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastbn import _formulas, reference
 from fastbn._activations import is_piecewise_linear
@@ -52,10 +56,43 @@ def default_backend(device: torch.device) -> tuple[str | None, str]:
     if device.type == "cpu":
         return "cpu", "CPU tensors run on the C++ kernels"
     if device.type == "cuda":
-        if CUDA_ARCHITECTURES and torch.version.cuda:
-            return "cuda", "CUDA tensors run on the CUDA kernels"
-        return None, "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+        if not CUDA_ARCHITECTURES:
+            return None, "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(capability, CUDA_ARCHITECTURES):
+            return None, f"fastbn was built for {CUDA_ARCHITECTURES}, and this GPU is {capability[0]}.{capability[1]}"
+        return "cuda", "CUDA tensors run on the CUDA kernels"
     return None, f"fastbn has no kernels for {device.type} tensors"
+
+
+@functools.cache
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether binaries for `architectures`, in the form of TORCH_CUDA_ARCH_LIST, run on a GPU of that capability.
+
+    Code of the same major and no later minor version does, and so does PTX of any earlier version. Unknown forms may.
+    """
+    for architecture in architectures.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", architecture)
+        if match is None:
+            return True
+        built = int(match[1]), int(match[2])
+        if built <= capability and (built[0] == capability[0] or match[3]):
+            return True
+    return False
+
+
+def why_torch_must_see(input: Tensor) -> str | None:
+    """Why torch's own batch_norm has to run, whatever the kernels could do: something looks through it."""
+    # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
+        return "functorch transforms differentiate and batch torch's own batch_norm"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD has its formula for torch's own batch_norm"
+    if is_traceable_wrapper_subclass(input):
+        return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
+    return None
 
 
 def why_unavailable(backend: str, device: torch.device) -> str | None:
@@ -99,6 +136,8 @@ def why_unsupported(
             return "num_batches_tracked is not one int64 on the input's device"
     elif running_mean is None:
         return "evaluation needs running statistics"
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        return "running statistics require a gradient"
     dtype = None
     for vector in (weight, bias, running_mean, running_var):
         if vector is None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastbn import _formulas, _ops, autograd
 from fastbn._activations import index as activation_index
@@ -27,7 +24,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """activation(batch_norm(input) + residual) in one pass, as `torch.nn.functional.batch_norm` otherwise.
+    """activation(batch_norm(input) + residual) in one op, as `torch.nn.functional.batch_norm` otherwise.
 
     input: (N, C, *), float32, float64, bfloat16 or float16, any strides. The result has its shape, dtype and suggested
     memory format. weight, bias, running_mean, running_var: (C,), the dtype of input, or float32 beside a half type.
@@ -85,24 +82,11 @@ def batch_norm(
 
 def _choose_backend(input, *rest) -> tuple[str, str]:
     """(backend, why): the one place that decides which implementation runs."""
-    reason = _why_torch_must_see(input) or _ops.why_unsupported(input, *rest)
+    reason = _ops.why_torch_must_see(input) or _ops.why_unsupported(input, *rest)
     if reason is not None:
         return "torch", reason
     backend, reason = _ops.default_backend(input.device)
     return backend or "torch", reason
-
-
-def _why_torch_must_see(input: Tensor) -> str | None:
-    # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
-    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
-        return "functorch transforms differentiate and batch torch's own batch_norm"
-    if forward_ad._current_level >= 0:
-        return "forward-mode AD has its formula for torch's own batch_norm"
-    if is_traceable_wrapper_subclass(input):
-        return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
-    return None
 
 
 def _check_backend(backend: str, input: Tensor, *rest) -> None:

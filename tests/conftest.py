@@ -1,4 +1,4 @@
-"""Markers, the check for unwritten outputs, and the fixture `ops`."""
+"""Large tests on demand, the check for unwritten outputs, and the fixture `ops`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import pytest
 import torch
 
 from tests import cases, implementations
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU; skipped without one unless FASTBN_REQUIRE_CUDA=1")
-    config.addinivalue_line("markers", "large: more than 2^31 elements; runs only if named, as in -m large")
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

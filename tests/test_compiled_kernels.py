@@ -40,7 +40,9 @@ def compile_kernels(source: Path, folder: Path) -> list[dict[str, str]]:
     command += ["-I", str(ROOT / "csrc"), "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return [match.groupdict() for match in PTXAS.finditer(result.stderr)]
+    kernels = [match.groupdict() for match in PTXAS.finditer(result.stderr)]
+    assert len(kernels) == result.stderr.count("Compiling entry function"), "ptxas's report has another form"
+    return kernels
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ CALLS = {
     "no_var_in_eval": (_zeros(3, 4), FOUR, None, {}),
     "no_mean_in_train": (_zeros(3, 4), None, FOUR, {"training": True}),
     "no_var_in_train": (_zeros(3, 4), FOUR, None, {"training": True}),
+    "stats_require_grad": (_zeros(3, 4), _zeros(4).requires_grad_(), FOUR, {"training": True}),
     "integers": (_zeros(3, 4, dtype=torch.int32), FOUR, FOUR, {}),
     "integers_train": (_zeros(3, 4, dtype=torch.int32), FOUR, FOUR, {"training": True}),
     "no_channels": (_zeros(3, 0), _zeros(0), _zeros(0), {}),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastbn
+from fastbn import _ops
 from fastbn._activations import ACTIVATIONS
 
 DEVICES = ("a100", "h100", "h200", "b200")
@@ -118,3 +119,32 @@ def test_info():
     assert list(info["runs here"]) == ["cpu", "cuda", "reference"]
     assert info["runs here"]["cuda"].startswith("yes" if torch.cuda.is_available() else "no: ")
     assert json.loads(json.dumps(info)) == info
+
+
+def test_the_cuda_stream_is_found_wherever_torch_has_one():
+    """It is looked up by name in a library of torch's; no GPU is needed to find it."""
+    built = bool(_ops.CUDA_ARCHITECTURES)
+    assert _ops._C.build_info()["finds_cuda_stream"] == (built and torch.version.cuda is not None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((9, 0), "8.0;9.0;10.0+PTX", True),
+        ((8, 6), "8.0;9.0;10.0+PTX", True),
+        ((7, 5), "8.0;9.0;10.0+PTX", False),
+        ((12, 0), "8.0;9.0;10.0+PTX", True),
+        ((12, 0), "8.0;9.0;10.0", False),
+        ((8, 0), "9.0", False),
+        ((8, 0), "8.6", False),
+        ((9, 0), "9.0a", True),
+        ((8, 0), "8.0 9.0", True),
+    ],
+)
+def test_gpus_that_a_build_runs_on(capability, architectures, expected):
+    assert _ops.runs_on(capability, architectures) == expected
+
+
+def test_explain_names_the_largest_shared_memory_of_the_launches():
+    plan = fastbn.explain(torch.empty(256, 256, 7, 7, device="meta"), device="h200")
+    assert plan.shared_bytes == 2 * 256 * 8 + 8 * 24  # two totals a thread, and a Moments a warp

@@ -141,3 +141,25 @@ def test_repeated_calls_are_bitwise_equal(ops):
     backward = [ops.namespace.batch_norm_backward(*arguments) for _ in range(2)]
     for first, second in (forward, backward):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_outlier_at_the_start_does_not_spoil_the_variance(ops, dtype, channels_last):
+    """As padding makes it: what is summed about that element alone cancels. 64 units: a sum's terms, with room."""
+    x = torch.randn(6, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=dtype) + 5
+    x[0, :, 0, 0] = 1e4
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    _, expected = reference.channel_stats(x.double())
+    _, var = ops.namespace.channel_stats(x.to(ops.device))
+    torch.testing.assert_close(var.cpu(), expected, rtol=64 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_statistics_are_the_same_bits_with_and_without_a_mask(ops):
+    x = torch.randn(64, 3, 17, 17, device=ops.device).contiguous(memory_format=torch.channels_last)
+    results = [
+        ops.namespace.batch_norm_train(x, x, None, None, None, None, None, 0.1, EPS, 1, save_mask)
+        for save_mask in (False, True)
+    ]
+    for without, with_mask in list(zip(*results, strict=True))[:3]:
+        assert torch.equal(without, with_mask)

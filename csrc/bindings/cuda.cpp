@@ -1,5 +1,5 @@
 // The ops on CUDA tensors. The stream's symbol lives in libtorch_cuda and is looked up at run time, so that the same
-// binary also loads under a torch without CUDA.
+// binary also loads under a torch without CUDA. torch loads that library for itself alone: it has to be named.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -12,9 +12,15 @@
 namespace fastbn {
 namespace {
 
+using StreamShim = AOTITorchError (*)(int32_t, void**);
+
+StreamShim find_stream_shim() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return reinterpret_cast<StreamShim>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+}
+
 cudaStream_t current_stream(int32_t device) {
-  using Shim = AOTITorchError (*)(int32_t, void**);
-  static const Shim shim = reinterpret_cast<Shim>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const StreamShim shim = find_stream_shim();
   void* stream = nullptr;
   if (!shim || shim(device, &stream) != 0) fail("fastbn", "expected a torch built with CUDA, got one without");
   return static_cast<cudaStream_t>(stream);
@@ -46,6 +52,9 @@ class TorchContext {
 };
 
 }  // namespace
+
+bool finds_cuda_stream() { return find_stream_shim() != nullptr; }
+
 }  // namespace fastbn
 
 STABLE_TORCH_LIBRARY_IMPL(FASTBN_NAMESPACE, CUDA, m) {

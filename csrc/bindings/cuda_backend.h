@@ -7,6 +7,9 @@
 
 namespace fastbn {
 
+// Whether torch's current CUDA stream can be asked for: the torch in this process was built with CUDA.
+bool finds_cuda_stream();
+
 template <class Context>
 class CudaBackend {
  public:

@@ -8,6 +8,9 @@
 
 #include "cpu/kernels.h"
 #include "math/plan.h"
+#ifdef FASTBN_WITH_CUDA
+#include "bindings/cuda_backend.h"
+#endif
 
 #ifndef FASTBN_CUDA_ARCHITECTURES
 #define FASTBN_CUDA_ARCHITECTURES ""
@@ -31,6 +34,11 @@ py::dict build_info() {
   info["compiler"] = FASTBN_COMPILER;
   info["built_with_torch"] = FASTBN_TORCH_VERSION;
   info["cuda_architectures"] = FASTBN_CUDA_ARCHITECTURES;
+#ifdef FASTBN_WITH_CUDA
+  info["finds_cuda_stream"] = finds_cuda_stream();
+#else
+  info["finds_cuda_stream"] = false;
+#endif
   info["cpu_instruction_sets"] = sets;
   info["cpu_instruction_set"] = cpu::instruction_set();
   return info;

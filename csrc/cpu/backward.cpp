@@ -56,14 +56,15 @@ class Backward {
       (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args, partition_.block(i),
                                                                                        partition_.mask_block(i));
     };
-    run_phases(partition_, params_.layout.channels, threads_, reduce, finish, apply);
+    run_phases(partition_, partition_, params_.layout.channels, threads_, reduce, finish, apply);
   }
 
   void run_sums() {
     partials_.resize(size_t(partition_.partials()));
     auto finish = [&](int64_t channel) { sums(channel, &params_.sum_grad[channel], &params_.sum_grad_xhat[channel]); };
     run_phases(
-        partition_, params_.layout.channels, threads_, [&](int64_t i) { reduce_block(i); }, finish, [](int64_t) {});
+        partition_, partition_, params_.layout.channels, threads_, [&](int64_t i) { reduce_block(i); }, finish,
+        [](int64_t) {});
   }
 
  private:

@@ -11,7 +11,7 @@
 namespace fastbn::cpu {
 namespace {
 
-// The reduction of a forward op: partial sums about the first element of each channel, then their moments.
+// The reduction of a forward op: partial sums about an element of each channel, then their moments.
 template <class A>
 class Statistician {
  public:
@@ -22,7 +22,7 @@ class Statistician {
         pivots_(size_t(std::max(params.layout.channels, partition.width()))),
         partials_(size_t(partition.partials())) {
     const int64_t channels = params.layout.channels;
-    table_.pivots(params.input, channels, partition.in_columns() ? 1 : params.layout.inner, pivots_.data());
+    table_.pivots(params.input, params.layout, pivots_.data());
     for (size_t j = size_t(channels); j < pivots_.size(); ++j) pivots_[j] = pivots_[j - size_t(channels)];
   }
 
@@ -64,8 +64,10 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   const Partition partition(layout, params.mask != nullptr);
   const bool batch = params.statistics == Statistics::batch;
   AffineTable<A> affine(partition.in_columns() ? partition.width() : layout.channels);
+  // Not that of the mask, so that statistics are the same bits with and without one.
+  const Partition reduction(layout, false);
   std::optional<Statistician<A>> statistician;
-  if (batch) statistician.emplace(params, partition);
+  if (batch) statistician.emplace(params, reduction);
 
   double factor = 0;
   if (batch) {
@@ -105,7 +107,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   auto reduce = [&](int64_t i) {
     if (batch) statistician->reduce(i);
   };
-  run_phases(partition, layout.channels, threads, reduce, finish, apply);
+  run_phases(reduction, partition, layout.channels, threads, reduce, finish, apply);
 }
 
 template <class A>
@@ -117,8 +119,8 @@ void channel_stats_as(const ForwardParams& params, const Threads& threads) {
     params.mean[channel] = moments.mean;
     params.var[channel] = moments.var();
   };
-  run_phases(
-      partition, params.layout.channels, threads, [&](int64_t i) { statistician.reduce(i); }, finish, [](int64_t) {});
+  auto reduce = [&](int64_t i) { statistician.reduce(i); };
+  run_phases(partition, partition, params.layout.channels, threads, reduce, finish, [](int64_t) {});
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "math/activation.h"
+#include "math/layout.h"
 #include "math/types.h"
 
 namespace fastbn::cpu {
@@ -67,8 +68,8 @@ struct Sums {
 };
 
 struct Kernels {
-  // The pivots of the channels: an acc_t<T> each, their first elements.
-  void (*pivots)(const void* input, int64_t channels, int64_t stride, void* pivots);
+  // The pivots of the channels, an acc_t<T> each: the median of five of their elements.
+  void (*pivots)(const void* input, const Layout& layout, void* pivots);
   // About the pivot, or that of each column.
   Sums (*channel_sums)(const void* input, Block block, const void* pivot);
   void (*column_sums)(const void* input, Block block, const void* pivots, Sums* sums);

@@ -97,24 +97,28 @@ class Partition {
   int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;  // in channels
 };
 
-// reduce(block), then finish(channel), then apply(block). A channel that one thread has to itself goes through all
-// three while it is cached, last block first.
+// Below 16 Ki elements a thread is not worth waking (an estimate).
+inline int64_t grain_of(const Partition& partition) {
+  return std::max<int64_t>(1, 16384 / partition.elements_per_block());
+}
+
+// reduce(block of one partition), then finish(channel), then apply(block of the other). A channel that one thread has
+// to itself goes through all three while it is cached, last block first.
 template <class Reduce, class Finish, class Apply>
-void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduce&& reduce, Finish&& finish,
-                Apply&& apply) {
-  // Estimate: below 16 Ki elements a thread is not worth waking.
-  const int64_t grain = std::max<int64_t>(1, 16384 / partition.elements_per_block());
-  if (!partition.in_columns() && channels >= 4 * threads.count) {
-    threads.for_each(channels, std::max<int64_t>(1, grain / partition.per_channel()), [&](int64_t channel) {
-      const int64_t first = channel * partition.per_channel(), last = first + partition.per_channel();
+void run_phases(const Partition& reduction, const Partition& application, int64_t channels, const Threads& threads,
+                Reduce&& reduce, Finish&& finish, Apply&& apply) {
+  if (!reduction.in_columns() && channels >= 4 * threads.count) {
+    const int64_t per_channel = reduction.per_channel();  // in both: a mask changes only rows of channels
+    threads.for_each(channels, std::max<int64_t>(1, grain_of(reduction) / per_channel), [&](int64_t channel) {
+      const int64_t first = channel * per_channel, last = first + per_channel;
       for (int64_t i = first; i < last; ++i) reduce(i);
       finish(channel);
       for (int64_t i = last - 1; i >= first; --i) apply(i);
     });
   } else {
-    threads.for_each(partition.blocks(), grain, reduce);
-    threads.for_each(channels, std::max<int64_t>(1, 4096 * channels / partition.partials()), finish);
-    threads.for_each(partition.blocks(), grain, apply);
+    threads.for_each(reduction.blocks(), grain_of(reduction), reduce);
+    threads.for_each(channels, std::max<int64_t>(1, 4096 * channels / reduction.partials()), finish);
+    threads.for_each(application.blocks(), grain_of(application), apply);
   }
 }
 

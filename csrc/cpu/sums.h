@@ -51,12 +51,26 @@ struct ShiftedSums {
   }
 };
 
+// An element near the middle of the data: of five, spread over the channel and off its ends, the median. Images are
+// often padded, so that a first element alone may lie far from all others.
 template <class T>
-void pivots(const void* data, int64_t channels, int64_t stride, void* result) {
+void pivots(const void* data, const Layout& layout, void* result) {
   using A = acc_t<T>;
-  for (int64_t c = 0; c < channels; ++c) {
-    const A first = to_acc(static_cast<const T*>(data)[c * stride]);
-    static_cast<A*>(result)[c] = first - first == 0 ? first : A(0);  // about infinity every sum would be NaN
+  constexpr int samples = 5;
+  const T* input = static_cast<const T*>(data);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    A sorted[samples];
+    int count = 0;
+    for (int i = 0; i < samples; ++i) {
+      const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
+      const int64_t run = element / layout.inner * layout.channels + c;
+      const A value = to_acc(input[run * layout.inner + element % layout.inner]);
+      if (value - value != 0) continue;  // about infinity every sum would be NaN
+      int at = count++;
+      for (; at > 0 && sorted[at - 1] > value; --at) sorted[at] = sorted[at - 1];
+      sorted[at] = value;
+    }
+    static_cast<A*>(result)[c] = count > 0 ? sorted[count / 2] : A(0);
   }
 }
 

@@ -139,7 +139,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const T* source) {
     } else {
 #if defined(__AVX512F__)
       return __builtin_bit_cast(Vec<float>::Native, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, half)));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
       return __builtin_bit_cast(Vec<float>::Native, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, half)));
 #else
       Vec<float> result;
@@ -166,7 +166,7 @@ FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x) {
 #if defined(__AVX512F__)
       half =
           __builtin_bit_cast(Half16, _mm512_cvtps_ph(__builtin_bit_cast(__m512, x.native), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
       half =
           __builtin_bit_cast(Half16, _mm256_cvtps_ph(__builtin_bit_cast(__m256, x.native), _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -1,5 +1,6 @@
 // The device primitives, and the only header through which a kernel touches CUDA; tests/emulator has the same ones for
 // a CPU. Warp operations take full warps: all 32 lanes must reach them. Before sm_90 a block is its own cluster.
+// Clusters, the grid barrier and asynchronous copies are here ahead of the plans that will use them.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -19,7 +19,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads) input_grad_kernel(Backward
   T* grad_input = static_cast<T*>(params.grad_input);
   T* grad_residual = static_cast<T*>(params.grad_residual);
   const Walk walk(params.layout, plan, Order::reversed);
-  const bool frozen = !params.sum_grad;
+  const bool frozen = !params.sum_grad;  // or only grad_residual is wanted
   const GradZ<T> grad_z(params, plan, grad_input && !frozen);
 
   Coefficients<A> both[channels];

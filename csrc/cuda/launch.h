@@ -20,8 +20,8 @@ cudaError_t forward(const ForwardParams& params, const Plan& plan, void* workspa
 // mean and var, and nothing else.
 cudaError_t channel_stats(const ForwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream);
 
-// The gradients whose pointers are not null, with only the launches that they need. running, or given without sum_grad:
-// frozen statistics. given: sum_grad, sum_grad_xhat and count are read, and grad_weight and grad_bias are left alone.
+// The gradients whose pointers are not null, with only the launches that they need. running: frozen statistics. given:
+// sum_grad, sum_grad_xhat and count are read, and grad_weight and grad_bias are left alone.
 cudaError_t backward(const BackwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream);
 
 // Writes sum_grad and sum_grad_xhat, whichever are not null, and nothing else.

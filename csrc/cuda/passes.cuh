@@ -2,6 +2,8 @@
 // plan's grid; a finishing pass takes a warp a channel.
 #pragma once
 
+#include <algorithm>
+#include <cassert>
 #include <cstdint>
 
 #include "cuda/device.cuh"
@@ -65,6 +67,7 @@ inline device::Launch pass_shape(const Plan& plan, int64_t bytes, int64_t bytes_
   shape.grid_y = plan.splits;
   shape.threads = plan.threads;
   shape.shared_bytes = bytes + std::max(coefficients, merges);
+  assert(shape.shared_bytes <= plan.shared_bytes);  // what the planner said
   return shape;
 }
 

@@ -55,7 +55,7 @@ struct Plan {
   int64_t splits = 1;      // blocks that share a channel or slice: the grid's second dimension
   bool vectorized = true;  // every octet is whole and 16-byte aligned
   int cluster = 1;
-  int64_t shared_bytes = 0;
+  int64_t shared_bytes = 0;  // the most that one of its launches takes
   int launches = 1;
   double tensor_reads = 0;
   double tensor_writes = 0;
@@ -90,6 +90,21 @@ inline void add_traffic(const Request& request, Plan& plan) {
   }
 }
 
+// As the passes lay it out: two float64 totals of each of a thread's channels and a scratch for merging, or the
+// coefficients of the block's channels.
+inline void add_shared_bytes(const Request& request, Plan& plan) {
+  const bool by_rows = plan.kernel == Kernel::row_blocks;
+  const int64_t element = request.dtype == DType::float64 ? 8 : 4;
+  const int64_t block_channels = by_rows ? plan.lanes * octet : 1;
+  const int64_t totals = 2 * (by_rows ? octet : 1) * int64_t(plan.threads) * 8;
+  const int64_t merging = int64_t(by_rows ? plan.lanes : 1) * (plan.threads / 32) * 24;  // a Moments a lane and warp
+  const int64_t affine = block_channels * 3 * element, both = block_channels * 8 * element;
+  const bool forward = request.direction == Direction::forward || request.direction == Direction::eval;
+  plan.shared_bytes = request.direction == Direction::eval ? affine
+                      : forward                            ? std::max(totals + merging, affine)
+                                                           : std::max(totals + std::max(merging, affine), both);
+}
+
 inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
   const Layout& layout = request.layout;
   Plan plan;
@@ -114,6 +129,7 @@ inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
   const int64_t most_splits = std::max<int64_t>(1, std::min<int64_t>(steps / 4, 1024));
   plan.splits = std::clamp<int64_t>(wanted_blocks / plan.grid_x, 1, most_splits);
   add_traffic(request, plan);
+  add_shared_bytes(request, plan);
   return plan;
 }
 

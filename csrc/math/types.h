@@ -2,7 +2,6 @@
 // round to nearest even, so that g++ and nvcc share them without CUDA's headers.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "math/macros.h"

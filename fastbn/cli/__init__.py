@@ -10,7 +10,7 @@ _COMMANDS = {"info": info, "verify": verify, "demo": demo}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastbn", description="BatchNorm for PyTorch that reads the activation once.")
+    parser = argparse.ArgumentParser(prog="fastbn", description="BatchNorm for PyTorch with fused kernels.")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         sub = commands.add_parser(name, help=command.SUMMARY, description=command.__doc__)

@@ -9,7 +9,7 @@ from fastbn.cli.text import table
 
 SUMMARY = "compare fastbn and torch.nn with float64 on this machine"
 
-_BF16, _F16, _F64 = torch.bfloat16, torch.float16, torch.float64
+_BF16, _F16 = torch.bfloat16, torch.float16
 _QUICK = [
     Case((64, 96)),
     Case((8, 32, 14, 14)),
@@ -28,7 +28,6 @@ _FULL = _QUICK + [
     Case((32, 256, 7, 7), _BF16, parameter_dtype=_BF16),
     Case((4, 16, 8, 14, 14), relu=True, layout="channels_last_3d"),
     Case((8, 17, 13, 11), relu=True, layout="strided"),
-    Case((8, 32, 14, 14), _F64, relu=True, residual=True, parameter_dtype=_F64),
     Case((16, 64, 28, 28), _BF16, relu=True, residual=True, training=False, layout="channels_last"),
     Case((8, 16, 28, 28), mean=1e4, std=1e-2, layout="channels_last"),
     Case((8, 16, 28, 28), mean=1e4, std=1e-2, relu=True, training=False),
@@ -39,7 +38,7 @@ _GROUPS = ("output", "running_", "grad_")
 _NOTE = f"""\
 Errors are the largest difference from float64, in ulp of the quantity's dtype at its largest value. Of the running
 statistics and of the gradients a row shows the one that comes closest to its bound. The bound is the larger of stock's
-error and {FLOOR_ULP:g} ulp."""
+error and {FLOOR_ULP:g} ulp. float64 inputs are not among the cases: the reference itself errs by as much."""
 
 
 def add_arguments(parser):

@@ -116,8 +116,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         inputs = [Path(source), *map(Path, sources("csrc/cpu/*.h", "csrc/cpu/*.inl", "csrc/math/*.h"))]
         if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
             compiler = os.environ.get("CXX", "c++").split()
-            # g++ 12 warns of its own intrinsics' header.
-            flags = [*host_flags, *instruction_sets[source], "-Wno-maybe-uninitialized", "-fPIC", "-Icsrc"]
+            # g++ 12 warns of its own intrinsics' header, by a warning that clang does not know.
+            quiet = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+            flags = [*host_flags, *instruction_sets[source], *quiet, "-fPIC", "-Icsrc"]
             subprocess.run([*compiler, *flags, "-c", source, "-o", str(target)], check=True)
         return str(target)
 

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "modules": {"_activations", "functional"},
     "convert": {"modules"},
     "_explain": {"_activations", "_formulas", "_ops", "_C"},
-    "_info": {"_ops", "_C"},
+    "_info": {"_C"},
 }
 
 

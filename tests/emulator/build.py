@@ -33,7 +33,7 @@ def _sources(folder: Path) -> list[str]:
 
 @functools.cache
 def load() -> ModuleType:
-    """Build if anything changed, import, and register with fastbn. Returns the module (set_seed, launches)."""
+    """Build if anything changed, import, and register with fastbn. Returns the module, with set_seed."""
     import fastbn._ops
 
     folder = ROOT / ".build" / "emulator"

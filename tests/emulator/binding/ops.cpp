@@ -9,7 +9,7 @@ namespace fastbn {
 namespace {
 
 // A machine so small that plans split the small shapes of tests.
-DeviceLimits emulated_limits{"emulator", 2, 16384, 4, 65536};
+constexpr DeviceLimits emulated_limits{"emulator", 2, 16384, 4, 65536};
 
 struct EmulatorContext {
   explicit EmulatorContext(const Tensor&) {}
@@ -26,6 +26,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_seed", &fastbn::emulator::set_seed, "Restart the schedule of fibres from a seed.");
-  m.def("launches", &fastbn::emulator::launches, "How many launches ran so far.");
-  m.def("set_sm_count", [](int count) { fastbn::emulated_limits.sm_count = count; }, "How many SMs plans are made for.");
 }

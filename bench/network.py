@@ -8,8 +8,7 @@ import contextlib
 import copy
 import functools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastbn
 from bench import resnet50
 from bench.results import NetworkStep, Refusal
-from bench.timer import Budget, Call, speedup, summarize, time_in_turns
+from bench.timer import Budget, Call, IdleClock, speedup, summarize, time_in_turns
 from bench.workloads import dtype_name
 from fastbn import _ops
 
@@ -58,29 +57,6 @@ class NetworkCase:
 
     def __str__(self) -> str:
         return f"{NETWORK} {self.batch}x3x{self.image_size}x{self.image_size} {self.layout}"
-
-
-class StepClock:
-    """Wall time of one call, the device idle before and after. No flush and no spin, unlike CudaClock: a step is many
-    kernels, whose inputs are larger than L2 or were just written, and a host too slow to feed the device counts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def prepare(self, host_seconds: Sequence[float]) -> None:
-        pass
-
-    def sample(self, call: Call) -> Callable[[], float]:
-        self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        seconds = time.perf_counter() - start
-        return lambda: seconds
-
-    def wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 class Training:
@@ -129,7 +105,7 @@ def _measure(case: NetworkCase, device: torch.device, budget: Budget) -> tuple[l
         del trainings[refusal.implementation]
     first_losses = {name: training.loss.item() for name, training in trainings.items()}
     calls = [training.step for training in trainings.values()]
-    samples = dict(zip(trainings, time_in_turns(calls, StepClock(device), budget) if calls else []))
+    samples = dict(zip(trainings, time_in_turns(calls, IdleClock(device, to_the_end=True), budget) if calls else []))
     steps = [
         NetworkStep(
             **asdict(summarize(samples[name])),

@@ -51,6 +51,11 @@ def namespace(backend: str) -> Any:
         raise ValueError(f"backend: expected one of {', '.join(_backends)}, torch, got {backend!r}") from None
 
 
+def backends() -> tuple[str, ...]:
+    """The names that `namespace` knows."""
+    return tuple(_backends)
+
+
 def default_backend(device: torch.device) -> tuple[str | None, str]:
     """(the backend that serves tensors of a device, or None, and why)."""
     if device.type == "cpu":

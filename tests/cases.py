@@ -64,76 +64,76 @@ class Case:
         return self.numel // self.channels
 
 
-def _case(kind: str, *shape: int, layout: str = "contiguous", data: str = "normal", large: bool = False) -> Case:
+def make_case(kind: str, *shape: int, layout: str = "contiguous", data: str = "normal", large: bool = False) -> Case:
     parts = [kind, "x".join(map(str, shape))]
     parts += [part for part, default in ((layout, "contiguous"), (data, "normal")) if part != default]
     return Case("-".join(parts), shape, layout, data, large)
 
 
 CASES = (
-    _case("prime", 7, 13),
-    _case("prime", 5, 11, 17),
-    _case("prime", 3, 7, 11, 13),
-    _case("prime", 2, 5, 3, 7, 11),
-    _case("prime", 3, 7, 11, 13, layout="channels_last"),
-    _case("prime", 2, 5, 3, 7, 11, layout="channels_last_3d"),
-    _case("one_channel", 37, 1),
-    _case("one_channel", 4, 1, 9, 9),
-    _case("one_channel", 4, 1, 9, 9, layout="channels_last"),
-    _case("rgb", 4, 3, 16, 16),
-    _case("rgb", 4, 3, 16, 16, layout="channels_last"),
-    _case("wide", 2, 129, 3, 3),
-    _case("wide", 2, 129, 3, 3, layout="channels_last"),
-    _case("wide", 17, 129),
-    _case("aligned", 4, 32, 4, 8),
-    _case("aligned", 4, 32, 4, 8, layout="channels_last"),
-    _case("aligned", 2, 16, 2, 4, 8, layout="channels_last_3d"),
-    _case("pointwise", 6, 20, 1, 1),
-    _case("pointwise", 6, 20, 1, 1, layout="channels_last"),
-    _case("two_values", 2, 5),
-    _case("two_values", 1, 5, 1, 2),
-    _case("two_values", 1, 5, 1, 2, layout="channels_last"),
-    _case("three_values", 3, 24),
-    _case("three_values", 1, 24, 3),
-    _case("one_value", 1, 6, 1, 1),
-    _case("empty", 0, 4),
-    _case("empty", 0, 3, 5, 5),
-    _case("empty", 2, 3, 0, 5, layout="channels_last"),
-    _case("unaligned", 3, 8, 5, 5, layout="unaligned"),
-    _case("unaligned", 3, 8, 5, 5, layout="unaligned_channels_last"),
-    _case("unaligned", 33, 10, layout="unaligned"),
-    _case("strided", 3, 6, 5, 4, layout="sliced"),
-    _case("strided", 3, 6, 5, 4, layout="sliced_channels_last"),
-    _case("strided", 3, 6, 5, 4, layout="transposed"),
-    _case("strided", 12, 9, layout="transposed"),
-    _case("strided", 4, 6, 5, layout="sliced"),
-    _case("strided", 4, 3, 5, 3, layout="expanded"),
-    _case("steep", 4, 7, 9, 9, data="offset"),
-    _case("steep", 4, 7, 9, 9, layout="channels_last", data="offset"),
-    _case("steep", 64, 33, data="offset"),
-    _case("flat", 3, 8, 5, 5, data="constant"),
-    _case("flat", 3, 8, 5, 5, layout="channels_last", data="constant"),
-    _case("flat", 19, 8, data="constant"),
-    _case("infinite", 3, 5, 4, 4, data="inf"),
-    _case("infinite", 3, 5, 4, 4, layout="channels_last", data="inf"),
-    _case("not_a_number", 3, 5, 4, 4, data="nan"),
-    _case("not_a_number", 3, 5, 4, 4, layout="channels_last", data="nan"),
-    _case("long_row", 2, 2, 1021),
-    _case("many_rows", 1031, 3),
+    make_case("prime", 7, 13),
+    make_case("prime", 5, 11, 17),
+    make_case("prime", 3, 7, 11, 13),
+    make_case("prime", 2, 5, 3, 7, 11),
+    make_case("prime", 3, 7, 11, 13, layout="channels_last"),
+    make_case("prime", 2, 5, 3, 7, 11, layout="channels_last_3d"),
+    make_case("one_channel", 37, 1),
+    make_case("one_channel", 4, 1, 9, 9),
+    make_case("one_channel", 4, 1, 9, 9, layout="channels_last"),
+    make_case("rgb", 4, 3, 16, 16),
+    make_case("rgb", 4, 3, 16, 16, layout="channels_last"),
+    make_case("wide", 2, 129, 3, 3),
+    make_case("wide", 2, 129, 3, 3, layout="channels_last"),
+    make_case("wide", 17, 129),
+    make_case("aligned", 4, 32, 4, 8),
+    make_case("aligned", 4, 32, 4, 8, layout="channels_last"),
+    make_case("aligned", 2, 16, 2, 4, 8, layout="channels_last_3d"),
+    make_case("pointwise", 6, 20, 1, 1),
+    make_case("pointwise", 6, 20, 1, 1, layout="channels_last"),
+    make_case("two_values", 2, 5),
+    make_case("two_values", 1, 5, 1, 2),
+    make_case("two_values", 1, 5, 1, 2, layout="channels_last"),
+    make_case("three_values", 3, 24),
+    make_case("three_values", 1, 24, 3),
+    make_case("one_value", 1, 6, 1, 1),
+    make_case("empty", 0, 4),
+    make_case("empty", 0, 3, 5, 5),
+    make_case("empty", 2, 3, 0, 5, layout="channels_last"),
+    make_case("unaligned", 3, 8, 5, 5, layout="unaligned"),
+    make_case("unaligned", 3, 8, 5, 5, layout="unaligned_channels_last"),
+    make_case("unaligned", 33, 10, layout="unaligned"),
+    make_case("strided", 3, 6, 5, 4, layout="sliced"),
+    make_case("strided", 3, 6, 5, 4, layout="sliced_channels_last"),
+    make_case("strided", 3, 6, 5, 4, layout="transposed"),
+    make_case("strided", 12, 9, layout="transposed"),
+    make_case("strided", 4, 6, 5, layout="sliced"),
+    make_case("strided", 4, 3, 5, 3, layout="expanded"),
+    make_case("steep", 4, 7, 9, 9, data="offset"),
+    make_case("steep", 4, 7, 9, 9, layout="channels_last", data="offset"),
+    make_case("steep", 64, 33, data="offset"),
+    make_case("flat", 3, 8, 5, 5, data="constant"),
+    make_case("flat", 3, 8, 5, 5, layout="channels_last", data="constant"),
+    make_case("flat", 19, 8, data="constant"),
+    make_case("infinite", 3, 5, 4, 4, data="inf"),
+    make_case("infinite", 3, 5, 4, 4, layout="channels_last", data="inf"),
+    make_case("not_a_number", 3, 5, 4, 4, data="nan"),
+    make_case("not_a_number", 3, 5, 4, 4, layout="channels_last", data="nan"),
+    make_case("long_row", 2, 2, 1021),
+    make_case("many_rows", 1031, 3),
     # Beyond here not for the emulator.
-    _case("many_rows", 65537, 2),
-    _case("many_rows", 70001, 1, 1, 1),
-    _case("many_rows", 66000, 2, 1, 2, layout="channels_last"),
-    _case("long_row", 1, 2, 65537),
-    _case("resnet", 8, 64, 28, 28),
-    _case("resnet", 8, 64, 28, 28, layout="channels_last"),
-    _case("resnet", 16, 256, 7, 7, layout="channels_last"),
-    _case("video", 2, 24, 4, 14, 14, layout="channels_last_3d"),
-    _case("mlp", 512, 300),
-    _case("steep", 4, 16, 40, 40, data="offset"),
-    _case("steep", 4, 16, 40, 40, layout="channels_last", data="offset"),
-    _case("beyond_int32", 3, 2, 2**15, 11003, large=True),
-    _case("beyond_int32", 3, 2, 2**15, 11003, layout="channels_last", large=True),
+    make_case("many_rows", 65537, 2),
+    make_case("many_rows", 70001, 1, 1, 1),
+    make_case("many_rows", 66000, 2, 1, 2, layout="channels_last"),
+    make_case("long_row", 1, 2, 65537),
+    make_case("resnet", 8, 64, 28, 28),
+    make_case("resnet", 8, 64, 28, 28, layout="channels_last"),
+    make_case("resnet", 16, 256, 7, 7, layout="channels_last"),
+    make_case("video", 2, 24, 4, 14, 14, layout="channels_last_3d"),
+    make_case("mlp", 512, 300),
+    make_case("steep", 4, 16, 40, 40, data="offset"),
+    make_case("steep", 4, 16, 40, 40, layout="channels_last", data="offset"),
+    make_case("beyond_int32", 3, 2, 2**15, 11003, large=True),
+    make_case("beyond_int32", 3, 2, 2**15, 11003, layout="channels_last", large=True),
 )
 LARGE = tuple(case for case in CASES if case.large)
 ORDINARY = tuple(case for case in CASES if not case.large)
@@ -199,19 +199,19 @@ def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 def make_input(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> torch.Tensor:
     """The input of a case: its shape, layout and data; the same for every device and run."""
     if case.large:
-        return _large_values(case, dtype, device, seed)
+        return make_on_device(case, dtype, device, seed)
     return _laid_out(_values(case, dtype, seed).to(device), case.layout)
 
 
 def make_normal(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 1) -> torch.Tensor:
     """Standard normal values of the case's shape and layout: its residual, or its grad_out."""
     if case.large:
-        return _large_values(case, dtype, device, seed)
+        return make_on_device(case, dtype, device, seed)
     return _laid_out(_normal(case.shape, seed).to(device, dtype, copy=True), case.layout)
 
 
-def _large_values(case: Case, dtype: torch.dtype, device: str | torch.device, seed: int) -> torch.Tensor:
-    """Made on the device and in place: half of the memory of a GPU may be this one tensor."""
+def make_on_device(case: Case, dtype: torch.dtype, device: str | torch.device, seed: int) -> torch.Tensor:
+    """Standard normal values of a dense case, made on the device and in place: it may fill half of a GPU's memory."""
     generator = torch.Generator(device).manual_seed(seed)
     memory_format = torch.contiguous_format if case.layout == "contiguous" else getattr(torch, case.layout)
     x = torch.empty(case.shape, dtype=dtype, device=device, memory_format=memory_format)

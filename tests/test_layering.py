@@ -117,6 +117,12 @@ def test_imports(name):
     assert _imports(ROOT / "fastbn" / f"{name}.py") <= MAY_IMPORT[name]
 
 
+def test_the_benchmark_takes_of_the_tests_only_cases_and_tolerances():
+    for path in (ROOT / "bench").glob("*.py"):
+        taken = re.findall(r"^\s*(?:from|import) tests\b(.*)", path.read_text(), re.MULTILINE)
+        assert all(re.match(r"\.(cases|tolerance) import| import tolerance$", what) for what in taken), path.name
+
+
 def test_the_package_imports_neither_its_command_line_nor_the_tests():
     assert "cli" not in _imports(ROOT / "fastbn" / "__init__.py")
     for path in (ROOT / "fastbn").rglob("*.py"):

@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from fastbn.cli import demo, info, verify
+from fastbn.cli import bench, demo, info, verify
 from fastbn.cli.errors import CommandError
 
-_COMMANDS = {"info": info, "verify": verify, "demo": demo}
+_COMMANDS = {"info": info, "verify": verify, "bench": bench, "demo": demo}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,65 @@
+"""What a call costs beside its device time: the host's time, kernel launches, and memory.
+
+The host's time is from call to return with an empty queue, of a layer so small that a CPU too spends it on the way to
+the kernel rather than in it. Launches and allocations are counted by torch's profiler.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.implementations import Prepared
+from bench.timer import Call
+
+
+def count_launches(call: Call) -> tuple[int | None, list[str]]:
+    """(kernels that one call runs on the GPU, their names in order); copies and fills count. None without a GPU."""
+    if not torch.cuda.is_available():
+        return None, []
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    return len(names), names
+
+
+def held_bytes(prepared: Prepared, input: Tensor) -> int | None:
+    """What a forward call keeps for its backward beyond the input and the parameters: its output, and what it saves.
+    None where a tensor's layout hides its size, as oneDNN's does."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pack(prepared.forward())
+    if any(tensor.is_mkldnn for tensor in kept):
+        return None
+    known = {tensor.untyped_storage().data_ptr() for tensor in (input, *prepared.module.parameters())}
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for pointer, size in sizes.items() if pointer not in known)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The most that a call allocates at once beyond what was allocated before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    # What allocates is known only to the raw events: those of ops hold sums.
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes), default=0)

@@ -1,0 +1,194 @@
+"""What `python -m bench` does: choose the steps, measure them or load records, then show, write and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import compare, tables
+from bench.implementations import AGAIN, FASTBN, Implementation, implementations
+from bench.machine import describe, machine
+from bench.network import NetworkCase
+from bench.results import Results, load
+from bench.runner import Runner, Step
+from bench.timer import Budget
+from bench.workloads import Workload, call_suite, dtype_name, suite
+from fastbn.cli.errors import CommandError, device, require
+
+SAVE_EVERY_SECONDS = 10.0
+# More than these and the terminal shows the worst.
+SHOWN_CASES = 70
+NETWORKS = {
+    "quick": (NetworkCase(batch=4, image_size=64),),
+    "cpu": (NetworkCase(batch=4, image_size=224), NetworkCase(batch=16, image_size=224)),
+    "gpu": tuple(NetworkCase(batch, image_size=224) for batch in (32, 128, 256)),
+}
+PARTS = ("layers", "calls", "networks")
+
+
+def run(args) -> int:
+    """Exit status 0, 1 for a wrong result of fastbn or a regression, 130 for an interrupt."""
+    old = _load("--compare", args.compare) if args.compare else None
+    interrupted = False
+    if args.load:
+        results = _load("--load", args.load)
+    else:
+        results, steps = _plan(args)
+        if args.list:
+            print("\n".join(step.name for step in steps))
+            return 0
+        print(describe(results.machine), flush=True)
+        interrupted = _measure(steps, results, args.json, args.time_limit)
+    if args.json:
+        _save(results, args.json)
+    print("\n".join(_report(results)))
+    if args.plots:
+        _plot(results, args.plots)
+    # fastbn takes every case: that it was refused means that it is wrong, or raised an error.
+    wrong = any(refusal.implementation.startswith(FASTBN) for refusal in results.refusals)
+    regressed = False
+    if old is not None:
+        comparison = compare.compare(old, results)
+        print("\n".join(["", *compare.lines(comparison)]))
+        regressed = bool(comparison.regressions)
+    return 130 if interrupted else int(wrong or regressed)
+
+
+def _plan(args) -> tuple[Results, list[Step]]:
+    """Empty results, and the steps that fill them."""
+    where = device({"cpu": "cpu", "gpu": "cuda"}.get(args.suite) or args.device or _fastest_device())
+    rivals = _rivals(args, where)
+    filters = {name: getattr(args, name) for name in ("case", "op", "shape", "dtype", "layout", "implementation")}
+    parts = args.part or list(PARTS)
+    settings = {
+        "suite": args.suite,
+        "parts": parts,
+        "filters": {name: patterns for name, patterns in filters.items() if patterns != ["*"]},
+        "seconds": args.seconds,
+        "against_itself": args.against_itself,
+    }
+    results = Results(machine(where), settings)
+    runner = Runner(where, rivals, Budget(args.seconds), results)
+    steps = []
+    if "calls" in parts:
+        steps += [runner.call(workload) for workload in _selected(call_suite(), args)]
+    if "networks" in parts:
+        steps += [runner.network(case) for case in NETWORKS[args.suite] if _fits(str(case), args.case)]
+    # Last, for they are many and --time-limit may cut them off.
+    if "layers" in parts:
+        steps += [runner.layer(workload) for workload in _selected(suite(args.suite), args)]
+    if not steps:
+        raise CommandError("expected patterns that some case fits, got none that fits all of them: see --list")
+    return results, [runner.copies(), *steps]
+
+
+def _fastest_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rivals(args, where: torch.device) -> list[Implementation]:
+    known = implementations(where)
+    rivals = [rival for rival in known if _fits(rival.name, args.implementation)]
+    if not rivals:
+        names = ", ".join(rival.name for rival in known)
+        raise CommandError(f"--implementation: expected some of {names}, got {','.join(args.implementation)}")
+    if args.against_itself:
+        rivals += [dataclasses.replace(rival, name=rival.name + AGAIN) for rival in rivals]
+    return rivals
+
+
+def _selected(workloads: Sequence[Workload], args) -> list[Workload]:
+    # Whoever asks for torch.compile by name gets it for every case.
+    compiled = args.implementation != ["*"]
+    return [
+        dataclasses.replace(workload, compiled=workload.compiled or compiled)
+        for workload in workloads
+        if (_fits(workload.case.name, args.case) or _fits(workload.group, args.case))
+        and _fits(str(workload.operation), args.op)
+        and _fits("x".join(map(str, workload.case.shape)), args.shape)
+        and _fits(dtype_name(workload.dtype), args.dtype)
+        and _fits(workload.case.layout, args.layout)
+    ]
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _measure(steps: Sequence[Step], results: Results, path: Path | None, time_limit: float | None) -> bool:
+    """Run the steps behind a progress bar, saving now and then. Returns whether it was interrupted."""
+    progress = require("bench", "tqdm").tqdm
+    begun = saved = time.monotonic()
+    # What `kill` and `timeout` send ends a run as Ctrl-C does.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    shape = "{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left, {desc}"
+    try:
+        with progress(total=sum(step.seconds for step in steps), bar_format=shape, leave=False) as bar:
+            for step in steps:
+                if time_limit is not None and time.monotonic() - begun > time_limit:
+                    return False
+                bar.set_description_str(step.name)
+                step.run()
+                bar.update(step.seconds)
+                if path and time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                    _save(results, path)
+                    saved = time.monotonic()
+        results.complete = True
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if path:
+            _save(results, path)  # also where a step failed
+
+
+def _report(results: Results) -> list[str]:
+    lines = [] if results.complete else ["", "Not complete: interrupted, or out of time."]
+    few = len(results.measurements) <= 3 * SHOWN_CASES
+    parts = (
+        tables.cases(results, None if few else SHOWN_CASES // 3),
+        tables.calls(results),
+        tables.networks(results),
+        tables.refusals(results),
+        tables.summary(results),
+    )
+    for part in parts:
+        lines += ["", *part] if part else []
+    return lines
+
+
+def _plot(results: Results, directory: Path) -> None:
+    require("bench", "matplotlib")
+    from bench import plots, report
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = plots.save_all(results, directory)
+        report.write(results, paths, directory / "report.md")
+    except OSError as error:
+        raise CommandError(f"--plots: cannot write to {directory}: {error.strerror or error}") from None
+    print(f"\nSaved {', '.join(path.name for path in paths)} and report.md in {directory}.")
+
+
+def _save(results: Results, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results.save(path)
+    except OSError as error:
+        raise CommandError(f"--json: cannot write {path}: {error.strerror or error}") from None
+
+
+def _load(option: str, path: Path) -> Results:
+    try:
+        return load(path)
+    except OSError as error:
+        raise CommandError(f"{option}: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"{option}: {error}") from None

@@ -1,0 +1,122 @@
+"""The correctness gate: no implementation is timed before its results agree with the float64 reference.
+
+Checked are output, running statistics and gradients of a call, dtype, shape and memory format, and that everything is
+finite. Of a large case the reference is made for channels spread evenly from the first to the last: the others are the
+same code on other data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bench.implementations import Prepared
+from bench.inputs import EPS, MOMENTUM, Inputs
+from bench.operations import Operation
+from fastbn import reference
+from fastbn._activations import index as activation_index
+from tests import tolerance
+
+MAX_COMPARED = 2**21  # elements
+# What unfused rivals round to the tensor's dtype on the way, beside fastbn's one rounding at the end: the normalised
+# value, the sum with the residual, the gradient behind the activation; one more is for what the first does to the last.
+ROUNDINGS = 4
+_GRADS = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
+_PER_CHANNEL = ("grad_weight", "grad_bias")
+
+
+def why_wrong(prepared: Prepared, operation: Operation, inputs: Inputs) -> str | None:
+    """Run the call once, its first time, and say what is wrong with its results; None if nothing is."""
+    results = [result.to_dense() if result.is_mkldnn else result for result in prepared.call()]  # contiguous
+    names = ("output", *_GRADS)[: len(results)]
+    tensors = dict(zip(names, (result.detach() for result in results)))
+    buffers = {name: getattr(prepared.module, name) for name in ("running_mean", "running_var")}
+    for name, tensor in tensors.items():
+        wrong = _why_wrong_form(tensor, inputs.weight if name in _PER_CHANNEL else inputs.input)
+        if wrong:
+            return f"{name}: {wrong}"
+    channels = _compared_channels(inputs)
+    exact = dict(_reference(operation, inputs, channels))
+    for name, got in (tensors | buffers).items():
+        expected, allowed = exact[name]
+        picked = got[channels] if got.dim() == 1 else got[:, channels]
+        error = (picked.double() - expected).abs()
+        # Not `error > allowed`: NaN must count as beyond.
+        if not bool((error <= allowed).all()):
+            excess = error / allowed
+            at = int(excess.nan_to_num(torch.inf).argmax())
+            pick = [t.expand_as(error).flatten()[at].item() for t in (picked, expected, allowed)]
+            return "{}: got {:.6g}, expected {:.6g} within {:.2g}".format(name, *pick)
+    return None
+
+
+def _why_wrong_form(tensor: Tensor, like: Tensor) -> str | None:
+    if tensor.shape != like.shape:
+        return f"expected shape {list(like.shape)}, got {list(tensor.shape)}"
+    if tensor.dtype != like.dtype:
+        return f"expected {like.dtype}, got {tensor.dtype}"
+    memory_format = reference.suggest_memory_format(like)
+    if not tensor.is_contiguous(memory_format=memory_format):
+        return f"expected {memory_format}, got strides {tensor.stride()}"
+    if not bool(tensor.isfinite().all()):
+        return f"expected finite values, got {int((~tensor.isfinite()).sum())} that are not"
+    return None
+
+
+def _compared_channels(inputs: Inputs) -> Tensor:
+    channels = inputs.case.channels
+    number = min(channels, max(2, MAX_COMPARED // inputs.case.count))
+    return torch.linspace(0, channels - 1, number, device=inputs.input.device).round().long().unique()
+
+
+def _reference(operation: Operation, inputs: Inputs, channels: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """(name, (float64 result, what a result may be off by)) for those channels."""
+    x, grad_out = (t[:, channels].double() for t in (inputs.input, inputs.grad_out))
+    residual = inputs.residual[:, channels].double() if operation.residual else None
+    vectors = (inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var)
+    weight, bias, running_mean, running_var = (t[channels].double() for t in vectors)
+    activation, dtype, count = activation_index(operation.activation), inputs.input.dtype, inputs.case.count
+
+    operands = (x, residual, weight, bias, running_mean, running_var)
+    if operation.training:
+        output, mean, inv_std, _ = reference.batch_norm_train(*operands, None, MOMENTUM, EPS, activation, False)
+    else:
+        output, mean, inv_std, _ = reference.batch_norm_eval(*operands, EPS, activation, True, False)
+    yield "output", (output, _element_tolerance(output, dtype, count))
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        yield name, (statistic, _sum_error(count) * (statistic.abs() + 1))
+    if not operation.backward:
+        return
+    given = (grad_out, x, residual, None, weight, bias, mean, inv_std, operation.training, activation)
+    grads = dict(zip(_GRADS, reference.batch_norm_backward(*given, True, True, True, operation.residual)))
+    wide = (1, -1, *[1] * (x.dim() - 2))
+    xhat = (x - mean.view(wide)) * inv_std.view(wide)
+    z = xhat * weight.view(wide) + bias.view(wide)
+    grad_z = reference.activation_backward(grad_out, z if residual is None else z + residual, activation)
+    for name, terms in (("grad_weight", grad_z * xhat), ("grad_bias", grad_z)):
+        yield name, (grads[name], _sum_tolerance(terms, dtype, count))
+    for name in ("grad_input", "grad_residual"):
+        if grads[name].numel():
+            yield name, (grads[name], _element_tolerance(grads[name], dtype, count))
+
+
+def _sum_error(count: int) -> float:
+    """Relative error of a float32 sum. Not all rivals take it in a tree; the error of a serial one is a random walk,
+    which grows with the root of its length."""
+    return torch.finfo(torch.float32).eps * (tolerance.ELEMENT_ROUNDINGS + count**0.5)
+
+
+def _element_tolerance(exact: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """At the scale of the channel's largest value: elements are made of terms of that size, which may cancel."""
+    dims = reference.reduced_dims(exact)
+    scale = exact.abs().amax(dims, keepdim=True)
+    return ROUNDINGS * tolerance.ulp(dtype, scale) + _sum_error(count) * scale
+
+
+def _sum_tolerance(terms: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Rounded terms err independently of each other: by six standard deviations, of the root of their squares' sum."""
+    dims = reference.reduced_dims(terms)
+    rounding = ROUNDINGS * torch.finfo(dtype).eps * terms.square().sum(dims).sqrt()
+    return 6 * rounding / 12**0.5 + _sum_error(count) * terms.abs().sum(dims)

@@ -1,0 +1,59 @@
+"""The operations that are timed, each with the bytes that it has to move at least: every tensor read or written once.
+
+Modes: train (training forward), train_backward (training forward and backward), eval (running statistics, without
+gradients), frozen (running statistics, forward and backward). Then what is fused: an addition, an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastbn._activations import index as activation_index
+from fastbn._activations import is_piecewise_linear
+
+MODES = ("train", "train_backward", "eval", "frozen")
+
+
+@dataclass(frozen=True)
+class Operation:
+    mode: str
+    activation: str | None = None
+    residual: bool = False
+
+    def __str__(self) -> str:
+        return "+".join([self.mode, *["add"] * self.residual, *[self.activation] * (self.activation is not None)])
+
+    @property
+    def training(self) -> bool:
+        return self.mode.startswith("train")
+
+    @property
+    def backward(self) -> bool:
+        return self.mode in ("train_backward", "frozen")
+
+    def floor_bytes(self, numel: int, itemsize: int) -> int:
+        """Bytes for tensors of `numel` elements of `itemsize` bytes: x and the output, a residual; then backward
+        grad_out, x, grad_input, and where an activation follows an addition its gradient and a bit an element, which
+        forward wrote (or, for an activation that is not piecewise linear, the residual)."""
+        tensors, bits = 2 + self.residual, 0
+        if self.backward:
+            tensors += 3
+            if self.residual and self.activation:
+                tensors += 1
+                if is_piecewise_linear(activation_index(self.activation)):
+                    bits = 2
+                else:
+                    tensors += 1
+        return tensors * numel * itemsize + bits * numel // 8
+
+
+def _operations(*modes: str, fused: tuple[tuple[str | None, bool], ...]) -> tuple[Operation, ...]:
+    return tuple(Operation(mode, activation, residual) for mode in modes for activation, residual in fused)
+
+
+_PLAIN, _RELU, _ADD_RELU, _SILU = (None, False), ("relu", False), ("relu", True), ("silu", False)
+OPERATIONS = (
+    *_operations("train", "train_backward", fused=(_PLAIN, _RELU, _ADD_RELU, _SILU)),
+    *_operations("eval", fused=(_PLAIN, _RELU)),
+    *_operations("frozen", fused=(_PLAIN,)),
+)

@@ -1,0 +1,196 @@
+"""What a run leaves behind: records as dataclasses, and the JSON file of them, whose schema is results.schema.json.
+
+Times are microseconds a call, statistics over the rounds of a measurement. `implementation` names a row of
+bench/implementations.py, `kernel` what it ran on inside: cudnn or native for torch, a plan's name for fastbn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FORMAT = "fastbn bench 1"
+SCHEMA = Path(__file__).with_name("results.schema.json")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds a call over `rounds` samples: median and the 20th and 80th percentile."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was measured: an op on a case by an implementation."""
+
+    group: str
+    case: str
+    shape: tuple[int, ...]
+    layout: str
+    dtype: str
+    op: str
+    implementation: str
+    kernel: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))  # JSON has lists
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.case, self.dtype, self.op, self.implementation
+
+
+@dataclass(frozen=True)
+class Measurement(Subject, Times):
+    """Device time (on a CPU: time) of one op.
+
+    tensor_bytes: S, the bytes of one activation tensor. floor_bytes: what the op has to move at least.
+    gb_per_s: floor_bytes over the median, in 1e9 bytes a second. copy_share: that over what a copy of S bytes reached
+    in the same run. speedup_over: by name of another implementation of the same rounds, the median over the rounds of
+    its time over this one's.
+    """
+
+    tensor_bytes: int
+    floor_bytes: int
+    gb_per_s: float
+    copy_share: float
+    speedup_over: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Call(Subject, Times):
+    """What a call costs beside its device time. Times are the host's, from call to return, the device's queue empty.
+
+    launches: kernels a call, counted by the profiler, None on a CPU. held_bytes: what stays allocated between forward
+    and backward beyond the input; peak_bytes: the most that was allocated at once beyond inputs; None where not known.
+    """
+
+    launches: int | None
+    kernels: list[str]
+    held_bytes: int | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class NetworkStep(Times):
+    """A training step (forward, loss, backward, SGD) of a network.
+
+    norm_share: of the step's time, by the profiler, that ran in BatchNorm, activation and residual addition.
+    first_loss: of the first step, equal but for rounding for every implementation. peak_bytes: on a GPU.
+    """
+
+    network: str
+    source: str
+    batch: int
+    image_size: int
+    dtype: str
+    layout: str
+    implementation: str
+    norm_share: float | None
+    first_loss: float
+    peak_bytes: int | None
+    speedup_over: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CopyPoint:
+    """A copy of a tensor of `bytes`: it moves twice as much."""
+
+    bytes: int
+    median_us: float
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An implementation that was not timed, and why: it cannot take the case, or its result was wrong.
+
+    count: of workloads that it cannot take for the same reason; case, dtype and op are the first one's.
+    """
+
+    case: str
+    dtype: str
+    op: str
+    implementation: str
+    wrong: bool
+    reason: str
+    count: int = 1
+
+
+@dataclass
+class Results:
+    """A run. `machine` and `settings` are flat dicts; complete is False where it was interrupted or ran out of time."""
+
+    machine: dict
+    settings: dict
+    complete: bool = False
+    copy: list[CopyPoint] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    networks: list[NetworkStep] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def copy_gb_per_s(self, tensor_bytes: int) -> float:
+        """What a copy of a tensor of that size reached, interpolated between the sizes that were copied."""
+        points = sorted(self.copy, key=lambda point: point.bytes)
+        if tensor_bytes <= points[0].bytes:
+            return points[0].gb_per_s
+        for low, high in zip(points, points[1:]):
+            if tensor_bytes <= high.bytes:
+                part = (tensor_bytes - low.bytes) / (high.bytes - low.bytes)
+                # The time of a copy grows linearly between two sizes: a launch and its bytes.
+                microseconds = low.median_us + part * (high.median_us - low.median_us)
+                return 2 * tensor_bytes / microseconds / 1e3
+        return points[-1].gb_per_s
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all: a reader, or an interrupt, never sees half of it."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(_dump(content))
+        os.replace(partial, path)
+
+
+_RECORDS = {
+    "copy": CopyPoint,
+    "measurements": Measurement,
+    "calls": Call,
+    "networks": NetworkStep,
+    "refusals": Refusal,
+}
+
+
+def _dump(content: dict) -> str:
+    """JSON with one record a line, which version control can compare."""
+    lines = []
+    for key, value in content.items():
+        if key in _RECORDS and value:
+            records = ",\n".join(f"  {json.dumps(record)}" for record in value)
+            lines.append(f'"{key}": [\n{records}\n]')
+        else:
+            lines.append(f'"{key}": {json.dumps(value, indent=1)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load(path: Path) -> Results:
+    """Read a file that `Results.save` wrote. Raises OSError, or ValueError where it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    got = content.pop("format", None) if isinstance(content, dict) else None
+    if got != FORMAT:
+        raise ValueError(f"{path}: expected the format {FORMAT!r}, got {got!r}")
+    try:
+        for key, record in _RECORDS.items():
+            content[key] = [record(**item) for item in content[key]]
+        return Results(**content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the fields of {FORMAT!r}: {error}") from None

@@ -1,0 +1,170 @@
+"""Goes through what is to be measured, one step after the other, and appends records to a Results.
+
+A step is a workload by all its implementations, so an interrupt loses one step, never the comparison within one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from bench import calls
+from bench.bandwidth import measure_copies
+from bench.gate import why_wrong
+from bench.implementations import Implementation, Prepared
+from bench.inputs import Inputs, make_inputs
+from bench.network import NetworkCase, measure
+from bench.results import Call, Measurement, Refusal, Results
+from bench.timer import Budget, IdleClock, clock_of, speedup, summarize, time_in_turns
+from bench.workloads import Workload, dtype_name
+
+COMPILE_SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """`seconds` is a guess, which the progress bar corrects."""
+
+    name: str
+    seconds: float
+    run: Callable[[], None]
+
+
+class Runner:
+    """Measures on one device into `results`. `rivals` are all implementations that may take part."""
+
+    def __init__(self, device: torch.device, rivals: Iterable[Implementation], budget: Budget, results: Results):
+        self.device, self.rivals, self.budget, self.results = device, tuple(rivals), budget, results
+        self._clock = clock_of(device)
+        self._inputs: Inputs | None = None
+
+    def copies(self) -> Step:
+        def run() -> None:
+            budget = dataclasses.replace(self.budget, seconds=min(0.2, self.budget.seconds))
+            self.results.copy += measure_copies(self.device, self._clock, budget)
+
+        return Step("copy", 6.0, run)
+
+    def layer(self, workload: Workload) -> Step:
+        """Device time of every implementation that takes the workload and passes the gate."""
+
+        def run() -> None:
+            prepared = self._prepare(workload)
+            if not prepared:
+                return
+            samples = time_in_turns([each.call for each in prepared.values()], self._clock, self.budget)
+            self._append_measurements(workload, prepared, dict(zip(prepared, samples)))
+
+        return Step(str(workload), self._guess(workload), run)
+
+    def call(self, workload: Workload) -> Step:
+        """What a call of every such implementation costs beside device time."""
+
+        def run() -> None:
+            prepared = self._prepare(workload)
+            if not prepared:
+                return
+            clock = IdleClock(self.device, to_the_end=False)
+            samples = time_in_turns([each.call for each in prepared.values()], clock, self.budget)
+            for (name, each), seconds in zip(prepared.items(), samples):
+                launches, kernels = calls.count_launches(each.call)
+                has_backward = workload.operation.backward
+                self.results.calls.append(
+                    Call(
+                        **vars(summarize(seconds)),
+                        **_subject(workload, name, each),
+                        launches=launches,
+                        kernels=kernels,
+                        held_bytes=calls.held_bytes(each, self._inputs.input) if has_backward else None,
+                        peak_bytes=calls.peak_bytes(each.call, self.device),
+                    )
+                )
+
+        return Step(f"call {workload}", self._guess(workload), run)
+
+    def network(self, case: NetworkCase) -> Step:
+        """A training step by torch's modules, converted and fused."""
+
+        def run() -> None:
+            self._inputs = None  # room for the networks
+            steps, refusals = measure(case, self.device, Budget(10 * self.budget.seconds, 0.5, 3, 101))
+            self.results.networks += steps
+            self.results.refusals += refusals
+
+        return Step(str(case), 12.0 + 30 * self.budget.seconds, run)
+
+    def _guess(self, workload: Workload) -> float:
+        compiled = sum(rival.compiles for rival in self.rivals) if workload.compiled else 0
+        return self.budget.seconds + 0.2 + COMPILE_SECONDS * compiled + 30e-9 * workload.tensor_bytes
+
+    def _prepare(self, workload: Workload) -> dict[str, Prepared]:
+        """By name, the implementations that take the workload and are right. The others are recorded as refused."""
+        self._make_inputs(workload)
+        # Else earlier shapes of the same code count towards torch.compile's limit, beyond which it runs eagerly.
+        torch.compiler.reset()
+        prepared = {}
+        for rival in self.rivals:
+            if rival.compiles and not workload.compiled:
+                continue
+            reason, wrong = rival.why_not(workload), False
+            if reason is None:
+                try:
+                    candidate = rival.prepare(workload.operation, self._inputs)
+                    reason = why_wrong(candidate, workload.operation, self._inputs)
+                    wrong = reason is not None
+                except Exception as error:  # whatever a rival's library raises is the reason why it is not timed
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if reason is None:
+                prepared[rival.name] = candidate
+            else:
+                self._refuse(workload, rival.name, wrong, reason)
+        return prepared
+
+    def _refuse(self, workload: Workload, name: str, wrong: bool, reason: str) -> None:
+        refusals = self.results.refusals
+        for number, known in enumerate(refusals):
+            if (known.implementation, known.wrong, known.reason) == (name, wrong, reason):
+                refusals[number] = dataclasses.replace(known, count=known.count + 1)
+                return
+        about = (workload.case.name, dtype_name(workload.dtype), str(workload.operation))
+        refusals.append(Refusal(*about, name, wrong, reason))
+
+    def _make_inputs(self, workload: Workload) -> None:
+        made = self._inputs
+        if made is None or (made.case, made.input.dtype) != (workload.case, workload.dtype):
+            self._inputs = None  # first, for the two may not fit at once
+            self._inputs = make_inputs(workload.case, workload.dtype, self.device)
+
+    def _append_measurements(self, workload: Workload, prepared: dict[str, Prepared], samples) -> None:
+        tensor_bytes = workload.tensor_bytes
+        floor_bytes = workload.operation.floor_bytes(workload.case.numel, workload.dtype.itemsize)
+        for name, each in prepared.items():
+            times = summarize(samples[name])
+            gb_per_s = floor_bytes / times.median_us / 1e3
+            self.results.measurements.append(
+                Measurement(
+                    **vars(times),
+                    **_subject(workload, name, each),
+                    tensor_bytes=tensor_bytes,
+                    floor_bytes=floor_bytes,
+                    gb_per_s=gb_per_s,
+                    copy_share=gb_per_s / self.results.copy_gb_per_s(tensor_bytes),
+                    speedup_over={rival: speedup(samples[name], samples[rival]) for rival in samples if rival != name},
+                )
+            )
+
+
+def _subject(workload: Workload, name: str, prepared: Prepared) -> dict:
+    return {
+        "group": workload.group,
+        "case": workload.case.name,
+        "shape": workload.case.shape,
+        "layout": workload.case.layout,
+        "dtype": dtype_name(workload.dtype),
+        "op": str(workload.operation),
+        "implementation": name,
+        "kernel": prepared.kernel,
+    }

@@ -1,0 +1,173 @@
+"""The one timer: calls take turns in rounds, so that whatever drifts on the machine reaches all of them alike.
+
+A clock times one sample. On a CPU that is the host's, over as many calls as make a sample long enough to read. On a GPU
+it is a pair of CUDA events around one call: L2 is flushed before it, and a spin on the device lets the host enqueue the
+whole call first, so that the events bracket device time and no wait for the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.results import Times
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure. Rounds end after `seconds`, but not before `min_rounds` nor after `max_rounds`."""
+
+    seconds: float = 0.4
+    warm_up_seconds: float = 0.05
+    min_rounds: int = 7
+    max_rounds: int = 201
+
+
+class HostClock:
+    """perf_counter around as many calls as take `sample_seconds`."""
+
+    sample_seconds = 3e-4
+
+    def prepare(self, host_seconds: Sequence[float]) -> None:
+        # The same number for all: a sample of one implementation is as exposed to interrupts as of another.
+        self._calls = max(1, round(self.sample_seconds / statistics.mean(host_seconds)))
+
+    def sample(self, call: Call) -> Callable[[], float]:
+        calls = self._calls
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds = (time.perf_counter() - start) / calls
+        return lambda: seconds
+
+    def wait(self) -> None:
+        pass
+
+
+class CudaClock:
+    """Device time of one call by CUDA events on the current stream, with L2 flushed before it."""
+
+    # Twice the largest L2 known (B200), and at least as much again as the device's own.
+    flush_bytes = 256 * 2**20
+    # No GPU runs faster; a slower clock makes the spin longer, which only costs time.
+    cycles_per_second = 2.1e9
+    # Of a single call, over what was measured: the host may be interrupted.
+    head_start = 1.5
+    enqueue_seconds = 50e-6
+
+    def __init__(self) -> None:
+        l2_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
+        # Read, not written: dirty lines would be written back during the call.
+        self._flush = torch.zeros(max(self.flush_bytes, 4 * l2_bytes) // 4, dtype=torch.float32, device="cuda")
+
+    def prepare(self, host_seconds: Sequence[float]) -> None:
+        seconds = self.head_start * max(host_seconds) + self.enqueue_seconds
+        self._spin_cycles = int(seconds * self.cycles_per_second)
+
+    def sample(self, call: Call) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.sum()
+        torch.cuda._sleep(self._spin_cycles)
+        start.record()
+        call()
+        end.record()
+        return lambda: start.elapsed_time(end) / 1e3
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+class IdleClock:
+    """Host time of one call that finds the device idle: to its return, or if `to_the_end` until the device is idle
+    again, which is what a training step takes. No flush and no spin: a host too slow to feed the device counts."""
+
+    def __init__(self, device: torch.device, to_the_end: bool) -> None:
+        self._device, self._to_the_end = device, to_the_end
+
+    def prepare(self, host_seconds: Sequence[float]) -> None:
+        pass
+
+    def sample(self, call: Call) -> Callable[[], float]:
+        self.wait()
+        start = time.perf_counter()
+        call()
+        if self._to_the_end:
+            self.wait()
+        seconds = time.perf_counter() - start
+        return lambda: seconds
+
+    def wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+Clock = HostClock | CudaClock | IdleClock
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
+def time_in_turns(calls: Sequence[Call], clock: Clock, budget: Budget = Budget()) -> list[list[float]]:
+    """Seconds of each of `calls`, one list a call and one number a round, after a warm-up by time.
+
+    Every second round goes backwards, so that each call follows each of its neighbours equally often.
+    """
+    with _without_garbage_collection():
+        clock.prepare([_warm_up(call, clock, budget) for call in calls])
+        samples: list[list[float]] = [[] for _ in calls]
+        order = list(enumerate(calls))
+        start = time.perf_counter()
+        for number in range(budget.max_rounds):
+            if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
+                break
+            pending = [(index, clock.sample(call)) for index, call in (order if number % 2 == 0 else order[::-1])]
+            clock.wait()
+            for index, seconds in pending:
+                samples[index].append(seconds())
+    return samples
+
+
+def summarize(samples: Sequence[float]) -> Times:
+    """Median and percentiles (linear between samples) of seconds a call."""
+    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return Times(*(1e6 * seconds for seconds in (statistics.median(samples), p20, p80)), len(samples))
+
+
+def speedup(samples: Sequence[float], rival: Sequence[float]) -> float:
+    """Median over the rounds of the rival's time over this one's: drift from round to round cancels."""
+    return statistics.median(theirs / ours for ours, theirs in zip(samples, rival, strict=True))
+
+
+def _warm_up(call: Call, clock: Clock, budget: Budget) -> float:
+    """Run until the budget's warm-up time is over; returns the host seconds of a call, the shortest seen."""
+    shortest, calls = float("inf"), 0
+    start = time.perf_counter()
+    while calls < 2 or time.perf_counter() - start < budget.warm_up_seconds:
+        clock.wait()
+        before = time.perf_counter()
+        call()
+        shortest = min(shortest, time.perf_counter() - before)
+        calls += 1
+    clock.wait()
+    return shortest
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

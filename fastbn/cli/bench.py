@@ -1,0 +1,79 @@
+"""Time fastbn and its rivals on this machine, and say how far each op is from the memory floor. Runs in a clone of
+fastbn, whose tables of cases it uses: `python -m bench` there is the same command."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import fastbn
+from fastbn.cli.errors import CommandError
+
+SUMMARY = "time fastbn and its rivals on this machine"
+
+_NOTE = """\
+PATTERNs are shell-style (*, ?, [...]), and several are separated by commas. An operation is a mode (train,
+train_backward, eval, frozen) and what is fused, as in train_backward+add+relu. Every result is checked against
+float64 before it is timed. Exits with 1 if a result of fastbn is wrong or --compare finds a regression, with 130 if it
+was interrupted; what was measured until then is written and shown.
+"""
+
+
+def add_arguments(parser):
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _NOTE
+    what = parser.add_argument_group("what to measure")
+    suites = "quick: a few cases, under 2 minutes; cpu, gpu: all cases for such a machine (default: quick)"
+    what.add_argument("--suite", choices=["quick", "cpu", "gpu"], default="quick", help=suites)
+    what.add_argument(
+        "--part",
+        action="append",
+        choices=["layers", "calls", "networks"],
+        help="only the ops' times, the costs of a call, or training steps of ResNet-50; repeatable (default: all)",
+    )
+    for name, of in (
+        ("case", "cases or groups, as --list names them"),
+        ("op", "operations"),
+        ("shape", "shapes, as in 16x64x56x56"),
+        ("dtype", "dtypes"),
+        ("layout", "contiguous, channels_last or channels_last_3d"),
+        ("implementation", "implementations: torch, compile, compile-max-autotune, onednn, fastbn"),
+    ):
+        what.add_argument(f"--{name}", type=_patterns, default=["*"], metavar="PATTERN", help=f"only these {of}")
+    what.add_argument(
+        "--device", choices=["cpu", "cuda"], help="for the quick suite (default: cuda where there is one)"
+    )
+    what.add_argument("--list", action="store_true", help="name what would be measured, and end")
+    how = parser.add_argument_group("how")
+    how.add_argument("--seconds", type=float, default=0.3, help="rounds of one operation take as long (default: 0.3)")
+    how.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="measure no longer; the most telling come first"
+    )
+    how.add_argument(
+        "--against-itself",
+        action="store_true",
+        help="time a second instance of each implementation too: their ratio is what noise makes of 1",
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write all records")
+    out.add_argument("--plots", type=Path, metavar="DIR", help="write plots, and report.md, which holds them too")
+    out.add_argument("--load", type=Path, metavar="FILE", help="take the records of FILE instead of measuring")
+    out.add_argument("--compare", type=Path, metavar="OLD", help="compare with the records of OLD, regressions first")
+
+
+def run(args) -> int:
+    return _command().run(args)
+
+
+def _patterns(text):
+    return [pattern.strip() for pattern in text.split(",")]
+
+
+def _command():
+    """bench.command of the clone that fastbn was installed from in place, or else of the current directory's."""
+    for root in (Path(fastbn.__file__).parents[1], Path.cwd()):
+        if all((root / part).is_file() for part in ("bench/command.py", "tests/cases.py")):
+            if str(root) not in sys.path:
+                sys.path.insert(0, str(root))
+            return importlib.import_module("bench.command")
+    raise CommandError(f"fastbn bench runs in a clone of fastbn: expected the folders bench and tests in {Path.cwd()}")

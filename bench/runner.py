@@ -43,8 +43,7 @@ class Runner:
 
     def copies(self) -> Step:
         def run() -> None:
-            budget = dataclasses.replace(self.budget, seconds=min(0.2, self.budget.seconds))
-            self.results.copy += measure_copies(self.device, self._clock, budget)
+            self.results.copy += measure_copies(self.device, self._clock, self.budget)
 
         return Step("copy", 6.0, run)
 
@@ -90,15 +89,15 @@ class Runner:
 
         def run() -> None:
             self._inputs = None  # room for the networks
-            steps, refusals = measure(case, self.device, Budget(10 * self.budget.seconds, 0.5, 3, 101))
+            steps, refusals = measure(case, self.device, Budget(10 * self.budget.seconds, 0.5, 5, 101))
             self.results.networks += steps
             self.results.refusals += refusals
 
-        return Step(str(case), 12.0 + 30 * self.budget.seconds, run)
+        return Step(str(case), 15.0 + 30 * self.budget.seconds, run)
 
     def _guess(self, workload: Workload) -> float:
         compiled = sum(rival.compiles for rival in self.rivals) if workload.compiled else 0
-        return self.budget.seconds + 0.2 + COMPILE_SECONDS * compiled + 30e-9 * workload.tensor_bytes
+        return self.budget.seconds * len(self.rivals) + 0.2 + COMPILE_SECONDS * compiled + 30e-9 * workload.tensor_bytes
 
     def _prepare(self, workload: Workload) -> dict[str, Prepared]:
         """By name, the implementations that take the workload and are right. The others are recorded as refused."""

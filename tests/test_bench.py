@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -205,13 +207,27 @@ class ScriptedClock:
         pass
 
 
-def test_calls_take_turns_and_every_second_round_goes_backwards():
+def test_each_call_has_one_sample_a_round():
     clock = ScriptedClock([1, 2, 3], [10, 20, 30])
     budget = Budget(seconds=0, warm_up_seconds=0, min_rounds=3)
     samples = timer.time_in_turns([lambda: 0, lambda: 1], clock, budget)
     assert samples == [[1, 2, 3], [10, 20, 30]]
-    assert clock.called == [0, 1, 1, 0, 0, 1]
     assert len(clock.host_seconds) == 2 and all(seconds > 0 for seconds in clock.host_seconds)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_no_call_follows_itself_and_each_follows_every_other_as_often(number):
+    rounds = 2000
+    clock = ScriptedClock(*[iter(lambda: 1.0, None)] * number)
+    calls = [lambda index=index: index for index in range(number)]
+    timer.time_in_turns(calls, clock, Budget(0, 0, rounds, rounds))
+    called = clock.called
+    assert all(sorted(called[i : i + number]) == list(range(number)) for i in range(0, len(called), number))
+    followed = collections.Counter(itertools.pairwise(called))
+    if number > 1:
+        assert len(followed) == number * (number - 1) and all(first != second for first, second in followed)
+        expected = rounds / (number - 1)
+        assert all(0.7 * expected < times < 1.4 * expected for times in followed.values()), followed
 
 
 def test_rounds_end_with_the_budget():

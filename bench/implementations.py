@@ -147,6 +147,8 @@ def _prepare_onednn(operation: Operation, inputs: Inputs) -> Prepared:
 def _why_not_onednn(workload: Workload) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
+    if workload.dtype != torch.float32:
+        return "oneDNN is timed in float32 alone, to keep the suite short"
     if workload.case.layout != "contiguous" or len(workload.case.shape) < 4:
         return "oneDNN tensors have a layout of their own, made from contiguous images"
     if workload.operation.mode == "frozen":

@@ -89,11 +89,11 @@ class Runner:
 
         def run() -> None:
             self._inputs = None  # room for the networks
-            steps, refusals = measure(case, self.device, Budget(10 * self.budget.seconds, 0.5, 5, 101))
+            steps, refusals = measure(case, self.device, Budget(15 * self.budget.seconds, 0.5, 5, 101))
             self.results.networks += steps
             self.results.refusals += refusals
 
-        return Step(str(case), 15.0 + 30 * self.budget.seconds, run)
+        return Step(str(case), 15.0 + 45 * self.budget.seconds, run)
 
     def _guess(self, workload: Workload) -> float:
         compiled = sum(rival.compiles for rival in self.rivals) if workload.compiled else 0

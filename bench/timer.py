@@ -29,8 +29,8 @@ class Budget:
     """How long to measure. Rounds end after `seconds` a call that takes part, but not before `min_rounds` nor after
     `max_rounds`. On a shared machine 15 rounds keep a ratio of two equal calls within 3 percent nine times in ten."""
 
-    seconds: float = 0.2
-    warm_up_seconds: float = 0.05
+    seconds: float = 0.1
+    warm_up_seconds: float = 0.03
     min_rounds: int = 15
     max_rounds: int = 401
 

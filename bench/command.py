@@ -26,7 +26,7 @@ SAVE_EVERY_SECONDS = 10.0
 SHOWN_CASES = 70
 NETWORKS = {
     "quick": (NetworkCase(batch=4, image_size=64),),
-    "cpu": (NetworkCase(batch=4, image_size=224), NetworkCase(batch=16, image_size=224)),
+    "cpu": (NetworkCase(batch=4, image_size=224), NetworkCase(batch=8, image_size=224)),
     "gpu": tuple(NetworkCase(batch, image_size=224) for batch in (32, 128, 256)),
 }
 PARTS = ("layers", "calls", "networks")
@@ -129,7 +129,7 @@ def _measure(steps: Sequence[Step], results: Results, path: Path | None, time_li
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     shape = "{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left, {desc}"
     try:
-        with progress(total=sum(step.seconds for step in steps), bar_format=shape, leave=False) as bar:
+        with progress(total=sum(step.seconds for step in steps), bar_format=shape, smoothing=0, leave=False) as bar:
             for step in steps:
                 if time_limit is not None and time.monotonic() - begun > time_limit:
                     return False

@@ -149,7 +149,7 @@ def _why_not_onednn(workload: Workload) -> str | None:
         return "this torch was built without oneDNN"
     if workload.dtype != torch.float32:
         return "oneDNN is timed in float32 alone, to keep the suite short"
-    if workload.case.layout != "contiguous" or len(workload.case.shape) < 4:
+    if workload.case.layout != "contiguous" or len(workload.case.shape) != 4:
         return "oneDNN tensors have a layout of their own, made from contiguous images"
     if workload.operation.mode == "frozen":
         return "oneDNN has no backward in evaluation mode"

@@ -168,15 +168,21 @@ _RECORDS = {
 
 
 def _dump(content: dict) -> str:
-    """JSON with one record a line, which version control can compare."""
+    """JSON with one record a line, which version control can compare, and times to five digits, the rest being noise."""
     lines = []
     for key, value in content.items():
         if key in _RECORDS and value:
-            records = ",\n".join(f"  {json.dumps(record)}" for record in value)
+            records = ",\n".join(f"  {json.dumps(_rounded(record))}" for record in value)
             lines.append(f'"{key}": [\n{records}\n]')
         else:
             lines.append(f'"{key}": {json.dumps(value, indent=1)}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def load(path: Path) -> Results:

@@ -97,7 +97,7 @@ class Runner:
 
     def _guess(self, workload: Workload) -> float:
         compiled = sum(rival.compiles for rival in self.rivals) if workload.compiled else 0
-        return self.budget.seconds * len(self.rivals) + 0.2 + COMPILE_SECONDS * compiled + 30e-9 * workload.tensor_bytes
+        return self.budget.seconds * len(self.rivals) + 0.2 + COMPILE_SECONDS * compiled + 80e-9 * workload.tensor_bytes
 
     def _prepare(self, workload: Workload) -> dict[str, Prepared]:
         """By name, the implementations that take the workload and are right. The others are recorded as refused."""

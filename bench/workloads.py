@@ -154,7 +154,7 @@ def _sweeps(dtype: torch.dtype, n: tuple[int, int, int], c: tuple[int, int], hw:
         # One row of pixels, so that H*W is exactly what is swept.
         *_in_layouts("sweep HW", *[(*hw, 1, size) for size in _DECADES]),
     ]
-    return _cross(cases, (dtype,), _named("train", "train_backward"))
+    return _cross(cases, (dtype,), _named("train_backward"))
 
 
 def _cross(cases, dtypes, operations, compiled: bool = False) -> list[Workload]:

@@ -168,7 +168,7 @@ _RECORDS = {
 
 
 def _dump(content: dict) -> str:
-    """JSON with one record a line, which version control can compare, and times to five digits, the rest being noise."""
+    """JSON with one record a line, which version control can compare, and five digits a number: the rest is noise."""
     lines = []
     for key, value in content.items():
         if key in _RECORDS and value:

@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = []
     for param in implementations.params():
         # An emulated launch costs milliseconds a block; layouts that no kernel sees are left to the CPU.
-        table = cases.SMALL_DENSE if param.id == "emulator" else cases.ORDINARY
+        table = cases.SMALL_DENSE if param.id in implementations.EMULATED_LIMITS else cases.ORDINARY
         for setup in cases.setups(table):
             pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=param.marks))
     metafunc.parametrize("ops,setup", pairs, indirect=["ops"])
@@ -56,7 +56,9 @@ def ops(request: pytest.FixtureRequest, _gpu: None, _loaded: dict) -> implementa
             _loaded[request.param] = error
     if isinstance(_loaded[request.param], Exception):
         raise _loaded[request.param]
-    if request.param == "emulator":  # a schedule for each test, the same from run to run
+    if request.param in implementations.EMULATED_LIMITS:
+        build.load().set_limits(**implementations.EMULATED_LIMITS[request.param])
+        # A schedule for each test, the same from run to run.
         build.load().set_seed(zlib.crc32(request.node.nodeid.encode()))
     return _loaded[request.param]
 

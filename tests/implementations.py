@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-NAMES = ("reference", "cpu", "emulator", "cuda")
+# "emulator" plans for a GPU without room on chip, "resident" for one with enough: the two schedules of the kernels.
+NAMES = ("reference", "cpu", "emulator", "resident", "cuda")
+EMULATED_LIMITS = {
+    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "max_cluster": 1},
+    "resident": {"sm_count": 64, "shared_bytes_per_block": 232448, "max_cluster": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ def load(name: str) -> Implementation:
     """An implementation that cannot be loaded is an error: a broken build must not pass for a skipped test."""
     if name == "reference":
         return Implementation(name, importlib.import_module("fastbn.reference"), torch.device("cpu"))
-    if name == "emulator":
+    if name in EMULATED_LIMITS:
         importlib.import_module("tests.emulator.build").load()
         return Implementation(name, torch.ops.fastbn_emulator, torch.device("cpu"))
     importlib.import_module("fastbn")

@@ -17,32 +17,46 @@ class CudaBackend {
 
   void forward(const ForwardParams& params) {
     const auto direction = params.statistics == Statistics::batch ? Direction::forward : Direction::eval;
-    run(cuda::forward, params, direction, params.residual, {params.input, params.residual, params.output});
+    run(cuda::forward, params, request_of(params, direction), {params.input, params.residual, params.output});
   }
 
   void channel_stats(const ForwardParams& params) {
-    run(cuda::channel_stats, params, Direction::forward, nullptr, {params.input});
+    Request request = request_of(params, Direction::forward);
+    request.fused = false;
+    run(cuda::channel_stats, params, request, {params.input});
   }
 
   void backward(const BackwardParams& params) {
-    const auto direction = params.statistics == Statistics::running ? Direction::frozen_backward : Direction::backward;
-    run(cuda::backward, params, direction, params.residual,
+    const bool frozen = params.statistics == Statistics::running;
+    Request request = request_of(params, frozen ? Direction::frozen_backward : Direction::backward);
+    request.fused = params.statistics == Statistics::batch;
+    run(cuda::backward, params, request,
         {params.grad_out, params.input, params.residual, params.grad_input, params.grad_residual});
   }
 
   void grad_sums(const BackwardParams& params) {
-    run(cuda::grad_sums, params, Direction::backward, params.residual,
-        {params.grad_out, params.input, params.residual});
+    Request request = request_of(params, Direction::backward);
+    request.fused = false;
+    run(cuda::grad_sums, params, request, {params.grad_out, params.input, params.residual});
   }
 
  private:
+  template <class Params>
+  static Request request_of(const Params& params, Direction direction) {
+    return {.layout = params.layout,
+            .dtype = params.dtype,
+            .direction = direction,
+            .activation = params.activation,
+            .residual = params.residual != nullptr,
+            .masked = params.mask != nullptr};
+  }
+
   template <class Launcher, class Params>
-  void run(Launcher launcher, const Params& params, Direction direction, const void* residual,
-           std::initializer_list<const void*> pointers) {
-    Request request{params.layout, params.dtype, direction, params.activation, residual != nullptr, true};
+  void run(Launcher launcher, const Params& params, Request request, std::initializer_list<const void*> pointers) {
     for (const void* pointer : pointers) request.aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
     const Plan plan = choose_plan(request, context_.limits());
-    const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params.layout), ScalarType::Byte);
+    const int64_t bytes = plan.schedule == Schedule::resident ? 0 : cuda::workspace_bytes(plan, params.layout);
+    const Tensor workspace = operands_.empty(bytes, ScalarType::Byte);
     const cudaError_t error = launcher(params, plan, workspace.data_ptr(), context_.stream());
     if (error != cudaSuccess)
       fail(operands_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",

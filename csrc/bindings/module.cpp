@@ -65,10 +65,12 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
                                                 : Direction::frozen_backward;
   request.activation = Activation(activation);
   request.residual = residual;
+  request.masked = residual && is_piecewise_linear(request.activation);
   request.aligned = aligned;
   const Plan chosen = choose_plan(request, limits);
   py::dict result;
-  result["kernel"] = chosen.kernel == Kernel::channel_blocks ? "channel_blocks" : "row_blocks";
+  const std::string kernel = chosen.kernel == Kernel::channel_blocks ? "channel_blocks" : "row_blocks";
+  result["kernel"] = chosen.schedule == Schedule::resident ? "resident_" + kernel : kernel;
   result["launches"] = chosen.launches;
   result["tensor_reads"] = chosen.tensor_reads;
   result["tensor_writes"] = chosen.tensor_writes;

@@ -37,6 +37,11 @@ FASTBN_DEVICE void sync_block() { __syncthreads(); }
 FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 FASTBN_DEVICE void thread_fence() { __threadfence(); }
 
+// Returns what was there before.
+FASTBN_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
+  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<uint64_t>(value)));
+}
+
 namespace detail {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;

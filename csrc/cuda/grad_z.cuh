@@ -4,6 +4,7 @@
 
 #include "cuda/activate.cuh"
 #include "cuda/octet.cuh"
+#include "cuda/slab.cuh"
 #include "cuda/walk.cuh"
 #include "math/affine.h"
 #include "math/params.h"
@@ -38,6 +39,22 @@ class GradZ {
     item.grad_out = load_octet(grad_out_ + step.offset, step.count, vectorized_);
     if (input_) item.x = load_octet(input_ + step.offset, step.count, vectorized_);
     if (residual_) item.residual = load_octet(residual_ + step.offset, step.count, vectorized_);
+    if (mask_) item.mask = mask_[step.mask_byte];
+    return item;
+  }
+
+  // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
+  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int slot) const {
+    slab.fetch(slot, 0, grad_out_ + step.offset, step.count, vectorized_);
+    if (input_) slab.fetch(slot, 1, input_ + step.offset, step.count, vectorized_);
+    if (residual_) slab.fetch(slot, 2, residual_ + step.offset, step.count, vectorized_);
+  }
+
+  FASTBN_DEVICE Item load(const Slab<T>& slab, const Step& step, int slot) const {
+    Item item = {};
+    item.grad_out = slab.load(slot, 0);
+    if (input_) item.x = slab.load(slot, 1);
+    if (residual_) item.residual = slab.load(slot, 2);
     if (mask_) item.mask = mask_[step.mask_byte];
     return item;
   }

@@ -1,4 +1,6 @@
-// The two-phase plans: reduce, finish, then a second pass over the elements.
+// The ops as launches: one by a resident plan; by a two-phase plan reduce, finish, then a second pass over the
+// elements.
+#include "cuda/grad_sums.cuh"
 #include "cuda/launch.h"
 #include "cuda/passes.cuh"
 
@@ -38,6 +40,7 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
   if (!is_runnable(plan)) return cudaErrorInvalidValue;
   ForwardParams params = given;
   if (params.statistics == Statistics::batch) {
+    if (plan.schedule == Schedule::resident) return launch_resident_forward(params, plan, stream);
     const Workspace workspace(memory, params.layout);
     if (!params.mean) params.mean = workspace.first;
     if (!params.inv_std) params.inv_std = workspace.second;
@@ -67,6 +70,7 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
     params.sum_grad = nullptr;
     params.sum_grad_xhat = nullptr;
     params.count = nullptr;
+    if (plan.schedule == Schedule::resident) return launch_resident_backward(params, plan, stream);
     if (needs_sums || params.grad_weight.defined() || params.grad_bias.defined()) {
       const Workspace workspace(memory, params.layout);
       if (needs_sums) {

@@ -1,8 +1,6 @@
-// output = activation((x - mean) * inv_std * weight + bias + residual), with a bit an element for backward where asked.
-#include "cuda/activate.cuh"
-#include "cuda/octet.cuh"
+// The last pass of the two-phase plans, and the only one of evaluation.
+#include "cuda/normalize.cuh"
 #include "cuda/passes.cuh"
-#include "math/affine.h"
 
 namespace fastbn::cuda {
 namespace {
@@ -17,12 +15,11 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows && sizeof(T) < sizeof(double) ? 3 : least_blocks)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows != (sizeof(T) == sizeof(double)) ? 3 : least_blocks)
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);
-  const T* residual = static_cast<const T*>(params.residual);
-  T* output = static_cast<T*>(params.output);
+  const Normalize<T> normalize(params, plan);
   const Walk walk(params.layout, plan, Order::reversed);
 
   const bool saves = params.statistics == Statistics::running && walk.split == 0;
@@ -42,31 +39,17 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows && sizeof(T)
   };
   for_each_octet(
       walk,
-      [&](const Step& step) {
-        Item item = {};
-        item.x = load_octet(input + step.offset, step.count, plan.vectorized);
-        if (residual) item.residual = load_octet(residual + step.offset, step.count, plan.vectorized);
-        return item;
+      [&](const Step& step, int) {
+        return Item{load_octet(input + step.offset, step.count, plan.vectorized), normalize.load_residual(step)};
       },
-      [&](const Step& step, const Item& item) {
-        A z[octet];
-        FASTBN_UNROLL
-        for (int i = 0; i < octet; ++i) z[i] = affine[i % Walk::channels].apply(item.x[i]);
-        if (residual) {
-          FASTBN_UNROLL
-          for (int i = 0; i < octet; ++i) z[i] += item.residual[i];
-        }
-        if (params.mask) params.mask[step.mask_byte] = mask_of(params.activation, z, step.count);
-        activate(params.activation, z);
-        store_octet(output + step.offset, step.count, plan.vectorized, z);
-      });
+      [&](const Step& step, const Item& item) { normalize(step, item.x, item.residual, affine); });
 }
 
 }  // namespace
 
 cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
   return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
-    return device::launch(&normalize_kernel<T, Walk>, pass_shape(plan, 0, sizeof(Affine<acc_t<T>>), 0), stream, params,
+    return device::launch(&normalize_kernel<T, Walk>, last_pass_shape(plan, sizeof(Affine<acc_t<T>>)), stream, params,
                           plan);
   });
 }

@@ -14,11 +14,7 @@
 
 namespace fastbn::cuda {
 
-// What a block knows of the gradient's sums of one channel: of grad_z, and of grad_z * (x - pivot).
-struct GradSums {
-  double grad = 0;
-  double shifted = 0;
-};
+struct GradSums;
 
 // Partials lie as [splits, channels].
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Moments* partials, cudaStream_t stream);
@@ -32,6 +28,10 @@ cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& pl
                                     cudaStream_t stream);
 // The statistics are frozen where sum_grad is null; a null count is the layout's.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+// Sums and the last pass in one launch, by resident plans; with the statistics of the batch.
+cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
 
 // Calls run.operator()<T, Walk>() for the dtype and the plan's kernel.
 template <class Run>
@@ -55,20 +55,26 @@ inline bool is_runnable(const Plan& plan) {
   return lanes && plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
 }
 
-// A pass over the elements: shared memory of so many bytes, and behind them a scratch of so many a channel of the
-// block, or `lanes` times so many a warp.
-inline device::Launch pass_shape(const Plan& plan, int64_t bytes, int64_t bytes_a_channel, int64_t bytes_a_lane) {
-  const bool by_rows = plan.kernel == Kernel::row_blocks;
-  const int64_t lanes = by_rows ? plan.lanes : 1;
-  const int64_t coefficients = bytes_a_channel * lanes * (by_rows ? octet : 1);
-  const int64_t merges = bytes_a_lane * lanes * (plan.threads / device::kWarp);
+inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
+  assert(shared_bytes <= plan.shared_bytes);  // what the planner said
   device::Launch shape;
-  shape.grid_x = plan.grid_x;
-  shape.grid_y = plan.splits;
+  shape.grid_x = plan.grid_x * plan.cluster;
+  shape.grid_y = plan.splits / plan.cluster;
   shape.threads = plan.threads;
-  shape.shared_bytes = bytes + std::max(coefficients, merges);
-  assert(shape.shared_bytes <= plan.shared_bytes);  // what the planner said
+  shape.cluster = plan.cluster;
+  shape.shared_bytes = shared_bytes;
   return shape;
+}
+
+// A launch that reduces, whatever it does afterwards.
+template <class T>
+device::Launch sums_shape(const Plan& plan, bool backward) {
+  return grid_of(plan, shared_memory_of(plan, backward, sizeof(acc_t<T>), octet * sizeof(T)).bytes());
+}
+
+// A last pass over the elements, which needs only the coefficients of the block's channels.
+inline device::Launch last_pass_shape(const Plan& plan, int64_t bytes_a_channel) {
+  return grid_of(plan, bytes_a_channel * (plan.kernel == Kernel::row_blocks ? plan.lanes * octet : 1));
 }
 
 inline device::Launch finish_shape(const Layout& layout) {

@@ -1,6 +1,7 @@
-// Which octets a thread visits, in both layouts, without a division a step. A block has a slice of channels (grid x:
-// one channel, or `lanes` octets of them) and a contiguous share of what lies along it (grid y). A thread keeps its
-// channels all the way: one (channel_blocks), or the eight of its octet (row_blocks).
+// Which octets a thread visits, in both layouts, without a division a step. A block has a slice of channels (one
+// channel, or `lanes` octets of them) and a contiguous share of what lies along it: the blocks of a slice are a
+// cluster, side by side in grid x, or stand along grid y. A thread keeps its channels all the way: one
+// (channel_blocks), or the eight of its octet (row_blocks).
 #pragma once
 
 #include "cuda/device.cuh"
@@ -9,7 +10,6 @@
 
 namespace fastbn::cuda {
 
-constexpr int most_threads = 256;
 // Of blocks that a multiprocessor must hold: no demand. A kernel asks for a number of them where the compiler, left
 // alone, spills a word or two to hold one more.
 constexpr int least_blocks = 0;
@@ -31,10 +31,11 @@ class Walk {
 
   FASTBN_DEVICE Walk(const Layout& layout, const Plan& plan, Order order)
       : lanes(by_rows ? plan.lanes : 1),
-        split(order == Order::ascending ? device::block_y() : device::grid_y() - 1 - device::block_y()),
+        split(split_of(plan, order)),
         run_length_(layout.run()),
         octets_(layout.mask_bytes_per_run()) {
-    const int64_t slice = order == Order::ascending ? device::block_x() : device::grid_x() - 1 - device::block_x();
+    const int64_t block = order == Order::ascending ? device::block_x() : device::grid_x() - 1 - device::block_x();
+    const int64_t slice = block / plan.cluster;
     const int64_t thread = device::thread_index();
     slice_channel = slice * lanes * channels;
     channel = slice_channel + thread % lanes * channels;
@@ -44,7 +45,7 @@ class Walk {
     // Threads at the same lane share the places along the slice: rows, or the octets of all runs of the channel.
     const int64_t stride = device::block_threads() / lanes;
     const int64_t places = by_rows ? layout.outer : layout.outer * octets_;
-    const int64_t share = (places + device::grid_y() - 1) / device::grid_y();
+    const int64_t share = (places + plan.splits - 1) / plan.splits;
     const int64_t begin = split * share + thread / lanes;
     const int64_t end = split * share + share < places ? split * share + share : places;
     left_ = live > 0 && begin < end ? (end - begin + stride - 1) / stride : 0;
@@ -89,6 +90,11 @@ class Walk {
   int64_t channel;        // the thread's first channel
 
  private:
+  static FASTBN_DEVICE int64_t split_of(const Plan& plan, Order order) {
+    if (plan.cluster > 1) return device::cluster_rank();
+    return order == Order::ascending ? device::block_y() : device::grid_y() - 1 - device::block_y();
+  }
+
   int64_t run_length_, octets_;
   int64_t left_;
   int64_t run_ = 0, index_ = 0, step_runs_ = 0, step_index_ = 0, wrap_runs_ = 0;
@@ -98,24 +104,27 @@ class Walk {
 template <class Item>
 constexpr int octets_in_flight = sizeof(Item) <= 16 ? 2 : 1;
 
-// Calls use(step, load(step)) for every octet of the walk, the loads of several octets before the first use.
+// Calls use(step, load(step, number)) for every octet of the walk, numbered from 0, the loads of several octets before
+// the first use.
 template <class Walk, class Load, class Use>
 FASTBN_DEVICE void for_each_octet(Walk walk, Load load, Use use) {
-  using Item = decltype(load(Step{}));
+  using Item = decltype(load(Step{}, 0));
   constexpr int batch = octets_in_flight<Item>;
+  int number = 0;
   while (walk.more()) {
     Step steps[batch];
     Item items[batch] = {};
     FASTBN_UNROLL
     for (int i = 0; i < batch; ++i) {
       steps[i] = walk.step();
-      if (steps[i].count > 0) items[i] = load(steps[i]);
+      if (steps[i].count > 0) items[i] = load(steps[i], number + i);
       walk.next();
     }
     FASTBN_UNROLL
     for (int i = 0; i < batch; ++i) {
       if (steps[i].count > 0) use(steps[i], items[i]);
     }
+    number += batch;
   }
 }
 

@@ -1,5 +1,6 @@
 // The choice of a CUDA plan: a pure function of layout, dtype, direction, epilogue and device limits, so that it can be
-// tested and explained without a GPU. Traffic is in units of one activation tensor.
+// tested and explained without a GPU. Traffic is in units of one activation tensor. Also where a block keeps what in
+// shared memory, which planner and kernels have to agree on.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 
 #include "math/activation.h"
 #include "math/layout.h"
+#include "math/macros.h"
 #include "math/types.h"
 
 namespace fastbn {
@@ -35,26 +37,39 @@ struct Request {
   DType dtype = DType::float32;
   Direction direction = Direction::forward;
   Activation activation = Activation::none;
-  bool residual = false;
-  bool aligned = true;  // every pointer is a multiple of 16 bytes
+  bool residual = false;  // whether one was added
+  bool masked = false;    // the activation's derivative is kept as a bit an element
+  bool aligned = true;    // every pointer is a multiple of 16 bytes
+  bool fused = true;      // sums and what they are for in one op; channel_stats and grad_sums end with the sums
 };
 
 // Kernels walk runs in octets: eight elements, the unit of the mask and at least one 16-byte access.
 constexpr int octet = 8;
+
+// A block's; the totals of its threads lie so far apart in shared memory whether or not it has as many.
+constexpr int most_threads = 256;
 
 enum class Kernel {
   channel_blocks,  // a block walks the runs of one channel
   row_blocks,      // a block walks rows, a slice of channels wide
 };
 
+enum class Schedule {
+  two_phase,  // a pass for the sums, one that finishes them, and a pass that reads the elements again
+  resident,   // one pass: a block, or the blocks of a cluster, keep their slice on chip until its sums are known
+};
+
 struct Plan {
   Kernel kernel = Kernel::channel_blocks;
-  int threads = 256;
+  Schedule schedule = Schedule::two_phase;
+  int threads = most_threads;
   int lanes = 1;           // octets of a row that one row of threads covers (row_blocks)
   int64_t grid_x = 1;      // channels, or slices of channels
-  int64_t splits = 1;      // blocks that share a channel or slice: the grid's second dimension
+  int64_t splits = 1;      // blocks that share a channel or slice: the grid's second dimension, or a cluster
   bool vectorized = true;  // every octet is whole and 16-byte aligned
   int cluster = 1;
+  int slots = 0;             // octets of each tensor that a thread keeps (resident)
+  int tensors = 0;           // that are kept: input; or grad_out, input, residual (resident)
   int64_t shared_bytes = 0;  // the most that one of its launches takes
   int launches = 1;
   double tensor_reads = 0;
@@ -63,15 +78,16 @@ struct Plan {
 
 inline void add_traffic(const Request& request, Plan& plan) {
   const bool activated = request.activation != Activation::none;
-  const bool masked = request.residual && is_piecewise_linear(request.activation);
+  const bool masked = request.masked;
   const double mask = masked ? 1.0 / (8 * double(element_size(request.dtype))) : 0;
   const double residual = request.residual ? 1 : 0;
+  const bool once = plan.schedule == Schedule::resident;
   // A backward pass over the elements reads input and grad_out, and what tells the activation's derivative.
   const double backward_pass = 2 + (!activated ? 0 : masked ? mask : residual);
   switch (request.direction) {
     case Direction::forward:
-      plan.launches = 3;
-      plan.tensor_reads = 2 + residual;
+      plan.launches = once ? 1 : 3;
+      plan.tensor_reads = (once ? 1 : 2) + residual;
       plan.tensor_writes = 1 + mask;
       break;
     case Direction::eval:
@@ -79,8 +95,9 @@ inline void add_traffic(const Request& request, Plan& plan) {
       plan.tensor_writes = 1 + mask;
       break;
     case Direction::backward:
-      plan.launches = 3;
-      plan.tensor_reads = 2 * backward_pass;
+      plan.launches = once ? 1 : 3;
+      // Bits are not worth a place on chip: they are read twice.
+      plan.tensor_reads = once ? backward_pass + mask : 2 * backward_pass;
       plan.tensor_writes = 1 + (activated ? residual : 0);
       break;
     case Direction::frozen_backward:  // with weight and bias frozen too; their gradients cost the sums
@@ -90,19 +107,104 @@ inline void add_traffic(const Request& request, Plan& plan) {
   }
 }
 
-// As the passes lay it out: two float64 totals of each of a thread's channels and a scratch for merging, or the
-// coefficients of the block's channels.
-inline void add_shared_bytes(const Request& request, Plan& plan) {
+// Bytes of a block's shared memory, one part behind the other. Totals are two float64 sums of each of a thread's
+// channels; the scratch merges them, and holds coefficients while it does not.
+struct SharedMemory {
+  int64_t totals = 0, scratch = 0;
+  int64_t exchange = 0;      // resident: the block's sums of each of its channels, for its cluster
+  int64_t coefficients = 0;  // resident: made from all sums while others may still read `exchange`
+  int64_t slab = 0;          // resident: the octets that are kept
+
+  FASTBN_INLINE int64_t bytes() const { return totals + scratch + exchange + coefficients + slab; }
+};
+
+// element: the bytes of the type that elements are computed in; octet_bytes: of eight elements as they are stored.
+FASTBN_INLINE SharedMemory shared_memory_of(const Plan& plan, bool backward, int64_t element, int64_t octet_bytes) {
   const bool by_rows = plan.kernel == Kernel::row_blocks;
-  const int64_t element = request.dtype == DType::float64 ? 8 : 4;
-  const int64_t block_channels = by_rows ? plan.lanes * octet : 1;
-  const int64_t totals = 2 * (by_rows ? octet : 1) * int64_t(plan.threads) * 8;
-  const int64_t merging = int64_t(by_rows ? plan.lanes : 1) * (plan.threads / 32) * 24;  // a Moments a lane and warp
+  const int64_t lanes = by_rows ? plan.lanes : 1;
+  const int64_t block_channels = by_rows ? lanes * octet : 1;
+  const int64_t merging = lanes * (plan.threads / 32) * 24;  // a Moments a lane and warp
   const int64_t affine = block_channels * 3 * element, both = block_channels * 8 * element;
+  const auto whole = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  SharedMemory parts;
+  parts.totals = 2 * (by_rows ? octet : 1) * int64_t(most_threads) * 8;
+  parts.scratch = whole(merging > affine ? merging : affine);
+  if (plan.schedule == Schedule::resident) {
+    parts.exchange = whole(block_channels * 24);
+    parts.coefficients = whole(backward ? both : affine);
+    parts.slab = int64_t(plan.slots) * plan.tensors * plan.threads * octet_bytes;
+  }
+  return parts;
+}
+
+inline void add_shared_bytes(const Request& request, Plan& plan) {
+  const int64_t element = request.dtype == DType::float64 ? 8 : 4;
+  const int64_t lanes = plan.kernel == Kernel::row_blocks ? plan.lanes * octet : 1;
   const bool forward = request.direction == Direction::forward || request.direction == Direction::eval;
-  plan.shared_bytes = request.direction == Direction::eval ? affine
-                      : forward                            ? std::max(totals + merging, affine)
-                                                           : std::max(totals + std::max(merging, affine), both);
+  const auto parts = shared_memory_of(plan, !forward, element, octet * int64_t(element_size(request.dtype)));
+  const int64_t last_pass = lanes * (forward ? 3 : 8) * element;
+  plan.shared_bytes = request.direction == Direction::eval ? last_pass : std::max(parts.bytes(), last_pass);
+}
+
+// Makes the plan resident with the given slice and cluster if a block's share fits. Returns whether it does.
+inline bool keep_on_chip(const Request& request, const DeviceLimits& limits, int lanes, int cluster, Plan& plan) {
+  const Layout& layout = request.layout;
+  const bool by_rows = plan.kernel == Kernel::row_blocks;
+  const int64_t octets_per_run = layout.mask_bytes_per_run();
+  const int64_t places = by_rows ? layout.outer : layout.outer * octets_per_run;
+  const int64_t share = (places + cluster - 1) / cluster, together = plan.threads / (by_rows ? lanes : 1);
+  const int64_t slots = (share + together - 1) / together;
+  const bool reads_residual = request.residual && request.activation != Activation::none && !request.masked;
+  Plan tried = plan;
+  tried.schedule = Schedule::resident;
+  tried.lanes = by_rows ? lanes : 1;
+  tried.grid_x = by_rows ? (octets_per_run + lanes - 1) / lanes : layout.channels;
+  tried.splits = tried.cluster = cluster;
+  tried.tensors = request.direction == Direction::forward ? 1 : 2 + reads_residual;
+  tried.slots = static_cast<int>(std::min<int64_t>(slots, 1 << 20));
+  add_shared_bytes(request, tried);
+  if (tried.shared_bytes > limits.shared_bytes_per_block) return false;
+  plan = tried;
+  return true;
+}
+
+// Microseconds that a plan may take: its traffic at the bandwidth of the multiprocessors that have a block, and its
+// launches. Estimates for an H200: 4.3e6 bytes a microsecond, 2 microseconds a launch.
+inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
+  const double blocks = double(plan.grid_x * plan.splits), sms = double(limits.sm_count);
+  const double busy = blocks < sms ? blocks / sms : 1;
+  const double bytes = double(request.layout.numel()) * double(element_size(request.dtype));
+  return (plan.tensor_reads + plan.tensor_writes) * bytes / (4.3e6 * busy) + 2.0 * plan.launches;
+}
+
+// The widest slice of channels, then the smallest cluster, that give nearly every multiprocessor a block; where none
+// does, the most blocks.
+inline bool make_resident(const Request& request, const DeviceLimits& limits, Plan& plan) {
+  const bool sums = request.direction == Direction::forward || request.direction == Direction::backward;
+  if (!sums || !request.fused || request.layout.numel() == 0) return false;
+  const bool by_rows = plan.kernel == Kernel::row_blocks;
+  // A slice of rows is at most a cache line wide, for more is not more coalesced, and at least a sector, for less would
+  // read every byte more than once.
+  const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
+  int least = 1, widest = 1;
+  while (by_rows && least < plan.lanes && least * octet_bytes < 32) least *= 2;
+  while (by_rows && widest < plan.lanes && widest * octet_bytes < 128) widest *= 2;
+  const int64_t enough = limits.sm_count - limits.sm_count / 8;
+  Plan best = plan;
+  int64_t most = 0;
+  for (int lanes = widest; lanes >= least; lanes /= 2) {
+    for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
+      Plan tried = plan;
+      if (!keep_on_chip(request, limits, lanes, cluster, tried)) continue;
+      const int64_t blocks = tried.grid_x * cluster;
+      if (blocks > most) best = tried, most = blocks;
+      if (most >= enough || tried.slots == 1) break;
+    }
+    if (most >= enough) break;
+  }
+  if (most == 0) return false;
+  plan = best;
+  return true;
 }
 
 inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
@@ -130,6 +232,13 @@ inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
   plan.splits = std::clamp<int64_t>(wanted_blocks / plan.grid_x, 1, most_splits);
   add_traffic(request, plan);
   add_shared_bytes(request, plan);
+
+  Plan resident = plan;
+  if (make_resident(request, limits, resident)) {
+    add_traffic(request, resident);
+    // A few channels fill a few clusters, and reading twice with the whole machine is faster.
+    if (predicted_us(request, limits, resident) <= predicted_us(request, limits, plan)) return resident;
+  }
   return plan;
 }
 

@@ -1,5 +1,5 @@
-// The two-phase kernels on the emulator against the definitions in double: every dtype, layout, activation, source of
-// statistics; the edges of the contract; and the same bits under every schedule.
+// The kernels of both schedules on the emulator against the definitions in double: every dtype, layout, activation,
+// source of statistics; the edges of the contract; and the same bits under every schedule.
 #include <limits>
 
 #include "check.h"
@@ -43,6 +43,7 @@ struct Shape {
   int threads = 0;  // 0: as planned
   int64_t splits = 0;
   int64_t shift = 0;
+  int cluster = 0;  // 0: two phases; else a resident plan with clusters of so many blocks
 };
 
 const Shape shapes[] = {
@@ -52,10 +53,25 @@ const Shape shapes[] = {
     {{4, 2, 200}, 32, 3, 0},          // runs longer than a block, splits that cut them
     {{70, 2, 8}, 32, 1, 0},           // many runs a block
     {{1, 1, 8 * 32 * 67}, 32, 1, 0},  // promotions of the running sums
-    {{37, 16, 1}, 0, 0, 0},          {{37, 16, 1}, 64, 5, 1}, {{29, 13, 1}, 64, 2, 0},  // a tail in every row
+    {{37, 16, 1}, 0, 0, 0},
+    {{37, 16, 1}, 64, 5, 1},
+    {{29, 13, 1}, 64, 2, 0},   // a tail in every row
     {{40, 264, 1}, 64, 2, 0},  // two slices, the second one octet wide
     {{6, 3, 1}, 32, 4, 0},     // less than an octet, splits without rows
     {{32 * 67, 8, 1}, 32, 1, 0},
+    // The same resident: in one block, in clusters, with blocks that have nothing, slots in every stage of arrival.
+    {{3, 5, 16}, 0, 0, 0, 1},
+    {{3, 5, 16}, 64, 0, 1, 2},
+    {{2, 3, 49}, 32, 0, 0, 4},
+    {{4, 2, 200}, 32, 0, 0, 2},
+    {{70, 2, 8}, 32, 0, 0, 8},
+    {{1, 1, 8 * 32 * 67}, 32, 0, 0, 4},
+    {{37, 16, 1}, 0, 0, 0, 1},
+    {{37, 16, 1}, 32, 0, 1, 4},
+    {{29, 13, 1}, 64, 0, 0, 2},
+    {{40, 264, 1}, 64, 0, 0, 4},
+    {{6, 3, 1}, 32, 0, 0, 16},
+    {{32 * 67, 8, 1}, 32, 0, 0, 4},
 };
 
 template <class T>
@@ -64,9 +80,19 @@ Plan plan_of(const Shape& shape) {
   request.layout = shape.layout;
   request.dtype = dtype_of<T>;
   request.aligned = shape.shift == 0;
+  request.fused = false;
   Plan plan = choose_plan(request, known_devices[2]);
   if (shape.threads) plan.threads = shape.threads;
   if (shape.splits) plan.splits = shape.splits;
+  if (shape.cluster) {
+    // Room for what any op keeps.
+    request.direction = Direction::backward;
+    request.activation = Activation::silu;
+    request.residual = true;
+    DeviceLimits limits = known_devices[2];
+    limits.shared_bytes_per_block = 1 << 30;
+    CHECK(keep_on_chip(request, limits, plan.lanes, shape.cluster, plan));
+  }
   return plan;
 }
 

@@ -104,27 +104,78 @@ void test_layouts() {
   CHECK(layout_of(one, 4, MemoryFormat::channels_last).runs() == 1);
 }
 
-void test_plans() {
+void test_two_phase_plans() {
   const DeviceLimits h200 = known_devices[2];
-  Request request{{256, 64, 3136}, DType::bfloat16};
+  Request request{{256, 64, 112 * 112}, DType::bfloat16};
   Plan plan = choose_plan(request, h200);
+  CHECK(plan.schedule == Schedule::two_phase && plan.cluster == 1 && plan.launches == 3);
   CHECK(plan.kernel == Kernel::channel_blocks && plan.vectorized && plan.splits > 1);
   CHECK(plan.tensor_reads == 2 && plan.tensor_writes == 1);
   request.direction = Direction::backward;
   CHECK(choose_plan(request, h200).tensor_reads == 4);
-  request.residual = true;
+  request.residual = request.masked = true;
   request.activation = Activation::relu;
   CHECK(choose_plan(request, h200).tensor_reads == 2 * (2 + 1.0 / 16));
+  request.masked = false;
   request.activation = Activation::silu;
   CHECK(choose_plan(request, h200).tensor_reads == 6 && choose_plan(request, h200).tensor_writes == 2);
   request.aligned = false;
   CHECK(!choose_plan(request, h200).vectorized);
   for (int64_t channels : {1, 3, 8, 100, 4096})
     for (int64_t outer : {1, 2, 1000, 10000000}) {
-      const Plan rows = choose_plan({{outer, channels, 1}, DType::float32}, h200);
+      Request rows_request{{outer, channels, 1}, DType::float32};
+      rows_request.fused = false;
+      const Plan rows = choose_plan(rows_request, h200);
       CHECK(rows.kernel == Kernel::row_blocks && rows.splits >= 1 && rows.splits <= 1024);
       CHECK(rows.grid_x * rows.lanes * octet >= channels);
     }
+}
+
+void test_resident_plans() {
+  const DeviceLimits h200 = known_devices[2], a100 = known_devices[0];
+  // A channel of 256 x 56 x 56 bfloat16 is 1.6 MB: a cluster. One of 256 x 7 x 7 is 25 KB: a block.
+  Request request{{256, 64, 56 * 56}, DType::bfloat16};
+  Plan plan = choose_plan(request, h200);
+  CHECK(plan.schedule == Schedule::resident && plan.cluster == 8 && plan.launches == 1 && plan.grid_x == 64);
+  CHECK(plan.tensor_reads == 1 && plan.tensor_writes == 1 && plan.shared_bytes <= h200.shared_bytes_per_block);
+  CHECK(choose_plan(request, a100).schedule == Schedule::two_phase);
+  request.direction = Direction::backward;
+  request.residual = request.masked = true;
+  request.activation = Activation::relu;
+  plan = choose_plan(request, h200);
+  CHECK(plan.cluster == 16 && plan.tensors == 2 && plan.launches == 1);
+  CHECK(plan.tensor_reads == 2 + 2.0 / 16 && plan.tensor_writes == 2);
+  request.masked = false;
+  request.activation = Activation::silu;
+  CHECK(choose_plan(request, h200).schedule == Schedule::two_phase);  // three tensors do not fit
+  request.layout = {256, 512, 49};
+  plan = choose_plan(request, h200);
+  CHECK(plan.schedule == Schedule::resident && plan.tensors == 3 && plan.tensor_reads == 3);
+  CHECK(choose_plan({{256, 512, 49}, DType::bfloat16}, a100).schedule == Schedule::resident);
+  request.fused = false;
+  CHECK(choose_plan(request, h200).schedule == Schedule::two_phase);
+  CHECK(choose_plan({{0, 512, 49}, DType::bfloat16}, h200).schedule == Schedule::two_phase);
+  // Three channels fill three clusters of 132 multiprocessors, unless they are so small that launches are what counts.
+  CHECK(choose_plan({{32, 3, 224 * 224}, DType::bfloat16}, h200).schedule == Schedule::two_phase);
+  CHECK(choose_plan({{16, 3, 28 * 28}, DType::bfloat16}, h200).schedule == Schedule::resident);
+
+  for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16})
+    for (Direction direction : {Direction::forward, Direction::backward})
+      for (int64_t channels : {1, 3, 8, 100, 512, 4096})
+        for (int64_t outer : {1, 7, 64, 12544, 50176, 3000000})
+          for (int64_t inner : {1, 2, 49, 3136}) {
+            const Plan p = choose_plan({{outer, channels, inner}, dtype, direction}, h200);
+            if (p.schedule != Schedule::resident) continue;
+            CHECK(p.shared_bytes <= h200.shared_bytes_per_block && p.cluster <= h200.max_cluster);
+            CHECK(p.cluster == p.splits && p.launches == 1);
+            // Every element has a slot.
+            const int64_t width = p.kernel == Kernel::row_blocks ? p.lanes * octet : 1;
+            const int64_t octets_kept = int64_t(p.slots) * p.threads * p.cluster;
+            const int64_t runs = p.kernel == Kernel::row_blocks ? outer * p.lanes : outer * ((inner + 7) / 8);
+            CHECK(p.grid_x * width >= channels && octets_kept >= runs);
+            // A slice of rows is at least a sector wide.
+            CHECK(p.kernel == Kernel::channel_blocks || width >= channels || width * element_size(dtype) >= 32);
+          }
 }
 
 }  // namespace
@@ -135,6 +186,7 @@ int main() {
   test_moments();
   test_affine_keeps_the_rounding_of_the_mean();
   test_layouts();
-  test_plans();
+  test_two_phase_plans();
+  test_resident_plans();
   return fastbn::test::result();
 }

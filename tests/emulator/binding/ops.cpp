@@ -1,15 +1,23 @@
 // torch.ops.fastbn_emulator: the CUDA ops' own bindings and kernels, run by the emulator on CPU tensors.
+#include "bindings/ops.h"
+
 #include <pybind11/pybind11.h>
 
 #include "bindings/cuda_backend.h"
-#include "bindings/ops.h"
 #include "emulator.h"
 
 namespace fastbn {
 namespace {
 
-// A machine so small that plans split the small shapes of tests.
-constexpr DeviceLimits emulated_limits{"emulator", 2, 16384, 4, 65536};
+// What the planner is told: so few multiprocessors that plans split the small shapes of tests, and no room on chip.
+DeviceLimits emulated_limits{"emulator", 2, 0, 1, 65536};
+
+// With room on chip plans are resident, and clusters grow until there is a block a multiprocessor.
+void set_limits(int sm_count, int64_t shared_bytes_per_block, int max_cluster) {
+  emulated_limits.sm_count = sm_count;
+  emulated_limits.shared_bytes_per_block = shared_bytes_per_block;
+  emulated_limits.max_cluster = max_cluster;
+}
 
 struct EmulatorContext {
   explicit EmulatorContext(const Tensor&) {}
@@ -25,5 +33,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("set_limits", &fastbn::set_limits, "What the planner is told of the emulated GPU.", pybind11::kw_only(),
+        pybind11::arg("sm_count"), pybind11::arg("shared_bytes_per_block"), pybind11::arg("max_cluster"));
+  m.def("launches", &fastbn::emulator::launches, "How many launches ran.");
   m.def("set_seed", &fastbn::emulator::set_seed, "Restart the schedule of fibres from a seed.");
 }

@@ -33,6 +33,12 @@ void sync_cluster(const Location& where = Location::current());
 void sync_grid(const Location& where = Location::current());
 void thread_fence(const Location& where = Location::current());
 
+inline int64_t atomic_add(int64_t* to, int64_t value) {
+  const int64_t before = *to;
+  *to += value;
+  return before;
+}
+
 template <class T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulator::shared_memory());

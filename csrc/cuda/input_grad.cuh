@@ -1,0 +1,57 @@
+// The last step of a backward pass over an octet, which every schedule ends with.
+#pragma once
+
+#include "cuda/grad_z.cuh"
+
+namespace fastbn::cuda {
+
+template <class A>
+struct GradCoefficients {
+  Affine<A> affine;
+  GradAffine<A> grad;
+};
+
+// grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
+// grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.
+template <class T>
+class InputGrad {
+ public:
+  using A = acc_t<T>;
+
+  FASTBN_DEVICE InputGrad(const BackwardParams& params, const Plan& plan, bool frozen)
+      : grad_input_(static_cast<T*>(params.grad_input)),
+        grad_residual_(static_cast<T*>(params.grad_residual)),
+        frozen_(frozen),
+        vectorized_(plan.vectorized) {}
+
+  template <int channels>
+  FASTBN_DEVICE void operator()(const Step& step, const GradZ<T>& grad_z, const typename GradZ<T>::Item& item,
+                                const Affine<A> (&affine)[channels],
+                                const GradCoefficients<A> (&coefficients)[channels]) const {
+    A grad[octet];
+    grad_z.compute(item, affine, grad);
+    if (grad_residual_) store_octet(grad_residual_ + step.offset, step.count, vectorized_, grad);
+    if (!grad_input_) return;
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) {
+      const GradAffine<A>& g = coefficients[i % channels].grad;
+      grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
+    }
+    store_octet(grad_input_ + step.offset, step.count, vectorized_, grad);
+  }
+
+ private:
+  T* grad_input_;
+  T* grad_residual_;
+  bool frozen_, vectorized_;
+};
+
+template <class A>
+FASTBN_DEVICE GradCoefficients<A> grad_coefficients(const BackwardParams& params, int64_t channel, double sum_grad,
+                                                    double sum_grad_xhat, double count) {
+  return {affine_of<A>(params, channel),
+          GradAffine<A>::make(params.mean[channel], params.inv_std[channel], params.weight.load_or(channel, 1),
+                              sum_grad, sum_grad_xhat, count)};
+}
+
+}  // namespace fastbn::cuda

@@ -1,0 +1,85 @@
+"""CUDA plans: predicted traffic for the activations of ResNet-50, and the launches that a plan comes to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastbn
+from bench.workloads import RESNET50
+from fastbn import reference
+from tests.emulator import build
+
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+BATCHES = (32, 64, 128, 256)
+
+
+def _plan(batch, channels, size, memory_format, direction):
+    x = torch.empty(batch, channels, size, size, dtype=torch.bfloat16, device="meta", memory_format=memory_format)
+    return fastbn.explain(x, direction, device="h200")
+
+
+def _read_again(memory_format, direction):
+    """(batch, channels, size) of the activations that do not fit on chip, and are read twice."""
+    cases = [(batch, *activation) for batch in BATCHES for activation in RESNET50]
+    return {case for case in cases if _plan(*case, memory_format, direction).launches > 1}
+
+
+@pytest.mark.parametrize("direction, floor", [("forward", 2), ("backward", 3)])
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+@pytest.mark.parametrize("activation", RESNET50, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_plan_of_one_launch_moves_the_floor(batch, activation, memory_format, direction, floor):
+    plan = _plan(batch, *activation, memory_format, direction)
+    moved = plan.tensor_reads + plan.tensor_writes
+    if plan.launches == 1:
+        assert moved == floor and plan.kernel.startswith("resident_")
+    else:
+        assert plan.launches == 3 and moved == (3 if direction == "forward" else 5)
+
+
+def test_contiguous_activations_but_the_largest_are_read_once():
+    assert _read_again(CONTIGUOUS, "forward") == {(256, 64, 112)}
+    assert _read_again(CONTIGUOUS, "backward") == {(128, 64, 112), (256, 64, 112)}
+
+
+def test_channels_last_activations_are_read_once_as_far_as_a_cluster_holds_a_slice():
+    # 16 blocks hold 3 MB: 32 bytes of some 90 thousand rows, in backward of half as many.
+    rows = {direction: 0 for direction in ("forward", "backward")}
+    for direction in rows:
+        again = _read_again(CHANNELS_LAST, direction)
+        kept = {(b, c, s) for b in BATCHES for c, s in RESNET50} - again
+        rows[direction] = max(b * s * s for b, c, s in kept)
+        assert min(b * s * s for b, c, s in again) > rows[direction]
+    assert rows == {"forward": 50176, "backward": 25088}
+
+
+@pytest.mark.parametrize(
+    "ops, launches", [pytest.param("emulator", 3, id="two_phase"), pytest.param("resident", 1)], indirect=["ops"]
+)
+@pytest.mark.parametrize("shape", [(40, 3, 50), (600, 24)], ids=str)
+def test_launches_are_those_of_the_schedule(ops, launches, shape):
+    """With a cumulative average, for which every block of a launch needs the number of batches."""
+    launched = build.load().launches
+    channels = shape[1]
+    x = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    weight = torch.linspace(0.5, 1.5, channels)
+    runs = {}
+    for namespace in (ops.namespace, reference):
+        buffers = torch.zeros(channels), torch.ones(channels), torch.tensor(0)
+        begun = launched()
+        for batch in x:
+            given = (batch, None, weight, None, *buffers, None, 1e-5, 0, False)
+            output, mean, inv_std, _ = namespace.batch_norm_train(*given)
+        if namespace is ops.namespace:
+            assert launched() - begun == 3 * launches
+            begun = launched()
+        grads = namespace.batch_norm_backward(
+            output, x[-1], None, None, weight, None, mean, inv_std, True, 0, True, True, False, False
+        )
+        if namespace is ops.namespace:
+            assert launched() - begun == launches
+        runs[namespace] = [output, *buffers, *grads[:2]]
+    for got, expected in zip(runs[ops.namespace], runs[reference], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    assert runs[ops.namespace][3].item() == 3

@@ -16,16 +16,18 @@ from bench.implementations import Prepared
 from bench.timer import Call
 
 
-def count_launches(call: Call) -> tuple[int | None, list[str]]:
-    """(kernels that one call runs on the GPU, their names in order); copies and fills count. None without a GPU."""
-    if not torch.cuda.is_available():
+def count_launches(call: Call, device: torch.device) -> tuple[int | None, list[str]]:
+    """(kernels that one call runs on the GPU, their names in order); copies and fills count. None on a CPU."""
+    if device.type != "cuda":
         return None, []
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # Annotations are ranges that a tracer marked, not work.
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in on_gpu if not event.is_user_annotation]
     names = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
     return len(names), names
 

@@ -1,38 +1,42 @@
 """Two runs against each other, case by case.
 
-Machines drift by more than code changes. So where both runs timed torch in the same rounds, an implementation's time is
-taken in units of torch's, and what is left is the change of the implementation. A change counts where it is larger than
-the tolerance and than the spread of both runs.
+Machines drift by more than code changes, and not only as a whole: large tensors may take twice as long in one process
+as in another. So a change counts only where it shows twice, in units of torch's time in the same rounds and as time by
+itself, both beyond the tolerance and beyond what the spread of the rounds explains.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
+from bench.implementations import FASTBN, STOCK
 from bench.results import Measurement, Results
 from fastbn.cli.text import table
 
-STOCK, JUDGED = "torch", "fastbn"
 TOLERANCE = 0.10
+# Standard errors of its medians that a change must exceed.
+DEVIATIONS = 4
 
 
 @dataclass(frozen=True)
 class Change:
-    """`ratio`: new time over old, each over torch's of its run if `relative`; `noise`: its spread without a change."""
+    """New over old: `time`, over what torch's changed by in the median case; `ratio`, in units of torch's time, where
+    both runs have it. noise: how far from 1 the spread of the rounds may bring them."""
 
     measurement: Measurement
+    time: float
     ratio: float
     noise: float
-    relative: bool
 
     @property
     def is_regression(self) -> bool:
-        return self.ratio > 1 + max(self.noise, TOLERANCE)
+        return min(self.ratio, self.time) > 1 + max(self.noise, TOLERANCE)
 
     @property
     def is_improvement(self) -> bool:
-        return 1 / self.ratio > 1 + max(self.noise, TOLERANCE)
+        return 1 / max(self.ratio, self.time) > 1 + max(self.noise, TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,30 @@ def compare(old: Results, new: Results) -> Comparison:
     times = {}
     for key in both:
         times.setdefault(key[-1], []).append(after[key].median_us / before[key].median_us)
-    judged = [key for key in both if key[-1].startswith(JUDGED)]
-    changes = sorted((_change(before[key], after[key]) for key in judged), key=lambda change: -change.ratio)
+    judged = [key for key in both if key[-1].startswith(FASTBN)]
     drift = {name: statistics.median(ratios) for name, ratios in times.items()}
+    changes = sorted(
+        (_change(before, after, key, drift.get(STOCK, 1.0)) for key in judged), key=lambda change: -change.ratio
+    )
     return Comparison(changes, drift, len(before) - len(both), len(after) - len(both))
 
 
-def _change(old: Measurement, new: Measurement) -> Change:
-    relative = STOCK in old.speedup_over and STOCK in new.speedup_over
-    ratio = old.speedup_over[STOCK] / new.speedup_over[STOCK] if relative else new.median_us / old.median_us
-    return Change(new, ratio, sum((m.p80_us - m.p20_us) / m.median_us for m in (old, new)), relative)
+def _change(old: dict, new: dict, key: tuple, drift: float) -> Change:
+    stock = (*key[:-1], STOCK)
+    relative = all(STOCK in run[key].speedup_over and stock in run for run in (old, new))
+    time = new[key].median_us / old[key].median_us
+    # Without torch the machine's drift cannot be told from a change of the code.
+    ratio = old[key].speedup_over[STOCK] / new[key].speedup_over[STOCK] if relative else time
+    involved = [run[each] for run in (old, new) for each in ((key, stock) if relative else (key,))]
+    noise = DEVIATIONS * math.hypot(*map(_median_error, involved))
+    return Change(new[key], time / drift, ratio, noise)
+
+
+def _median_error(measurement: Measurement) -> float:
+    """Standard error of a median of normal samples, relative: 1.25 standard deviations over the root of their number.
+    From the 20th to the 80th percentile are 1.68 standard deviations."""
+    spread = (measurement.p80_us - measurement.p20_us) / measurement.median_us
+    return 1.25 / 1.68 * spread / math.sqrt(measurement.rounds)
 
 
 def lines(comparison: Comparison, shown: int = 20) -> list[str]:
@@ -89,6 +107,5 @@ def lines(comparison: Comparison, shown: int = 20) -> list[str]:
 
 def _row(change: Change) -> list[str]:
     measurement = change.measurement
-    unit = f"x its time over {STOCK}'s" if change.relative else "x its time"
     about = [measurement.case, measurement.dtype, measurement.op, measurement.implementation]
-    return [*about, f"{change.ratio:.2f} {unit}", f"noise {change.noise:.0%}"]
+    return [*about, f"{change.ratio:.2f} x", f"({change.time:.2f} x by itself, noise {change.noise:.0%})"]

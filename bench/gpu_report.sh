@@ -3,8 +3,9 @@
 #
 #   OUT       where results go (default: .build/gpu_report): results.json, report.md, plots.tar.gz, log.txt, summary.txt
 #   DEVICE    cuda, or cpu to try the script without a GPU (default: cuda)
-#   PYTHON    an interpreter with torch, pytest, pytest-xdist, hypothesis, jsonschema, matplotlib, tqdm (default: python3)
-#   SECONDS_IN_ALL  (default: 530)
+#   PYTHON    an interpreter with torch, pytest, pytest-xdist, hypothesis, matplotlib, tqdm (default: python3)
+#   SECONDS_IN_ALL   (default: 530)
+#   FASTBN_REVISION  the git revision, for records of a tree that came without its history
 #
 # Needs no network. A step that fails or runs out of time does not stop the others. The summary is printed last.
 set -uo pipefail
@@ -42,6 +43,7 @@ step() {
 machine() {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   nvcc --version | tail -2
+  git rev-parse HEAD 2> /dev/null || echo "revision ${FASTBN_REVISION:-unknown: set FASTBN_REVISION}"
   "$PYTHON" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__, torch.version.cuda)'
 }
 
@@ -56,7 +58,8 @@ build() {
 
 tests() {
   [ "$DEVICE" = cuda ] && export FASTBN_REQUIRE_CUDA=1
-  OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -m gpu -n "$(($(nproc) / 2))"
+  export OMP_NUM_THREADS=2
+  exec "$PYTHON" -m pytest -q -m gpu -n "$(($(nproc) / 2))"
 }
 
 # sanitize TOOL: the small cases of every op and both kinds of layout.
@@ -79,13 +82,14 @@ sanitizers() {
   return "$status"
 }
 
-verify() { "$PYTHON" -m fastbn verify --device "$DEVICE"; }
+verify() { exec "$PYTHON" -m fastbn verify --device "$DEVICE"; }
 
 bench() {
   local suite=gpu
   [ "$DEVICE" = cuda ] || suite=quick
   # The rest is for the plots, and for what the last case takes beyond the limit.
-  "$PYTHON" -m bench --suite "$suite" --device "$DEVICE" --time-limit "$((LIMIT - 40))" \
+  # In the place of this shell: what `timeout` sends must reach bench, and be waited for.
+  exec "$PYTHON" -m bench --suite "$suite" --device "$DEVICE" --time-limit "$((LIMIT - 40))" \
     --json "$OUT/results.json" --plots "$LOGS/plots"
 }
 
@@ -108,9 +112,9 @@ done > "$OUT/log.txt"
 last() { [ -f "$LOGS/$1" ] && tr '\r' '\n' < "$LOGS/$1" | grep -v '^ *$' | tail -n "$2" | cut -c1-200; }
 {
   printf '\n==== summary\n'
-  last machine 4
+  last machine 5
   while IFS='|' read -r name outcome seconds; do printf '%-11s %-18s %4s s\n' "$name" "$outcome" "$seconds"; done < "$LOGS/status"
-  for part in "build 3" "tests 14" "sanitizers 12" "verify 3" "bench 42"; do
+  for part in "build 3" "tests 8" "sanitizers 12" "verify 3" "bench 42"; do
     set -- $part
     printf -- '-- %s\n' "$1"
     last "$1" "$2"

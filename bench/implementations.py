@@ -51,7 +51,7 @@ class Implementation:
 
 def implementations(device: torch.device) -> list[Implementation]:
     """All that this installation has for a device, in the order of the tables."""
-    default = _ops.default_backend(device)[0]
+    default, reason = _ops.default_backend(device)
     others = [name for name in _ops.backends() if name not in (default, "reference")]
     compiled = [
         Implementation(name, functools.partial(_prepare_compiled, mode), compiles=True)
@@ -61,7 +61,7 @@ def implementations(device: torch.device) -> list[Implementation]:
         Implementation(STOCK, _prepare_stock),
         *compiled,
         *([Implementation("onednn", _prepare_onednn, _why_not_onednn)] if device.type == "cpu" else []),
-        *([Implementation(FASTBN, _prepare_fastbn)] if default else []),
+        Implementation(FASTBN, _prepare_fastbn, lambda workload: None if default else reason),
         *[
             Implementation(f"{FASTBN}-{name}", functools.partial(_prepare_backend, name))
             for name in others

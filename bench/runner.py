@@ -69,7 +69,7 @@ class Runner:
             clock = IdleClock(self.device, to_the_end=False)
             samples = time_in_turns([each.call for each in prepared.values()], clock, self.budget)
             for (name, each), seconds in zip(prepared.items(), samples):
-                launches, kernels = calls.count_launches(each.call)
+                launches, kernels = calls.count_launches(each.call, self.device)
                 has_backward = workload.operation.backward
                 self.results.calls.append(
                     Call(

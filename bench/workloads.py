@@ -111,10 +111,10 @@ def _gpu() -> list[Workload]:
     half, rest = (torch.bfloat16,), (torch.float32, torch.float16)
     compiled = _cross(headline, half, _named("train_backward", "train_backward+relu"), compiled=True)
     return [
-        *compiled,
         *_without(compiled, _cross(_resnet50(128), half, OPERATIONS)),
         *_cross(others, half, _STEPS),
         *_cross(_resnet50(128), rest, _STEPS),
+        *compiled,
         *_cross([*_resnet50(256), *_resnet50(32)], half, _STEPS),
         *_sweeps(torch.bfloat16, n=(64, 14, 14), c=(32, 14), hw=(32, 64)),
         *_cross([*others, *_resnet50(256), *_resnet50(32)], (*half, *rest), OPERATIONS),

@@ -113,13 +113,7 @@ def _torch_traffic(direction, index, residual, training) -> tuple[float, float]:
 
 def _cuda_plan(input, direction, index, residual, training, limits, reason) -> Plan:
     if limits is None:
-        properties = torch.cuda.get_device_properties(input.device)
-        limits = _C.DeviceLimits(
-            sm_count=properties.multi_processor_count,
-            shared_bytes_per_block=properties.shared_memory_per_block_optin,
-            max_cluster=16 if properties.major >= 9 else 1,
-            l2_bytes=properties.L2_cache_size,
-        )
+        limits = _C.device_limits(input.device.index)
     wanted = {("forward", True): "forward", ("forward", False): "eval", ("backward", True): "backward"}
     plan = _C.plan(
         sizes=list(input.shape),

@@ -25,19 +25,6 @@ def _read_again(memory_format, direction):
     return {case for case in cases if _plan(*case, memory_format, direction).launches > 1}
 
 
-@pytest.mark.parametrize("direction, floor", [("forward", 2), ("backward", 3)])
-@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
-@pytest.mark.parametrize("activation", RESNET50, ids=str)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_a_plan_of_one_launch_moves_the_floor(batch, activation, memory_format, direction, floor):
-    plan = _plan(batch, *activation, memory_format, direction)
-    moved = plan.tensor_reads + plan.tensor_writes
-    if plan.launches == 1:
-        assert moved == floor and plan.kernel.startswith("resident_")
-    else:
-        assert plan.launches == 3 and moved == (3 if direction == "forward" else 5)
-
-
 def test_contiguous_activations_but_the_largest_are_read_once():
     assert _read_again(CONTIGUOUS, "forward") == {(256, 64, 112)}
     assert _read_again(CONTIGUOUS, "backward") == {(128, 64, 112), (256, 64, 112)}

@@ -55,6 +55,11 @@ class TorchContext {
 
 bool finds_cuda_stream() { return find_stream_shim() != nullptr; }
 
+const DeviceLimits& limits_of_device(int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return limits_of(device);
+}
+
 }  // namespace fastbn
 
 STABLE_TORCH_LIBRARY_IMPL(FASTBN_NAMESPACE, CUDA, m) {

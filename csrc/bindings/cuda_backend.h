@@ -10,6 +10,9 @@ namespace fastbn {
 // Whether torch's current CUDA stream can be asked for: the torch in this process was built with CUDA.
 bool finds_cuda_stream();
 
+// Asked for once a device.
+const DeviceLimits& limits_of_device(int32_t device);
+
 template <class Context>
 class CudaBackend {
  public:
@@ -29,7 +32,9 @@ class CudaBackend {
   void backward(const BackwardParams& params) {
     const bool frozen = params.statistics == Statistics::running;
     Request request = request_of(params, frozen ? Direction::frozen_backward : Direction::backward);
-    request.fused = params.statistics == Statistics::batch;
+    // The gradient of the residual alone needs no sums.
+    const bool sums = params.grad_input || params.grad_weight.defined() || params.grad_bias.defined();
+    request.fused = params.statistics == Statistics::batch && sums;
     run(cuda::backward, params, request,
         {params.grad_out, params.input, params.residual, params.grad_input, params.grad_residual});
   }

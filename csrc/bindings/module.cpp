@@ -53,6 +53,14 @@ DeviceLimits named_device(const std::string& name) {
   throw std::invalid_argument("device: expected one of " + names + ", got '" + name + "'");
 }
 
+DeviceLimits device_limits(int device) {
+#ifdef FASTBN_WITH_CUDA
+  return limits_of_device(device);
+#else
+  throw std::invalid_argument("device_limits: fastbn was built without CUDA, got device " + std::to_string(device));
+#endif
+}
+
 py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int dtype,
               const std::string& direction, int activation, bool residual, bool aligned, const DeviceLimits& limits) {
   const int64_t dim = int64_t(sizes.size());
@@ -98,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("l2_bytes", &DeviceLimits::l2_bytes);
   m.def("build_info", &build_info, "How this binary was built, and the CPU instruction sets it can use here.");
   m.def("named_device", &named_device, "The limits of a100, h100, h200 or b200.");
+  m.def("device_limits", &device_limits, "The limits of a CUDA device that is here, by its index.");
   m.def("plan", &plan, "The CUDA plan for a tensor's sizes and strides; traffic in units of one activation tensor.",
         py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),
         py::arg("activation"), py::arg("residual"), py::arg("aligned"), py::arg("limits"));

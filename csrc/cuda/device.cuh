@@ -1,6 +1,6 @@
 // The device primitives, and the only header through which a kernel touches CUDA; tests/emulator has the same ones for
-// a CPU. Warp operations take full warps: all 32 lanes must reach them. Before sm_90 a block is its own cluster.
-// Clusters, the grid barrier and asynchronous copies are here ahead of the plans that will use them.
+// a CPU. Warp operations take full warps: all 32 lanes must reach them. Before sm_90 a block is its own cluster, and
+// before sm_80 an asynchronous copy is an ordinary one.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -156,6 +156,8 @@ FASTBN_DEVICE void store16_streaming(T* to, const Vector16<T>& value) {
   __stcs(reinterpret_cast<int4*>(to), detail::to_words(value));
 }
 
+#if __CUDA_ARCH__ >= 800
+
 // Copies 16 bytes past the registers and L1. The bytes are there for this thread after the wait, and for others after
 // a barrier behind it.
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
@@ -173,6 +175,58 @@ FASTBN_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+#else
+
+FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
+  *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
+}
+
+FASTBN_DEVICE void copy_async_commit() {}
+
+template <int kPending>
+FASTBN_DEVICE void copy_async_wait() {}
+
+#endif
+
+namespace detail {
+
+// Lets a kernel take as much shared memory as a block can have: less would be a race between threads that launch the
+// same kernel with different amounts.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return error;
+}
+
+}  // namespace detail
+
+// The largest cluster, a power of two, of blocks with all the shared memory that they can have, that the current device
+// launches; 1 where it knows no clusters, or where the code it runs was compiled before there were any.
+inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes code = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  int most = 1, power = 1;
+  cudaError_t error = cudaFuncGetAttributes(&code, function);
+  if (error == cudaSuccess && code.ptxVersion < 90) return 1;
+  if (error == cudaSuccess) error = detail::allow_shared_memory(function);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&most, function, &config);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // not the next launch's
+    return 1;
+  }
+  while (power * 2 <= most && power * 2 <= kMaxCluster) power *= 2;
+  return power;
+}
+
 // Returns the launch's own error; errors of the running kernel surface later, as usual.
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std::type_identity_t<P>... params) {
@@ -181,11 +235,7 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
 
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kSharedWithoutAsking) {
-    if (shape.shared_bytes > INT32_MAX) return cudaErrorInvalidValue;
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
+  if (shape.shared_bytes > kSharedWithoutAsking) error = detail::allow_shared_memory(function);
   if (error == cudaSuccess && shape.cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }

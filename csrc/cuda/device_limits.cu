@@ -6,6 +6,12 @@
 #include "cuda/launch.h"
 
 namespace fastbn::cuda {
+namespace {
+
+// Compiled as the other kernels are: what the device runs of it tells what it runs of them.
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads) probe_kernel(int* rank) { *rank = device::cluster_rank(); }
+
+}  // namespace
 
 cudaError_t device_limits(int device, DeviceLimits* limits) {
   cudaError_t error = cudaSuccess;
@@ -18,9 +24,10 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   asked.sm_count = attribute(cudaDevAttrMultiProcessorCount);
   asked.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   asked.l2_bytes = attribute(cudaDevAttrL2CacheSize);
-  asked.max_cluster = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? device::kMaxCluster : 1;
-  if (error == cudaSuccess) *limits = asked;
-  return error;
+  if (error != cudaSuccess) return error;
+  asked.max_cluster = device::largest_cluster(&probe_kernel, most_threads, asked.shared_bytes_per_block);
+  *limits = asked;
+  return cudaSuccess;
 }
 
 }  // namespace fastbn::cuda

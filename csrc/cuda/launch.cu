@@ -70,7 +70,9 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
     params.sum_grad = nullptr;
     params.sum_grad_xhat = nullptr;
     params.count = nullptr;
-    if (plan.schedule == Schedule::resident) return launch_resident_backward(params, plan, stream);
+    if (plan.schedule == Schedule::resident && params.statistics == Statistics::batch) {
+      return launch_resident_backward(params, plan, stream);
+    }
     if (needs_sums || params.grad_weight.defined() || params.grad_bias.defined()) {
       const Workspace workspace(memory, params.layout);
       if (needs_sums) {

@@ -46,7 +46,6 @@ struct LongSum {
 // Where a reducing pass keeps the totals of its two sums, and what lies behind them for everything else.
 template <int channels>
 struct ReduceMemory {
-  static constexpr int64_t bytes = 2 * channels * most_threads * static_cast<int64_t>(sizeof(double));
   double* first = device::shared_memory<double>();
   double* second = first + channels * most_threads;
   double* scratch = second + channels * most_threads;

@@ -36,7 +36,6 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, 1) resident_backward_kerne
       [&](int i, const GradSums& sums) { exchange[walk.channel - walk.slice_channel + i] = sums; });
   device::sync_cluster();
 
-  const bool frozen = params.statistics == Statistics::running;
   GradCoefficients<A> both[Walk::channels];
   share_coefficients(
       walk, params.layout.channels, coefficients,
@@ -44,12 +43,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, 1) resident_backward_kerne
         const GradSums sums = merge_cluster(exchange + (channel - walk.slice_channel), AddGradSums());
         const double xhat = sum_grad_xhat(params, channel, sums);
         if (walk.split == 0) save_grad_sums(params, channel, sums.grad, xhat);
-        return frozen ? grad_coefficients<A>(params, channel, 0, 0, 1)
-                      : grad_coefficients<A>(params, channel, sums.grad, xhat, double(params.layout.count()));
+        return grad_coefficients<A>(params, channel, sums.grad, xhat, double(params.layout.count()));
       },
       both);
 
-  const InputGrad<T> input_grad(params, plan, frozen);
+  const InputGrad<T> input_grad(params, plan, false);
   for_each_octet(
       walk, [&](const Step& step, int slot) { return grad_z.load(slab, step, slot); },
       [&](const Step& step, const auto& item) { input_grad(step, grad_z, item, affine, both); });

@@ -13,7 +13,7 @@ import torch
 
 from bench import calls
 from bench.bandwidth import measure_copies
-from bench.gate import why_wrong
+from bench.gate import expect, why_wrong
 from bench.implementations import Implementation, Prepared
 from bench.inputs import Inputs, make_inputs
 from bench.network import NetworkCase, measure
@@ -89,11 +89,11 @@ class Runner:
 
         def run() -> None:
             self._inputs = None  # room for the networks
-            steps, refusals = measure(case, self.device, Budget(15 * self.budget.seconds, 0.5, 5, 101))
+            steps, refusals = measure(case, self.device, Budget(8 * self.budget.seconds, 0.5, 5, 101))
             self.results.networks += steps
             self.results.refusals += refusals
 
-        return Step(str(case), 15.0 + 45 * self.budget.seconds, run)
+        return Step(str(case), 15.0 + 24 * self.budget.seconds, run)
 
     def _guess(self, workload: Workload) -> float:
         compiled = sum(rival.compiles for rival in self.rivals) if workload.compiled else 0
@@ -104,7 +104,7 @@ class Runner:
         self._make_inputs(workload)
         # Else earlier shapes of the same code count towards torch.compile's limit, beyond which it runs eagerly.
         torch.compiler.reset()
-        prepared = {}
+        prepared, expected = {}, None
         for rival in self.rivals:
             if rival.compiles and not workload.compiled:
                 continue
@@ -112,7 +112,8 @@ class Runner:
             if reason is None:
                 try:
                     candidate = rival.prepare(workload.operation, self._inputs)
-                    reason = why_wrong(candidate, workload.operation, self._inputs)
+                    expected = expected or expect(workload.operation, self._inputs)
+                    reason = why_wrong(candidate, self._inputs, expected)
                     wrong = reason is not None
                 except Exception as error:  # whatever a rival's library raises is the reason why it is not timed
                     reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -30,8 +30,8 @@ class Budget:
     `max_rounds`. On two cores of a shared machine that keeps the ratio of two equal calls within 3 percent nine times
     in ten: bench/results/cpu-against-itself.json."""
 
-    seconds: float = 0.1
-    warm_up_seconds: float = 0.03
+    seconds: float = 0.15
+    warm_up_seconds: float = 0.02
     min_rounds: int = 15
     max_rounds: int = 401
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastbn
 from bench import bandwidth, calls, command, compare, implementations, operations, results, runner, timer, workloads
-from bench.gate import why_wrong
+from bench.gate import expect, why_wrong
 from bench.implementations import Implementation, Prepared
 from bench.inputs import make_inputs
 from bench.machine import machine
@@ -112,7 +112,7 @@ def test_the_gate_passes_what_is_right(case, dtype):
         for rival in implementations.implementations(CPU):
             if rival.compiles or rival.why_not(workload) or (rival.name, dtype) == ("onednn", torch.float16):
                 continue
-            assert why_wrong(rival.prepare(op, inputs), op, inputs) is None, f"{rival.name} {workload}"
+            assert why_wrong(rival.prepare(op, inputs), inputs, expect(op, inputs)) is None, f"{rival.name} {workload}"
             passed.add((rival.name, str(op)))
     assert {(name, str(op)) for name in ("torch", "fastbn") for op in operations.OPERATIONS} <= passed
 
@@ -153,11 +153,11 @@ def test_the_gate_refuses_what_is_wrong(index, change, dtype):
     inputs = make_inputs(GATED[0], dtype, CPU)
     op = operation("train_backward+add+relu")
     right = prepare("torch", str(op), inputs)
-    assert why_wrong(right, op, inputs) is None
+    assert why_wrong(right, inputs, expect(op, inputs)) is None
     right = prepare("torch", str(op), inputs)
     wrong = dataclasses.replace(right, call=lambda: _spoiled(right.call(), index, change))
     names = ("output", "grad_input", "grad_weight", "grad_bias", "grad_residual")
-    assert why_wrong(wrong, op, inputs).startswith(f"{names[index]}: ")
+    assert why_wrong(wrong, inputs, expect(op, inputs)).startswith(f"{names[index]}: ")
 
 
 def test_the_gate_sees_running_statistics_that_are_biased_or_left_alone():
@@ -174,17 +174,17 @@ def test_the_gate_sees_running_statistics_that_are_biased_or_left_alone():
             change(right.module)
             return results
 
-        assert why_wrong(dataclasses.replace(right, call=call), op, inputs).startswith(f"{name}: ")
+        assert why_wrong(dataclasses.replace(right, call=call), inputs, expect(op, inputs)).startswith(f"{name}: ")
 
 
 def test_the_gate_compares_the_first_and_the_last_of_many_channels(monkeypatch):
     monkeypatch.setattr("bench.gate.MAX_COMPARED", 10)
     inputs, op = make_inputs(make_case("gated", 7, 50, 3), torch.float32, CPU), operation("train")
     right = prepare("torch", "train", inputs)
-    assert why_wrong(right, op, inputs) is None
+    assert why_wrong(right, inputs, expect(op, inputs)) is None
     right = prepare("torch", "train", inputs)
     wrong = dataclasses.replace(right, call=lambda: _spoiled(right.call(), 0, _off_in_the_last_channel))
-    assert why_wrong(wrong, op, inputs)
+    assert why_wrong(wrong, inputs, expect(op, inputs))
 
 
 class ScriptedClock:

@@ -8,8 +8,13 @@
 namespace fastbn::cuda {
 namespace {
 
+// Two blocks share a multiprocessor, but where 128 registers are too few.
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, 1) resident_backward_kernel(BackwardParams params, Plan plan) {
+constexpr int blocks_together = sizeof(T) == sizeof(double) || (Walk::by_rows && sizeof(T) == sizeof(float)) ? 1 : 2;
+
+template <class T, class Walk>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together<T, Walk>))
+    resident_backward_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   const SharedMemory parts = shared_memory_of(plan, true, sizeof(A), octet * sizeof(T));
   char* const shared = device::shared_memory<char>();

@@ -9,7 +9,8 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, 1) resident_forward_kernel(ForwardParams params, Plan plan) {
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, sizeof(T) == sizeof(double) ? 1 : 2)
+    resident_forward_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const SharedMemory parts = shared_memory_of(plan, false, sizeof(A), octet * sizeof(T));
   char* const shared = device::shared_memory<char>();
@@ -47,7 +48,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, 1) resident_forward_kernel
   struct Item {
     Octet<T> x, residual;
   };
-  for_each_octet(
+  for_each_octet<many_in_flight>(
       walk, [&](const Step& step, int slot) { return Item{slab.load(slot, 0), normalize.load_residual(step)}; },
       [&](const Step& step, const Item& item) { normalize(step, item.x, item.residual, affine); });
   device::sync_cluster();  // the others may still read this block's moments

@@ -100,16 +100,17 @@ class Walk {
   int64_t run_ = 0, index_ = 0, step_runs_ = 0, step_index_ = 0, wrap_runs_ = 0;
 };
 
-// Estimate: 32 bytes in flight a thread cover the latency of memory at the occupancy that the registers leave.
-template <class Item>
-constexpr int octets_in_flight = sizeof(Item) <= 16 ? 2 : 1;
+// Bytes that a thread loads before it uses the first of them. Estimates: a few cover the latency of memory where many
+// blocks share a multiprocessor; with the one or two of a resident plan it takes more.
+constexpr int few_in_flight = 32, many_in_flight = 64;
 
 // Calls use(step, load(step, number)) for every octet of the walk, numbered from 0, the loads of several octets before
 // the first use.
-template <class Walk, class Load, class Use>
+template <int bytes_in_flight = few_in_flight, class Walk, class Load, class Use>
 FASTBN_DEVICE void for_each_octet(Walk walk, Load load, Use use) {
   using Item = decltype(load(Step{}, 0));
-  constexpr int batch = octets_in_flight<Item>;
+  constexpr int size = static_cast<int>(sizeof(Item));
+  constexpr int batch = size < bytes_in_flight ? bytes_in_flight / size : 1;
   int number = 0;
   while (walk.more()) {
     Step steps[batch];

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "math/activation.h"
@@ -168,43 +169,48 @@ inline bool keep_on_chip(const Request& request, const DeviceLimits& limits, int
   return true;
 }
 
-// Microseconds that a plan may take: its traffic at the bandwidth of the multiprocessors that have a block, and its
-// launches. Estimates for an H200: 4.3e6 bytes a microsecond, 2 microseconds a launch.
+// Microseconds that a plan may take: its traffic, at the bandwidth of the multiprocessors that have blocks, and its
+// launches. Only for choosing among plans; all constants are estimates for an H200.
 inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
-  const double blocks = double(plan.grid_x * plan.splits), sms = double(limits.sm_count);
-  const double busy = blocks < sms ? blocks / sms : 1;
+  constexpr double bytes_a_us = 4.3e6, us_a_launch = 2, blocks_of_two_phases = 8;
+  // A block that has its multiprocessor to itself does not load while it sums and stores.
+  constexpr double alone = 0.8;
+  const bool resident = plan.schedule == Schedule::resident;
+  const double together =
+      resident ? std::floor(double(limits.shared_bytes_per_block) / double(plan.shared_bytes)) : blocks_of_two_phases;
+  const double blocks = double(plan.grid_x * plan.splits), waves = std::ceil(blocks / (limits.sm_count * together));
+  // Of the multiprocessors over all waves; a wave that leaves each one some block leaves none idle.
+  const double busy = std::min(1.0, blocks / (limits.sm_count * (waves - 1 + 1 / together) * together));
   const double bytes = double(request.layout.numel()) * double(element_size(request.dtype));
-  return (plan.tensor_reads + plan.tensor_writes) * bytes / (4.3e6 * busy) + 2.0 * plan.launches;
+  const double rate = bytes_a_us * busy * (resident && together < 2 ? alone : 1);
+  return (plan.tensor_reads + plan.tensor_writes) * bytes / rate + us_a_launch * plan.launches;
 }
 
-// The widest slice of channels, then the smallest cluster, that give nearly every multiprocessor a block; where none
-// does, the most blocks.
-inline bool make_resident(const Request& request, const DeviceLimits& limits, Plan& plan) {
+// The plan, among all slices and clusters that fit on chip and this two-phase one, that is predicted to be the fastest;
+// of equals the one with the widest slice and the smallest cluster.
+inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
   const bool sums = request.direction == Direction::forward || request.direction == Direction::backward;
-  if (!sums || !request.fused || request.layout.numel() == 0) return false;
-  const bool by_rows = plan.kernel == Kernel::row_blocks;
+  if (!sums || !request.fused || request.layout.numel() == 0) return two_phase;
+  const bool by_rows = two_phase.kernel == Kernel::row_blocks;
   // A slice of rows is at most a cache line wide, for more is not more coalesced, and at least a sector, for less would
   // read every byte more than once.
   const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
   int least = 1, widest = 1;
-  while (by_rows && least < plan.lanes && least * octet_bytes < 32) least *= 2;
-  while (by_rows && widest < plan.lanes && widest * octet_bytes < 128) widest *= 2;
-  const int64_t enough = limits.sm_count - limits.sm_count / 8;
-  Plan best = plan;
-  int64_t most = 0;
+  while (by_rows && least < two_phase.lanes && least * octet_bytes < 32) least *= 2;
+  while (by_rows && widest < two_phase.lanes && widest * octet_bytes < 128) widest *= 2;
+  Plan best = two_phase;
+  double best_us = predicted_us(request, limits, best);
   for (int lanes = widest; lanes >= least; lanes /= 2) {
     for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
-      Plan tried = plan;
+      Plan tried = two_phase;
       if (!keep_on_chip(request, limits, lanes, cluster, tried)) continue;
-      const int64_t blocks = tried.grid_x * cluster;
-      if (blocks > most) best = tried, most = blocks;
-      if (most >= enough || tried.slots == 1) break;
+      add_traffic(request, tried);
+      const double us = predicted_us(request, limits, tried);
+      if (us < best_us) best = tried, best_us = us;
+      if (tried.slots == 1) break;
     }
-    if (most >= enough) break;
   }
-  if (most == 0) return false;
-  plan = best;
-  return true;
+  return best;
 }
 
 inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
@@ -232,14 +238,7 @@ inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
   plan.splits = std::clamp<int64_t>(wanted_blocks / plan.grid_x, 1, most_splits);
   add_traffic(request, plan);
   add_shared_bytes(request, plan);
-
-  Plan resident = plan;
-  if (make_resident(request, limits, resident)) {
-    add_traffic(request, resident);
-    // A few channels fill a few clusters, and reading twice with the whole machine is faster.
-    if (predicted_us(request, limits, resident) <= predicted_us(request, limits, plan)) return resident;
-  }
-  return plan;
+  return fastest(request, limits, plan);
 }
 
 }  // namespace fastbn

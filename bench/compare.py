@@ -16,8 +16,6 @@ from bench.results import Measurement, Results
 from fastbn.cli.text import table
 
 TOLERANCE = 0.10
-# Standard errors of its medians that a change must exceed.
-DEVIATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,10 @@ def _change(old: dict, new: dict, key: tuple, drift: float) -> Change:
     # Without torch the machine's drift cannot be told from a change of the code.
     ratio = old[key].speedup_over[STOCK] / new[key].speedup_over[STOCK] if relative else time
     involved = [run[each] for run in (old, new) for each in ((key, stock) if relative else (key,))]
-    noise = DEVIATIONS * math.hypot(*map(_median_error, involved))
+    # A median is known better than single samples; but from one process to the next, with other pages, it moves by as
+    # much as they do.
+    noise = math.hypot(*((each.p80_us - each.p20_us) / each.median_us for each in involved))
     return Change(new[key], time / drift, ratio, noise)
-
-
-def _median_error(measurement: Measurement) -> float:
-    """Standard error of a median of normal samples, relative: 1.25 standard deviations over the root of their number.
-    From the 20th to the 80th percentile are 1.68 standard deviations."""
-    spread = (measurement.p80_us - measurement.p20_us) / measurement.median_us
-    return 1.25 / 1.68 * spread / math.sqrt(measurement.rounds)
 
 
 def lines(comparison: Comparison, shown: int = 20) -> list[str]:

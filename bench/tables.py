@@ -61,11 +61,6 @@ def refusals(results: Results) -> list[str]:
     return [*wrong, *[""] * bool(wrong and unsupported), *unsupported]
 
 
-def copy(results: Results) -> list[str]:
-    """A row per size that was copied."""
-    return copy_table(results).lines()
-
-
 def summary_table(results: Results) -> Table:
     measurements = [m for m in results.measurements if not is_sweep(m.group)]
     rivals = [name for name in implementations(measurements) if name not in (STOCK, FASTBN) and not is_again(name)]

@@ -37,7 +37,7 @@ def idx_directory(tmp_path):
         labels = torch.arange(count, dtype=torch.uint8) % 10
         for name, tensor in [(f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)]:
             if part == "train":
-                (directory / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(tensor)))
+                (directory / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(tensor), mtime=0))
             else:
                 (directory / name).write_bytes(idx_bytes(tensor))
     return directory
@@ -48,7 +48,7 @@ def idx_directory(tmp_path):
 def test_idx_round_trip(tmp_path, shape, compressed):
     expected = torch.randint(256, shape, dtype=torch.uint8)
     path = tmp_path / ("x.gz" if compressed else "x")
-    path.write_bytes(gzip.compress(idx_bytes(expected)) if compressed else idx_bytes(expected))
+    path.write_bytes(gzip.compress(idx_bytes(expected), mtime=0) if compressed else idx_bytes(expected))
     got = read_idx(path, len(shape))
     assert got.dtype == torch.uint8
     torch.testing.assert_close(got, expected)
@@ -66,10 +66,10 @@ WHOLE = idx_bytes(torch.zeros(2, 3, 5, dtype=torch.uint8))
         ("x", WHOLE + b"\0", r"expected 30 bytes of data \(2 x 3 x 5\), got 31"),
         ("x", idx_bytes(torch.zeros(20)), "expected magic number 0x00000803 .* got 0x00000801"),
         ("x", idx_bytes(torch.zeros(2, 3, 5), 0x0D), "expected magic number 0x00000803 .* got 0x00000d03"),
-        ("x", gzip.compress(WHOLE), "expected magic number 0x00000803 .* got 0x1f8b0800"),
+        ("x", gzip.compress(WHOLE, mtime=0), "expected magic number 0x00000803 .* got 0x1f8b0800"),
         ("x", idx_bytes(torch.zeros(0, 3, 5)), r"expected at least one element, got sizes \[0, 3, 5\]"),
         ("x.gz", WHOLE, "expected a whole gzip file"),
-        ("x.gz", gzip.compress(WHOLE)[:-9], "expected a whole gzip file"),
+        ("x.gz", gzip.compress(WHOLE, mtime=0)[:-9], "expected a whole gzip file"),
     ],
 )
 def test_idx_errors(tmp_path, name, content, message):

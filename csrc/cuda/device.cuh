@@ -37,6 +37,23 @@ FASTBN_DEVICE void sync_block() { __syncthreads(); }
 FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 FASTBN_DEVICE void thread_fence() { __threadfence(); }
 
+// A barrier among `blocks` blocks of a cooperative launch, all of which are therefore running. `arrived` counts in
+// global memory, 0 before the first round; rounds count from 1. What a block wrote before it, the others see behind it.
+FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
+  sync_block();
+  if (thread_index() == 0) {
+    const uint64_t counter = __cvta_generic_to_global(arrived);
+    const uint32_t complete = static_cast<uint32_t>(blocks) * static_cast<uint32_t>(round);
+    uint32_t count;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+      // Others may be a round ahead, and the count may wrap.
+    } while (static_cast<int32_t>(count - complete) < 0);
+  }
+  sync_block();
+}
+
 // Returns what was there before.
 FASTBN_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
   return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<uint64_t>(value)));

@@ -85,6 +85,31 @@ FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) 
   out[i] = in[i] - total;
 }
 
+// y = x - the sum of x over the block's group, once a round, in one cooperative launch; x is [round, block, thread].
+// `partial` has two elements a thread, for a block may write the next round's while others read this one's, and
+// `arrived` one a group. Without kZero the host zeroes `arrived`.
+template <bool kZero, bool kBarrier>
+FASTBN_GLOBAL void group_sum_kernel(int group, int rounds, const float* in, float* partial, uint32_t* arrived,
+                                    float* out) {
+  const int t = thread_index();
+  const int64_t threads = block_threads();
+  const int64_t first = block_x() / group * group;
+  uint32_t* counter = arrived + block_x() / group;
+  if (kZero) {
+    if (block_x() == first && t == 0) *counter = 0;
+    sync_grid();
+  }
+  for (int round = 1; round <= rounds; ++round) {
+    const int64_t i = ((round - 1) * grid_x() + block_x()) * threads + t;
+    float* terms = partial + round % 2 * grid_x() * threads;
+    terms[block_x() * threads + t] = in[i];
+    if (kBarrier) sync_blocks(counter, group, round);
+    float total = 0;
+    for (int64_t j = first * threads; j < (first + group) * threads; ++j) total += terms[j];
+    out[i] = in[i] - total;
+  }
+}
+
 // Reverses each block's stretch by way of shared memory, 16 bytes a thread.
 template <bool kWait>
 FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
@@ -137,6 +162,20 @@ FASTBN_GLOBAL void broken_warp_kernel(float* out) {
 
 FASTBN_GLOBAL void broken_overrun_kernel() { shared_memory<float>()[block_threads()] = 0; }
 
+FASTBN_GLOBAL void broken_round_kernel(uint32_t* arrived) {
+  const int blocks = static_cast<int>(grid_x());
+  sync_blocks(arrived, blocks, 1);
+  if (block_x() == 1) return;
+  sync_blocks(arrived, blocks, 2);
+}
+
+FASTBN_GLOBAL void broken_group_kernel(uint32_t* arrived) { sync_blocks(arrived, 2 + static_cast<int>(block_x()), 1); }
+
+FASTBN_GLOBAL void broken_zero_kernel(uint32_t* arrived) {
+  if (block_x() == 0 && thread_index() == 0) *arrived = 0;
+  sync_blocks(arrived, static_cast<int>(grid_x()), 1);
+}
+
 inline cudaError_t block_sum(bool barrier, int64_t blocks, int threads, const float* in, float* out, cudaStream_t s) {
   const Launch shape{.grid_x = blocks, .threads = threads, .shared_bytes = threads * int64_t(sizeof(float))};
   return launch(barrier ? block_sum_kernel<true> : block_sum_kernel<false>, shape, s, in, out);
@@ -154,6 +193,15 @@ inline cudaError_t cluster_sum(bool barrier, int64_t x, int64_t y, int cluster, 
 
 inline cudaError_t grid_sum(int64_t blocks, const float* in, float* partial, float* out, cudaStream_t s) {
   return launch(grid_sum_kernel, {.grid_x = blocks, .threads = 32, .cooperative = true}, s, in, partial, out);
+}
+
+inline cudaError_t group_sum(bool zero, bool barrier, int64_t groups, int group, int rounds, const float* in,
+                             float* partial, uint32_t* arrived, float* out, cudaStream_t s) {
+  const Launch shape{.grid_x = groups * group, .threads = 64, .cooperative = true};
+  const auto kernel = !barrier ? group_sum_kernel<true, false>
+                      : zero   ? group_sum_kernel<true, true>
+                               : group_sum_kernel<false, true>;
+  return launch(kernel, shape, s, group, rounds, in, partial, arrived, out);
 }
 
 inline cudaError_t reverse(bool wait, int64_t blocks, int threads, const float* in, float* out, cudaStream_t s) {

@@ -111,6 +111,72 @@ void test_grid_sum() {
   CHECK(mentions("not cooperative"));
 }
 
+void test_group_sum() {
+  constexpr int kGroups = 3, kGroup = 5, kRounds = 4, kGroupThreads = kGroup * 64;
+  constexpr int kSize = kRounds * kGroups * kGroupThreads;
+  const auto in = numbers(kSize);
+  std::vector<uint32_t> arrived(kGroups);
+  std::vector<float> out(kSize);
+  const auto try_group = [&](bool zero, bool barrier) {
+    std::vector<float> partial(2 * kGroups * kGroupThreads, kNaN);
+    std::fill(out.begin(), out.end(), kNaN);
+    return group_sum(zero, barrier, kGroups, kGroup, kRounds, in.data(), partial.data(), arrived.data(), out.data(),
+                     nullptr);
+  };
+  const auto is_right = [&] {
+    for (int i = 0; i < kSize; ++i) {
+      if (out[i] != in[i] - sum(in, i / kGroupThreads * kGroupThreads, kGroupThreads)) return false;
+    }
+    return true;
+  };
+  bool found = false;
+  for_each_seed([&] {
+    std::fill(arrived.begin(), arrived.end(), 0xffffffffu);
+    CHECK_EQUAL(try_group(true, true), cudaSuccess);
+    CHECK(is_right());
+    for (uint32_t count : arrived) CHECK_EQUAL(count, uint32_t{kGroup * kRounds});
+
+    CHECK_EQUAL(try_group(false, true), cudaErrorLaunchFailure);
+    CHECK(mentions("sync_blocks expected a counter of 0, got 20"));
+    std::fill(arrived.begin(), arrived.end(), 0u);
+    CHECK_EQUAL(try_group(false, true), cudaSuccess);
+    CHECK(is_right());
+
+    CHECK_EQUAL(try_group(true, false), cudaSuccess);
+    found |= !is_right();
+  });
+  CHECK(found);
+}
+
+void test_broken_sync_blocks() {
+  const Launch one{.threads = 32, .cooperative = true};
+  const Launch two{.grid_x = 2, .threads = 32, .cooperative = true};
+  bool found = false;
+  for_each_seed([&] {
+    uint32_t arrived = 0;
+    CHECK_EQUAL(device::launch(broken_round_kernel, two, nullptr, &arrived), cudaErrorLaunchFailure);
+    CHECK(mentions("deadlock in block (0, 0)") && mentions("32 at sync_blocks") && mentions("1 of 2 blocks returned"));
+
+    // A failed launch leaves no round behind.
+    arrived = 0;
+    CHECK_EQUAL(device::launch(broken_zero_kernel, one, nullptr, &arrived), cudaSuccess);
+
+    arrived = 0;
+    CHECK_EQUAL(device::launch(broken_group_kernel, two, nullptr, &arrived), cudaErrorLaunchFailure);
+    CHECK(mentions("different blocks or rounds at one counter of sync_blocks"));
+
+    arrived = 0;
+    if (device::launch(broken_zero_kernel, two, nullptr, &arrived) == cudaSuccess) return;
+    CHECK(mentions("sync_blocks expected a counter of 1, got 0"));
+    found = true;
+  });
+  CHECK(found);
+
+  uint32_t arrived = 0;
+  CHECK_EQUAL(device::launch(broken_zero_kernel, {.threads = 32}, nullptr, &arrived), cudaErrorLaunchFailure);
+  CHECK(mentions("sync_blocks in a launch that is not cooperative"));
+}
+
 void test_copies() {
   alignas(16) static float in[2 * 64 * 4];
   alignas(16) static float out[2 * 64 * 4];
@@ -197,6 +263,8 @@ int main(int argc, char** argv) {
   test_warp_sums();
   test_cluster_sum();
   test_grid_sum();
+  test_group_sum();
+  test_broken_sync_blocks();
   test_copies();
   test_broken_kernels();
   test_refused_launches();

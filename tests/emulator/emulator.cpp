@@ -23,8 +23,8 @@ using device::Launch;
 // Estimates: kernels keep at most a few kilobytes a thread, and sanitizers several times that.
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
-constexpr const char* kStateNames[] = {"ready",           "at a warp operation", "at sync_block",
-                                       "at sync_cluster", "at sync_grid",        "returned"};
+constexpr const char* kStateNames[] = {"ready",        "at a warp operation", "at sync_block", "at sync_cluster",
+                                       "at sync_grid", "at sync_blocks",      "returned"};
 
 // splitmix64
 uint64_t random_below(uint64_t bound) {
@@ -119,6 +119,7 @@ bool run_clusters(const int64_t* order, size_t count) {
   std::vector<std::unique_ptr<Block>> blocks;
   machine.ready.clear();
   machine.grid.waiting.clear();
+  machine.rounds.clear();
   machine.grid.expected = count * shape.cluster * threads;
 
   for (size_t i = 0; i < count; ++i) {

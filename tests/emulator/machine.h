@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,7 +14,7 @@
 
 namespace fastbn::emulator {
 
-enum class State { ready, in_shuffle, in_sync_block, in_sync_cluster, in_sync_grid, returned };
+enum class State { ready, in_shuffle, in_sync_block, in_sync_cluster, in_sync_grid, in_sync_blocks, returned };
 
 struct Block;
 
@@ -41,6 +42,13 @@ struct Fibre {
 struct Barrier {
   size_t expected = 0;
   std::vector<Fibre*> waiting;
+};
+
+// What the waiting fibres asked of sync_blocks.
+struct Round {
+  Barrier barrier;
+  int blocks = 0;
+  int round = 0;
 };
 
 struct Cluster {
@@ -73,6 +81,7 @@ struct Machine {
   Fibre* current = nullptr;
   std::vector<Fibre*> ready;
   Barrier grid;
+  std::map<const uint32_t*, Round> rounds;  // by their counter
 
   device::Launch shape;
   void (*body)(void*) = nullptr;

@@ -1,5 +1,7 @@
 // What a running thread calls: the device primitives, which suspend its fibre where a GPU's thread would wait.
 #include <algorithm>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -121,6 +123,30 @@ void sync_cluster(const Location& where) {
 void sync_grid(const Location& where) {
   if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative", where);
   wait_at(machine.grid, State::in_sync_grid, where);
+}
+
+// The count goes up while a round's threads arrive, as it does on a GPU: so a zeroing that comes too late is found.
+void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where) {
+  if (!machine.shape.cooperative) fail("sync_blocks in a launch that is not cooperative", where);
+  const size_t threads = static_cast<size_t>(machine.shape.threads);
+  Round& current = machine.rounds[arrived];
+  Barrier& barrier = current.barrier;
+  if (barrier.waiting.empty()) {
+    barrier.expected = static_cast<size_t>(blocks) * threads;
+    current.blocks = blocks;
+    current.round = round;
+  } else if (current.blocks != blocks || current.round != round) {
+    fail("different blocks or rounds at one counter of sync_blocks", where);
+  }
+  const uint32_t before = static_cast<uint32_t>(blocks) * (static_cast<uint32_t>(round) - 1);
+  const uint32_t expected = before + static_cast<uint32_t>(barrier.waiting.size() / threads);
+  if (*arrived != expected) {
+    char what[80];
+    snprintf(what, sizeof(what), "sync_blocks expected a counter of %u, got %u", expected, *arrived);
+    fail(what, where);
+  }
+  *arrived = before + static_cast<uint32_t>((barrier.waiting.size() + 1) / threads);
+  wait_at(barrier, State::in_sync_blocks, where);
 }
 
 void thread_fence(const Location& where) {

@@ -31,6 +31,7 @@ int cluster_blocks();
 void sync_block(const Location& where = Location::current());
 void sync_cluster(const Location& where = Location::current());
 void sync_grid(const Location& where = Location::current());
+void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where = Location::current());
 void thread_fence(const Location& where = Location::current());
 
 inline int64_t atomic_add(int64_t* to, int64_t value) {

@@ -1,18 +1,21 @@
-"""What nvcc makes of the CUDA kernels: every one compiles for three architectures, without a spill and without a stack.
+"""What nvcc makes of the CUDA kernels: every one compiles for three architectures, without a spill and without a stack,
+and moves the elements of aligned tensors in accesses of 16 bytes.
 
-nvcc needs no GPU. FASTBN_REQUIRE_NVCC=1 makes a missing nvcc an error instead of a skip.
+Neither nvcc nor the disassembler needs a GPU. FASTBN_REQUIRE_NVCC=1 makes a missing one an error instead of a skip.
 """
 
 import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 HAS_KERNELS = [path for path in SOURCES if "FASTBN_GLOBAL" in path.read_text()]
 
@@ -23,36 +26,118 @@ PTXAS = re.compile(
     re.DOTALL,
 )
 
+# A mangled name: X_kernel of X.cu and the first argument of the template, an element's type, of so many bytes.
+KERNEL = re.compile(r"\d(?P<kind>[a-z_]+)_kernel(?:I(?P<dtype>[a-z]|N\w*?E))?")
+ELEMENT_BYTES = {"f": 4, "d": 8, "NS_7float16E": 2, "NS_8bfloat16E": 2}
+OCTET = 8  # elements, as in math/plan.h
 
-def nvcc() -> str:
-    found = shutil.which("nvcc")
+# How many tensors a kernel can move, the residual and its gradient included: from global memory into registers, from
+# there into shared memory by cp.async, and back.
+MOVES = {
+    "moments": {"load": 1},
+    "normalize": {"load": 2, "store": 1},
+    "grad_sums": {"load": 3},
+    "input_grad": {"load": 3, "store": 2},
+    "resident_forward": {"load": 1, "copy": 1, "store": 1},
+    "resident_backward": {"copy": 3, "store": 2},
+}
+MOVE_NO_ELEMENTS = {"finish_moments", "finish_grad_sums", "probe"}
+
+# LD and ST take any address space: nvcc's choice where it loses sight of an address being global, as it does for
+# sm_100 with resident_forward's residual.
+MOVES_16_BYTES = {
+    "load": re.compile(r" LDG?\.(?:\w+\.)*128 "),
+    "copy": re.compile(r" LDGSTS\.(?:\w+\.)*128 "),
+    "store": re.compile(r" STG?\.(?:\w+\.)*128 "),
+}
+
+
+def require(name: str, found: str | None) -> str:
     if found is None:
         if os.environ.get("FASTBN_REQUIRE_NVCC") == "1":
-            pytest.fail("FASTBN_REQUIRE_NVCC=1, but nvcc is not on PATH", pytrace=False)
-        pytest.skip("needs nvcc")
+            pytest.fail(f"FASTBN_REQUIRE_NVCC=1, but {name} was not found", pytrace=False)
+        pytest.skip(f"needs {name}")
     return found
 
 
-def compile_kernels(source: Path, folder: Path) -> list[dict[str, str]]:
-    """Resources of every kernel of a file on every architecture, as ptxas reports them."""
-    command = [nvcc(), "-std=c++20", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "--threads", "2"]
+def find_cuobjdump() -> str | None:
+    """On PATH, where a toolkit has it, or in its package, which leaves it off PATH."""
+    on_path = shutil.which("cuobjdump")
+    if on_path is not None:
+        return on_path
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate()) for file in files if file.name == "cuobjdump"), None)
+
+
+@dataclass
+class Compiled:
+    source: Path
+    binary: Path
+    kernels: list[dict[str, str]]  # the resources of every kernel on every architecture, as ptxas reports them
+
+
+@pytest.fixture(scope="module", params=HAS_KERNELS, ids=lambda path: path.stem)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    source = request.param
+    binary = tmp_path_factory.mktemp(source.stem) / f"{source.stem}.fatbin"
+    # A fatbin, because the host's half would go through g++ for seconds and hold nothing to look at.
+    command = [require("nvcc", shutil.which("nvcc")), "-fatbin", "-std=c++20", "-O3", "-Xptxas", "-v"]
+    command += ["-Werror", "all-warnings", "--threads", "2"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command += ["-I", str(ROOT / "csrc"), "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+    command += ["-I", str(ROOT / "csrc"), str(source), "-o", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kernels = [match.groupdict() for match in PTXAS.finditer(result.stderr)]
     assert len(kernels) == result.stderr.count("Compiling entry function"), "ptxas's report has another form"
-    return kernels
+    return Compiled(source, binary, kernels)
+
+
+def disassemble(binary: Path) -> dict[tuple[str, str], str]:
+    """The machine code of every kernel, by architecture and mangled name."""
+    command = [require("cuobjdump", find_cuobjdump()), "-sass", str(binary)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    code = {}
+    for of_arch in result.stdout.split("code for sm_")[1:]:
+        arch, *functions = of_arch.split("Function : ")
+        for function in functions:
+            code[re.match(r"\d+", arch)[0], function.split()[0]] = function
+    return code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", HAS_KERNELS, ids=lambda path: path.stem)
-def test_kernels_neither_spill_nor_use_a_stack(source: Path, tmp_path: Path) -> None:
-    kernels = compile_kernels(source, tmp_path)
-    assert {int(kernel["arch"]) for kernel in kernels} == set(ARCHITECTURES)
-    wasteful = [k for k in kernels if (k["stack"], k["stores"], k["loads"]) != ("0", "0", "0")]
-    assert not wasteful, f"{len(wasteful)} of {len(kernels)} kernels spill or use a stack, the first is {wasteful[0]}"
+def test_kernels_neither_spill_nor_use_a_stack(compiled: Compiled) -> None:
+    assert {kernel["arch"] for kernel in compiled.kernels} == set(ARCHITECTURES)
+    wasteful = [k for k in compiled.kernels if (k["stack"], k["stores"], k["loads"]) != ("0", "0", "0")]
+    count = f"{len(wasteful)} of {len(compiled.kernels)}"
+    assert not wasteful, f"{count} kernels spill or use a stack, the first is {wasteful[0]}"
+
+
+@pytest.mark.slow
+def test_elements_move_in_accesses_of_16_bytes(compiled: Compiled) -> None:
+    code = disassemble(compiled.binary)
+    assert code.keys() == {(kernel["arch"], kernel["name"]) for kernel in compiled.kernels}
+
+    seen, narrow = set(), []
+    for (arch, name), instructions in code.items():
+        kind, dtype = KERNEL.search(name).group("kind", "dtype")
+        if kind in MOVE_NO_ELEMENTS:
+            continue
+        assert kind in MOVES, f"{name}: expected a kernel of MOVES or MOVE_NO_ELEMENTS"
+        seen.add((arch, kind, dtype))
+        for move, tensors in MOVES[kind].items():
+            # At least: loops over octets may be unrolled.
+            expected = tensors * OCTET * ELEMENT_BYTES[dtype] // 16
+            got = len(MOVES_16_BYTES[move].findall(instructions))
+            if got < expected:
+                narrow.append(f"sm_{arch} {name}: expected {expected} to {move} 16 bytes, got {got}")
+    kinds = MOVES.keys() & {compiled.source.stem}
+    assert seen == {(arch, kind, dtype) for arch in ARCHITECTURES for kind in kinds for dtype in ELEMENT_BYTES}
+    assert not narrow, f"{len(narrow)} counts are too low, the first is {narrow[0]}"
 
 
 def test_every_kernel_file_is_found() -> None:
-    assert HAS_KERNELS
+    assert MOVES.keys() <= {path.stem for path in HAS_KERNELS}

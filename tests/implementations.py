@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-# "emulator" plans for a GPU without room on chip, "resident" for one with enough: the two schedules of the kernels.
-NAMES = ("reference", "cpu", "emulator", "resident", "cuda")
+# "emulator" plans for a GPU without room on chip, "resident" and "cooperative" for one with enough: the schedules of
+# the kernels.
+NAMES = ("reference", "cpu", "emulator", "resident", "cooperative", "cuda")
 EMULATED_LIMITS = {
-    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "max_cluster": 1},
-    "resident": {"sm_count": 64, "shared_bytes_per_block": 232448, "max_cluster": 4},
+    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "max_cluster": 1, "cooperative": False},
+    "resident": {"sm_count": 64, "shared_bytes_per_block": 232448, "max_cluster": 4, "cooperative": False},
+    "cooperative": {"sm_count": 4, "shared_bytes_per_block": 232448, "max_cluster": 1, "cooperative": True},
 }
 
 

@@ -28,7 +28,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, d
     plan = fastbn.explain(x, direction, training=training, device=device)
     assert plan.backend == "cuda" and plan.reason == f"planned for {device}"
     kernel = "row_blocks" if memory_format == torch.channels_last else "channel_blocks"
-    assert plan.kernel.removeprefix("resident_") == kernel
+    assert plan.kernel.removeprefix("resident_").removeprefix("cooperative_") == kernel
     assert plan.blocks > 0 and plan.threads > 0 and plan.launches >= 1 and plan.cluster >= 1
     assert plan.tensor_reads >= (2 if direction == "backward" and training else 1) and plan.tensor_writes >= 1
     assert f"{plan.blocks} blocks of {plan.threads} threads" in str(plan)
@@ -91,8 +91,9 @@ def test_why_not(x, training, reason, direction):
 
 
 def test_a_plan_that_cannot_use_whole_vectors_says_so():
-    assert "element by element" in fastbn.explain(_meta(8, 64, 7, 7), device="h200").reason
-    assert "element by element" not in fastbn.explain(_meta(8, 64, 8, 8), device="h200").reason
+    assert "element by element" in fastbn.explain(_meta(8, 64, 35, 35), device="h200").reason
+    for size in (7, 8, 14):
+        assert "element by element" not in fastbn.explain(_meta(8, 64, size, size), device="h200").reason
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,8 @@ def test_gpus_that_a_build_runs_on(capability, architectures, expected):
 
 
 def test_explain_names_the_largest_shared_memory_of_the_launches():
-    plan = fastbn.explain(torch.empty(256, 64, 112, 112, device="meta"), device="h200")
-    assert plan.kernel == "channel_blocks"
-    assert plan.shared_bytes == 2 * 256 * 8 + 8 * 24  # two totals a thread, and a Moments a warp
+    x = _meta(256, 64, 112, 112, memory_format=torch.channels_last)
+    plan = fastbn.explain(x, device="h200")
+    assert plan.kernel == "row_blocks"
+    # Two totals of each of a thread's eight channels, a vote a warp, and three coefficients a channel.
+    assert plan.shared_bytes == 2 * 8 * 256 * 8 + 8 * 4 + 64 * 3 * 4

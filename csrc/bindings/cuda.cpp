@@ -44,7 +44,7 @@ class TorchContext {
  public:
   explicit TorchContext(const Tensor& input) : device_(input.get_device_index()), guard_(device_) {}
   cudaStream_t stream() const { return current_stream(device_); }
-  const DeviceLimits& limits() const { return limits_of(device_); }
+  Plan plan(const Request& request) const { return choose_plan(request, limits_of(device_)); }
 
  private:
   int32_t device_;

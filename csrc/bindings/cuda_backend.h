@@ -1,5 +1,5 @@
-// The CUDA launchers as a Backend of the ops: plan, workspace, launch, check. `Context` says on which stream of what
-// device: torch's, or in the tests the emulator's.
+// The CUDA launchers as a Backend of the ops: plan, workspace, launch, check. `Context` has the plan for a device, and
+// the stream: torch's, or in the tests the emulator's.
 #pragma once
 
 #include "bindings/arguments.h"
@@ -20,7 +20,9 @@ class CudaBackend {
 
   void forward(const ForwardParams& params) {
     const auto direction = params.statistics == Statistics::batch ? Direction::forward : Direction::eval;
-    run(cuda::forward, params, request_of(params, direction), {params.input, params.residual, params.output});
+    // Whether the mask is wanted must not show in the statistics.
+    const bool masked = params.residual && is_piecewise_linear(params.activation);
+    run(cuda::forward, params, request_of(params, direction, masked), {params.input, params.residual, params.output});
   }
 
   void channel_stats(const ForwardParams& params) {
@@ -47,25 +49,24 @@ class CudaBackend {
 
  private:
   template <class Params>
-  static Request request_of(const Params& params, Direction direction) {
+  static Request request_of(const Params& params, Direction direction, bool masked = false) {
     return {.layout = params.layout,
             .dtype = params.dtype,
             .direction = direction,
             .activation = params.activation,
             .residual = params.residual != nullptr,
-            .masked = params.mask != nullptr};
+            .masked = masked || params.mask != nullptr};
   }
 
   template <class Launcher, class Params>
   void run(Launcher launcher, const Params& params, Request request, std::initializer_list<const void*> pointers) {
     for (const void* pointer : pointers) request.aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-    const Plan plan = choose_plan(request, context_.limits());
-    const int64_t bytes = plan.schedule == Schedule::resident ? 0 : cuda::workspace_bytes(plan, params.layout);
-    const Tensor workspace = operands_.empty(bytes, ScalarType::Byte);
+    const Plan plan = context_.plan(request);
+    const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params.layout), ScalarType::Byte);
     const cudaError_t error = launcher(params, plan, workspace.data_ptr(), context_.stream());
     if (error != cudaSuccess)
       fail(operands_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",
-           plan.grid_x, " x ", plan.splits, ", ", plan.threads, " threads)");
+           plan.groups * plan.splits, " blocks of ", plan.threads, " threads)");
   }
 
   const Operands& operands_;

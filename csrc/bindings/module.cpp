@@ -78,12 +78,15 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   const Plan chosen = choose_plan(request, limits);
   py::dict result;
   const std::string kernel = chosen.kernel == Kernel::channel_blocks ? "channel_blocks" : "row_blocks";
-  result["kernel"] = chosen.schedule == Schedule::resident ? "resident_" + kernel : kernel;
+  const std::string schedule = chosen.schedule == Schedule::resident      ? "resident_"
+                               : chosen.schedule == Schedule::cooperative ? "cooperative_"
+                                                                          : "";
+  result["kernel"] = schedule + kernel;
   result["launches"] = chosen.launches;
   result["tensor_reads"] = chosen.tensor_reads;
   result["tensor_writes"] = chosen.tensor_writes;
   result["cluster"] = chosen.cluster;
-  result["blocks"] = chosen.grid_x * chosen.splits;
+  result["blocks"] = chosen.groups * chosen.splits;
   result["threads"] = chosen.threads;
   result["shared_bytes"] = chosen.shared_bytes;
   result["vectorized"] = chosen.vectorized;

@@ -26,16 +26,19 @@ FASTBN_DEVICE void with_activation(Activation activation, Use use) {
   }
 }
 
-// values[i] = map(constant activation, z[i], values[i])
+// values[i] = map(constant activation, z[i], values[i]), where it takes exp or erf by parts of the octet.
 template <class A, class Map>
 FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[octet], A (&values)[octet], Map map) {
   with_activation(activation, [&](auto constant) {
-    if constexpr (sizeof(A) == sizeof(double)) {
-      FASTBN_KEEP_LOOP
-      for (int i = 0; i < octet; ++i) place(values, i, map(constant, pick(z, i), pick(values, i)));
-    } else {
+    constexpr bool is_short = is_piecewise_linear(constant.value) || constant.value == Activation::hardswish;
+    constexpr int part = sizeof(A) == sizeof(double) ? 1 : is_short ? octet : octet / 2;
+    FASTBN_KEEP_LOOP
+    for (int first = 0; first < octet; first += part) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) values[i] = map(constant, z[i], values[i]);
+      for (int i = 0; i < part; ++i) {
+        const A value = map(constant, pick<part>(z, first, i), pick<part>(values, first, i));
+        place<part>(values, first, i, value);
+      }
     }
   });
 }

@@ -6,31 +6,30 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? least_blocks : 2)
     grad_sums_kernel(BackwardParams params, Plan plan, GradSums* partials) {
   using A = acc_t<T>;
   const ReduceMemory<Walk::channels> memory;
-  const Walk walk(params.layout, plan, Order::ascending);
-  const bool needs_x = params.sum_grad_xhat || params.grad_weight.defined();
-  const GradZ<T> grad_z(params, plan, needs_x);
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
+  const GradZ<T> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
   Affine<A> affine[Walk::channels];
-  share_coefficients(
-      walk, params.layout.channels, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); },
-      affine);
-  device::sync_block();  // the merges below write where the coefficients were
-
+  share_coefficients(walk, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); }, affine);
   block_grad_sums(
-      walk, memory, grad_z, affine, needs_x, [&](const Step& step, int) { return grad_z.load(step); },
-      [&](int i, const GradSums& sums) { partials[walk.split * params.layout.channels + walk.channel + i] = sums; });
+      walk, memory, grad_z, affine, [&](const Step& step, int) { return grad_z.load(step); },
+      [&](int channel, const GradSums& sums) {
+        partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
+      });
 }
 
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
-    finish_grad_sums_kernel(BackwardParams params, int64_t splits, const GradSums* partials) {
+    finish_grad_sums_kernel(BackwardParams params, int splits, const GradSums* partials) {
   const int64_t channels = params.layout.channels;
   const int64_t channel = finish_channel();
   if (channel >= channels) return;
-  const GradSums sums = merge_splits(partials, splits, channels, channel, AddGradSums());
-  if (device::thread_index() % device::kWarp != 0) return;
+  const int lane = device::thread_index() % device::kWarp;
+  const GradSums sums = merge_parts<GradSums>(splits, lane, device::kWarp,
+                                              [&](int split) { return partials[split * channels + channel]; });
+  if (lane != 0) return;
   save_grad_sums(params, channel, sums.grad, sum_grad_xhat(params, channel, sums));
 }
 

@@ -3,57 +3,37 @@
 #pragma once
 
 #include "cuda/grad_z.cuh"
-#include "cuda/loop.cuh"
 #include "cuda/reduce.cuh"
 
 namespace fastbn::cuda {
 
+// Merged as MomentsSum is, but that these only add.
 struct GradSums {
   double grad = 0;
   double shifted = 0;
+
+  static FASTBN_DEVICE GradSums about(const GradSums&) { return {}; }
+  FASTBN_DEVICE void add(const GradSums& part) { *this = {grad + part.grad, shifted + part.shifted}; }
+  FASTBN_DEVICE void join(const GradSums& other) { add(other); }
+  FASTBN_DEVICE GradSums result() const { return *this; }
 };
 
-struct AddGradSums {
-  FASTBN_DEVICE GradSums operator()(const GradSums& a, const GradSums& b) const {
-    return {a.grad + b.grad, a.shifted + b.shifted};
-  }
-};
-
-// Over a block's share. load(step, number) gives items of grad_z; keep(i, sums) is called in threads below `lanes` for
-// the i-th of their channels. Without needs_x only grad is summed.
+// Over a block's share. load(step, number) gives items of grad_z; keep(channel, sums) is called by one thread for each
+// channel of the slice. Where the items have no x, `shifted` means nothing.
 template <class T, class Walk, class Load, class Keep>
 FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::channels>& memory, const GradZ<T>& grad_z,
-                                   const Affine<acc_t<T>> (&affine)[Walk::channels], bool needs_x, Load load,
-                                   Keep keep) {
+                                   const Affine<acc_t<T>> (&affine)[Walk::channels], Load load, Keep keep) {
   using A = acc_t<T>;
-  constexpr int channels = Walk::channels;
-  LongSum<A, channels> sum(memory.first), shifted(memory.second);
-  int octets = 0;
-  for_each_octet(walk, load, [&](const Step& step, const auto& item) {
-    A grad[octet], product[octet];
+  sum_octets<A>(walk, memory, load, [&](const Step& step, const auto& item, A(&grad)[octet], A(&product)[octet]) {
     grad_z.compute(item, affine, grad);
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
       grad[i] = i < step.count ? grad[i] : A(0);
-      product[i] = grad[i] * (item.x[i] - affine[i % channels].pivot);
-    }
-    sum.add(grad);
-    if (needs_x) shifted.add(product);
-    if (++octets == octets_a_promotion) {
-      octets = 0;
-      sum.promote();
-      shifted.promote();
+      product[i] = grad[i] * (item.x[i] - affine[i % Walk::channels].pivot);
     }
   });
-  sum.promote();
-  shifted.promote();
-
-  FASTBN_KEEP_LOOP
-  for (int i = 0; i < channels; ++i) {
-    const GradSums own = {sum.promoted(i), shifted.promoted(i)};
-    const GradSums merged = merge_block(own, walk.lanes, memory.scratch, AddGradSums());
-    if (device::thread_index() < walk.lanes && i < walk.live) keep(i, merged);
-  }
+  reduce_totals(walk, memory,
+                [&](int channel, double grad, double shifted) { keep(channel, GradSums{grad, shifted}); });
 }
 
 FASTBN_DEVICE double sum_grad_xhat(const BackwardParams& params, int64_t channel, const GradSums& sums) {

@@ -22,40 +22,37 @@ class GradZ {
     uint8_t mask;
   };
 
-  // needs_x: whether the caller uses x for more than z.
+  // needs_x: whether the caller uses x for more than z. Holds on to the parameters, which are the kernel's.
   FASTBN_DEVICE GradZ(const BackwardParams& params, const Plan& plan, bool needs_x)
-      : input_(static_cast<const T*>(params.input)),
-        grad_out_(static_cast<const T*>(params.grad_out)),
-        activation_(params.activation),
-        vectorized_(plan.vectorized) {
-    if (is_piecewise_linear(activation_)) mask_ = params.mask;
-    const bool needs_z = activation_ != Activation::none && !mask_;
-    if (needs_z) residual_ = static_cast<const T*>(params.residual);
-    if (!needs_z && !needs_x) input_ = nullptr;
+      : params_(params), vectorized_(plan.vectorized) {
+    masked_ = params.mask && is_piecewise_linear(params.activation);
+    const bool needs_z = params.activation != Activation::none && !masked_;
+    reads_residual_ = needs_z && params.residual;
+    reads_input_ = needs_z || needs_x;
   }
 
   FASTBN_DEVICE Item load(const Step& step) const {
     Item item = {};
-    item.grad_out = load_octet(grad_out_ + step.offset, step.count, vectorized_);
-    if (input_) item.x = load_octet(input_ + step.offset, step.count, vectorized_);
-    if (residual_) item.residual = load_octet(residual_ + step.offset, step.count, vectorized_);
-    if (mask_) item.mask = mask_[step.mask_byte];
+    item.grad_out = load_octet(at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) item.x = load_octet(at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) item.residual = load_octet(at(params_.residual, step), step.count, vectorized_);
+    if (masked_) item.mask = params_.mask[step.mask_byte];
     return item;
   }
 
   // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
   FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int slot) const {
-    slab.fetch(slot, 0, grad_out_ + step.offset, step.count, vectorized_);
-    if (input_) slab.fetch(slot, 1, input_ + step.offset, step.count, vectorized_);
-    if (residual_) slab.fetch(slot, 2, residual_ + step.offset, step.count, vectorized_);
+    slab.fetch(slot, 0, at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) slab.fetch(slot, 1, at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) slab.fetch(slot, 2, at(params_.residual, step), step.count, vectorized_);
   }
 
   FASTBN_DEVICE Item load(const Slab<T>& slab, const Step& step, int slot) const {
     Item item = {};
     item.grad_out = slab.load(slot, 0);
-    if (input_) item.x = slab.load(slot, 1);
-    if (residual_) item.residual = slab.load(slot, 2);
-    if (mask_) item.mask = mask_[step.mask_byte];
+    if (reads_input_) item.x = slab.load(slot, 1);
+    if (reads_residual_) item.residual = slab.load(slot, 2);
+    if (masked_) item.mask = params_.mask[step.mask_byte];
     return item;
   }
 
@@ -63,28 +60,28 @@ class GradZ {
   FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[octet]) const {
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) grad[i] = item.grad_out[i];
-    if (mask_) {
+    if (masked_) {
       FASTBN_UNROLL
       for (int i = 0; i < octet; ++i) {
-        grad[i] = activation_backward_masked(activation_, (item.mask >> i & 1) != 0, grad[i]);
+        grad[i] = activation_backward_masked(params_.activation, (item.mask >> i & 1) != 0, grad[i]);
       }
       return;
     }
     A z[octet];
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
-      z[i] = affine[i % channels].apply(item.x[i]) + (residual_ ? item.residual[i] : A(0));
+      z[i] = affine[i % channels].apply(item.x[i]) + (reads_residual_ ? item.residual[i] : A(0));
     }
-    activate_backward(activation_, z, grad);
+    activate_backward(params_.activation, z, grad);
   }
 
  private:
-  const T* input_;
-  const T* grad_out_;
-  const T* residual_ = nullptr;
-  const uint8_t* mask_ = nullptr;
-  Activation activation_;
-  bool vectorized_;
+  static FASTBN_DEVICE const T* at(const void* tensor, const Step& step) {
+    return static_cast<const T*>(tensor) + step.offset;
+  }
+
+  const BackwardParams& params_;
+  bool masked_, reads_input_, reads_residual_, vectorized_;
 };
 
 template <class A>

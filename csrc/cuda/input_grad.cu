@@ -10,14 +10,14 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
     input_grad_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   constexpr int channels = Walk::channels;
-  const Walk walk(params.layout, plan, Order::reversed);
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
   const bool frozen = !params.sum_grad;  // or only grad_residual is wanted
   const GradZ<T> grad_z(params, plan, params.grad_input && !frozen);
   const InputGrad<T> input_grad(params, plan, frozen);
 
   GradCoefficients<A> both[channels];
   share_coefficients(
-      walk, params.layout.channels, device::shared_memory<char>(),
+      walk, device::shared_memory<char>(),
       [&](int64_t channel) {
         const double count = params.count ? *params.count : double(params.layout.count());
         return frozen ? grad_coefficients<A>(params, channel, 0, 0, 1)
@@ -25,13 +25,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
                                              count);
       },
       both);
-  Affine<A> affine[channels];
-  FASTBN_UNROLL
-  for (int i = 0; i < channels; ++i) affine[i] = both[i].affine;
 
   for_each_octet(
       walk, [&](const Step& step, int) { return grad_z.load(step); },
-      [&](const Step& step, const auto& item) { input_grad(step, grad_z, item, affine, both); });
+      [&](const Step& step, const auto& item, int) { input_grad(step, grad_z, item, both); });
 }
 
 }  // namespace

@@ -5,10 +5,13 @@
 
 namespace fastbn::cuda {
 
+// An Affine and a GradAffine, which have the pivot and the scale in common.
 template <class A>
 struct GradCoefficients {
   Affine<A> affine;
-  GradAffine<A> grad;
+  A slope, mean_grad, rest;
+
+  FASTBN_DEVICE GradAffine<A> grad() const { return {affine.pivot, slope, mean_grad, rest, affine.scale}; }
 };
 
 // grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
@@ -26,15 +29,17 @@ class InputGrad {
 
   template <int channels>
   FASTBN_DEVICE void operator()(const Step& step, const GradZ<T>& grad_z, const typename GradZ<T>::Item& item,
-                                const Affine<A> (&affine)[channels],
                                 const GradCoefficients<A> (&coefficients)[channels]) const {
+    Affine<A> affine[channels];
+    FASTBN_UNROLL
+    for (int i = 0; i < channels; ++i) affine[i] = coefficients[i].affine;
     A grad[octet];
     grad_z.compute(item, affine, grad);
     if (grad_residual_) store_octet(grad_residual_ + step.offset, step.count, vectorized_, grad);
     if (!grad_input_) return;
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
-      const GradAffine<A>& g = coefficients[i % channels].grad;
+      const GradAffine<A> g = coefficients[i % channels].grad();
       grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
     }
     store_octet(grad_input_ + step.offset, step.count, vectorized_, grad);
@@ -49,9 +54,9 @@ class InputGrad {
 template <class A>
 FASTBN_DEVICE GradCoefficients<A> grad_coefficients(const BackwardParams& params, int64_t channel, double sum_grad,
                                                     double sum_grad_xhat, double count) {
-  return {affine_of<A>(params, channel),
-          GradAffine<A>::make(params.mean[channel], params.inv_std[channel], params.weight.load_or(channel, 1),
-                              sum_grad, sum_grad_xhat, count)};
+  const auto grad = GradAffine<A>::make(params.mean[channel], params.inv_std[channel],
+                                        params.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count);
+  return {affine_of<A>(params, channel), grad.slope, grad.mean_grad, grad.rest};
 }
 
 }  // namespace fastbn::cuda

@@ -1,8 +1,9 @@
-// The ops as launches: one by a resident plan; by a two-phase plan reduce, finish, then a second pass over the
+// The ops as launches: one by a one-pass plan; by a two-phase plan reduce, finish, then a second pass over the
 // elements.
 #include "cuda/grad_sums.cuh"
 #include "cuda/launch.h"
 #include "cuda/passes.cuh"
+#include "cuda/rendezvous.cuh"
 
 namespace fastbn::cuda {
 namespace {
@@ -22,11 +23,15 @@ struct Workspace {
 int64_t workspace_bytes(const Plan& plan, const Layout& layout) {
   static_assert(sizeof(GradSums) <= sizeof(Moments));
   constexpr int64_t partial = sizeof(Moments), number = sizeof(double);
+  if (plan.schedule == Schedule::resident) return 0;
+  if (plan.schedule == Schedule::cooperative) {
+    return plan.groups * (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.slice_channels);
+  }
   return layout.channels * (plan.splits * partial + 2 * number);
 }
 
 cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout) || is_one_pass(plan)) return cudaErrorInvalidValue;
   ForwardParams params = given;
   params.inv_std = nullptr;
   params.running_mean = params.running_var = {};
@@ -37,10 +42,11 @@ cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* me
 }
 
 cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  const bool batch = given.statistics == Statistics::batch;
+  if (!is_runnable(plan, given.layout) || (is_one_pass(plan) && !batch)) return cudaErrorInvalidValue;
   ForwardParams params = given;
-  if (params.statistics == Statistics::batch) {
-    if (plan.schedule == Schedule::resident) return launch_resident_forward(params, plan, stream);
+  if (batch) {
+    if (is_one_pass(plan)) return launch_resident_forward(params, plan, memory, stream);
     const Workspace workspace(memory, params.layout);
     if (!params.mean) params.mean = workspace.first;
     if (!params.inv_std) params.inv_std = workspace.second;
@@ -54,7 +60,7 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
 }
 
 cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout) || is_one_pass(plan)) return cudaErrorInvalidValue;
   BackwardParams params = given;
   params.grad_weight = params.grad_bias = {};
   auto* partials = static_cast<GradSums*>(Workspace(memory, params.layout).partials);
@@ -63,16 +69,15 @@ cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memor
 }
 
 cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan)) return cudaErrorInvalidValue;
+  const bool batch = given.statistics == Statistics::batch;
+  if (!is_runnable(plan, given.layout) || (is_one_pass(plan) && !batch)) return cudaErrorInvalidValue;
   BackwardParams params = given;
   if (params.statistics != Statistics::given) {
-    const bool needs_sums = params.statistics == Statistics::batch && params.grad_input;
+    const bool needs_sums = batch && params.grad_input;
     params.sum_grad = nullptr;
     params.sum_grad_xhat = nullptr;
     params.count = nullptr;
-    if (plan.schedule == Schedule::resident && params.statistics == Statistics::batch) {
-      return launch_resident_backward(params, plan, stream);
-    }
+    if (is_one_pass(plan)) return launch_resident_backward(params, plan, memory, stream);
     if (needs_sums || params.grad_weight.defined() || params.grad_bias.defined()) {
       const Workspace workspace(memory, params.layout);
       if (needs_sums) {

@@ -12,18 +12,19 @@
 
 namespace fastbn::cuda {
 
-template <class V, int n>
-FASTBN_DEVICE V pick(const V (&array)[n], int index) {
-  V value = array[0];
+// array[first + i], where first is a multiple of part and i a constant below it.
+template <int part = 1, class V, int n>
+FASTBN_DEVICE V pick(const V (&array)[n], int first, int i = 0) {
+  V value = array[i];
   FASTBN_UNROLL
-  for (int i = 1; i < n; ++i) value = index == i ? array[i] : value;
+  for (int at = part; at < n; at += part) value = first == at ? array[at + i] : value;
   return value;
 }
 
-template <class V, int n>
-FASTBN_DEVICE void place(V (&array)[n], int index, V value) {
+template <int part = 1, class V, int n>
+FASTBN_DEVICE void place(V (&array)[n], int first, int i, V value) {
   FASTBN_UNROLL
-  for (int i = 0; i < n; ++i) array[i] = index == i ? value : array[i];
+  for (int at = 0; at < n; at += part) array[at + i] = first == at ? value : array[at + i];
 }
 
 }  // namespace fastbn::cuda

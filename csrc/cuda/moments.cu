@@ -10,26 +10,28 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, !Walk::by_rows            
                                                       : sizeof(T) == sizeof(float) ? 2
                                                                                    : least_blocks)
     moments_kernel(ForwardParams params, Plan plan, Moments* partials) {
-  if (params.num_batches_tracked && device::block_x() == 0 && device::block_y() == 0 && device::thread_index() == 0) {
+  if (params.num_batches_tracked && device::block_x() == 0 && device::thread_index() == 0) {
     ++*params.num_batches_tracked;
   }
   const T* input = static_cast<const T*>(params.input);
-  const Walk walk(params.layout, plan, Order::ascending);
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
   block_moments<T>(
-      walk, ReduceMemory<Walk::channels>(),
+      params.layout, plan, walk, ReduceMemory<Walk::channels>(),
       [&](const Step& step, int) { return load_octet(input + step.offset, step.count, plan.vectorized); },
-      [&](int i, const Moments& moments) {
-        partials[walk.split * params.layout.channels + walk.channel + i] = moments;
+      [&](int channel, const Moments& moments) {
+        partials[walk.split * params.layout.channels + walk.slice_channel + channel] = moments;
       });
 }
 
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
-    finish_moments_kernel(ForwardParams params, int64_t splits, const Moments* partials) {
+    finish_moments_kernel(ForwardParams params, int splits, const Moments* partials) {
   const int64_t channels = params.layout.channels;
   const int64_t channel = finish_channel();
   if (channel >= channels) return;
-  const Moments moments = merge_splits(partials, splits, channels, channel, MergeMoments());
-  if (device::thread_index() % device::kWarp != 0) return;
+  const int lane = device::thread_index() % device::kWarp;
+  const Moments moments = merge_parts<MomentsSum>(splits, lane, device::kWarp,
+                                                  [&](int split) { return partials[split * channels + channel]; });
+  if (lane != 0) return;
   save_statistics(params, channel, moments, params.num_batches_tracked ? *params.num_batches_tracked : 0);
 }
 

@@ -1,6 +1,7 @@
 // The statistics of a block's share of its channels, and what becomes of a channel's once they are merged. Each thread
-// sums d and d*d about the first element it meets, so that nothing cancels; the sums become float64 moments that merge
-// by Chan's formula. Where float sums overflow, or meet inf or NaN, the block starts again in double.
+// sums d and d*d about the first element it meets, so that nothing cancels in float32. In float64, where an element of
+// the channel is as good a pivot as another, its sums move to the block's pivot and add up without a division; blocks
+// likewise. Where float sums overflow, or meet inf or NaN, the block starts again in double.
 #pragma once
 
 #include "cuda/loop.cuh"
@@ -12,14 +13,11 @@
 
 namespace fastbn::cuda {
 
-struct MergeMoments {
-  FASTBN_DEVICE Moments operator()(const Moments& a, const Moments& b) const { return merge(a, b); }
-};
-
-// Sums in A the octets that load(step, number) gives; keep(i, moments) is called in threads below `lanes` for the i-th
-// of their channels. Returns whether all came out finite.
+// Sums in A the octets that load(step, number) gives; keep(channel, moments) is called by one thread for each channel
+// of the slice. Returns whether all came out finite.
 template <class A, class Walk, class Load, class Keep>
-FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Load load, Keep keep) {
+FASTBN_DEVICE bool sum_moments(const Layout& layout, const Plan& plan, const Walk& walk,
+                               const ReduceMemory<Walk::channels>& memory, Load load, Keep keep) {
   constexpr int channels = Walk::channels;
   A pivot[channels] = {};
   const Step first = walk.step();
@@ -32,50 +30,61 @@ FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channe
     }
   }
 
-  LongSum<A, channels> sum(memory.first), squares(memory.second);
-  int64_t elements = 0;  // a channel
-  int octets = 0;
-  for_each_octet(walk, load, [&](const Step& step, const auto& x) {
-    A d[octet], d_squared[octet];
+  int64_t elements = 0;  // of each of the thread's channels, but that its last octet may have fewer
+  int last = 0;
+  sum_octets<A>(walk, memory, load, [&](const Step& step, const auto& x, A(&d)[octet], A(&d_squared)[octet]) {
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
       d[i] = i < step.count ? A(x[i]) - pivot[i % channels] : A(0);
       d_squared[i] = d[i] * d[i];
     }
-    sum.add(d);
-    squares.add(d_squared);
     elements += channels == 1 ? step.count : 1;
-    if (++octets == octets_a_promotion) {
-      octets = 0;
-      sum.promote();
-      squares.promote();
-    }
+    last = step.count;
   });
-  sum.promote();
-  squares.promote();
+
+  // The median of three is an outlier only where two are.
+  double* const pivots = static_cast<double*>(memory.scratch);
+  for (int n = 0; n < Walk::witnesses; ++n) {
+    if (!walk.is_witness(n)) continue;
+    walk.for_each_channel([&](int i, int channel, bool is_first) {
+      if (is_first) pivots[Walk::witnesses * channel + n] = double(pivot[i]);
+    });
+  }
+  const auto block_pivot = [&](int channel) {
+    const double a = pivots[3 * channel], b = pivots[3 * channel + 1], c = pivots[3 * channel + 2];
+    const double low = a < b ? a : b, high = a < b ? b : a;
+    return c < low ? low : c < high ? c : high;
+  };
+  device::sync_block();
+  if (elements > 0) {
+    walk.for_each_channel([&](int i, int channel, bool) {
+      double& sum = memory.first[i * most_threads + device::thread_index()];
+      double& squares = memory.second[i * most_threads + device::thread_index()];
+      const double moved = double(pivot[i]) - block_pivot(channel);
+      const double count = double(elements - (channels > 1 && i >= last));
+      squares += moved * (2 * sum + count * moved);
+      sum += count * moved;
+    });
+  }
 
   bool finite = true;
-  FASTBN_KEEP_LOOP
-  for (int i = 0; i < channels; ++i) {
+  reduce_totals(walk, memory, [&](int channel, double sum, double squares) {
+    const double count = double(elements_of(plan, layout, walk.split));
     Moments moments;
-    if (elements > 0) {
-      moments = Moments::from_shifted(double(elements), double(pick(pivot, i)), sum.promoted(i), squares.promoted(i));
-    }
-    moments = merge_block(moments, walk.lanes, memory.scratch, MergeMoments());
-    if (device::thread_index() < walk.lanes && i < walk.live) {
-      keep(i, moments);
-      finite = finite && moments.is_finite();
-    }
-  }
-  return first_warp_agrees(finite, memory.scratch);
+    if (count > 0) moments = Moments::from_shifted(count, block_pivot(channel), sum, squares);
+    keep(channel, moments);
+    finite = finite && moments.is_finite();
+  });
+  return block_agrees(finite, memory.votes);
 }
 
 // The same in float32, and again in float64 where that is not enough.
 template <class T, class Walk, class Load, class Keep>
-FASTBN_DEVICE void block_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Load load, Keep keep) {
-  const bool finite = sum_moments<acc_t<T>>(walk, memory, load, keep);
+FASTBN_DEVICE void block_moments(const Layout& layout, const Plan& plan, const Walk& walk,
+                                 const ReduceMemory<Walk::channels>& memory, Load load, Keep keep) {
+  const bool finite = sum_moments<acc_t<T>>(layout, plan, walk, memory, load, keep);
   if constexpr (sizeof(acc_t<T>) < sizeof(double)) {
-    if (!finite) sum_moments<double>(walk, memory, load, keep);
+    if (!finite) sum_moments<double>(layout, plan, walk, memory, load, keep);
   }
 }
 
@@ -94,11 +103,11 @@ class Batches {
   FASTBN_DEVICE void count() const {
     if (!counter_ || device::thread_index() != 0) return;
     if (!read_by_all_) {
-      if (device::block_x() == 0 && device::block_y() == 0) ++*counter_;
+      if (device::block_x() == 0) ++*counter_;
       return;
     }
     const int64_t before = device::atomic_add(counter_, upper_one);
-    if (before / upper_one + 1 == device::grid_x() * device::grid_y()) *counter_ = (before & lower_half) + 1;
+    if (before / upper_one + 1 == device::grid_x()) *counter_ = (before & lower_half) + 1;
   }
 
  private:

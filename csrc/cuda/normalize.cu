@@ -20,12 +20,12 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows != (sizeof(T
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);
   const Normalize<T> normalize(params, plan);
-  const Walk walk(params.layout, plan, Order::reversed);
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
 
   const bool saves = params.statistics == Statistics::running && walk.split == 0;
   Affine<A> affine[Walk::channels];
   share_coefficients(
-      walk, params.layout.channels, device::shared_memory<char>(),
+      walk, device::shared_memory<char>(),
       [&](int64_t channel) {
         const Normalizer n = normalizer_of(params, channel);
         if (saves && params.mean) params.mean[channel] = n.mean;
@@ -42,7 +42,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows != (sizeof(T
       [&](const Step& step, int) {
         return Item{load_octet(input + step.offset, step.count, plan.vectorized), normalize.load_residual(step)};
       },
-      [&](const Step& step, const Item& item) { normalize(step, item.x, item.residual, affine); });
+      [&](const Step& step, const Item& item, int) { normalize(step, item.x, item.residual, affine); });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ template <class T>
 FASTBN_DEVICE Octet<T> load_octet(const T* from, int count, bool vectorized) {
   constexpr int lanes = Octet<T>::lanes;
   Octet<T> value = {};
-  if (vectorized) {
+  if (vectorized && count == octet) {
     FASTBN_UNROLL
     for (int i = 0; i < octet; i += lanes) value.part[i / lanes] = device::load16(from + i);
   } else {
@@ -38,7 +38,7 @@ FASTBN_DEVICE void store_octet(T* to, int count, bool vectorized, const acc_t<T>
   Octet<T> rounded;
   FASTBN_UNROLL
   for (int i = 0; i < octet; ++i) rounded.part[i / lanes].lane[i % lanes] = from_acc<T>(value[i]);
-  if (vectorized) {
+  if (vectorized && count == octet) {
     FASTBN_UNROLL
     for (int i = 0; i < octet; i += lanes) device::store16(to + i, rounded.part[i / lanes]);
   } else {

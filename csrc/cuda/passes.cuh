@@ -29,9 +29,12 @@ cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& pl
 // The statistics are frozen where sum_grad is null; a null count is the layout's.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
 
-// Sums and the last pass in one launch, by resident plans; with the statistics of the batch.
-cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+// Sums and the last pass in one launch, by one-pass plans; with the statistics of the batch. Only cooperative plans
+// have a workspace.
+cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
+                                    cudaStream_t stream);
+cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
+                                     cudaStream_t stream);
 
 // Calls run.operator()<T, Walk>() for the dtype and the plan's kernel.
 template <class Run>
@@ -49,19 +52,20 @@ cudaError_t dispatch(DType dtype, const Plan& plan, Run run) {
   return cudaErrorInvalidValue;
 }
 
-// Warps merge by halving, which takes full warps and a power of two of lanes.
-inline bool is_runnable(const Plan& plan) {
-  const bool lanes = plan.lanes >= 1 && plan.lanes <= device::kWarp && (plan.lanes & (plan.lanes - 1)) == 0;
-  return lanes && plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
+// Warps merge by halving, which takes full warps; channels and the elements of a row are counted in int.
+inline bool is_runnable(const Plan& plan, const Layout& layout) {
+  const bool threads = plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
+  const bool rows = plan.kernel == Kernel::channel_blocks || plan.width == plan.fold * layout.channels * layout.inner;
+  return threads && rows && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
 }
 
 inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
   assert(shared_bytes <= plan.shared_bytes);  // what the planner said
   device::Launch shape;
-  shape.grid_x = plan.grid_x * plan.cluster;
-  shape.grid_y = plan.splits / plan.cluster;
+  shape.grid_x = int64_t(plan.groups) * plan.splits;
   shape.threads = plan.threads;
   shape.cluster = plan.cluster;
+  shape.cooperative = plan.schedule == Schedule::cooperative;
   shape.shared_bytes = shared_bytes;
   return shape;
 }
@@ -74,7 +78,7 @@ device::Launch sums_shape(const Plan& plan, bool backward) {
 
 // A last pass over the elements, which needs only the coefficients of the block's channels.
 inline device::Launch last_pass_shape(const Plan& plan, int64_t bytes_a_channel) {
-  return grid_of(plan, bytes_a_channel * (plan.kernel == Kernel::row_blocks ? plan.lanes * octet : 1));
+  return grid_of(plan, bytes_a_channel * plan.slice_channels);
 }
 
 inline device::Launch finish_shape(const Layout& layout) {

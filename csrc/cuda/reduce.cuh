@@ -48,52 +48,82 @@ template <int channels>
 struct ReduceMemory {
   double* first = device::shared_memory<double>();
   double* second = first + channels * most_threads;
-  double* scratch = second + channels * most_threads;
+  uint32_t* votes = reinterpret_cast<uint32_t*>(second + channels * most_threads);
+  void* scratch = votes + most_threads / device::kWarp;
 };
 
-// Merges the values of all threads with the same thread_index() % lanes; threads below `lanes` get the result. lanes is
-// a power of two up to 32, and the shared scratch holds `lanes` values a warp.
-template <class V, class Merge>
-FASTBN_DEVICE V merge_block(V value, int lanes, void* scratch, Merge merge) {
-  V* shared = static_cast<V*>(scratch);
-  const int thread = device::thread_index();
-  const int lane = thread % device::kWarp;
-  for (int delta = device::kWarp / 2; delta >= lanes; delta /= 2) {
-    value = merge(value, device::shuffle_down(value, delta));
-  }
-  if (lane < lanes) shared[thread / device::kWarp * lanes + lane] = value;
-  device::sync_block();
-  if (thread < lanes) {
-    for (int i = thread + lanes; i < device::block_threads() / device::kWarp * lanes; i += lanes) {
-      value = merge(value, shared[i]);
+// Two totals of each of the thread's channels over the octets that load(step, number) gives; terms(step, item, first,
+// second) says what an octet adds.
+template <class A, class Walk, class Load, class Terms>
+FASTBN_DEVICE void sum_octets(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Load load, Terms terms) {
+  LongSum<A, Walk::channels> first(memory.first), second(memory.second);
+  int octets = 0;
+  for_each_octet(walk, load, [&](const Step& step, const auto& item, int) {
+    A to_first[octet], to_second[octet];
+    terms(step, item, to_first, to_second);
+    first.add(to_first);
+    second.add(to_second);
+    if (++octets == octets_a_promotion) {
+      octets = 0;
+      first.promote();
+      second.promote();
     }
-  }
-  device::sync_block();  // the next merge writes where this one reads
-  return value;
+  });
+  first.promote();
+  second.promote();
 }
 
-// Merges partials[split * channels + channel] over all splits by one warp; its lane 0 gets the result.
-template <class V, class Merge>
-FASTBN_DEVICE V merge_splits(const V* partials, int64_t splits, int64_t channels, int64_t channel, Merge merge) {
-  V value = {};
-  for (int64_t split = device::thread_index() % device::kWarp; split < splits; split += device::kWarp) {
-    value = merge(value, partials[split * channels + channel]);
+// Calls work(channel, lane, team, exists) in all threads, so that it may shuffle: `team` neighbouring lanes, a power of
+// two, share a channel. Where there are more teams than channels the last channel comes again, and exists is false.
+template <class Work>
+FASTBN_DEVICE void by_teams(int channels, Work work) {
+  const int thread = device::thread_index(), threads = device::block_threads();
+  int team = device::kWarp;
+  while (team > 1 && team * channels > threads) team /= 2;
+  for (int first = 0; first < channels; first += threads / team) {
+    const int channel = first + thread / team;
+    const bool exists = channel < channels;
+    work(exists ? channel : channels - 1, thread % team, team, exists);
   }
-  for (int delta = device::kWarp / 2; delta >= 1; delta /= 2) {
-    value = merge(value, device::shuffle_down(value, delta));
-  }
-  return value;
 }
 
-// Whether a condition holds in all threads of the first warp; the whole block learns it.
-FASTBN_DEVICE bool first_warp_agrees(bool condition, void* scratch) {
-  uint32_t* shared = static_cast<uint32_t*>(scratch);
+// Adds up the totals of all threads; keep(channel, first, second) is called by one thread a channel of the slice.
+template <class Walk, class Keep>
+FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Keep keep) {
+  device::sync_block();
+  by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+    double first = 0, second = 0;
+    walk.for_each_sum_of(channel, lane, team, [&](int thread, int i) {
+      first += memory.first[i * most_threads + thread];
+      second += memory.second[i * most_threads + thread];
+    });
+    for (int delta = team / 2; delta > 0; delta /= 2) {
+      first += device::shuffle_xor(first, delta);
+      second += device::shuffle_xor(second, delta);
+    }
+    if (exists && lane == 0) keep(channel, first, second);
+  });
+}
+
+// The sum over load(k) for k < count, by the lanes of a team, which all get it. A Sum is about a
+// part, adds parts and joins other Sums about the same one.
+template <class Sum, class Load>
+FASTBN_DEVICE auto merge_parts(int count, int lane, int team, Load load) {
+  Sum sum = Sum::about(load(0));
+  for (int k = lane; k < count; k += team) sum.add(load(k));
+  for (int delta = team / 2; delta > 0; delta /= 2) sum.join(device::shuffle_xor(sum, delta));
+  return sum.result();
+}
+
+// Whether a condition holds in all threads of the block, which all learn it. All are then behind what they did before.
+FASTBN_DEVICE bool block_agrees(bool condition, uint32_t* votes) {
+  const int thread = device::thread_index();
   const uint32_t denied = device::ballot(!condition);
-  if (device::thread_index() == 0) *shared = denied;
+  if (thread % device::kWarp == 0) votes[thread / device::kWarp] = denied;
   device::sync_block();
-  const bool agreed = *shared == 0;
-  device::sync_block();
-  return agreed;
+  uint32_t any = 0;
+  for (int warp = 0; warp < device::block_threads() / device::kWarp; ++warp) any |= votes[warp];
+  return any == 0;
 }
 
 }  // namespace fastbn::cuda

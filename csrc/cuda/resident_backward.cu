@@ -1,69 +1,80 @@
-// A backward in one launch that reads grad_out and the input once: the blocks of a cluster keep both on chip, exchange
-// their sums through distributed shared memory, and make grad_input from what they kept.
+// A backward in one launch that reads grad_out and the input once: the blocks of a slice keep both on chip, exchange
+// their sums, and make grad_input from what they kept while they bring in their next slice.
 #include "cuda/grad_sums.cuh"
 #include "cuda/input_grad.cuh"
 #include "cuda/passes.cuh"
+#include "cuda/rendezvous.cuh"
 #include "cuda/slab.cuh"
 
 namespace fastbn::cuda {
 namespace {
 
-// Two blocks share a multiprocessor, but where 128 registers are too few.
 template <class T, class Walk>
-constexpr int blocks_together = sizeof(T) == sizeof(double) || (Walk::by_rows && sizeof(T) == sizeof(float)) ? 1 : 2;
-
-template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together<T, Walk>))
-    resident_backward_kernel(BackwardParams params, Plan plan) {
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, true)))
+    resident_backward_kernel(BackwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
   const SharedMemory parts = shared_memory_of(plan, true, sizeof(A), octet * sizeof(T));
-  char* const shared = device::shared_memory<char>();
-  GradSums* const exchange = reinterpret_cast<GradSums*>(shared + parts.totals + parts.scratch);
-  char* const coefficients = reinterpret_cast<char*>(exchange) + parts.exchange;
-  Slab<T> slab(coefficients + parts.coefficients, plan);
+  char* const exchange = device::shared_memory<char>() + parts.totals + parts.votes + parts.scratch;
+  auto* const coefficients = reinterpret_cast<GradCoefficients<A>*>(exchange + parts.exchange);
+  Slab<T> slab(exchange + parts.exchange + parts.coefficients, plan);
+  Rendezvous<GradSums> rendezvous(plan, exchange, workspace);
 
-  const Walk walk(params.layout, plan, Order::ascending);
   const GradZ<T> grad_z(params, plan, true);
-  slab.bring(walk, [&](const Step& step, int slot) { grad_z.fetch(slab, step, slot); });
+  const auto fetch = [&](const Step& step, int slot) { grad_z.fetch(slab, step, slot); };
+  const int block = static_cast<int>(device::block_x()), first_slice = block / plan.splits, split = block % plan.splits;
 
   const ReduceMemory<Walk::channels> memory;
-  Affine<A> affine[Walk::channels];
-  share_coefficients(
-      walk, params.layout.channels, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); },
-      affine);
-  device::sync_block();  // the merges below write where the coefficients were
-  block_grad_sums(
-      walk, memory, grad_z, affine, true,
-      [&](const Step& step, int slot) {
-        slab.await(slot);
-        return grad_z.load(slab, step, slot);
-      },
-      [&](int i, const GradSums& sums) { exchange[walk.channel - walk.slice_channel + i] = sums; });
-  device::sync_cluster();
+  FASTBN_KEEP_LOOP
+  for (int slice = first_slice; slice < plan.slices; slice += plan.groups) {
+    const Walk walk(params.layout, plan, slice, split);
+    if (slice == first_slice) {
+      slab.bring(walk, fetch);
+      rendezvous.open();
+    }
+    Affine<A> affine[Walk::channels];
+    share_coefficients(walk, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); }, affine);
+    block_grad_sums(
+        walk, memory, grad_z, affine,
+        [&](const Step& step, int slot) {
+          slab.await(slot);
+          return grad_z.load(slab, step, slot);
+        },
+        [&](int channel, const GradSums& sums) { rendezvous.own(channel) = sums; });
+    rendezvous.meet();
 
-  GradCoefficients<A> both[Walk::channels];
-  share_coefficients(
-      walk, params.layout.channels, coefficients,
-      [&](int64_t channel) {
-        const GradSums sums = merge_cluster(exchange + (channel - walk.slice_channel), AddGradSums());
-        const double xhat = sum_grad_xhat(params, channel, sums);
-        if (walk.split == 0) save_grad_sums(params, channel, sums.grad, xhat);
-        return grad_coefficients<A>(params, channel, sums.grad, xhat, double(params.layout.count()));
-      },
-      both);
+    by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+      const GradSums sums =
+          merge_parts<GradSums>(plan.splits, lane, team, [&](int rank) { return rendezvous.part(rank, channel); });
+      if (!exists || lane != 0) return;
+      const int c = walk.slice_channel + channel;
+      const double xhat = sum_grad_xhat(params, c, sums);
+      if (split == 0) save_grad_sums(params, c, sums.grad, xhat);
+      coefficients[channel] = grad_coefficients<A>(params, c, sums.grad, xhat, double(params.layout.count()));
+    });
+    device::sync_block();
+    GradCoefficients<A> both[Walk::channels];
+    take_coefficients(walk, coefficients, both);
 
-  const InputGrad<T> input_grad(params, plan, false);
-  for_each_octet(
-      walk, [&](const Step& step, int slot) { return grad_z.load(slab, step, slot); },
-      [&](const Step& step, const auto& item) { input_grad(step, grad_z, item, affine, both); });
-  device::sync_cluster();  // the others may still read this block's sums
+    const InputGrad<T> input_grad(params, plan, false);
+    for_each_octet(
+        walk, [&](const Step& step, int slot) { return grad_z.load(slab, step, slot); },
+        [&](const Step& step, const auto& item, int slot) {
+          input_grad(step, grad_z, item, both);
+          const Step next = walk.ahead(step, plan.groups);
+          if (next.count > 0) fetch(next, slot), slab.brought(slot);
+        });
+    slab.close();
+  }
+  rendezvous.leave();
 }
 
 }  // namespace
 
-cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
+                                     cudaStream_t stream) {
   return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
-    return device::launch(&resident_backward_kernel<T, Walk>, sums_shape<T>(plan, true), stream, params, plan);
+    return device::launch(&resident_backward_kernel<T, Walk>, sums_shape<T>(plan, true), stream, params, plan,
+                          workspace);
   });
 }
 

@@ -1,64 +1,85 @@
-// A training forward in one launch that reads the input once: the blocks of a cluster keep their channels' elements on
-// chip, exchange their moments through distributed shared memory, and normalise what they kept.
+// A training forward in one launch that reads the input once: the blocks of a slice keep its elements on chip, exchange
+// their moments, and normalise what they kept while they bring in their next slice.
 #include "cuda/moments.cuh"
 #include "cuda/normalize.cuh"
 #include "cuda/passes.cuh"
+#include "cuda/rendezvous.cuh"
 #include "cuda/slab.cuh"
 
 namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, sizeof(T) == sizeof(double) ? 1 : 2)
-    resident_forward_kernel(ForwardParams params, Plan plan) {
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false)))
+    resident_forward_kernel(ForwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
   const SharedMemory parts = shared_memory_of(plan, false, sizeof(A), octet * sizeof(T));
-  char* const shared = device::shared_memory<char>();
-  Moments* const exchange = reinterpret_cast<Moments*>(shared + parts.totals + parts.scratch);
-  char* const coefficients = reinterpret_cast<char*>(exchange) + parts.exchange;
-  Slab<T> slab(coefficients + parts.coefficients, plan);
+  char* const exchange = device::shared_memory<char>() + parts.totals + parts.votes + parts.scratch;
+  auto* const coefficients = reinterpret_cast<Affine<A>*>(exchange + parts.exchange);
+  Slab<T> slab(exchange + parts.exchange + parts.coefficients, plan);
+  Rendezvous<Moments> rendezvous(plan, exchange, workspace);
 
   const T* input = static_cast<const T*>(params.input);
-  const Walk walk(params.layout, plan, Order::ascending);
-  slab.bring(
-      walk, [&](const Step& step, int slot) { slab.fetch(slot, 0, input + step.offset, step.count, plan.vectorized); });
-  const Batches batches(params);
-  block_moments<T>(
-      walk, ReduceMemory<Walk::channels>(),
-      [&](const Step&, int slot) {
-        slab.await(slot);
-        return slab.load(slot, 0);
-      },
-      [&](int i, const Moments& moments) { exchange[walk.channel - walk.slice_channel + i] = moments; });
-  device::sync_cluster();
-
-  Affine<A> affine[Walk::channels];
-  share_coefficients(
-      walk, params.layout.channels, coefficients,
-      [&](int64_t channel) {
-        const Moments moments = merge_cluster(exchange + (channel - walk.slice_channel), MergeMoments());
-        if (walk.split == 0) save_statistics(params, channel, moments, batches.number());
-        return Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps), params.weight.load_or(channel, 1),
-                               params.bias.load_or(channel, 0));
-      },
-      affine);
-  batches.count();
-
-  const Normalize<T> normalize(params, plan);
-  struct Item {
-    Octet<T> x, residual;
+  const auto fetch = [&](const Step& step, int slot) {
+    slab.fetch(slot, 0, input + step.offset, step.count, plan.vectorized);
   };
-  for_each_octet<many_in_flight>(
-      walk, [&](const Step& step, int slot) { return Item{slab.load(slot, 0), normalize.load_residual(step)}; },
-      [&](const Step& step, const Item& item) { normalize(step, item.x, item.residual, affine); });
-  device::sync_cluster();  // the others may still read this block's moments
+  const int block = static_cast<int>(device::block_x()), first_slice = block / plan.splits, split = block % plan.splits;
+  const Batches batches(params);
+  const int64_t batch = batches.number();
+
+  FASTBN_KEEP_LOOP
+  for (int slice = first_slice; slice < plan.slices; slice += plan.groups) {
+    const Walk walk(params.layout, plan, slice, split);
+    if (slice == first_slice) {
+      slab.bring(walk, fetch);
+      rendezvous.open();
+    }
+    block_moments<T>(
+        params.layout, plan, walk, ReduceMemory<Walk::channels>(),
+        [&](const Step&, int slot) {
+          slab.await(slot);
+          return slab.load(slot, 0);
+        },
+        [&](int channel, const Moments& moments) { rendezvous.own(channel) = moments; });
+    rendezvous.meet();
+    if (slice == first_slice) batches.count();
+
+    by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+      const Moments moments =
+          merge_parts<MomentsSum>(plan.splits, lane, team, [&](int rank) { return rendezvous.part(rank, channel); });
+      if (!exists || lane != 0) return;
+      const int c = walk.slice_channel + channel;
+      if (split == 0) save_statistics(params, c, moments, batch);
+      coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps),
+                                              params.weight.load_or(c, 1), params.bias.load_or(c, 0));
+    });
+    device::sync_block();
+    Affine<A> affine[Walk::channels];
+    take_coefficients(walk, coefficients, affine);
+
+    const Normalize<T> normalize(params, plan);
+    struct Item {
+      Octet<T> x, residual;
+    };
+    for_each_octet<many_in_flight>(
+        walk, [&](const Step& step, int slot) { return Item{slab.load(slot, 0), normalize.load_residual(step)}; },
+        [&](const Step& step, const Item& item, int slot) {
+          normalize(step, item.x, item.residual, affine);
+          const Step next = walk.ahead(step, plan.groups);
+          if (next.count > 0) fetch(next, slot), slab.brought(slot);
+        });
+    slab.close();
+  }
+  rendezvous.leave();
 }
 
 }  // namespace
 
-cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
+                                    cudaStream_t stream) {
   return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
-    return device::launch(&resident_forward_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan);
+    return device::launch(&resident_forward_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan,
+                          workspace);
   });
 }
 

@@ -13,7 +13,7 @@ enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, ha
 constexpr int activation_count = 8;
 
 // Piecewise linear activations know their derivative from one bit an element.
-FASTBN_INLINE bool is_piecewise_linear(Activation activation) {
+FASTBN_INLINE constexpr bool is_piecewise_linear(Activation activation) {
   return activation == Activation::relu || activation == Activation::leaky_relu || activation == Activation::relu6;
 }
 
@@ -91,7 +91,7 @@ FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
       return grad_out * (normal_cdf(z) + z * density);
     }
     case Activation::hardswish:
-      return select(z <= F(-3), F(0), select(z < F(3), grad_out * (z / F(3) + F(0.5)), grad_out));
+      return select(z <= F(-3), F(0), select(z < F(3), grad_out * (z * F(1.0 / 3) + F(0.5)), grad_out));
     default: return grad_out;
   }
 }

@@ -41,6 +41,32 @@ FASTBN_INLINE Moments merge(const Moments& a, const Moments& b) {
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
+// The merged moments of many parts without a division each: sums about the mean of one of them.
+struct MomentsSum {
+  double pivot = 0, count = 0, sum = 0, squares = 0;
+
+  static FASTBN_INLINE MomentsSum about(const Moments& one) { return {one.mean - one.mean == 0 ? one.mean : 0}; }
+
+  FASTBN_INLINE void add(const Moments& part) {
+    if (part.count == 0) return;
+    const double d = part.mean - pivot;
+    count += part.count;
+    sum += part.count * d;
+    squares += part.m2 + part.count * d * d;
+  }
+
+  // With another about the same one.
+  FASTBN_INLINE void join(const MomentsSum& other) {
+    count += other.count;
+    sum += other.sum;
+    squares += other.squares;
+  }
+
+  FASTBN_INLINE Moments result() const {
+    return count > 0 ? Moments::from_shifted(count, pivot, sum, squares) : Moments{};
+  }
+};
+
 FASTBN_INLINE double inv_std_of(double var, double eps) { return 1 / ::sqrt(var + eps); }
 
 // How much of the batch enters the running statistics: momentum, or 1/n where it is None; n is the number of batches

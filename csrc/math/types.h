@@ -67,10 +67,16 @@ FASTBN_INLINE T from_acc(A value) {
 }
 template <>
 FASTBN_INLINE bfloat16 from_acc<bfloat16, float>(float value) {
+#if __CUDA_ARCH__ >= 800
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return {uint16_t(is_nan ? 0x7fc0u : rounded)};
+#endif
 }
 template <>
 FASTBN_INLINE float16 from_acc<float16, float>(float value) {

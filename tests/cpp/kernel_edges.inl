@@ -18,7 +18,7 @@ void test_stats(const Shape& shape, Change change, Check check) {
   ForwardParams p = a.forward_params(Statistics::batch, Activation::none, false);
   Doubles var(a.layout.channels, NAN);
   p.var = var.data();
-  CHECK_EQUAL(cuda::channel_stats(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
   for (int64_t k = 0; k < a.layout.channels; ++k) check(k, a.mean[k], var[k], a.channels.mean[k], a.var[k]);
 }
 
@@ -65,7 +65,7 @@ void test_empty(const Layout& layout) {
   Doubles var(channels, NAN);
   p.var = var.data();
   a.mean.assign(channels, NAN);
-  CHECK_EQUAL(cuda::channel_stats(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
   CHECK_EQUAL(batches, 1);
   CHECK(a.mean == Doubles(channels, 0) && var == Doubles(channels, 0));
 

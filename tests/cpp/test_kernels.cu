@@ -1,6 +1,7 @@
 // The kernels of both schedules on the emulator against the definitions in double: every dtype, layout, activation,
 // source of statistics; the edges of the contract; and the same bits under every schedule.
 #include <limits>
+#include <utility>
 
 #include "check.h"
 #include "cuda/launch.h"
@@ -40,10 +41,11 @@ ChannelVector vector_of(Doubles& values) { return {values.data(), DType::float64
 
 struct Shape {
   Layout layout;
-  int threads = 0;  // 0: as planned
-  int64_t splits = 0;
+  int threads = 0;  // 0: as planned; more where a row takes more
+  int splits = 0;
   int64_t shift = 0;
   int cluster = 0;  // 0: two phases; else a resident plan with clusters of so many blocks
+  int groups = 0;   // else a cooperative plan with so many, of `splits` blocks each
 };
 
 const Shape shapes[] = {
@@ -72,26 +74,48 @@ const Shape shapes[] = {
     {{40, 264, 1}, 64, 0, 0, 4},
     {{6, 3, 1}, 32, 0, 0, 16},
     {{32 * 67, 8, 1}, 32, 0, 0, 4},
+    // Rows that are whole octets where runs are not: some channels, or all of several rows, the last of them not whole.
+    {{9, 16, 49}, 64, 2, 0},
+    {{9, 16, 49}, 64, 0, 0, 2},
+    {{5, 6, 4}, 32, 1, 0},
+    {{67, 3, 1}, 32, 2, 0},
+    {{67, 3, 1}, 32, 0, 0, 2},
+    {{5, 7, 9}, 0, 1, 0},
+    {{21, 20, 1}, 64, 2, 0},
+    {{20, 16, 4}, 32, 0, 0, 4},
+    // The same in groups of a cooperative grid: one slice or several a group, fewer for the last one.
+    {{3, 5, 16}, 32, 2, 0, 0, 2},
+    {{4, 2, 200}, 32, 3, 0, 0, 1},
+    {{2, 3, 49}, 32, 2, 0, 0, 2},
+    {{37, 16, 1}, 32, 4, 1, 0, 2},
+    {{40, 264, 1}, 64, 3, 0, 0, 1},
+    {{11, 264, 1}, 64, 2, 0, 0, 2},
+    {{9, 16, 49}, 64, 2, 0, 0, 1},
+    {{67, 3, 1}, 32, 3, 0, 0, 1},
+    {{32 * 67, 8, 1}, 32, 4, 0, 0, 1},
 };
 
 template <class T>
-Plan plan_of(const Shape& shape) {
+Plan plan_of(const Shape& shape, bool masked) {
   Request request;
   request.layout = shape.layout;
   request.dtype = dtype_of<T>;
   request.aligned = shape.shift == 0;
   request.fused = false;
+  request.masked = masked;
   Plan plan = choose_plan(request, known_devices[2]);
-  if (shape.threads) plan.threads = shape.threads;
+  if (shape.threads) plan.threads = std::max(shape.threads, (plan.lanes + 31) / 32 * 32);
   if (shape.splits) plan.splits = shape.splits;
-  if (shape.cluster) {
+  if (shape.cluster || shape.groups) {
     // Room for what any op keeps.
     request.direction = Direction::backward;
     request.activation = Activation::silu;
     request.residual = true;
-    DeviceLimits limits = known_devices[2];
-    limits.shared_bytes_per_block = 1 << 30;
-    CHECK(keep_on_chip(request, limits, plan.lanes, shape.cluster, plan));
+    request.masked = false;
+    const auto [schedule, blocks] =
+        shape.groups ? std::pair{Schedule::cooperative, shape.splits} : std::pair{Schedule::resident, shape.cluster};
+    CHECK(keep_on_chip(request, schedule, blocks, 1 << 30, plan));
+    if (shape.groups) plan.groups = std::min(shape.groups, plan.slices);
   }
   return plan;
 }
@@ -101,14 +125,14 @@ template <class T>
 struct Case {
   Shape shape;
   Layout layout = shape.layout;
-  Plan plan = plan_of<T>(shape);
+  Plan plan, two_phase;  // the latter for what is not a batch's statistics and their use in one
   Tensor<T> input, residual, grad_out, output, grad_input, grad_residual;
   Tensor<uint8_t> mask;
   Channels channels;
   Doubles var, running_mean, running_var, mean, inv_std, grad_weight, grad_bias;
   Doubles workspace;
 
-  explicit Case(const Shape& shape)
+  explicit Case(const Shape& shape, bool masked = false)
       : shape(shape),
         input(random_tensor<T>(layout.numel(), 1, -3, shape.shift)),  // so that a padding 0 would pass for active
         residual(random_tensor<T>(layout.numel(), 2, 0.5, shape.shift)),
@@ -127,7 +151,16 @@ struct Case {
       running_var.push_back(1.5 + 0.125 * double(c % 4));
     }
     for (Doubles* values : {&mean, &inv_std, &grad_weight, &grad_bias}) values->assign(count, NAN);
-    workspace.assign(cuda::workspace_bytes(plan, layout) / sizeof(double), NAN);
+    choose(masked);
+  }
+
+  void choose(bool masked) {
+    plan = plan_of<T>(shape, masked);
+    Shape in_phases = shape;
+    in_phases.cluster = in_phases.groups = 0;
+    two_phase = plan_of<T>(in_phases, masked);
+    const int64_t bytes = std::max(cuda::workspace_bytes(plan, layout), cuda::workspace_bytes(two_phase, layout));
+    workspace.assign(bytes / sizeof(double), NAN);
   }
 
   ForwardParams forward_params(Statistics statistics, Activation activation, bool with_residual) {
@@ -166,8 +199,14 @@ struct Case {
     return p;
   }
 
-  cudaError_t forward(const ForwardParams& p) { return cuda::forward(p, plan, workspace.data(), nullptr); }
-  cudaError_t backward(const BackwardParams& p) { return cuda::backward(p, plan, workspace.data(), nullptr); }
+  const Plan& plan_for(Statistics statistics) const { return statistics == Statistics::batch ? plan : two_phase; }
+
+  cudaError_t forward(const ForwardParams& p) {
+    return cuda::forward(p, plan_for(p.statistics), workspace.data(), nullptr);
+  }
+  cudaError_t backward(const BackwardParams& p) {
+    return cuda::backward(p, plan_for(p.statistics), workspace.data(), nullptr);
+  }
 };
 
 template <class T>
@@ -186,7 +225,7 @@ void check_output(const Case<T>& a, const Channels& c, Activation activation, bo
 
 template <class T>
 void test_forward(const Shape& shape, Activation activation, bool with_residual) {
-  Case<T> a(shape);
+  Case<T> a(shape, with_residual);
   const double n = double(a.layout.count());
   Channels c = a.channels;
 
@@ -214,13 +253,13 @@ void test_forward(const Shape& shape, Activation activation, bool with_residual)
   p.running_var = vector_of(a.running_var);
   c.mean = a.running_mean;
   for (int64_t k = 0; k < a.layout.channels; ++k) c.inv_std[k] = 1 / std::sqrt(a.running_var[k] + kEps);
-  CHECK_EQUAL(cuda::forward(p, a.plan, nullptr, nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::forward(p, a.two_phase, nullptr, nullptr), cudaSuccess);
   check_output(a, c, activation, with_residual);
   CHECK(a.mean == c.mean && a.inv_std == c.inv_std);
 
   p = a.forward_params(Statistics::given, activation, with_residual);
   a.mean = a.channels.mean;
-  CHECK_EQUAL(cuda::forward(p, a.plan, nullptr, nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::forward(p, a.two_phase, nullptr, nullptr), cudaSuccess);
   c.mean = a.channels.mean;
   check_output(a, c, activation, with_residual);
 }
@@ -260,6 +299,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
   Doubles sums(a.layout.channels), sums_xhat(a.layout.channels);
   const bool masks = with_residual && is_piecewise_linear(activation);
   for (int masked = 0; masked <= masks; ++masked) {
+    a.choose(masked);
     const auto params = [&](Statistics statistics) {
       BackwardParams p = a.backward_params(statistics, activation);
       if (with_residual) p.grad_residual = a.grad_residual.data();
@@ -274,7 +314,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
     BackwardParams p = params(Statistics::given);
     p.sum_grad = sums.data();
     p.sum_grad_xhat = sums_xhat.data();
-    CHECK_EQUAL(cuda::grad_sums(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
+    CHECK_EQUAL(cuda::grad_sums(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
     // As if a second rank had seen the same data.
     const double count = 2 * double(a.layout.count());
     for (int64_t k = 0; k < a.layout.channels; ++k) {
@@ -284,7 +324,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
       sums_xhat[k] *= 2;
     }
     p.count = &count;
-    CHECK_EQUAL(cuda::backward(p, a.plan, nullptr, nullptr), cudaSuccess);
+    CHECK_EQUAL(cuda::backward(p, a.two_phase, nullptr, nullptr), cudaSuccess);
     check_gradients(a, g, Statistics::given, with_residual, 2);
   }
 }
@@ -296,7 +336,7 @@ void test_seeds(const Shape& shape) {
   for (int seed = 0; seed < 8; ++seed) {
     emulator::set_seed(seed);
     Case<T> a(shape);
-    CHECK_EQUAL(a.forward(a.forward_params(Statistics::batch, Activation::silu, true)), cudaSuccess);
+    CHECK_EQUAL(a.forward(a.forward_params(Statistics::batch, Activation::silu, false)), cudaSuccess);
     CHECK_EQUAL(a.backward(a.backward_params(Statistics::batch, Activation::silu)), cudaSuccess);
     Doubles all;
     for (const Doubles* values : {&a.mean, &a.inv_std, &a.grad_weight, &a.grad_bias}) {

@@ -106,10 +106,11 @@ void test_layouts() {
 
 void test_two_phase_plans() {
   const DeviceLimits h200 = known_devices[2];
-  Request request{{256, 64, 112 * 112}, DType::bfloat16};
+  // 32 bytes of so many rows are 103 MB.
+  Request request{{256 * 112 * 112, 64, 1}, DType::bfloat16};
   Plan plan = choose_plan(request, h200);
   CHECK(plan.schedule == Schedule::two_phase && plan.cluster == 1 && plan.launches == 3);
-  CHECK(plan.kernel == Kernel::channel_blocks && plan.vectorized && plan.splits > 1);
+  CHECK(plan.kernel == Kernel::row_blocks && plan.vectorized && plan.splits > 1);
   CHECK(plan.tensor_reads == 2 && plan.tensor_writes == 1);
   request.direction = Direction::backward;
   CHECK(choose_plan(request, h200).tensor_reads == 4);
@@ -127,20 +128,54 @@ void test_two_phase_plans() {
       rows_request.fused = false;
       const Plan rows = choose_plan(rows_request, h200);
       CHECK(rows.kernel == Kernel::row_blocks && rows.splits >= 1 && rows.splits <= 1024);
-      CHECK(rows.grid_x * rows.lanes * octet >= channels);
+      CHECK(rows.slices * rows.slice_channels >= channels);
     }
+}
+
+// Rows that are whole octets where runs are not.
+void test_walks() {
+  const DeviceLimits h200 = known_devices[2];
+  const auto plan_of = [&](Layout layout, bool masked, bool aligned) {
+    Request request{layout, DType::bfloat16};
+    request.masked = masked;
+    request.aligned = aligned;
+    return choose_plan(request, h200);
+  };
+  const auto check_rows = [&](const Plan& p, int lanes, int fold, int slice_channels) {
+    CHECK(p.kernel == Kernel::row_blocks && p.vectorized);
+    CHECK_EQUAL(p.lanes, lanes);
+    CHECK_EQUAL(p.fold, fold);
+    CHECK_EQUAL(p.slice_channels, slice_channels);
+  };
+  check_rows(plan_of({32, 512, 7 * 7}, false, true), 49, 1, 8);
+  check_rows(plan_of({32, 256, 14 * 14}, false, true), 49, 1, 2);
+  check_rows(plan_of({32, 64, 4 * 4}, true, true), 8, 1, 4);  // its mask has whole bytes a run
+  check_rows(plan_of({1000, 3, 1}, false, true), 3, 8, 3);
+  check_rows(plan_of({1000, 100, 1}, false, true), 25, 2, 100);
+  check_rows(plan_of({64, 5, 9}, false, true), 45, 8, 5);
+  for (bool masked : {false, true}) {
+    CHECK(plan_of({32, 64, 56 * 56}, masked, true).kernel == Kernel::channel_blocks);
+    CHECK(!plan_of({32, 512, 49}, masked, masked).vectorized);  // masked, or not aligned
+    CHECK(!plan_of({1000, 3, 1}, masked, masked).vectorized);
+    CHECK(!plan_of({1000, 1001, 1}, masked, true).vectorized);
+    CHECK(!plan_of({32, 64, 35 * 35}, masked, true).vectorized);  // more octets than a block has threads
+  }
 }
 
 void test_resident_plans() {
   const DeviceLimits h200 = known_devices[2], a100 = known_devices[0];
   // A channel of 256 x 56 x 56 bfloat16 is 1.6 MB: a cluster, as large as lets two blocks share a multiprocessor. One
-  // of 256 x 7 x 7 is 25 KB: a block.
+  // of 256 x 112 x 112 is 6.4 MB: several times as many blocks of a cooperative grid.
   Request request{{256, 64, 56 * 56}, DType::bfloat16};
   Plan plan = choose_plan(request, h200);
-  CHECK(plan.schedule == Schedule::resident && plan.cluster == 16 && plan.launches == 1 && plan.grid_x == 64);
+  CHECK(plan.schedule == Schedule::resident && plan.cluster == 16 && plan.launches == 1 && plan.slices == 64);
   CHECK(plan.tensor_reads == 1 && plan.tensor_writes == 1 && plan.shared_bytes <= h200.shared_bytes_per_block);
-  CHECK(choose_plan(request, a100).schedule == Schedule::two_phase);
+  plan = choose_plan({{256, 64, 112 * 112}, DType::bfloat16}, h200);
+  CHECK(plan.schedule == Schedule::cooperative && plan.cluster == 1 && plan.launches == 1);
+  CHECK(plan.groups > 1 && plan.groups * plan.splits == 2 * h200.sm_count && plan.tensor_reads == 1);
+  CHECK(choose_plan(request, a100).schedule == Schedule::cooperative);  // it has no clusters
   request.direction = Direction::backward;
+  request.layout.outer = 128;
   request.residual = request.masked = true;
   request.activation = Activation::relu;
   plan = choose_plan(request, h200);
@@ -148,16 +183,13 @@ void test_resident_plans() {
   CHECK(plan.tensor_reads == 2 + 2.0 / 16 && plan.tensor_writes == 2);
   request.masked = false;
   request.activation = Activation::silu;
-  CHECK(choose_plan(request, h200).schedule == Schedule::two_phase);  // three tensors do not fit
-  request.layout = {256, 512, 49};
   plan = choose_plan(request, h200);
-  CHECK(plan.schedule == Schedule::resident && plan.tensors == 3 && plan.tensor_reads == 3);
-  CHECK(choose_plan({{256, 512, 49}, DType::bfloat16}, a100).schedule == Schedule::resident);
+  CHECK(plan.launches == 1 && plan.tensors == 3 && plan.tensor_reads == 3);
   request.fused = false;
   CHECK(choose_plan(request, h200).schedule == Schedule::two_phase);
   CHECK(choose_plan({{0, 512, 49}, DType::bfloat16}, h200).schedule == Schedule::two_phase);
   // Three channels fill three clusters of 132 multiprocessors, unless they are so small that launches are what counts.
-  CHECK(choose_plan({{32, 3, 224 * 224}, DType::bfloat16}, h200).schedule == Schedule::two_phase);
+  CHECK(choose_plan({{32, 3, 224 * 224}, DType::bfloat16}, h200).schedule == Schedule::cooperative);
   CHECK(choose_plan({{16, 3, 28 * 28}, DType::bfloat16}, h200).schedule == Schedule::resident);
 
   for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16})
@@ -166,16 +198,23 @@ void test_resident_plans() {
         for (int64_t outer : {1, 7, 64, 12544, 50176, 3000000})
           for (int64_t inner : {1, 2, 49, 3136}) {
             const Plan p = choose_plan({{outer, channels, inner}, dtype, direction}, h200);
-            if (p.schedule != Schedule::resident) continue;
-            CHECK(p.shared_bytes <= h200.shared_bytes_per_block && p.cluster <= h200.max_cluster);
-            CHECK(p.cluster == p.splits && p.launches == 1);
+            if (p.schedule == Schedule::two_phase) continue;
+            CHECK(p.shared_bytes <= h200.shared_bytes_per_block && p.launches == 1);
+            if (p.schedule == Schedule::resident) {
+              CHECK(p.cluster == p.splits && p.cluster <= h200.max_cluster && p.groups == p.slices);
+            } else {
+              // All blocks fit at once.
+              const int64_t blocks = p.groups * p.splits, together = (blocks + h200.sm_count - 1) / h200.sm_count;
+              CHECK(p.cluster == 1 && p.splits > 1 && p.groups <= p.slices);
+              CHECK(together * (p.shared_bytes + 1024) <= h200.shared_bytes_per_block + 1024);
+              CHECK(together <= blocks_together(element_size(dtype), p.kernel, direction == Direction::backward));
+            }
             // Every element has a slot.
-            const int64_t width = p.kernel == Kernel::row_blocks ? p.lanes * octet : 1;
-            const int64_t octets_kept = int64_t(p.slots) * p.threads * p.cluster;
-            const int64_t runs = p.kernel == Kernel::row_blocks ? outer * p.lanes : outer * ((inner + 7) / 8);
-            CHECK(p.grid_x * width >= channels && octets_kept >= runs);
+            const Layout layout{outer, channels, inner};
+            CHECK(p.slices * p.slice_channels >= channels);
+            CHECK(int64_t(p.slots) * (p.threads / p.lanes) * p.splits >= p.places(layout));
             // A slice of rows is at least a sector wide.
-            CHECK(p.kernel == Kernel::channel_blocks || width >= channels || width * element_size(dtype) >= 32);
+            CHECK(p.kernel == Kernel::channel_blocks || p.slices == 1 || p.lanes * octet * element_size(dtype) >= 32);
           }
 }
 
@@ -188,6 +227,7 @@ int main() {
   test_affine_keeps_the_rounding_of_the_mean();
   test_layouts();
   test_two_phase_plans();
+  test_walks();
   test_resident_plans();
   return fastbn::test::result();
 }

@@ -1,0 +1,76 @@
+// Where the blocks of a slice hand one another their parts of its sums: in distributed shared memory if they are a
+// cluster, in global memory if they are a part of a cooperative grid. Two buffers take turns, so that a slice costs one
+// barrier: who writes into a buffer again has since met all who read it.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "math/plan.h"
+
+namespace fastbn::cuda {
+
+// Each group's counter has a cache line to itself.
+constexpr int64_t counter_words = 32;
+
+template <class Part>
+class Rendezvous {
+ public:
+  // shared: two buffers of the slice's channels. workspace: of cooperative plans, a counter a group and then, for each
+  // buffer, group and block, the channels. Holds on to the plan: that lies in the kernel's parameters.
+  FASTBN_DEVICE Rendezvous(const Plan& plan, void* shared, void* workspace)
+      : plan_(plan), shared_(static_cast<Part*>(shared)), workspace_(static_cast<uint32_t*>(workspace)) {}
+
+  // Once, before the first slice.
+  FASTBN_DEVICE void open() const {
+    if (!cooperative()) return;
+    if (block() % plan_.splits == 0 && device::thread_index() == 0) *counter() = 0;
+    device::sync_grid();
+  }
+
+  // Where this block's part of a channel of the slice belongs.
+  FASTBN_DEVICE Part& own(int channel) const {
+    return cooperative() ? at(block(), channel, slices_) : shared_buffer(slices_)[channel];
+  }
+
+  // All parts of the slice are then there.
+  FASTBN_DEVICE void meet() {
+    ++slices_;
+    if (cooperative()) {
+      device::sync_blocks(counter(), plan_.splits, slices_);
+    } else {
+      device::sync_cluster();
+    }
+  }
+
+  // After meet: what block `rank` of the slice had.
+  FASTBN_DEVICE Part part(int rank, int channel) const {
+    const int met = slices_ - 1;
+    return cooperative() ? at(block() / plan_.splits * plan_.splits + rank, channel, met)
+                         : *device::cluster_shared(shared_buffer(met) + channel, rank);
+  }
+
+  // Once, after the last slice: others of the cluster may still read this block's shared memory.
+  FASTBN_DEVICE void leave() const {
+    if (!cooperative()) device::sync_cluster();
+  }
+
+ private:
+  static FASTBN_DEVICE int block() { return static_cast<int>(device::block_x()); }
+
+  FASTBN_DEVICE bool cooperative() const { return plan_.schedule == Schedule::cooperative; }
+
+  FASTBN_DEVICE uint32_t* counter() const { return workspace_ + block() / plan_.splits * counter_words; }
+
+  FASTBN_DEVICE Part* shared_buffer(int slice) const { return shared_ + slice % 2 * plan_.slice_channels; }
+
+  FASTBN_DEVICE Part& at(int block, int channel, int slice) const {
+    Part* const parts = reinterpret_cast<Part*>(workspace_ + plan_.groups * counter_words);
+    return parts[(int64_t(slice % 2) * plan_.groups * plan_.splits + block) * plan_.slice_channels + channel];
+  }
+
+  const Plan& plan_;
+  Part* shared_;
+  uint32_t* workspace_;
+  int slices_ = 0;  // met for
+};
+
+}  // namespace fastbn::cuda

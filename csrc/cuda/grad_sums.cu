@@ -15,7 +15,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? least_bloc
   Affine<A> affine[Walk::channels];
   share_coefficients(walk, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); }, affine);
   block_grad_sums(
-      walk, memory, grad_z, affine, [&](const Step& step, int) { return grad_z.load(step); },
+      walk, memory, grad_z, affine,
+      [&](auto use) { for_each_octet(walk, [&](const Step& step, int) { return grad_z.load(step); }, use); },
       [&](int channel, const GradSums& sums) {
         partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
       });

@@ -40,6 +40,8 @@ class GradZ {
     return item;
   }
 
+  FASTBN_DEVICE const uint8_t* mask() const { return masked_ ? params_.mask : nullptr; }
+
   // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
   FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int slot) const {
     slab.fetch(slot, 0, at(params_.grad_out, step), step.count, vectorized_);
@@ -47,12 +49,12 @@ class GradZ {
     if (reads_residual_) slab.fetch(slot, 2, at(params_.residual, step), step.count, vectorized_);
   }
 
-  FASTBN_DEVICE Item load(const Slab<T>& slab, const Step& step, int slot) const {
+  FASTBN_DEVICE Item load(const Slab<T>& slab, int slot, uint8_t mask) const {
     Item item = {};
     item.grad_out = slab.load(slot, 0);
     if (reads_input_) item.x = slab.load(slot, 1);
     if (reads_residual_) item.residual = slab.load(slot, 2);
-    if (masked_) item.mask = params_.mask[step.mask_byte];
+    item.mask = mask;
     return item;
   }
 

@@ -32,7 +32,8 @@ FASTBN_DEVICE bool sum_moments(const Layout& layout, const Plan& plan, const Wal
 
   int64_t elements = 0;  // of each of the thread's channels, but that its last octet may have fewer
   int last = 0;
-  sum_octets<A>(walk, memory, load, [&](const Step& step, const auto& x, A(&d)[octet], A(&d_squared)[octet]) {
+  const auto each = [&](auto use) { for_each_octet(walk, load, use); };
+  sum_octets<A>(memory, each, [&](const Step& step, const auto& x, A(&d)[octet], A(&d_squared)[octet]) {
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
       d[i] = i < step.count ? A(x[i]) - pivot[i % channels] : A(0);

@@ -52,13 +52,13 @@ struct ReduceMemory {
   void* scratch = votes + most_threads / device::kWarp;
 };
 
-// Two totals of each of the thread's channels over the octets that load(step, number) gives; terms(step, item, first,
-// second) says what an octet adds.
-template <class A, class Walk, class Load, class Terms>
-FASTBN_DEVICE void sum_octets(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Load load, Terms terms) {
-  LongSum<A, Walk::channels> first(memory.first), second(memory.second);
+// Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item, number);
+// terms(step, item, first, second) says what an octet adds.
+template <class A, int channels, class Each, class Terms>
+FASTBN_DEVICE void sum_octets(const ReduceMemory<channels>& memory, Each each, Terms terms) {
+  LongSum<A, channels> first(memory.first), second(memory.second);
   int octets = 0;
-  for_each_octet(walk, load, [&](const Step& step, const auto& item, int) {
+  each([&](const Step& step, const auto& item, int) {
     A to_first[octet], to_second[octet];
     terms(step, item, to_first, to_second);
     first.add(to_first);

@@ -22,9 +22,12 @@ class Rendezvous {
   // Once, before the first slice.
   FASTBN_DEVICE void open() const {
     if (!cooperative()) return;
-    if (block() % plan_.splits == 0 && device::thread_index() == 0) *counter() = 0;
+    if (leads() && device::thread_index() == 0) *counter() = 0;
     device::sync_grid();
   }
+
+  // Whether this block is the one that writes what is of a slice as a whole.
+  FASTBN_DEVICE bool leads() const { return block() % plan_.splits == 0; }
 
   // Where this block's part of a channel of the slice belongs.
   FASTBN_DEVICE Part& own(int channel) const {

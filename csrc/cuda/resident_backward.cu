@@ -21,13 +21,13 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
 
   const GradZ<T> grad_z(params, plan, true);
   const auto fetch = [&](const Step& step, int slot) { grad_z.fetch(slab, step, slot); };
-  const int block = static_cast<int>(device::block_x()), first_slice = block / plan.splits, split = block % plan.splits;
+  const int block = static_cast<int>(device::block_x()), split = block % plan.splits;
 
   const ReduceMemory<Walk::channels> memory;
   FASTBN_KEEP_LOOP
-  for (int slice = first_slice; slice < plan.slices; slice += plan.groups) {
+  for (int slice = block / plan.splits; slice < plan.slices; slice += plan.groups) {
     const Walk walk(params.layout, plan, slice, split);
-    if (slice == first_slice) {
+    if (slice < plan.groups) {  // the first
       slab.bring(walk, fetch);
       rendezvous.open();
     }
@@ -35,9 +35,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     share_coefficients(walk, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); }, affine);
     block_grad_sums(
         walk, memory, grad_z, affine,
-        [&](const Step& step, int slot) {
-          slab.await(slot);
-          return grad_z.load(slab, step, slot);
+        [&](auto use) {
+          for_each_masked_octet(walk, grad_z.mask(), [&](const Step& step, uint8_t mask, int slot) {
+            slab.await(slot);
+            use(step, grad_z.load(slab, slot, mask), slot);
+          });
         },
         [&](int channel, const GradSums& sums) { rendezvous.own(channel) = sums; });
     rendezvous.meet();
@@ -48,7 +50,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
       if (!exists || lane != 0) return;
       const int c = walk.slice_channel + channel;
       const double xhat = sum_grad_xhat(params, c, sums);
-      if (split == 0) save_grad_sums(params, c, sums.grad, xhat);
+      if (rendezvous.leads()) save_grad_sums(params, c, sums.grad, xhat);
       coefficients[channel] = grad_coefficients<A>(params, c, sums.grad, xhat, double(params.layout.count()));
     });
     device::sync_block();
@@ -56,13 +58,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     take_coefficients(walk, coefficients, both);
 
     const InputGrad<T> input_grad(params, plan, false);
-    for_each_octet(
-        walk, [&](const Step& step, int slot) { return grad_z.load(slab, step, slot); },
-        [&](const Step& step, const auto& item, int slot) {
-          input_grad(step, grad_z, item, both);
-          const Step next = walk.ahead(step, plan.groups);
-          if (next.count > 0) fetch(next, slot), slab.brought(slot);
-        });
+    for_each_masked_octet(walk, grad_z.mask(), [&](const Step& step, uint8_t mask, int slot) {
+      input_grad(step, grad_z, grad_z.load(slab, slot, mask), both);
+      const Step next = walk.ahead(step, plan.groups);
+      if (next.count > 0) fetch(next, slot), slab.brought(slot);
+    });
     slab.close();
   }
   rendezvous.leave();

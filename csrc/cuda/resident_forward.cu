@@ -23,14 +23,14 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
   const auto fetch = [&](const Step& step, int slot) {
     slab.fetch(slot, 0, input + step.offset, step.count, plan.vectorized);
   };
-  const int block = static_cast<int>(device::block_x()), first_slice = block / plan.splits, split = block % plan.splits;
+  const int block = static_cast<int>(device::block_x()), split = block % plan.splits;
   const Batches batches(params);
   const int64_t batch = batches.number();
 
   FASTBN_KEEP_LOOP
-  for (int slice = first_slice; slice < plan.slices; slice += plan.groups) {
+  for (int slice = block / plan.splits; slice < plan.slices; slice += plan.groups) {
     const Walk walk(params.layout, plan, slice, split);
-    if (slice == first_slice) {
+    if (slice < plan.groups) {  // the first
       slab.bring(walk, fetch);
       rendezvous.open();
     }
@@ -42,14 +42,14 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
         },
         [&](int channel, const Moments& moments) { rendezvous.own(channel) = moments; });
     rendezvous.meet();
-    if (slice == first_slice) batches.count();
+    if (slice < plan.groups) batches.count();
 
     by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
       const Moments moments =
           merge_parts<MomentsSum>(plan.splits, lane, team, [&](int rank) { return rendezvous.part(rank, channel); });
       if (!exists || lane != 0) return;
       const int c = walk.slice_channel + channel;
-      if (split == 0) save_statistics(params, c, moments, batch);
+      if (rendezvous.leads()) save_statistics(params, c, moments, batch);
       coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps),
                                               params.weight.load_or(c, 1), params.bias.load_or(c, 0));
     });
@@ -58,13 +58,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     take_coefficients(walk, coefficients, affine);
 
     const Normalize<T> normalize(params, plan);
-    struct Item {
-      Octet<T> x, residual;
-    };
     for_each_octet<many_in_flight>(
-        walk, [&](const Step& step, int slot) { return Item{slab.load(slot, 0), normalize.load_residual(step)}; },
-        [&](const Step& step, const Item& item, int slot) {
-          normalize(step, item.x, item.residual, affine);
+        walk, [&](const Step& step, int) { return normalize.load_residual(step); },
+        [&](const Step& step, const Octet<T>& residual, int slot) {
+          normalize(step, slab.load(slot, 0), residual, affine);
           const Step next = walk.ahead(step, plan.groups);
           if (next.count > 0) fetch(next, slot), slab.brought(slot);
         });

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/device.cuh"
+#include "cuda/loop.cuh"
 #include "math/layout.h"
 #include "math/plan.h"
 
@@ -207,6 +208,31 @@ FASTBN_DEVICE void for_each_octet(Walk walk, Load load, Use use) {
       if (steps[i].count > 0) use(steps[i], items[i], number + i);
     }
     number += batch;
+  }
+}
+
+// Calls use(step, byte, number) for every octet of the walk with its byte of the mask, 0 where there is none. The bytes
+// of several octets are loaded together: waiting for each would take longer than everything else.
+template <class Walk, class Use>
+FASTBN_DEVICE void for_each_masked_octet(Walk walk, const uint8_t* mask, Use use) {
+  constexpr int batch = 8;
+  int number = 0;
+  while (walk.more()) {
+    uint32_t bytes[2] = {};
+    if (mask) {
+      Walk ahead = walk;
+      FASTBN_UNROLL
+      for (int i = 0; i < batch; ++i) {
+        if (ahead.more()) bytes[i / 4] |= uint32_t(mask[ahead.step().mask_byte]) << (i % 4 * 8);
+        ahead.next();
+      }
+    }
+    do {
+      use(walk.step(), static_cast<uint8_t>(bytes[0]), number);
+      bytes[0] = bytes[0] >> 8 | bytes[1] << 24;
+      bytes[1] >>= 8;
+      walk.next();
+    } while (++number % batch != 0 && walk.more());
   }
 }
 

@@ -100,6 +100,17 @@ def why_torch_must_see(input: Tensor) -> str | None:
     return None
 
 
+def saves_mask(backend: str, input: Tensor) -> bool:
+    """Whether backward finds the derivative of a piecewise linear activation after a residual in the mask.
+
+    CUDA kernels walk whole octets, across runs where a run is not whole ones; the mask begins a byte with each run. It
+    is the residual then that backward reads.
+    """
+    if backend in ("cpu", "reference"):
+        return True
+    return _formulas.runs_of(tuple(input.shape), _formulas.suggest_memory_format(input))[2] % 8 == 0
+
+
 def why_unavailable(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors of a device; None if it can. ValueError for an unknown name."""
     namespace(backend)

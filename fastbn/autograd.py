@@ -63,7 +63,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:
         input, residual, weight, bias, _, _, _, batch_stats, _, eps, activation, backend = arguments
-        masked = residual is not None and is_piecewise_linear(activation)
+        masked = residual is not None and is_piecewise_linear(activation) and _ops.saves_mask(backend, input)
         output, mean, inv_std, mask = _forward(*arguments, save_stats=True, save_mask=masked)
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked

@@ -151,5 +151,5 @@ def test_explain_names_the_largest_shared_memory_of_the_launches():
     x = _meta(256, 64, 112, 112, memory_format=torch.channels_last)
     plan = fastbn.explain(x, device="h200")
     assert plan.kernel == "row_blocks"
-    # Two totals of each of a thread's eight channels, a vote a warp, and three coefficients a channel.
-    assert plan.shared_bytes == 2 * 8 * 256 * 8 + 8 * 4 + 64 * 3 * 4
+    # Two totals of each of a thread's eight channels, a vote a warp, and three numbers a channel.
+    assert plan.shared_bytes == 2 * 8 * 256 * 8 + 8 * 4 + 64 * 3 * 8

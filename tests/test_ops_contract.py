@@ -157,7 +157,9 @@ def test_an_outlier_at_the_start_does_not_spoil_the_variance(ops, dtype, channel
 
 
 def test_statistics_are_the_same_bits_with_and_without_a_mask(ops):
-    x = torch.randn(64, 3, 17, 17, device=ops.device).contiguous(memory_format=torch.channels_last)
+    # On a GPU three channels have octets of their own with a mask, which fastbn.functional then does not ask for.
+    channels = 3 if ops.name in ("reference", "cpu") else 8
+    x = torch.randn(64, channels, 17, 17, device=ops.device).contiguous(memory_format=torch.channels_last)
     results = [
         ops.namespace.batch_norm_train(x, x, None, None, None, None, None, 0.1, EPS, 1, save_mask)
         for save_mask in (False, True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from bench.workloads import RESNET50
 from tests import tolerance
 from tests.emulator import build
 
+ROOT = Path(__file__).resolve().parents[1]
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 BATCHES = (32, 64, 128, 256)
 
@@ -36,6 +41,11 @@ def test_channels_last_activations_are_read_once_where_the_chip_holds_a_slice():
     for direction, most in most_rows.items():
         cases = {(b, c, s) for b in BATCHES for c, s in RESNET50}
         assert _read_again(CHANNELS_LAST, direction) == {(b, c, s) for b, c, s in cases if b * s * s > most}
+
+
+def test_the_page_of_plans_is_what_the_planner_says():
+    written = subprocess.run([sys.executable, ROOT / "docs" / "plans.py"], capture_output=True, text=True, check=True)
+    assert written.stdout == (ROOT / "docs" / "plans.md").read_text(), "python docs/plans.py > docs/plans.md"
 
 
 @pytest.mark.parametrize("ops, launches", [("emulator", 3), ("resident", 1), ("cooperative", 1)], indirect=["ops"])

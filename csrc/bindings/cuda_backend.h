@@ -20,9 +20,7 @@ class CudaBackend {
 
   void forward(const ForwardParams& params) {
     const auto direction = params.statistics == Statistics::batch ? Direction::forward : Direction::eval;
-    // Whether the mask is wanted must not show in the statistics.
-    const bool masked = params.residual && is_piecewise_linear(params.activation);
-    run(cuda::forward, params, request_of(params, direction, masked), {params.input, params.residual, params.output});
+    run(cuda::forward, params, request_of(params, direction), {params.input, params.residual, params.output});
   }
 
   void channel_stats(const ForwardParams& params) {
@@ -49,13 +47,13 @@ class CudaBackend {
 
  private:
   template <class Params>
-  static Request request_of(const Params& params, Direction direction, bool masked = false) {
+  static Request request_of(const Params& params, Direction direction) {
     return {.layout = params.layout,
             .dtype = params.dtype,
             .direction = direction,
             .activation = params.activation,
             .residual = params.residual != nullptr,
-            .masked = masked || params.mask != nullptr};
+            .masked = params.mask != nullptr};
   }
 
   template <class Launcher, class Params>

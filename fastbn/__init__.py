@@ -3,6 +3,7 @@
 from fastbn import functional
 from fastbn._explain import Plan, explain
 from fastbn._info import info
+from fastbn._max_sms import set_max_sms
 from fastbn.convert import convert, revert
 from fastbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -16,4 +17,5 @@ __all__ = [
     "functional",
     "info",
     "revert",
+    "set_max_sms",
 ]

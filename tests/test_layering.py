@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "convert": {"modules"},
     "_explain": {"_activations", "_formulas", "_ops", "_C"},
     "_info": {"_C"},
+    "_max_sms": {"_C"},
 }
 
 

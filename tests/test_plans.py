@@ -43,6 +43,31 @@ def test_channels_last_activations_are_read_once_where_the_chip_holds_a_slice():
         assert _read_again(CHANNELS_LAST, direction) == {(b, c, s) for b, c, s in cases if b * s * s > most}
 
 
+@pytest.fixture
+def max_sms():
+    yield fastbn.set_max_sms
+    fastbn.set_max_sms(None)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+def test_cooperative_plans_leave_multiprocessors(max_sms, memory_format, direction):
+    """One block on each at most: a smaller grid lies on as many multiprocessors as it has blocks."""
+    everything = _plan(64, 64, 112, memory_format, direction)
+    max_sms(100)
+    cooperative = [_plan(b, c, s, memory_format, direction) for b in BATCHES for c, s in RESNET50]
+    cooperative = [plan for plan in cooperative if plan.kernel.startswith("cooperative")]
+    assert cooperative and all(plan.blocks <= 100 for plan in cooperative)
+    max_sms(None)
+    assert _plan(64, 64, 112, memory_format, direction) == everything
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_multiprocessors_are_too_few(max_sms, count):
+    with pytest.raises(ValueError, match=f"count: expected at least 1, or None, got {count}"):
+        max_sms(count)
+
+
 def test_the_page_of_plans_is_what_the_planner_says():
     written = subprocess.run([sys.executable, ROOT / "docs" / "plans.py"], capture_output=True, text=True, check=True)
     assert written.stdout == (ROOT / "docs" / "plans.md").read_text(), "python docs/plans.py > docs/plans.md"

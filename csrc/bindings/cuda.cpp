@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/cuda_backend.h"
+#include "bindings/max_sms.h"
 #include "bindings/ops.h"
 
 namespace fastbn {
@@ -44,7 +45,7 @@ class TorchContext {
  public:
   explicit TorchContext(const Tensor& input) : device_(input.get_device_index()), guard_(device_) {}
   cudaStream_t stream() const { return current_stream(device_); }
-  Plan plan(const Request& request) const { return choose_plan(request, limits_of(device_)); }
+  Plan plan(const Request& request) const { return choose_plan(request, within_max_sms(limits_of(device_))); }
 
  private:
   int32_t device_;

@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bindings/max_sms.h"
 #include "cpu/kernels.h"
 #include "math/plan.h"
 #ifdef FASTBN_WITH_CUDA
@@ -76,7 +79,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   // As fastbn._ops.saves_mask has it.
   request.masked = residual && is_piecewise_linear(request.activation) && request.layout.run() % 8 == 0;
   request.aligned = aligned;
-  const Plan chosen = choose_plan(request, limits);
+  const Plan chosen = choose_plan(request, within_max_sms(limits));
   py::dict result;
   const std::string kernel = chosen.kernel == Kernel::channel_blocks ? "channel_blocks" : "row_blocks";
   const std::string schedule = chosen.schedule == Schedule::resident      ? "resident_"
@@ -111,6 +114,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this binary was built, and the CPU instruction sets it can use here.");
   m.def("named_device", &named_device, "The limits of a100, h100, h200 or b200.");
   m.def("device_limits", &device_limits, "The limits of a CUDA device that is here, by its index.");
+  m.def(
+      "set_max_sms", [](std::optional<int> count) { max_sms = count.value_or(std::numeric_limits<int>::max()); },
+      "Plans count on at most so many multiprocessors; None for all.", py::arg("count").none(true));
   m.def("plan", &plan, "The CUDA plan for a tensor's sizes and strides; traffic in units of one activation tensor.",
         py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),
         py::arg("activation"), py::arg("residual"), py::arg("aligned"), py::arg("limits"));

@@ -20,6 +20,7 @@ struct DeviceLimits {
   int64_t shared_bytes_per_block;
   int max_cluster;
   int64_t l2_bytes;
+  int most_together = 2;  // blocks of a cooperative plan on one multiprocessor
 };
 
 // From NVIDIA's data sheets and programming guide; at run time the device itself is asked.
@@ -333,7 +334,8 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
   while (any_width && least > 1 && least / 2 * octet_bytes >= 32) least /= 2;
   while (any_width && widest > 1 && widest * octet_bytes > 128) widest /= 2;
   const bool backward = request.direction == Direction::backward;
-  const int most_together = blocks_together(int64_t(element_size(request.dtype)), two_phase.kernel, backward);
+  const int most_together =
+      std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)), two_phase.kernel, backward));
   for (int lanes = widest; lanes >= least && lanes >= 1; lanes /= 2) {
     Plan sliced = two_phase;
     if (any_width) slice_rows(request.layout, lanes, sliced);

@@ -1,0 +1,22 @@
+// How many multiprocessors plans may count on, for the whole process: the others are left to what runs beside.
+#pragma once
+
+#include <atomic>
+#include <limits>
+
+#include "math/plan.h"
+
+namespace fastbn {
+
+inline std::atomic<int> max_sms = std::numeric_limits<int>::max();
+
+// The blocks of a smaller grid lie one on each multiprocessor while there is a free one: two blocks are one too many.
+inline DeviceLimits within_max_sms(DeviceLimits limits) {
+  if (max_sms < limits.sm_count) {
+    limits.sm_count = max_sms;
+    limits.most_together = 1;
+  }
+  return limits;
+}
+
+}  // namespace fastbn

@@ -1,4 +1,4 @@
-// Count, mean and sum of squared deviations of a set of values, merged by Chan, Golub & LeVeque (1979); and what is
+// Count, mean and sum of squared deviations of a set of values, merged as Chan, Golub & LeVeque (1979) do; and what is
 // made of them once a channel: variance, inv_std, running statistics. All float64, whatever the elements were.
 #pragma once
 
@@ -29,26 +29,14 @@ struct Moments {
   FASTBN_INLINE double unbiased_var() const { return m2 / (count - 1); }
 };
 
-FASTBN_INLINE Moments merge(const Moments& a, const Moments& b) {
-  if (a.count == 0) return b;
-  if (b.count == 0) return a;
-  const double count = a.count + b.count;
-  const double delta = b.mean - a.mean;
-  if (delta - delta != 0) {  // an infinite mean stays infinite where the update formula would make it NaN
-    return {count, (a.mean * a.count + b.mean * b.count) / count, delta * 0};
-  }
-  const double share = b.count / count;
-  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
-}
-
-// The merged moments of many parts without a division each: sums about the mean of one of them.
+// The merged moments of many parts: sums about the mean of one of them, which is the formula of Chan et al. without a
+// division a part.
 struct MomentsSum {
   double pivot = 0, count = 0, sum = 0, squares = 0;
 
   static FASTBN_INLINE MomentsSum about(const Moments& one) { return {one.mean - one.mean == 0 ? one.mean : 0}; }
 
   FASTBN_INLINE void add(const Moments& part) {
-    if (part.count == 0) return;
     const double d = part.mean - pivot;
     count += part.count;
     sum += part.count * d;

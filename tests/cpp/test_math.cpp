@@ -52,9 +52,12 @@ void test_halves_round_to_nearest_even() {
 }
 
 Moments moments_of(const std::vector<double>& values) {
-  Moments total;
-  for (double value : values) total = merge(total, Moments{1, value, 0});
-  return total;
+  // Two sums that join, and parts that have nothing.
+  MomentsSum even = MomentsSum::about({1, values[0], 0}), odd = even;
+  for (size_t i = 0; i < values.size(); ++i) (i % 2 ? odd : even).add({1, values[i], 0});
+  odd.add({});
+  even.join(odd);
+  return even.result();
 }
 
 void test_moments() {
@@ -65,6 +68,12 @@ void test_moments() {
   const Moments small = moments_of({1e8, 1e8 + 1, 1e8 + 2});
   CHECK(small.mean == 1e8 + 1 && std::abs(small.m2 - 2) < 1e-6);
   CHECK(small.var() * 3 == small.unbiased_var() * 2);
+  // Parts of three and of two.
+  MomentsSum parts = MomentsSum::about({3, 4, 6});
+  parts.add({3, 4, 6});
+  parts.add({2, -1, 2});
+  CHECK(parts.result().count == 5 && parts.result().mean == 2 && parts.result().m2 == 6 + 2 + 3 * 4 + 2 * 9);
+  CHECK(MomentsSum::about({}).result().count == 0);
   const double inf = std::numeric_limits<double>::infinity();
   CHECK(moments_of({1, inf, 2}).mean == inf);
   CHECK(std::isnan(moments_of({1, inf, 2}).m2));

@@ -126,5 +126,5 @@ def _cuda_plan(input, direction, index, residual, training, limits, reason) -> P
         limits=limits,
     )
     if not plan.pop("vectorized"):
-        reason += "; element by element, because runs are not whole octets of eight aligned elements"
+        reason += "; element by element, because neither runs nor rows are whole octets of aligned elements"
     return Plan(backend="cuda", reason=reason, **plan)

@@ -46,10 +46,11 @@ FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
     const uint32_t complete = static_cast<uint32_t>(blocks) * static_cast<uint32_t>(round);
     uint32_t count;
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    do {  // relaxed: an acquire would empty L1 at every look, also for the block beside this one
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
       // Others may be a round ahead, and the count may wrap.
     } while (static_cast<int32_t>(count - complete) < 0);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   sync_block();
 }

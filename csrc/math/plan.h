@@ -81,8 +81,8 @@ struct Plan {
   int splits = 1;          // blocks of a group, side by side in the grid
   bool vectorized = true;  // every octet is whole and 16-byte aligned
   int cluster = 1;
-  int slots = 0;             // octets of each tensor that a thread keeps (resident)
-  int tensors = 0;           // that are kept: input; or grad_out, input, residual (resident)
+  int slots = 0;             // octets of each tensor that a thread keeps (one-pass)
+  int tensors = 0;           // that are kept: input; or grad_out, input, residual (one-pass)
   int64_t shared_bytes = 0;  // the most that one of its launches takes
   int launches = 1;
   double tensor_reads = 0;
@@ -227,7 +227,9 @@ inline Plan choose_walk(const Request& request) {
     int64_t lanes = channels * layout.inner / octet;
     if (!layout.channels_are_innermost() && layout.channels % channels == 0 && lanes <= most_threads) {
       const int64_t narrowest = lanes;
-      while (lanes * octet * bytes < 128 && lanes + narrowest <= most_threads) lanes += narrowest;
+      while (lanes * octet * bytes < 128 && lanes * octet < width && lanes + narrowest <= most_threads) {
+        lanes += narrowest;
+      }
       slice_rows(layout, lanes, plan);
       plan.vectorized = true;
       return plan;
@@ -269,10 +271,11 @@ inline bool keep_on_chip(const Request& request, Schedule schedule, int blocks, 
   return plan.shared_bytes <= most_bytes;
 }
 
+constexpr int64_t reserved = 1024;  // of a block's shared memory, by the system
+
 // The cooperative plan with `together` blocks a multiprocessor and as many groups as the chip has room for. Returns
 // whether there is one.
 inline bool keep_on_grid(const Request& request, const DeviceLimits& limits, int together, Plan& plan) {
-  constexpr int64_t reserved = 1024;  // of a block's shared memory, by the system
   const int64_t most_bytes = (limits.shared_bytes_per_block + reserved) / together - reserved;
   const int blocks = limits.sm_count * together;
   keep_on_chip(request, Schedule::cooperative, blocks, most_bytes, plan);
@@ -291,7 +294,7 @@ inline bool keep_on_grid(const Request& request, const DeviceLimits& limits, int
 // Microseconds that a plan may take: its traffic, at the bandwidth of the multiprocessors that have blocks, its
 // launches and its barriers. Only for choosing among plans; all constants are estimates for an H200.
 inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
-  constexpr double bytes_a_us = 4.3e6, us_a_launch = 2, us_a_barrier = 3, blocks_of_two_phases = 8;
+  constexpr double bytes_a_us = 4.3e6, us_a_launch = 2, us_a_barrier = 3, us_a_wave = 0.5, blocks_of_two_phases = 8;
   // A block that has its multiprocessor to itself does not load while it sums and stores.
   constexpr double alone = 0.8;
   const double sms = limits.sm_count, blocks = double(plan.groups) * plan.splits;
@@ -306,12 +309,15 @@ inline double predicted_us(const Request& request, const DeviceLimits& limits, c
     return traffic / (bytes_a_us * busy) + us_a_barrier * (waits + 1) + launches;
   }
   const bool resident = plan.schedule == Schedule::resident;
-  const double together =
-      resident ? std::floor(double(limits.shared_bytes_per_block) / double(plan.shared_bytes)) : blocks_of_two_phases;
+  const bool backward = request.direction == Direction::backward;
+  const int64_t most = blocks_together(int64_t(element_size(request.dtype)), plan.kernel, backward);
+  const int64_t room = (limits.shared_bytes_per_block + reserved) / (plan.shared_bytes + reserved);
+  const double together = resident ? double(std::min(most, room)) : blocks_of_two_phases;
   const double waves = std::ceil(blocks / (sms * together));
   // Of the multiprocessors over all waves; a wave that leaves each one some block leaves none idle.
   const double busy = std::min(1.0, blocks / (sms * (waves - 1 + 1 / together) * together));
-  return traffic / (bytes_a_us * busy * (resident && together < 2 ? alone : 1)) + launches;
+  const double starts = resident ? us_a_wave * (waves - 1) : 0;
+  return traffic / (bytes_a_us * busy * (resident && together < 2 ? alone : 1)) + starts + launches;
 }
 
 // The plan, among all slices and clusters or grids that fit on chip and this two-phase one, that is predicted to be the
@@ -352,7 +358,13 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
   return best;
 }
 
-inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
+inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
+  Request request = given;
+  if (request.direction == Direction::forward) {
+    // Statistics are the same bits with and without a residual, and with and without a mask wherever they can be.
+    request.residual = false;
+    request.masked = request.masked && request.layout.run() % octet != 0;
+  }
   Plan plan = choose_walk(request);
   plan.slices = std::max(plan.slices, 1);
   plan.groups = plan.slices;
@@ -363,7 +375,9 @@ inline Plan choose_plan(const Request& request, const DeviceLimits& limits) {
   plan.splits = static_cast<int>(std::clamp<int64_t>(wanted_blocks / plan.slices, 1, most_splits));
   add_traffic(request, plan);
   add_shared_bytes(request, plan);
-  return fastest(request, limits, plan);
+  plan = fastest(request, limits, plan);
+  add_traffic(given, plan);
+  return plan;
 }
 
 }  // namespace fastbn

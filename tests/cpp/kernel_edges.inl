@@ -20,6 +20,14 @@ void test_stats(const Shape& shape, Change change, Check check) {
   p.var = var.data();
   CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
   for (int64_t k = 0; k < a.layout.channels; ++k) check(k, a.mean[k], var[k], a.channels.mean[k], a.var[k]);
+
+  // What a forward makes of them, by its own plan.
+  p.var = nullptr;
+  a.mean.assign(a.layout.channels, NAN);
+  CHECK_EQUAL(a.forward(p), cudaSuccess);
+  for (int64_t k = 0; k < a.layout.channels; ++k) {
+    check(k, a.mean[k], 1 / (a.inv_std[k] * a.inv_std[k]) - kEps, a.channels.mean[k], a.var[k]);
+  }
 }
 
 void test_extremes(const Shape& shape) {

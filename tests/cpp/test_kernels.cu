@@ -1,4 +1,4 @@
-// The kernels of both schedules on the emulator against the definitions in double: every dtype, layout, activation,
+// The kernels of all schedules on the emulator against the definitions in double: every dtype, layout, activation,
 // source of statistics; the edges of the contract; and the same bits under every schedule.
 #include <limits>
 #include <utility>
@@ -93,6 +93,9 @@ const Shape shapes[] = {
     {{9, 16, 49}, 64, 2, 0, 0, 1},
     {{67, 3, 1}, 32, 3, 0, 0, 1},
     {{32 * 67, 8, 1}, 32, 4, 0, 0, 1},
+    {{3, 7, 16}, 32, 2, 0, 0, 2},
+    {{5, 600, 1}, 64, 3, 0, 0, 1},
+    {{5, 600, 1}, 64, 2, 1, 0, 2},
 };
 
 template <class T>

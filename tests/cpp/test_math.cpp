@@ -171,6 +171,27 @@ void test_walks() {
   }
 }
 
+// Statistics are the same bits whatever comes after them: a forward's plan follows from neither residual nor mask, but
+// for a mask that would begin in the middle of an octet.
+void test_forward_plans_ignore_the_epilogue() {
+  for (int64_t channels : {3, 64, 100, 512, 2048})
+    for (int64_t outer : {8, 64, 12544, 100352, 802816})
+      for (int64_t inner : {1, 16, 49, 3136})
+        for (const DeviceLimits& limits : known_devices) {
+          Request request{{outer, channels, inner}, DType::bfloat16};
+          const Plan bare = choose_plan(request, limits);
+          request.activation = Activation::relu;
+          request.residual = true;
+          for (bool masked : {false, true}) {
+            request.masked = masked && request.layout.run() % octet == 0;
+            const Plan plan = choose_plan(request, limits);
+            CHECK(plan.schedule == bare.schedule && plan.groups == bare.groups && plan.splits == bare.splits);
+            CHECK(plan.lanes == bare.lanes && plan.fold == bare.fold && plan.cluster == bare.cluster);
+            CHECK(plan.tensor_reads == bare.tensor_reads + 1);
+          }
+        }
+}
+
 void test_resident_plans() {
   const DeviceLimits h200 = known_devices[2], a100 = known_devices[0];
   // A channel of 256 x 56 x 56 bfloat16 is 1.6 MB: a cluster, as large as lets two blocks share a multiprocessor. One
@@ -237,6 +258,7 @@ int main() {
   test_layouts();
   test_two_phase_plans();
   test_walks();
+  test_forward_plans_ignore_the_epilogue();
   test_resident_plans();
   return fastbn::test::result();
 }

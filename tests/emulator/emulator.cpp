@@ -150,8 +150,16 @@ bool run_clusters(const int64_t* order, size_t count) {
     }
   }
 
+  // Evenly chosen fibres keep all blocks level. In every other round one block runs only when hardly any other can, so
+  // that the others are as far ahead of it as barriers let them be.
+  const bool starves = blocks.size() > 1 && random_below(2) == 0;
+  const Block* starved = starves ? blocks[random_below(blocks.size())].get() : nullptr;
   while (!machine.ready.empty() && !machine.failed) {
-    std::swap(machine.ready[random_below(machine.ready.size())], machine.ready.back());
+    size_t next = random_below(machine.ready.size());
+    for (int tries = 0; tries < 8 && machine.ready[next]->block == starved; ++tries) {
+      next = random_below(machine.ready.size());
+    }
+    std::swap(machine.ready[next], machine.ready.back());
     machine.current = machine.ready.back();
     machine.ready.pop_back();
     switch_context(machine.host, machine.current->context);

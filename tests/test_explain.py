@@ -54,6 +54,16 @@ def test_traffic_of_a_residual_and_an_activation(direction, activation):
         assert (plans[True].tensor_reads > bare.tensor_reads) == (activation != "none")
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 64, 8, 8), (8, 64, 7, 7), (8, 3, 8, 8), (8, 3, 7, 7), (2, 1, 4, 4), (2, 1, 3, 3)]
+)
+def test_the_planner_counts_a_mask_where_autograd_asks_for_one(shape, memory_format):
+    x = _meta(*shape, memory_format=memory_format)
+    plan = fastbn.explain(x, activation="relu", residual=True, device="h200")
+    assert (plan.tensor_writes > 1) == _ops.saves_mask("cuda", x)
+
+
 def test_a_plan_is_frozen_and_made_of_plain_values():
     plan = fastbn.explain(_meta(8, 64, 7, 7), device="h200")
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -52,7 +52,8 @@ FASTBN_DEVICE bool sum_moments(const Layout& layout, const Plan& plan, const Wal
     });
   }
   const auto block_pivot = [&](int channel) {
-    const double a = pivots[3 * channel], b = pivots[3 * channel + 1], c = pivots[3 * channel + 2];
+    const double* const p = pivots + Walk::witnesses * channel;
+    const double a = p[0], b = p[1], c = p[2];
     const double low = a < b ? a : b, high = a < b ? b : a;
     return c < low ? low : c < high ? c : high;
   };

@@ -105,8 +105,8 @@ FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::chan
   });
 }
 
-// The sum over load(k) for k < count, by the lanes of a team, which all get it. A Sum is about a
-// part, adds parts and joins other Sums about the same one.
+// The sum over load(k) for k < count, by the lanes of a team, which all get it. A Sum is about a part, adds parts and
+// joins other Sums about the same one.
 template <class Sum, class Load>
 FASTBN_DEVICE auto merge_parts(int count, int lane, int team, Load load) {
   Sum sum = Sum::about(load(0));

@@ -3,8 +3,7 @@
 #include "cuda/grad_sums.cuh"
 #include "cuda/input_grad.cuh"
 #include "cuda/passes.cuh"
-#include "cuda/rendezvous.cuh"
-#include "cuda/slab.cuh"
+#include "cuda/slices.cuh"
 
 namespace fastbn::cuda {
 namespace {
@@ -21,16 +20,9 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
 
   const GradZ<T> grad_z(params, plan, true);
   const auto fetch = [&](const Step& step, int slot) { grad_z.fetch(slab, step, slot); };
-  const int block = static_cast<int>(device::block_x()), split = block % plan.splits;
 
   const ReduceMemory<Walk::channels> memory;
-  FASTBN_KEEP_LOOP
-  for (int slice = block / plan.splits; slice < plan.slices; slice += plan.groups) {
-    const Walk walk(params.layout, plan, slice, split);
-    if (slice < plan.groups) {  // the first
-      slab.bring(walk, fetch);
-      rendezvous.open();
-    }
+  for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool) {
     Affine<A> affine[Walk::channels];
     share_coefficients(walk, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); }, affine);
     block_grad_sums(
@@ -60,12 +52,9 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     const InputGrad<T> input_grad(params, plan, false);
     for_each_masked_octet(walk, grad_z.mask(), [&](const Step& step, uint8_t mask, int slot) {
       input_grad(step, grad_z, grad_z.load(slab, slot, mask), both);
-      const Step next = walk.ahead(step, plan.groups);
-      if (next.count > 0) fetch(next, slot), slab.brought(slot);
+      slab.replace(walk, step, slot, fetch);
     });
-    slab.close();
-  }
-  rendezvous.leave();
+  });
 }
 
 }  // namespace

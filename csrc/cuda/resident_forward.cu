@@ -3,8 +3,7 @@
 #include "cuda/moments.cuh"
 #include "cuda/normalize.cuh"
 #include "cuda/passes.cuh"
-#include "cuda/rendezvous.cuh"
-#include "cuda/slab.cuh"
+#include "cuda/slices.cuh"
 
 namespace fastbn::cuda {
 namespace {
@@ -23,17 +22,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
   const auto fetch = [&](const Step& step, int slot) {
     slab.fetch(slot, 0, input + step.offset, step.count, plan.vectorized);
   };
-  const int block = static_cast<int>(device::block_x()), split = block % plan.splits;
   const Batches batches(params);
   const int64_t batch = batches.number();
 
-  FASTBN_KEEP_LOOP
-  for (int slice = block / plan.splits; slice < plan.slices; slice += plan.groups) {
-    const Walk walk(params.layout, plan, slice, split);
-    if (slice < plan.groups) {  // the first
-      slab.bring(walk, fetch);
-      rendezvous.open();
-    }
+  for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
     block_moments<T>(
         params.layout, plan, walk, ReduceMemory<Walk::channels>(),
         [&](const Step&, int slot) {
@@ -42,7 +34,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
         },
         [&](int channel, const Moments& moments) { rendezvous.own(channel) = moments; });
     rendezvous.meet();
-    if (slice < plan.groups) batches.count();
+    if (is_first) batches.count();
 
     by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
       const Moments moments =
@@ -62,12 +54,9 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
         walk, [&](const Step& step, int) { return normalize.load_residual(step); },
         [&](const Step& step, const Octet<T>& residual, int slot) {
           normalize(step, slab.load(slot, 0), residual, affine);
-          const Step next = walk.ahead(step, plan.groups);
-          if (next.count > 0) fetch(next, slot), slab.brought(slot);
+          slab.replace(walk, step, slot, fetch);
         });
-    slab.close();
-  }
-  rendezvous.leave();
+  });
 }
 
 }  // namespace

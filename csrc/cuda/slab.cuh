@@ -28,9 +28,14 @@ class Slab {
     close();
   }
 
-  // Slots are brought in ascending order; not all of them have to be.
-  FASTBN_DEVICE void brought(int slot) {
-    if (slot + 1 == (brought_ + 1) * slots_a_stage()) close_stage();
+  // The octet in a slot has been used: calls fetch(step, slot) for the one at its place in the group's next slice, if
+  // there is one. In ascending order of slots, and then `close`.
+  template <class Walk, class Fetch>
+  FASTBN_DEVICE void replace(const Walk& walk, const Step& step, int slot, Fetch fetch) {
+    const Step next = walk.ahead(step, plan_.groups);
+    if (next.count == 0) return;
+    fetch(next, slot);
+    brought(slot);
   }
 
   FASTBN_DEVICE void close() {
@@ -75,6 +80,10 @@ class Slab {
   static constexpr int parts = octet / Vector::size;
   // Estimate: the first sums begin when a quarter is there.
   static constexpr int stages = 4;
+
+  FASTBN_DEVICE void brought(int slot) {
+    if (slot + 1 == (brought_ + 1) * slots_a_stage()) close_stage();
+  }
 
   FASTBN_DEVICE int slots_a_stage() const { return (plan_.slots + stages - 1) / stages; }
 

@@ -5,6 +5,7 @@ python docs/plans.py > docs/plans.md
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -26,8 +27,9 @@ plans are.
 
 A cell is the schedule, then blocks, `x` and a cluster's size where there are clusters, and the kilobytes of shared
 memory of a block. **R** is `resident`, **C** `cooperative`: both read the input once forward, input and grad_out once
-backward, and write once, in one launch. **2** is `two_phase`: everything is read twice, in three launches. `r` after
-it: the kernel is `row_blocks`, else `channel_blocks`.
+backward, and write once, in one launch. `r` after it: the kernel is `row_blocks`, else `channel_blocks`. A percentage
+is the part of a slice that the chip holds where it does not hold all; the rest is read again, from L2 or, where S is
+given, so much of the tensor from memory. **2** is `two_phase`: everything is read twice, in three launches.
 """
 
 
@@ -36,7 +38,10 @@ def cell(x: torch.Tensor, direction: str) -> str:
     schedule = {"resident": "R", "cooperative": "C"}.get(plan.kernel.split("_")[0], "2")
     rows = "r" if plan.kernel.endswith("row_blocks") else ""
     cluster = f"x{plan.cluster}" if plan.cluster > 1 else ""
-    return f"{schedule}{rows} {plan.blocks}{cluster} {plan.shared_bytes / 1024:.0f}K"
+    part = re.search(r"keeps (\d+%)", plan.reason)
+    again = plan.tensor_reads - (1 if direction == "forward" else 2)
+    kept = f" {part[1]}" + (f" +{again:.2f} S" if again else "") if part else ""
+    return f"{schedule}{rows} {plan.blocks}{cluster} {plan.shared_bytes / 1024:.0f}K{kept}"
 
 
 def table(memory_format: torch.memory_format, direction: str) -> list[str]:

@@ -125,6 +125,9 @@ def _cuda_plan(input, direction, index, residual, training, limits, reason) -> P
         aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
         limits=limits,
     )
+    kept = plan.pop("kept")
+    if kept < 1:
+        reason += f"; keeps {kept:.0%} of a slice on chip and reads the rest again, from L2 as far as that holds it"
     if not plan.pop("vectorized"):
         reason += "; element by element, because neither runs nor rows are whole octets of aligned elements"
     return Plan(backend="cuda", reason=reason, **plan)

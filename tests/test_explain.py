@@ -158,8 +158,13 @@ def test_gpus_that_a_build_runs_on(capability, architectures, expected):
 
 
 def test_explain_names_the_largest_shared_memory_of_the_launches():
-    x = _meta(256, 64, 112, 112, memory_format=torch.channels_last)
-    plan = fastbn.explain(x, device="h200")
-    assert plan.kernel == "row_blocks"
-    # Two totals of each of a thread's eight channels, a vote a warp, and three numbers a channel.
-    assert plan.shared_bytes == 2 * 8 * 256 * 8 + 8 * 4 + 64 * 3 * 8
+    plan = fastbn.explain(_meta(128, 3, 1024, 1024), device="h200")
+    assert plan.kernel == "channel_blocks"
+    # Two totals of each thread's channel, a vote a warp, and three numbers of the channel in multiples of 16 bytes.
+    assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 32
+
+
+def test_explain_says_what_is_read_again():
+    """132 blocks of 256 threads keep 48 octets each, of 802816 rows of two octets."""
+    plan = fastbn.explain(_meta(128, 64, 112, 112, memory_format=torch.channels_last), device="h200")
+    assert "keeps 50% of a slice on chip and reads the rest again, from L2" in plan.reason

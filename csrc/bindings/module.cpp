@@ -94,6 +94,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   result["threads"] = chosen.threads;
   result["shared_bytes"] = chosen.shared_bytes;
   result["vectorized"] = chosen.vectorized;
+  result["kept"] = chosen.kept;
   return result;
 }
 

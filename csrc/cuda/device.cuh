@@ -26,6 +26,19 @@ FASTBN_DEVICE int64_t block_y() { return blockIdx.y; }
 FASTBN_DEVICE int64_t grid_x() { return gridDim.x; }
 FASTBN_DEVICE int64_t grid_y() { return gridDim.y; }
 
+// The value itself, of which the compiler knows nothing: what is made of it inside a loop is made there, instead of
+// once before it in registers that the loop needs.
+template <class T>
+FASTBN_DEVICE T anew(T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
+  return value;
+}
+
 // Dynamic shared memory: one array a block, whatever T, aligned to 16 bytes.
 template <class T>
 FASTBN_DEVICE T* shared_memory() {
@@ -185,6 +198,18 @@ FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
       : "memory");
 }
 
+// The same of what is not needed again: its lines are the first to leave L2.
+FASTBN_DEVICE void copy_async16_last(void* shared, const void* global) {
+  asm volatile(
+      "{\n"
+      "  .reg .b64 policy;\n"
+      "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "  cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n"
+      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
+}
+
 FASTBN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most the kPending latest groups of this thread are still under way.
@@ -198,6 +223,8 @@ FASTBN_DEVICE void copy_async_wait() {
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
   *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
 }
+
+FASTBN_DEVICE void copy_async16_last(void* shared, const void* global) { copy_async16(shared, global); }
 
 FASTBN_DEVICE void copy_async_commit() {}
 

@@ -43,17 +43,17 @@ class GradZ {
   FASTBN_DEVICE const uint8_t* mask() const { return masked_ ? params_.mask : nullptr; }
 
   // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
-  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int slot) const {
-    slab.fetch(slot, 0, at(params_.grad_out, step), step.count, vectorized_);
-    if (reads_input_) slab.fetch(slot, 1, at(params_.input, step), step.count, vectorized_);
-    if (reads_residual_) slab.fetch(slot, 2, at(params_.residual, step), step.count, vectorized_);
+  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int place, bool is_last) const {
+    slab.fetch(place, 0, at(params_.grad_out, step), step.count, vectorized_, is_last);
+    if (reads_input_) slab.fetch(place, 1, at(params_.input, step), step.count, vectorized_, is_last);
+    if (reads_residual_) slab.fetch(place, 2, at(params_.residual, step), step.count, vectorized_, is_last);
   }
 
-  FASTBN_DEVICE Item load(const Slab<T>& slab, int slot, uint8_t mask) const {
+  FASTBN_DEVICE Item load(const Slab<T>& slab, int place, uint8_t mask) const {
     Item item = {};
-    item.grad_out = slab.load(slot, 0);
-    if (reads_input_) item.x = slab.load(slot, 1);
-    if (reads_residual_) item.residual = slab.load(slot, 2);
+    item.grad_out = slab.load(place, 0);
+    if (reads_input_) item.x = slab.load(place, 1);
+    if (reads_residual_) item.residual = slab.load(place, 2);
     item.mask = mask;
     return item;
   }

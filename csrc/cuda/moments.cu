@@ -15,9 +15,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, !Walk::by_rows            
   }
   const T* input = static_cast<const T*>(params.input);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
+  const auto load = [&](const Step& step, int) { return load_octet(input + step.offset, step.count, plan.vectorized); };
   block_moments<T>(
-      params.layout, plan, walk, ReduceMemory<Walk::channels>(),
-      [&](const Step& step, int) { return load_octet(input + step.offset, step.count, plan.vectorized); },
+      params.layout, plan, walk, ReduceMemory<Walk::channels>(), [&](const Step& step) { return load(step, 0); }, load,
+      load,
       [&](int channel, const Moments& moments) {
         partials[walk.split * params.layout.channels + walk.slice_channel + channel] = moments;
       });

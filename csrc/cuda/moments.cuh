@@ -13,16 +13,16 @@
 
 namespace fastbn::cuda {
 
-// Sums in A the octets that load(step, number) gives; keep(channel, moments) is called by one thread for each channel
-// of the slice. Returns whether all came out finite.
-template <class A, class Walk, class Load, class Keep>
+// Sums in A the octets that load(step, number) gives, once each; peek(step) gives the first one beforehand.
+// keep(channel, moments) is called by one thread for each channel of the slice. Returns whether all came out finite.
+template <class A, class Walk, class Peek, class Load, class Keep>
 FASTBN_DEVICE bool sum_moments(const Layout& layout, const Plan& plan, const Walk& walk,
-                               const ReduceMemory<Walk::channels>& memory, Load load, Keep keep) {
+                               const ReduceMemory<Walk::channels>& memory, Peek peek, Load load, Keep keep) {
   constexpr int channels = Walk::channels;
   A pivot[channels] = {};
   const Step first = walk.step();
   if (first.count > 0) {
-    const auto x = load(first, 0);
+    const auto x = peek(first);
     FASTBN_UNROLL
     for (int i = 0; i < channels; ++i) {
       const A value = i < first.count ? A(x[i]) : A(0);
@@ -80,13 +80,15 @@ FASTBN_DEVICE bool sum_moments(const Layout& layout, const Plan& plan, const Wal
   return block_agrees(finite, memory.votes);
 }
 
-// The same in float32, and again in float64 where that is not enough.
-template <class T, class Walk, class Load, class Keep>
+// The same in float32, and in float64, by load_again(step, number), where that is not enough.
+template <class T, class Walk, class Peek, class Load, class LoadAgain, class Keep>
 FASTBN_DEVICE void block_moments(const Layout& layout, const Plan& plan, const Walk& walk,
-                                 const ReduceMemory<Walk::channels>& memory, Load load, Keep keep) {
-  const bool finite = sum_moments<acc_t<T>>(layout, plan, walk, memory, load, keep);
+                                 const ReduceMemory<Walk::channels>& memory, Peek peek, Load load, LoadAgain load_again,
+                                 Keep keep) {
+  const bool finite = sum_moments<acc_t<T>>(layout, plan, walk, memory, peek, load, keep);
   if constexpr (sizeof(acc_t<T>) < sizeof(double)) {
-    if (!finite) sum_moments<double>(layout, plan, walk, memory, load, keep);
+    const auto peek_again = [&](const Step& step) { return load_again(step, 0); };
+    if (!finite) sum_moments<double>(layout, plan, walk, memory, peek_again, load_again, keep);
   }
 }
 

@@ -56,7 +56,10 @@ cudaError_t dispatch(DType dtype, const Plan& plan, Run run) {
 inline bool is_runnable(const Plan& plan, const Layout& layout) {
   const bool threads = plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
   const bool rows = plan.kernel == Kernel::channel_blocks || plan.width == plan.fold * layout.channels * layout.inner;
-  return threads && rows && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
+  // Places that come round do so in whole stages.
+  const bool places = !is_one_pass(plan) || plan.slots >= slots_for(layout, plan, plan.splits) ||
+                      (plan.kernel == Kernel::row_blocks && plan.slots > 0 && plan.slots % copy_stages == 0);
+  return threads && rows && places && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
 }
 
 inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {

@@ -26,6 +26,9 @@ class Rendezvous {
     device::sync_grid();
   }
 
+  // That the group has met for.
+  FASTBN_DEVICE int slices() const { return slices_; }
+
   // Whether this block is the one that writes what is of a slice as a whole.
   FASTBN_DEVICE bool leads() const { return block() % plan_.splits == 0; }
 
@@ -73,7 +76,7 @@ class Rendezvous {
   const Plan& plan_;
   Part* shared_;
   uint32_t* workspace_;
-  int slices_ = 0;  // met for
+  int slices_ = 0;
 };
 
 }  // namespace fastbn::cuda

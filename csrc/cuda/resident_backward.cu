@@ -1,5 +1,6 @@
 // A backward in one launch that reads grad_out and the input once: the blocks of a slice keep both on chip, exchange
-// their sums, and make grad_input from what they kept while they bring in their next slice.
+// their sums, and make grad_input from what they kept while they bring in their next slice. Of a slice larger than the
+// chip they keep a part and read the rest again.
 #include "cuda/grad_sums.cuh"
 #include "cuda/input_grad.cuh"
 #include "cuda/passes.cuh"
@@ -19,7 +20,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
   Rendezvous<GradSums> rendezvous(plan, exchange, workspace);
 
   const GradZ<T> grad_z(params, plan, true);
-  const auto fetch = [&](const Step& step, int slot) { grad_z.fetch(slab, step, slot); };
+  const auto fetch = [&](const Step& step, int place, bool is_last) { grad_z.fetch(slab, step, place, is_last); };
 
   const ReduceMemory<Walk::channels> memory;
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool) {
@@ -28,9 +29,9 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     block_grad_sums(
         walk, memory, grad_z, affine,
         [&](auto use) {
-          for_each_masked_octet(walk, grad_z.mask(), [&](const Step& step, uint8_t mask, int slot) {
-            slab.await(slot);
-            use(step, grad_z.load(slab, slot, mask), slot);
+          for_each_masked_octet(walk, grad_z.mask(), [&](const Step& step, uint8_t mask, int visit) {
+            use(step, grad_z.load(slab, slab.await(), mask), visit);
+            slab.after_sums(walk, step, visit, fetch);
           });
         },
         [&](int channel, const GradSums& sums) { rendezvous.own(channel) = sums; });
@@ -50,9 +51,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     take_coefficients(walk, coefficients, both);
 
     const InputGrad<T> input_grad(params, plan, false);
-    for_each_masked_octet(walk, grad_z.mask(), [&](const Step& step, uint8_t mask, int slot) {
-      input_grad(step, grad_z, grad_z.load(slab, slot, mask), both);
-      slab.replace(walk, step, slot, fetch);
+    slab.begin_last_pass();
+    for_each_masked_octet(KeptFirst(walk), grad_z.mask(), [&](const Step& step, uint8_t mask, int visit) {
+      input_grad(step, grad_z, grad_z.load(slab, slab.await(), mask), both);
+      slab.after_output(walk, step, visit, fetch);
     });
   });
 }

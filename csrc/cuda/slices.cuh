@@ -8,22 +8,24 @@
 
 namespace fastbn::cuda {
 
-// Calls work(walk, is_first) for each slice; work makes the output of every octet and hands its place on by
-// slab.replace.
+// Calls work(walk, is_first) for each slice; work visits every octet twice and hands its place on by slab.after_sums
+// and slab.after_output.
 template <class Walk, class T, class Part, class Fetch, class Work>
 FASTBN_DEVICE void for_each_slice(const Layout& layout, const Plan& plan, Slab<T>& slab, Rendezvous<Part>& rendezvous,
                                   Fetch fetch, Work work) {
-  const int block = static_cast<int>(device::block_x()), split = block % plan.splits;
   FASTBN_KEEP_LOOP
-  for (int slice = block / plan.splits; slice < plan.slices; slice += plan.groups) {
-    const Walk walk(layout, plan, slice, split);
-    const bool is_first = slice < plan.groups;
+  while (true) {
+    const int block = device::anew(static_cast<int>(device::block_x()));
+    const int slice = block / plan.splits + rendezvous.slices() * plan.groups;
+    if (slice >= plan.slices) break;
+    const Walk walk(layout, plan, slice, block % plan.splits);
+    const bool is_first = rendezvous.slices() == 0;
     if (is_first) {
       slab.bring(walk, fetch);
       rendezvous.open();
     }
     work(walk, is_first);
-    slab.close();
+    slab.close(walk);
   }
   rendezvous.leave();
 }

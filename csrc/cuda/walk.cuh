@@ -54,25 +54,38 @@ class Walk {
       run_ = begin;
     }
     left_ = exists && begin < share.end ? static_cast<int>((share.end - begin + rows_ - 1) / rows_) : 0;
+    if constexpr (by_rows) {  // the last row may end before the thread's octet, where it is several of the tensor's
+      if (left_ > 0 && further(Step{offset_of(begin), 0, 0}, left_ - 1).count == 0) --left_;
+    }
+    octets_ = left_;
     busy_ = share.end - share.begin < rows_ ? static_cast<int>(share.end - share.begin) : rows_;
     if (by_rows || left_ == 0) return;
-    octets_ = plan.octets(layout);
-    run_ = begin / octets_ * layout.channels + slice;
-    index_ = static_cast<Index>(begin % octets_);
-    step_runs_ = rows_ / octets_ * layout.channels;
-    step_index_ = rows_ % octets_;
+    run_octets_ = plan.octets(layout);
+    run_ = begin / run_octets_ * layout.channels + slice;
+    index_ = static_cast<Index>(begin % run_octets_);
+    step_runs_ = rows_ / run_octets_ * layout.channels;
+    step_index_ = rows_ % run_octets_;
   }
 
   FASTBN_DEVICE bool more() const { return left_ > 0; }
 
+  // How many there are in all.
+  FASTBN_DEVICE int octets() const { return octets_; }
+
   FASTBN_DEVICE Step step() const {
     if (!more()) return {0, 0, 0};
     if constexpr (by_rows) {
-      return row_step(run_ * plan_.width + index_ * octet, run_ * ((plan_.width + octet - 1) / octet) + index_, index_);
+      return row_step(offset_of(run_), run_ * ((plan_.width + octet - 1) / octet) + index_, index_);
     } else {
       const int64_t first = index_ * octet, rest = layout_.inner - first;
-      return {run_ * layout_.inner + first, run_ * octets_ + index_, rest < octet ? static_cast<int>(rest) : octet};
+      return {run_ * layout_.inner + first, run_ * run_octets_ + index_, rest < octet ? static_cast<int>(rest) : octet};
     }
+  }
+
+  // The octet of this thread so many further on than the one of a step, of rows.
+  FASTBN_DEVICE Step further(const Step& step, int octets) const {
+    static_assert(by_rows);
+    return row_step(step.offset + int64_t(octets) * rows_ * plan_.width, 0, index_);
   }
 
   // The octet at the same place of another slice, so many further on; with no elements where there is none. A later
@@ -93,8 +106,8 @@ class Walk {
     } else {
       run_ += step_runs_;
       index_ += step_index_;
-      if (index_ >= octets_) {
-        index_ -= octets_;
+      if (index_ >= run_octets_) {
+        index_ -= run_octets_;
         run_ += layout_.channels;
       }
     }
@@ -150,8 +163,10 @@ class Walk {
   int slice_channel;   // the block's first channel
   int slice_channels;  // and how many it has
 
- private:
+ protected:
   FASTBN_DEVICE int lanes() const { return by_rows ? plan_.lanes : 1; }
+
+  FASTBN_DEVICE int64_t offset_of(int64_t row) const { return row * plan_.width + index_ * octet; }
 
   // The last row may not be whole where it is several of the tensor's.
   FASTBN_DEVICE Step row_step(int64_t offset, int64_t mask_byte, int index) const {
@@ -166,12 +181,36 @@ class Walk {
 
   const Layout& layout_;
   const Plan& plan_;
-  int rows_;  // threads at one lane
-  int busy_;  // and those of them that have an octet
-  int left_;
+  int rows_;         // threads at one lane
+  int busy_;         // and those of them that have an octet
+  int octets_;       // of the walk
+  int left_;         // of them
   int64_t run_ = 0;  // or row
   Index index_ = 0;  // of the octet in it
-  int64_t octets_ = 0, step_runs_ = 0, step_index_ = 0;
+  int64_t run_octets_ = 0, step_runs_ = 0, step_index_ = 0;
+};
+
+// The octets of a walk with the last ones, as many as the plan has slots for, first and in order, and then the others
+// backwards: those that were visited last, and that a cache may hold, before the others.
+template <class Walk>
+class KeptFirst : public Walk {
+ public:
+  FASTBN_DEVICE explicit KeptFirst(const Walk& walk) : Walk(walk) {
+    if constexpr (Walk::by_rows) {
+      if (others() > 0) this->run_ += int64_t(others()) * this->rows_;
+    }
+  }
+
+  FASTBN_DEVICE void next() {
+    Walk::next();
+    if constexpr (Walk::by_rows) {
+      if (this->left_ > others()) return;
+      this->run_ -= int64_t(this->left_ == others() ? this->plan_.slots + 1 : 2) * this->rows_;
+    }
+  }
+
+ private:
+  FASTBN_DEVICE int others() const { return this->octets_ - this->plan_.slots; }
 };
 
 // The walk of this block where every slice has blocks of its own.

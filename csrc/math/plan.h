@@ -48,6 +48,9 @@ struct Request {
 // Kernels walk runs in octets: eight elements, the unit of the mask and at least one 16-byte access.
 constexpr int octet = 8;
 
+// Stages in which copies that were begun together are awaited. Estimate: the first sums begin when a quarter is there.
+constexpr int copy_stages = 4;
+
 // A block's; the totals of its threads lie so far apart in shared memory whether or not it has as many.
 constexpr int most_threads = 256;
 
@@ -81,8 +84,10 @@ struct Plan {
   int splits = 1;          // blocks of a group, side by side in the grid
   bool vectorized = true;  // every octet is whole and 16-byte aligned
   int cluster = 1;
-  int slots = 0;             // octets of each tensor that a thread keeps (one-pass)
+  int slots = 0;             // octets of each tensor that a thread has places for (one-pass)
   int tensors = 0;           // that are kept: input; or grad_out, input, residual (one-pass)
+  double kept = 1;           // share of a slice that these are; the rest is read again (one-pass)
+  double from_memory = 0;    // share of a slice that is read again and that L2 will not hold
   int64_t shared_bytes = 0;  // the most that one of its launches takes
   int launches = 1;
   double tensor_reads = 0;
@@ -90,6 +95,8 @@ struct Plan {
 
   // Octets of a run of channel_blocks.
   FASTBN_INLINE int64_t octets(const Layout& layout) const { return (layout.inner + octet - 1) / octet; }
+
+  FASTBN_INLINE int slots_a_stage() const { return (slots + copy_stages - 1) / copy_stages; }
 
   // What the blocks of a slice share: rows, or the octets of all runs of a channel.
   FASTBN_INLINE int64_t places(const Layout& layout) const {
@@ -137,7 +144,7 @@ inline void add_traffic(const Request& request, Plan& plan) {
   switch (request.direction) {
     case Direction::forward:
       plan.launches = once ? 1 : 3;
-      plan.tensor_reads = (once ? 1 : 2) + residual;
+      plan.tensor_reads = (once ? 1 + plan.from_memory : 2) + residual;
       plan.tensor_writes = 1 + mask;
       break;
     case Direction::eval:
@@ -147,7 +154,7 @@ inline void add_traffic(const Request& request, Plan& plan) {
     case Direction::backward:
       plan.launches = once ? 1 : 3;
       // Bits are not worth a place on chip: they are read twice.
-      plan.tensor_reads = once ? backward_pass + mask : 2 * backward_pass;
+      plan.tensor_reads = once ? backward_pass + mask + plan.tensors * plan.from_memory : 2 * backward_pass;
       plan.tensor_writes = 1 + (activated ? residual : 0);
       break;
     case Direction::frozen_backward:  // with weight and bias frozen too; their gradients cost the sums
@@ -291,15 +298,40 @@ inline bool keep_on_grid(const Request& request, const DeviceLimits& limits, int
   return plan.splits > 1;
 }
 
+// Lets one group of all blocks, `together` on a multiprocessor, keep as much of a slice as the chip holds and read the
+// rest again. Returns whether that is worth while; only rows can be visited in the order that it takes.
+inline bool keep_part_on_grid(const Request& request, const DeviceLimits& limits, int together, Plan& plan) {
+  if (plan.kernel != Kernel::row_blocks) return false;
+  const int64_t most_bytes = (limits.shared_bytes_per_block + reserved) / together - reserved;
+  const int blocks = limits.sm_count * together;
+  if (keep_on_chip(request, Schedule::cooperative, blocks, most_bytes, plan)) return false;
+  const int64_t bytes = int64_t(element_size(request.dtype));
+  const int64_t slot_bytes = int64_t(plan.tensors) * plan.threads * octet * bytes;
+  const int64_t in_all = slots_for(request.layout, plan, blocks);
+  const int64_t room = (most_bytes - (plan.shared_bytes - plan.slots * slot_bytes)) / slot_bytes;
+  plan.slots = static_cast<int>(room / copy_stages * copy_stages);  // whole stages, for they come round
+  if (plan.slots <= 0 || in_all > (1 << 20)) return false;
+  plan.groups = 1;
+  plan.kept = double(plan.slots) / double(in_all);
+  // Estimate: half of L2 holds what is read again, the other half what passes by.
+  const double slice_bytes =
+      double(request.layout.count()) * plan.slice_channels * double(bytes) * double(plan.tensors);
+  plan.from_memory = std::max(0.0, 1 - plan.kept - double(limits.l2_bytes) / 2 / slice_bytes);
+  add_shared_bytes(request, plan);
+  return plan.splits > 1;
+}
+
 // Microseconds that a plan may take: its traffic, at the bandwidth of the multiprocessors that have blocks, its
 // launches and its barriers. Only for choosing among plans; all constants are estimates for an H200.
 inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
   constexpr double bytes_a_us = 4.3e6, us_a_launch = 2, us_a_barrier = 3, us_a_wave = 0.5, blocks_of_two_phases = 8;
+  constexpr double l2_cost = 0.5;  // of a byte from L2, in bytes from memory
   // A block that has its multiprocessor to itself does not load while it sums and stores.
   constexpr double alone = 0.8;
   const double sms = limits.sm_count, blocks = double(plan.groups) * plan.splits;
-  const double traffic =
-      (plan.tensor_reads + plan.tensor_writes) * double(request.layout.numel()) * double(element_size(request.dtype));
+  const double from_l2 = (1 - plan.kept - plan.from_memory) * plan.tensors;
+  const double traffic = (plan.tensor_reads + plan.tensor_writes + l2_cost * from_l2) * double(request.layout.numel()) *
+                         double(element_size(request.dtype));
   const double launches = us_a_launch * plan.launches;
   if (plan.schedule == Schedule::cooperative) {
     const double together = std::ceil(blocks / sms), rounds = std::ceil(double(plan.slices) / double(plan.groups));
@@ -321,7 +353,7 @@ inline double predicted_us(const Request& request, const DeviceLimits& limits, c
 }
 
 // The plan, among all slices and clusters or grids that fit on chip and this two-phase one, that is predicted to be the
-// fastest; of equals the one with the widest slice and the smallest cluster.
+// fastest; of equals the one with the widest slice and the smallest cluster. Where none fits, a part may be kept.
 inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
   const bool sums = request.direction == Direction::forward || request.direction == Direction::backward;
   if (!sums || !request.fused || request.layout.numel() == 0) return two_phase;
@@ -342,9 +374,14 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
   const bool backward = request.direction == Direction::backward;
   const int most_together =
       std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)), two_phase.kernel, backward));
-  for (int lanes = widest; lanes >= least && lanes >= 1; lanes /= 2) {
-    Plan sliced = two_phase;
-    if (any_width) slice_rows(request.layout, lanes, sliced);
+  const auto for_each_slice = [&](auto use) {
+    for (int lanes = widest; lanes >= least && lanes >= 1; lanes /= 2) {
+      Plan sliced = two_phase;
+      if (any_width) slice_rows(request.layout, lanes, sliced);
+      use(sliced);
+    }
+  };
+  for_each_slice([&](const Plan& sliced) {
     for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
       Plan tried = sliced;
       if (keep_on_chip(request, Schedule::resident, cluster, limits.shared_bytes_per_block, tried)) consider(tried);
@@ -354,7 +391,14 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
       Plan tried = sliced;
       if (keep_on_grid(request, limits, together, tried)) consider(tried);
     }
-  }
+  });
+  if (is_one_pass(best)) return best;
+  for_each_slice([&](const Plan& sliced) {
+    for (int together = 1; together <= most_together; ++together) {
+      Plan tried = sliced;
+      if (keep_part_on_grid(request, limits, together, tried)) consider(tried);
+    }
+  });
   return best;
 }
 

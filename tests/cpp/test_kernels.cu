@@ -46,6 +46,7 @@ struct Shape {
   int64_t shift = 0;
   int cluster = 0;  // 0: two phases; else a resident plan with clusters of so many blocks
   int groups = 0;   // else a cooperative plan with so many, of `splits` blocks each
+  int slots = 0;    // 0: a place for every octet; else so many, and the rest of a slice is read again
 };
 
 const Shape shapes[] = {
@@ -96,6 +97,15 @@ const Shape shapes[] = {
     {{3, 7, 16}, 32, 2, 0, 0, 2},
     {{5, 600, 1}, 64, 3, 0, 0, 1},
     {{5, 600, 1}, 64, 2, 1, 0, 2},
+    // The same with places for a part: most octets, half of them, few; blocks and threads with fewer than others.
+    {{300, 24, 1}, 32, 2, 0, 0, 1, 16},
+    {{300, 24, 1}, 32, 2, 1, 0, 1, 8},
+    {{300, 24, 1}, 32, 2, 0, 0, 1, 4},
+    {{101, 264, 1}, 64, 3, 0, 0, 1, 12},
+    {{101, 600, 1}, 64, 2, 0, 0, 2, 4},
+    {{500, 16, 1}, 32, 4, 0, 0, 1, 4},
+    {{45, 16, 49}, 64, 2, 0, 0, 1, 8},
+    {{2003, 3, 1}, 32, 3, 0, 0, 1, 8},
 };
 
 template <class T>
@@ -119,6 +129,10 @@ Plan plan_of(const Shape& shape, bool masked) {
         shape.groups ? std::pair{Schedule::cooperative, shape.splits} : std::pair{Schedule::resident, shape.cluster};
     CHECK(keep_on_chip(request, schedule, blocks, 1 << 30, plan));
     if (shape.groups) plan.groups = std::min(shape.groups, plan.slices);
+    if (shape.slots) {
+      CHECK(shape.slots < plan.slots || masked);
+      plan.slots = shape.slots;
+    }
   }
   return plan;
 }

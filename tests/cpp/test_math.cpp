@@ -115,11 +115,11 @@ void test_layouts() {
 
 void test_two_phase_plans() {
   const DeviceLimits h200 = known_devices[2];
-  // 32 bytes of so many rows are 103 MB.
-  Request request{{256 * 112 * 112, 64, 1}, DType::bfloat16};
+  // A channel is 256 MB, in runs that cannot be visited in any order.
+  Request request{{128, 3, 1024 * 1024}, DType::bfloat16};
   Plan plan = choose_plan(request, h200);
   CHECK(plan.schedule == Schedule::two_phase && plan.cluster == 1 && plan.launches == 3);
-  CHECK(plan.kernel == Kernel::row_blocks && plan.vectorized && plan.splits > 1);
+  CHECK(plan.kernel == Kernel::channel_blocks && plan.vectorized && plan.splits > 1);
   CHECK(plan.tensor_reads == 2 && plan.tensor_writes == 1);
   request.direction = Direction::backward;
   CHECK(choose_plan(request, h200).tensor_reads == 4);
@@ -239,13 +239,40 @@ void test_resident_plans() {
               CHECK(together * (p.shared_bytes + 1024) <= h200.shared_bytes_per_block + 1024);
               CHECK(together <= blocks_together(element_size(dtype), p.kernel, direction == Direction::backward));
             }
-            // Every element has a slot.
+            // Every element has a slot, or the slots of one group's rows come round in whole stages.
             const Layout layout{outer, channels, inner};
             CHECK(p.slices * p.slice_channels >= channels);
-            CHECK(int64_t(p.slots) * (p.threads / p.lanes) * p.splits >= p.places(layout));
+            if (p.kept == 1) {
+              CHECK(int64_t(p.slots) * (p.threads / p.lanes) * p.splits >= p.places(layout) && p.from_memory == 0);
+            } else {
+              CHECK(p.groups == 1 && p.kernel == Kernel::row_blocks && p.slots > 0 && p.slots % copy_stages == 0);
+              CHECK(p.kept > 0 && p.kept < 1 && p.from_memory >= 0 && p.from_memory < 1 - p.kept);
+            }
             // A slice of rows is at least a sector wide.
             CHECK(p.kernel == Kernel::channel_blocks || p.slices == 1 || p.lanes * octet * element_size(dtype) >= 32);
           }
+}
+
+void test_plans_that_keep_a_part() {
+  const DeviceLimits h200 = known_devices[2];
+  // 32 bytes of so many rows are 51 MB: 48 octets of each thread, or 26 MB, are on chip, and the rest in half of L2.
+  Request request{{128 * 112 * 112, 64, 1}, DType::bfloat16};
+  Plan plan = choose_plan(request, h200);
+  CHECK(plan.schedule == Schedule::cooperative && plan.groups == 1 && plan.slices == 4 && plan.launches == 1);
+  CHECK(plan.kept == 0.5 && plan.slots == 48 && plan.tensor_reads == 1);
+  // Of twice as many L2 holds no more: a quarter is on chip, 0.306 in 30 MiB.
+  request.layout.outer *= 2;
+  plan = choose_plan(request, h200);
+  CHECK_NEAR(plan.tensor_reads, 1 + 0.444, 0.003);
+  CHECK_NEAR(plan.kept, 0.25, 0.003);
+  // Backward keeps two tensors, so of the first many half.
+  request.direction = Direction::backward;
+  request.layout.outer /= 2;
+  CHECK_NEAR(choose_plan(request, h200).tensor_reads, 2 + 2 * 0.444, 0.006);
+  // A chip without room for a stage of four octets has no such plan.
+  DeviceLimits small = h200;
+  small.shared_bytes_per_block = 48 << 10;
+  CHECK(choose_plan(request, small).schedule == Schedule::two_phase);
 }
 
 }  // namespace
@@ -260,5 +287,6 @@ int main() {
   test_walks();
   test_forward_plans_ignore_the_epilogue();
   test_resident_plans();
+  test_plans_that_keep_a_part();
   return fastbn::test::result();
 }

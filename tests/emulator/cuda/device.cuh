@@ -100,7 +100,13 @@ void store16_streaming(T* to, const Vector16<T>& value, const Location& where = 
   store16(to, value, where);
 }
 
+template <class T>
+T anew(T value) {
+  return value;
+}
+
 void copy_async16(void* shared, const void* global, const Location& where = Location::current());
+void copy_async16_last(void* shared, const void* global, const Location& where = Location::current());
 void copy_async_commit();
 
 template <int kPending>

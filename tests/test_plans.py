@@ -96,6 +96,10 @@ def test_launches_are_those_of_the_schedule(ops, launches, shape):
     needs = (True, True, False, False)
     ops.namespace.batch_norm_backward(output, x[-1], None, None, weight, None, mean, inv_std, True, 0, *needs)
     assert launched() - begun == launches
+    for needs, frozen_launches in (((True, True, True, False), 2), ((True, False, False, False), 1)):
+        begun = launched()  # frozen statistics: the input's gradient does not wait for those of weight and bias
+        ops.namespace.batch_norm_backward(output, x[-1], None, None, weight, None, mean, inv_std, False, 1, *needs)
+        assert launched() - begun == frozen_launches
 
     # Each batch is off by its own tolerance at most, and each average rounds once.
     count, dims = x[0].numel() // channels, [0, *range(2, len(shape))]

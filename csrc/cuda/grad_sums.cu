@@ -1,5 +1,7 @@
-// The sums of the gradients by the two-phase plans: partial sums a block, added over the splits.
+// The sums of the gradients by the two-phase plans: partial sums a block, added over the splits. Where the statistics
+// are frozen the gradients of the elements do not wait for the sums, and are made in the same pass.
 #include "cuda/grad_sums.cuh"
+#include "cuda/input_grad.cuh"
 #include "cuda/passes.cuh"
 
 namespace fastbn::cuda {
@@ -12,11 +14,15 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? least_bloc
   const ReduceMemory<Walk::channels> memory;
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
   const GradZ<T> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
+  const InputGrad<T> input_grad(params, plan, true);
   Affine<A> affine[Walk::channels];
   share_coefficients(walk, memory.scratch, [&](int64_t channel) { return affine_of<A>(params, channel); }, affine);
   block_grad_sums(
       walk, memory, grad_z, affine,
       [&](auto use) { for_each_octet(walk, [&](const Step& step, int) { return grad_z.load(step); }, use); },
+      [&](const Step& step, const A(&grad)[octet]) {
+        if (params.statistics == Statistics::running) input_grad.store_frozen(step, grad, affine);
+      },
       [&](int channel, const GradSums& sums) {
         partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
       });

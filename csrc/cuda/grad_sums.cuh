@@ -18,14 +18,16 @@ struct GradSums {
   FASTBN_DEVICE GradSums result() const { return *this; }
 };
 
-// Over a block's share. each(use) calls use(step, item, number) for its octets, with items of grad_z; keep(channel,
-// sums) is called by one thread for each channel of the slice. Where the items have no x, `shifted` means nothing.
-template <class T, class Walk, class Each, class Keep>
+// Over a block's share. each(use) calls use(step, item, number) for its octets, with items of grad_z; also(step, grad)
+// gets what they come to; keep(channel, sums) is called by one thread for each channel of the slice. Where the items
+// have no x, `shifted` means nothing.
+template <class T, class Walk, class Each, class Also, class Keep>
 FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::channels>& memory, const GradZ<T>& grad_z,
-                                   const Affine<acc_t<T>> (&affine)[Walk::channels], Each each, Keep keep) {
+                                   const Affine<acc_t<T>> (&affine)[Walk::channels], Each each, Also also, Keep keep) {
   using A = acc_t<T>;
   sum_octets<A>(memory, each, [&](const Step& step, const auto& item, A(&grad)[octet], A(&product)[octet]) {
     grad_z.compute(item, affine, grad);
+    also(step, grad);
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
       grad[i] = i < step.count ? grad[i] : A(0);

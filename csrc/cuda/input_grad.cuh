@@ -45,6 +45,18 @@ class InputGrad {
     store_octet(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
 
+  // From grad_z, where the statistics are frozen.
+  template <int channels>
+  FASTBN_DEVICE void store_frozen(const Step& step, const A (&grad_z)[octet],
+                                  const Affine<A> (&affine)[channels]) const {
+    if (grad_residual_) store_octet(grad_residual_ + step.offset, step.count, vectorized_, grad_z);
+    if (!grad_input_) return;
+    A grad[octet];
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) grad[i] = grad_z[i] * affine[i % channels].scale;
+    store_octet(grad_input_ + step.offset, step.count, vectorized_, grad);
+  }
+
  private:
   T* grad_input_;
   T* grad_residual_;

@@ -87,7 +87,7 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
       auto* partials = static_cast<GradSums*>(workspace.partials);
       cudaError_t error = launch_grad_sums(params, plan, partials, stream);
       if (error == cudaSuccess) error = launch_finish_grad_sums(params, plan, partials, stream);
-      if (error != cudaSuccess) return error;
+      if (error != cudaSuccess || !batch) return error;  // frozen, all is done
     }
   }
   if (!params.grad_input && !params.grad_residual) return cudaSuccess;

@@ -34,7 +34,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
             slab.after_sums(walk, step, visit, fetch);
           });
         },
-        [&](int channel, const GradSums& sums) { rendezvous.own(channel) = sums; });
+        [](const Step&, const auto&) {}, [&](int channel, const GradSums& sums) { rendezvous.own(channel) = sums; });
     rendezvous.meet();
 
     by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {

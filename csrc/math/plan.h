@@ -157,7 +157,7 @@ inline void add_traffic(const Request& request, Plan& plan) {
       plan.tensor_reads = once ? backward_pass + mask + plan.tensors * plan.from_memory : 2 * backward_pass;
       plan.tensor_writes = 1 + (activated ? residual : 0);
       break;
-    case Direction::frozen_backward:  // with weight and bias frozen too; their gradients cost the sums
+    case Direction::frozen_backward:  // with weight and bias frozen too; their gradients take x and a second launch
       plan.tensor_reads = !activated ? 1 : masked ? 1 + mask : 2 + residual;
       plan.tensor_writes = 1 + (activated ? residual : 0);
       break;

@@ -47,6 +47,7 @@ struct Shape {
   int cluster = 0;  // 0: two phases; else a resident plan with clusters of so many blocks
   int groups = 0;   // else a cooperative plan with so many, of `splits` blocks each
   int slots = 0;    // 0: a place for every octet; else so many, and the rest of a slice is read again
+  int sms = 0;      // 0: as above; else the planner's grid for so many multiprocessors
 };
 
 const Shape shapes[] = {
@@ -106,6 +107,10 @@ const Shape shapes[] = {
     {{500, 16, 1}, 32, 4, 0, 0, 1, 4},
     {{45, 16, 49}, 64, 2, 0, 0, 1, 8},
     {{2003, 3, 1}, 32, 3, 0, 0, 1, 8},
+    // The planner's own cooperative grids: two groups; one; one that keeps a part.
+    {.layout = {40, 2, 200}, .sms = 4},
+    {.layout = {600, 24, 1}, .sms = 3},
+    {.layout = {2201, 24, 1}, .sms = 2},
 };
 
 template <class T>
@@ -116,6 +121,16 @@ Plan plan_of(const Shape& shape, bool masked) {
   request.aligned = shape.shift == 0;
   request.fused = false;
   request.masked = masked;
+  if (shape.sms) {
+    request.direction = Direction::backward;
+    request.activation = Activation::silu;
+    request.residual = request.fused = true;
+    const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
+    Plan plan = choose_walk(request);
+    CHECK(keep_on_grid(request, limits, 1, plan) ||
+          (plan = choose_walk(request), keep_part_on_grid(request, limits, 1, plan)));
+    return plan;
+  }
   Plan plan = choose_plan(request, known_devices[2]);
   if (shape.threads) plan.threads = std::max(shape.threads, (plan.lanes + 31) / 32 * 32);
   if (shape.splits) plan.splits = shape.splits;
@@ -174,7 +189,7 @@ struct Case {
   void choose(bool masked) {
     plan = plan_of<T>(shape, masked);
     Shape in_phases = shape;
-    in_phases.cluster = in_phases.groups = 0;
+    in_phases.cluster = in_phases.groups = in_phases.sms = 0;
     two_phase = plan_of<T>(in_phases, masked);
     const int64_t bytes = std::max(cuda::workspace_bytes(plan, layout), cuda::workspace_bytes(two_phase, layout));
     workspace.assign(bytes / sizeof(double), NAN);

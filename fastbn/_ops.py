@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def why_torch_must_see(input: Tensor) -> str | None:
         return "functorch transforms differentiate and batch torch's own batch_norm"
     if forward_ad._current_level >= 0:
         return "forward-mode AD has its formula for torch's own batch_norm"
-    if is_traceable_wrapper_subclass(input):
+    if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
@@ -129,13 +130,14 @@ def why_unsupported(
     eps: float,
 ) -> str | None:
     """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
-    if input.dtype not in DTYPES:
-        return f"fastbn has no kernels for {input.dtype}"
+    dtype, shape, device = input.dtype, input.shape, input.device
+    if dtype not in DTYPES:
+        return f"fastbn has no kernels for {dtype}"
     if input.layout is not torch.strided:
         return f"fastbn takes strided tensors, not {input.layout}"
-    if input.dim() < 2:
+    if len(shape) < 2:
         return "fastbn takes inputs of at least two dimensions"
-    channels = input.size(1)
+    channels = shape[1]
     if channels == 0:
         return "there are no channels"
     if not eps > 0:
@@ -146,27 +148,25 @@ def why_unsupported(
         if input.numel() == channels:
             return "there is but one value a channel"
         counter = num_batches_tracked
-        if counter is not None and (
-            counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != input.device
-        ):
+        if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != device):
             return "num_batches_tracked is not one int64 on the input's device"
     elif running_mean is None:
         return "evaluation needs running statistics"
     if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
         return "running statistics require a gradient"
-    dtype = None
+    vector_shape, vector_dtype = (channels,), None
     for vector in (weight, bias, running_mean, running_var):
         if vector is None:
             continue
-        if vector.dim() != 1 or vector.size(0) != channels or not vector.is_contiguous():
+        if vector.shape != vector_shape or not vector.is_contiguous():
             return f"a parameter or running statistic is not a contiguous vector of {channels}"
-        if vector.device != input.device:
+        if vector.device != device:
             return "parameters and input are on different devices"
-        if dtype is None:
-            dtype = vector.dtype
-            if dtype != input.dtype and not (dtype == torch.float32 and input.dtype in HALF_TYPES):
-                return f"parameters of {dtype} do not go with an input of {input.dtype}"
-        elif vector.dtype != dtype:
+        if vector_dtype is None:
+            vector_dtype = vector.dtype
+            if vector_dtype != dtype and not (vector_dtype == torch.float32 and dtype in HALF_TYPES):
+                return f"parameters of {vector_dtype} do not go with an input of {dtype}"
+        elif vector.dtype != vector_dtype:
             return "parameters and running statistics differ in dtype"
     return None
 
@@ -296,9 +296,10 @@ def register(backend: str, ops: str) -> None:
             library.impl(name, _refuse_forward(op), "Autograd", with_keyset=True)
         else:
             torch.library.register_autograd(qualified, _refuse_backward(qualified), lib=library)
-    _backends[backend] = getattr(torch.ops, ops)
+    packets = getattr(torch.ops, ops)
+    _backends[backend] = SimpleNamespace(**{name: getattr(packets, name).default for name in OPS})
 
 
 register("cpu", "fastbn")
-_backends["cuda"] = torch.ops.fastbn
+_backends["cuda"] = _backends["cpu"]
 _backends["reference"] = reference

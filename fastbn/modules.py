@@ -25,21 +25,38 @@ class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):
             arguments = (input,) if residual is None else (input, residual)
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), arguments, {})
         self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats
-        uses_buffers = tracks or not self.training
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
         return functional.batch_norm(
             input,
-            self.running_mean if uses_buffers else None,
-            self.running_var if uses_buffers else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
             self.momentum,
             self.eps,
             residual=residual,
             activation=self.activation,
-            num_batches_tracked=self.num_batches_tracked if tracks else None,
+            num_batches_tracked=num_batches_tracked if self.training and self.track_running_stats else None,
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """weight, bias, running_mean, running_var, num_batches_tracked; without nn.Module.__getattr__, which takes
+        0.6 us each, where nothing has taken their place (parametrisations do)."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
+        except KeyError:
+            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

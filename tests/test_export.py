@@ -70,6 +70,16 @@ def test_vmap_in_eval():
     torch.testing.assert_close(*(torch.vmap(module.eval())(x) for module in pair()))
 
 
+def test_what_left_a_transform_that_is_over():
+    """Its wrapper is dead, and the gradient goes on to what it wraps."""
+    grads = []
+    for module in pair():
+        left, x = [], normal(*SHAPES[2]).requires_grad_()
+        torch.func.grad(lambda x, left=left: (left.append(x * 2), x.sum())[1])(x)
+        grads.append(torch.autograd.grad(module(left[0]).pow(3).sum(), (x, module.weight)))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_vmap_with_running_statistics_fails_as_torchs():
     x = normal(4, *SHAPES[2])
     errors = []

@@ -130,6 +130,38 @@ def why_unsupported(
     eps: float,
 ) -> str | None:
     """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
+    return why_refused(
+        input, running_mean, running_var, weight, bias, num_batches_tracked if training else None
+    ) or why_not_asked(input, running_mean, running_var, training, eps)
+
+
+def why_not_asked(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
+) -> str | None:
+    """The part of `why_unsupported` that the ops do not refuse themselves."""
+    if not eps > 0:
+        return "eps is not positive"
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            return "only one running statistic is given"
+        if not training:
+            return "evaluation needs running statistics"
+    elif running_mean.requires_grad or running_var.requires_grad:
+        return "running statistics require a gradient"
+    if training and input.dim() > 1 and input.numel() == input.shape[1]:
+        return "there is but one value a channel"
+    return None
+
+
+def why_refused(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> str | None:
+    """The part of `why_unsupported` that the ops refuse with RuntimeError, before anything has changed."""
     dtype, shape, device = input.dtype, input.shape, input.device
     if dtype not in DTYPES:
         return f"fastbn has no kernels for {dtype}"
@@ -140,20 +172,9 @@ def why_unsupported(
     channels = shape[1]
     if channels == 0:
         return "there are no channels"
-    if not eps > 0:
-        return "eps is not positive"
-    if (running_mean is None) != (running_var is None):
-        return "only one running statistic is given"
-    if training:
-        if input.numel() == channels:
-            return "there is but one value a channel"
-        counter = num_batches_tracked
-        if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != device):
-            return "num_batches_tracked is not one int64 on the input's device"
-    elif running_mean is None:
-        return "evaluation needs running statistics"
-    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
-        return "running statistics require a gradient"
+    counter = num_batches_tracked
+    if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != device):
+        return "num_batches_tracked is not one int64 on the input's device"
     vector_shape, vector_dtype = (channels,), None
     for vector in (weight, bias, running_mean, running_var):
         if vector is None:
@@ -186,13 +207,22 @@ def _mask(input: Tensor, activation: int, wanted: bool) -> Tensor:
     return input.new_empty(runs, (run + 7) // 8, dtype=torch.uint8)
 
 
+def _check_devices(input: Tensor, *tensors: Tensor | None) -> None:
+    """One meta tensor is enough for torch to call what is here instead of the kernels, which check this too."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"batch_norm: expected all tensors on {input.device}, got one on {tensor.device}")
+
+
 def _fake_train(
     input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask
 ):
+    _check_devices(input, weight, bias, running_mean, running_var, num_batches_tracked)
     return _output(input), _stats(input), _stats(input), _mask(input, activation, save_mask)
 
 
 def _fake_eval(input, residual, weight, bias, running_mean, running_var, eps, activation, save_stats, save_mask):
+    _check_devices(input, weight, bias, running_mean, running_var)
     stats = _stats(input, save_stats), _stats(input, save_stats)
     return _output(input), *stats, _mask(input, activation, save_mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,50 +44,34 @@ def batch_norm(
     index = activation_index(activation)
     if residual is not None:
         _check_residual(input, residual)
-    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
-    if backend is None:
-        backend = _choose_backend(*tensors, training, eps)[0]
-    elif backend != "torch":
-        _check_backend(backend, *tensors, training, eps)
-    if backend == "torch":
-        return _torch_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual,
-            index,
-            num_batches_tracked,
-        )
     if not training:
         num_batches_tracked = None
-    return autograd.batch_norm(
-        input,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        index,
-        backend,
-    )
+    statistics = running_mean, running_var
+    operands = (input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps, index)
+    if backend is None and type(input) is Tensor and not torch.compiler.is_compiling():
+        # The ops look at every operand anyway: asking first, why they would refuse, takes 3 us.
+        reason = _ops.why_torch_must_see(input) or _ops.why_not_asked(input, *statistics, training, eps)
+        if reason is None:
+            backend = "cpu" if input.is_cpu else _ops.default_backend(input.device)[0]
+        if backend is not None:
+            try:
+                return autograd.batch_norm(*operands, backend)
+            except RuntimeError:
+                if _ops.why_refused(input, *statistics, weight, bias, num_batches_tracked) is None:
+                    raise
+        return _torch_batch_norm(*operands)
+    tensors = (input, *statistics, weight, bias, num_batches_tracked)
+    if backend is None:
+        backend = _choose_backend(*tensors, training, eps)
+    elif backend != "torch":
+        _check_backend(backend, *tensors, training, eps)
+    return _torch_batch_norm(*operands) if backend == "torch" else autograd.batch_norm(*operands, backend)
 
 
-def _choose_backend(input, *rest) -> tuple[str, str]:
-    """(backend, why): the one place that decides which implementation runs."""
-    reason = _ops.why_torch_must_see(input) or _ops.why_unsupported(input, *rest)
-    if reason is not None:
-        return "torch", reason
-    backend, reason = _ops.default_backend(input.device)
-    return backend or "torch", reason
+def _choose_backend(input, *rest) -> str:
+    if _ops.why_torch_must_see(input) is not None or _ops.why_unsupported(input, *rest) is not None:
+        return "torch"
+    return _ops.default_backend(input.device)[0] or "torch"
 
 
 def _check_backend(backend: str, input: Tensor, *rest) -> None:
@@ -105,9 +90,9 @@ def _check_residual(input: Tensor, residual: Tensor) -> None:
 
 
 def _torch_batch_norm(
-    input, running_mean, running_var, weight, bias, training, momentum, eps, residual, index, num_batches_tracked
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, index
 ) -> Tensor:
-    counts = training and num_batches_tracked is not None
+    counts = num_batches_tracked is not None
     factor = momentum
     if momentum is None:
         factor = 1.0 / float(num_batches_tracked + 1) if counts else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -187,6 +188,49 @@ def test_ops_say_what_they_expected(changed, message):
     with pytest.raises(RuntimeError, match=re.escape(f"batch_norm_train: {message}")):
         torch.ops.fastbn.batch_norm_train(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+
+
+REFUSED = [
+    {"input": _zeros(4)},
+    {"input": _zeros(3, 0)},
+    {"input": _zeros(3, 4, dtype=torch.int32)},
+    {"input": _zeros(3, 4).to_sparse()},
+    {"input": torch.zeros(3, 4, device="meta")},
+    {"running_mean": _zeros(8)[::2]},
+    {"running_mean": _zeros(4, dtype=torch.float64)},
+    {"num_batches_tracked": torch.tensor(0.0)},
+    {"num_batches_tracked": torch.zeros(2, dtype=torch.int64)},
+    *(
+        {name: wrong}
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        for wrong in (_zeros(5), _zeros(4, 1), torch.zeros(4, device="meta"), torch.tensor(0, device="meta"))
+    ),
+]
+
+
+@pytest.mark.parametrize("changed", [{}, *REFUSED], ids=str)
+def test_ops_refuse_what_the_layer_takes_them_to_refuse(changed):
+    """The layer calls first and asks why afterwards; so it fails as torch does, or takes what torch takes."""
+    given = dict(zip(inspect.signature(_ops._fake_train).parameters, _arguments(**changed), strict=True))
+    operands = {name: given[name] for name in inspect.signature(_ops.why_refused).parameters}
+    assert bool(_ops.why_refused(**operands)) == bool(changed)
+    if not changed:
+        torch.ops.fastbn.batch_norm_train(**given)
+        return
+    with pytest.raises(RuntimeError):
+        torch.ops.fastbn.batch_norm_train(**given)
+    counter = operands.pop("num_batches_tracked")
+    results = []
+    for function, options in ((F.batch_norm, {}), (fastbn.functional.batch_norm, {"num_batches_tracked": counter})):
+        arguments = {name: t if t is None else t.clone() for name, t in operands.items()}
+        try:
+            results.append(function(**arguments, training=True, **options))
+        except Exception as error:
+            results.append(f"{type(error)} {error}".split("\nException raised")[0])
+    if isinstance(results[0], torch.Tensor):
+        torch.testing.assert_close(results[1], results[0])
+    else:
+        assert results[1] == results[0]
 
 
 def test_ops_check_what_backward_is_given():

@@ -96,7 +96,8 @@ def why_torch_must_see(input: Tensor) -> str | None:
         return "forward-mode AD has its formula for torch's own batch_norm"
     if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # Not is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
     return None
 

@@ -13,6 +13,7 @@ import fastbn
 from bench.workloads import RESNET50
 from tests import tolerance
 from tests.emulator import build
+from tests.implementations import EMULATED_LIMITS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
@@ -76,6 +77,25 @@ def test_no_multiprocessors_are_too_few(max_sms, count):
 def test_the_page_of_plans_is_what_the_planner_says():
     written = subprocess.run([sys.executable, ROOT / "docs" / "plans.py"], capture_output=True, text=True, check=True)
     assert written.stdout == (ROOT / "docs" / "plans.md").read_text(), "python docs/plans.py > docs/plans.md"
+
+
+@pytest.mark.parametrize("ops", ["cooperative"], indirect=True)
+def test_a_cooperative_launch_that_is_refused_is_planned_again(ops):
+    """More blocks than run at once, as where another process has a share of the GPU."""
+    emulator, x = build.load(), torch.randn(40, 3, 50, generator=torch.Generator().manual_seed(0))
+    counter = torch.tensor(0)
+    given = (x, None, None, None, None, None, counter, 0.1, 1e-5, 0, False)
+    granted = ops.namespace.batch_norm_train(*given)
+    emulator.set_limits(**{**EMULATED_LIMITS["cooperative"], "blocks_a_group": 1 << 16})
+    output, mean, inv_std, _ = ops.namespace.batch_norm_train(*given)
+    assert counter.item() == 2
+    torch.testing.assert_close(output, granted[0])
+    torch.testing.assert_close(mean, granted[1])
+    grads = ops.namespace.batch_norm_backward(x, x, None, None, None, None, mean, inv_std, True, 0, True, *[False] * 3)
+    exact = fastbn.reference.batch_norm_backward(
+        x, x, None, None, None, None, mean, inv_std, True, 0, True, *[False] * 3
+    )
+    torch.testing.assert_close(grads[0], exact[0])
 
 
 @pytest.mark.parametrize("ops, launches", [("emulator", 3), ("resident", 1), ("cooperative", 1)], indirect=["ops"])

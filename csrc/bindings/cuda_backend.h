@@ -2,6 +2,8 @@
 // the stream: torch's, or in the tests the emulator's.
 #pragma once
 
+#include <utility>
+
 #include "bindings/arguments.h"
 #include "cuda/launch.h"
 
@@ -59,9 +61,15 @@ class CudaBackend {
   template <class Launcher, class Params>
   void run(Launcher launcher, const Params& params, Request request, std::initializer_list<const void*> pointers) {
     for (const void* pointer : pointers) request.aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-    const Plan plan = context_.plan(request);
-    const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params.layout), ScalarType::Byte);
-    const cudaError_t error = launcher(params, plan, workspace.data_ptr(), context_.stream());
+    Plan plan;
+    cudaError_t error;
+    do {
+      plan = context_.plan(request);
+      const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params.layout), ScalarType::Byte);
+      error = launcher(params, plan, workspace.data_ptr(), context_.stream());
+      // Another process has a share of the GPU, or a tool of its registers. Nothing has run then: a cooperative plan is
+      // a single launch.
+    } while (error == cudaErrorCooperativeLaunchTooLarge && std::exchange(request.cooperative, false));
     if (error != cudaSuccess)
       fail(operands_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",
            plan.groups * plan.splits, " blocks of ", plan.threads, " threads)");

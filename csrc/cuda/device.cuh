@@ -272,7 +272,7 @@ inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_byt
   return power;
 }
 
-// Returns the launch's own error; errors of the running kernel surface later, as usual.
+// Returns the launch's own error, and leaves no trace of it; errors of the running kernel surface later, as usual.
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std::type_identity_t<P>... params) {
   constexpr int64_t kSharedWithoutAsking = 48 * 1024;
@@ -306,7 +306,9 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   config.attrs = attributes;
   config.numAttrs = count;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))..., nullptr};
-  return cudaLaunchKernelExC(&config, function, arguments);
+  error = cudaLaunchKernelExC(&config, function, arguments);
+  if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
+  return error;
 }
 
 }  // namespace fastbn::device

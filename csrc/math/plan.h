@@ -39,10 +39,11 @@ struct Request {
   DType dtype = DType::float32;
   Direction direction = Direction::forward;
   Activation activation = Activation::none;
-  bool residual = false;  // whether one was added
-  bool masked = false;    // the activation's derivative is kept as a bit an element
-  bool aligned = true;    // every pointer is a multiple of 16 bytes
-  bool fused = true;      // sums and what they are for in one op; channel_stats and grad_sums end with the sums
+  bool residual = false;    // whether one was added
+  bool masked = false;      // the activation's derivative is kept as a bit an element
+  bool aligned = true;      // every pointer is a multiple of 16 bytes
+  bool fused = true;        // sums and what they are for in one op; channel_stats and grad_sums end with the sums
+  bool cooperative = true;  // whether the device grants cooperative launches of the size that its limits promise
 };
 
 // Kernels walk runs in octets: eight elements, the unit of the mask and at least one 16-byte access.
@@ -372,8 +373,10 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
   while (any_width && least > 1 && least / 2 * octet_bytes >= 32) least /= 2;
   while (any_width && widest > 1 && widest * octet_bytes > 128) widest /= 2;
   const bool backward = request.direction == Direction::backward;
-  const int most_together =
-      std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)), two_phase.kernel, backward));
+  const int most_together = !request.cooperative
+                                ? 0
+                                : std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)),
+                                                                                 two_phase.kernel, backward));
   const auto for_each_slice = [&](auto use) {
     for (int lanes = widest; lanes >= least && lanes >= 1; lanes /= 2) {
       Plan sliced = two_phase;

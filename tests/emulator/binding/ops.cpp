@@ -12,13 +12,13 @@ namespace {
 // What the planner is told: so few multiprocessors that plans split the small shapes of tests, and no room on chip.
 DeviceLimits emulated_limits{"emulator", 2, 0, 1, 65536};
 
-// Whether plans are cooperative wherever they can be, with two groups of two blocks; small shapes would not get them
-// otherwise.
-bool on_grid = false;
+// Of the groups, two if there are slices for them, of cooperative plans. Small shapes would not get such plans
+// otherwise: 0 leaves it to the planner.
+int blocks_a_group = 0;
 
 // With room on chip plans are resident, and clusters grow until there is a block a multiprocessor.
-void set_limits(int sm_count, int64_t shared_bytes_per_block, int max_cluster, bool cooperative) {
-  on_grid = cooperative;
+void set_limits(int sm_count, int64_t shared_bytes_per_block, int max_cluster, int cooperative_blocks) {
+  blocks_a_group = cooperative_blocks;
   emulated_limits.sm_count = sm_count;
   emulated_limits.shared_bytes_per_block = shared_bytes_per_block;
   emulated_limits.max_cluster = max_cluster;
@@ -29,9 +29,10 @@ struct EmulatorContext {
   cudaStream_t stream() const { return {}; }
   Plan plan(const Request& request) const {
     const Plan chosen = choose_plan(request, emulated_limits);
-    if (!on_grid || !is_one_pass(chosen)) return chosen;
+    if (blocks_a_group == 0 || !request.cooperative || !is_one_pass(chosen)) return chosen;
     Plan plan = choose_walk(request);
-    if (!keep_on_chip(request, Schedule::cooperative, 2, emulated_limits.shared_bytes_per_block, plan)) return chosen;
+    const int64_t room = emulated_limits.shared_bytes_per_block;
+    if (!keep_on_chip(request, Schedule::cooperative, blocks_a_group, room, plan)) return chosen;
     plan.groups = std::min(plan.slices, 2);
     add_traffic(request, plan);
     return plan;
@@ -48,7 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_limits", &fastbn::set_limits, "What the planner is told of the emulated GPU.", pybind11::kw_only(),
         pybind11::arg("sm_count"), pybind11::arg("shared_bytes_per_block"), pybind11::arg("max_cluster"),
-        pybind11::arg("cooperative"));
+        pybind11::arg("blocks_a_group"));
   m.def("launches", &fastbn::emulator::launches, "How many launches ran.");
   m.def("set_seed", &fastbn::emulator::set_seed, "Restart the schedule of fibres from a seed.");
 }

@@ -16,23 +16,18 @@ class Backward {
       : params_(params),
         threads_(threads),
         table_(kernels(params.dtype)),
-        partition_(params.layout, params.mask != nullptr),
-        affine_(entries()),
-        grad_affine_(entries()) {
-    for (int64_t c = 0; c < params.layout.channels; ++c)
-      affine_.set(
-          c, params.layout.channels,
-          Affine<A>::make(params.mean[c], params.inv_std[c], params.weight.load_or(c, 1), params.bias.load_or(c, 0)));
-  }
+        partition_(params.layout),
+        affine_(partition_.entries()),
+        grad_affine_(partition_.entries()) {}
 
   void run() {
     const bool frozen = params_.statistics == Statistics::running;
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
     const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
-    if (reduces) partials_.resize(size_t(partition_.partials()));
+    if (reduces) partials_.resize(size_t(2 * partition_.partials()));
 
-    auto finish = [&](int64_t channel) {
+    auto finish = [&](int64_t channel, Look) {
       double sum_grad = 0, sum_grad_xhat = 0, count = double(params_.layout.count());
       if (reduces) {
         sums(channel, &sum_grad, &sum_grad_xhat);
@@ -46,8 +41,9 @@ class Backward {
       grad_affine_.set(channel, params_.layout.channels,
                        GradAffine<A>::make(params_.mean[channel], params_.inv_std[channel],
                                            params_.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count));
+      return true;
     };
-    auto reduce = [&](int64_t i) {
+    auto reduce = [&](int64_t i, Look) {
       if (reduces) reduce_block(i);
     };
     auto apply = [&](int64_t i) {
@@ -56,19 +52,28 @@ class Backward {
       (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args, partition_.block(i),
                                                                                        partition_.mask_block(i));
     };
-    run_phases(partition_, partition_, params_.layout.channels, threads_, reduce, finish, apply);
+    run_phases(
+        partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); }, reduce, finish,
+        apply);
   }
 
   void run_sums() {
-    partials_.resize(size_t(partition_.partials()));
-    auto finish = [&](int64_t channel) { sums(channel, &params_.sum_grad[channel], &params_.sum_grad_xhat[channel]); };
+    partials_.resize(size_t(2 * partition_.partials()));
+    auto finish = [&](int64_t channel, Look) {
+      sums(channel, &params_.sum_grad[channel], &params_.sum_grad_xhat[channel]);
+      return true;
+    };
     run_phases(
-        partition_, partition_, params_.layout.channels, threads_, [&](int64_t i) { reduce_block(i); }, finish,
-        [](int64_t) {});
+        partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); },
+        [&](int64_t i, Look) { reduce_block(i); }, finish, [](int64_t) {});
   }
 
  private:
-  int64_t entries() const { return partition_.in_columns() ? partition_.width() : params_.layout.channels; }
+  void prepare(int64_t channel) {
+    affine_.set(channel, params_.layout.channels,
+                Affine<A>::make(params_.mean[channel], params_.inv_std[channel], params_.weight.load_or(channel, 1),
+                                params_.bias.load_or(channel, 0)));
+  }
 
   GradArgs args_of(int64_t block, bool frozen) const {
     const int64_t first = partition_.in_columns() ? 0 : partition_.channel_of(block);
@@ -85,15 +90,18 @@ class Backward {
 
   void reduce_block(int64_t i) {
     const GradArgs args = args_of(i, true);
-    if (partition_.in_columns())
+    if (partition_.in_columns()) {
       table_.column_grad_sums(args, partition_.block(i), partition_.mask_block(i),
-                              &partials_[size_t(i * partition_.width())]);
-    else
-      partials_[size_t(i)] = table_.channel_grad_sums(args, partition_.block(i), partition_.mask_block(i));
+                              partition_.column_sums(i, partials_.data()));
+    } else {
+      const Sums sums = table_.channel_grad_sums(args, partition_.block(i), partition_.mask_block(i));
+      partials_[size_t(2 * i)] = sums.first;
+      partials_[size_t(2 * i + 1)] = sums.second;
+    }
   }
 
   void sums(int64_t channel, double* sum_grad, double* sum_grad_xhat) const {
-    const Sums total = partition_.sum_partials(channel, partials_);
+    const Sums total = partition_.sum_partials(channel, partials_.data());
     const double mean = params_.mean[channel];
     *sum_grad = total.first;
     *sum_grad_xhat = sum_grad_xhat_of(total.first, total.second, double(A(mean)), mean, params_.inv_std[channel]);
@@ -105,7 +113,7 @@ class Backward {
   Partition partition_;
   AffineTable<A> affine_;
   GradAffineTable<A> grad_affine_;
-  std::vector<Sums> partials_;
+  std::vector<double> partials_;
 };
 
 // What sums over no elements are.

@@ -1,4 +1,6 @@
 // Training forward, evaluation forward, normalise with given statistics, and statistics alone.
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -11,6 +13,13 @@
 namespace fastbn::cpu {
 namespace {
 
+// Whether the variance that sums in float give is as good as these: they neither overflowed nor vanished, and the pivot
+// lies so near the mean that subtracting its share does not multiply their relative error by more than 8.
+bool resolves(const Sums& sums, double count) {
+  const double m2 = sums.second - sums.first * sums.first / count;
+  return std::isfinite(sums.second) && sums.second <= 8 * m2 && (sums.second >= 1e-30 || sums.first == 0);
+}
+
 // The reduction of a forward op: partial sums about an element of each channel, then their moments.
 template <class A>
 class Statistician {
@@ -19,26 +28,35 @@ class Statistician {
       : params_(params),
         partition_(partition),
         table_(kernels(params.dtype)),
-        pivots_(size_t(std::max(params.layout.channels, partition.width()))),
-        partials_(size_t(partition.partials())) {
-    const int64_t channels = params.layout.channels;
-    table_.pivots(params.input, params.layout, pivots_.data());
-    for (size_t j = size_t(channels); j < pivots_.size(); ++j) pivots_[j] = pivots_[j - size_t(channels)];
+        pivots_(size_t(partition.entries())),
+        partials_(size_t(2 * partition.partials())) {}
+
+  void prepare(int64_t channel) {
+    const A pivot = A(table_.pivot(params_.input, params_.layout, channel));
+    for (size_t j = size_t(channel); j < pivots_.size(); j += size_t(params_.layout.channels)) pivots_[j] = pivot;
   }
 
-  void reduce(int64_t i) {
-    if (partition_.in_columns())
-      table_.column_sums(params_.input, partition_.block(i), pivots_.data(),
-                         &partials_[size_t(i * partition_.width())]);
-    else
-      partials_[size_t(i)] =
-          table_.channel_sums(params_.input, partition_.block(i), &pivots_[size_t(partition_.channel_of(i))]);
+  void reduce(int64_t i, Look look) {
+    const Block block = partition_.block(i);
+    if (partition_.in_columns()) {
+      const ColumnSums sums = partition_.column_sums(i, partials_.data());
+      if (look == Look::second) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
+      (look == Look::first ? table_.column_sums : table_.column_sums_in_double)(params_.input, block, pivots_.data(),
+                                                                                sums);
+    } else {
+      const Sums sums = (look == Look::first ? table_.channel_sums : table_.channel_sums_in_double)(
+          params_.input, block, &pivots_[size_t(partition_.channel_of(i))]);
+      partials_[size_t(2 * i)] = sums.first;
+      partials_[size_t(2 * i + 1)] = sums.second;
+    }
   }
 
-  Moments moments(int64_t channel) const {
-    const Sums total = partition_.sum_partials(channel, partials_);
-    return Moments::from_shifted(double(params_.layout.count()), double(pivots_[size_t(channel)]), total.first,
-                                 total.second);
+  // Nothing if a second look is needed.
+  std::optional<Moments> moments(int64_t channel, Look look) const {
+    const double count = double(params_.layout.count());
+    const Sums total = partition_.sum_partials(channel, partials_.data());
+    if (look == Look::first && element_size(params_.dtype) == 2 && !resolves(total, count)) return std::nullopt;
+    return Moments::from_shifted(count, double(pivots_[size_t(channel)]), total.first, total.second);
   }
 
  private:
@@ -46,7 +64,7 @@ class Statistician {
   const Partition& partition_;
   const Kernels& table_;
   std::vector<A> pivots_;
-  std::vector<Sums> partials_;
+  std::vector<double> partials_;
 };
 
 void update_running_stats(const ForwardParams& params, int64_t channel, const Moments& moments, double factor) {
@@ -61,13 +79,11 @@ template <class A>
 void forward_as(const ForwardParams& params, const Threads& threads) {
   const Layout& layout = params.layout;
   const Kernels& table = kernels(params.dtype);
-  const Partition partition(layout, params.mask != nullptr);
+  const Partition partition(layout);
   const bool batch = params.statistics == Statistics::batch;
-  AffineTable<A> affine(partition.in_columns() ? partition.width() : layout.channels);
-  // Not that of the mask, so that statistics are the same bits with and without one.
-  const Partition reduction(layout, false);
+  AffineTable<A> affine(partition.entries());
   std::optional<Statistician<A>> statistician;
-  if (batch) statistician.emplace(params, reduction);
+  if (batch) statistician.emplace(params, partition);
 
   double factor = 0;
   if (batch) {
@@ -76,13 +92,14 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                               params.num_batches_tracked ? *params.num_batches_tracked : 0);
   }
 
-  auto finish = [&](int64_t channel) {
+  auto finish = [&](int64_t channel, Look look) {
     double mean, inv_std;
     if (batch) {
-      const Moments moments = statistician->moments(channel);
-      mean = moments.mean;
-      inv_std = inv_std_of(moments.var(), params.eps);
-      update_running_stats(params, channel, moments, factor);
+      const std::optional<Moments> moments = statistician->moments(channel, look);
+      if (!moments) return false;
+      mean = moments->mean;
+      inv_std = inv_std_of(moments->var(), params.eps);
+      update_running_stats(params, channel, *moments, factor);
     } else if (params.statistics == Statistics::running) {
       mean = params.running_mean.load(channel);
       inv_std = inv_std_of(params.running_var.load(channel), params.eps);
@@ -96,6 +113,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
     }
     affine.set(channel, layout.channels,
                Affine<A>::make(mean, inv_std, params.weight.load_or(channel, 1), params.bias.load_or(channel, 0)));
+    return true;
   };
   auto apply = [&](int64_t i) {
     const NormalizeArgs args{params.input,      params.residual,
@@ -104,23 +122,29 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, partition.block(i),
                                                                                 partition.mask_block(i));
   };
-  auto reduce = [&](int64_t i) {
-    if (batch) statistician->reduce(i);
+  auto prepare = [&](int64_t channel) {
+    if (batch) statistician->prepare(channel);
   };
-  run_phases(reduction, partition, layout.channels, threads, reduce, finish, apply);
+  auto reduce = [&](int64_t i, Look look) {
+    if (batch) statistician->reduce(i, look);
+  };
+  run_phases(partition, layout.channels, threads, prepare, reduce, finish, apply);
 }
 
 template <class A>
 void channel_stats_as(const ForwardParams& params, const Threads& threads) {
-  const Partition partition(params.layout, false);
+  const Partition partition(params.layout);
   Statistician<A> statistician(params, partition);
-  auto finish = [&](int64_t channel) {
-    const Moments moments = statistician.moments(channel);
-    params.mean[channel] = moments.mean;
-    params.var[channel] = moments.var();
+  auto finish = [&](int64_t channel, Look look) {
+    const std::optional<Moments> moments = statistician.moments(channel, look);
+    if (!moments) return false;
+    params.mean[channel] = moments->mean;
+    params.var[channel] = moments->var();
+    return true;
   };
-  auto reduce = [&](int64_t i) { statistician.reduce(i); };
-  run_phases(partition, partition, params.layout.channels, threads, reduce, finish, [](int64_t) {});
+  run_phases(
+      partition, params.layout.channels, threads, [&](int64_t channel) { statistician.prepare(channel); },
+      [&](int64_t i, Look look) { statistician.reduce(i, look); }, finish, [](int64_t) {});
 }
 
 }  // namespace

@@ -18,10 +18,11 @@ struct Block {
   int64_t cols;
 };
 
-// Where a block's mask lies: a row of the block starts at a byte of its own.
+// Where a block's mask lies. A run starts at a byte of its own; a row of the block is one run, part of one, or several.
 struct MaskBlock {
   int64_t offset = 0;  // in bytes
   int64_t row_stride = 0;
+  int64_t run = 0;  // in elements
 };
 
 // Arrays of acc_t<T>: one element where the block lies in one channel, else one a column. Members are those of Affine.
@@ -67,16 +68,26 @@ struct Sums {
   double second = 0;  // of (x - pivot)^2; of grad_z * (x - pivot)
 };
 
+// Likewise for each column of a block.
+struct ColumnSums {
+  double* first;
+  double* second;
+};
+
+// Those of columns add to what is there.
 struct Kernels {
-  // The pivots of the channels, an acc_t<T> each: the median of five of their elements.
-  void (*pivots)(const void* input, const Layout& layout, void* pivots);
-  // About the pivot, or that of each column.
+  // The median of five elements of a channel.
+  double (*pivot)(const void* input, const Layout& layout, int64_t channel);
+  // About the pivot, an acc_t<T>, or that of each column.
   Sums (*channel_sums)(const void* input, Block block, const void* pivot);
-  void (*column_sums)(const void* input, Block block, const void* pivots, Sums* sums);
+  void (*column_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);
+  // The same without a step in float, for data that it cannot sum well.
+  Sums (*channel_sums_in_double)(const void* input, Block block, const void* pivot);
+  void (*column_sums_in_double)(const void* input, Block block, const void* pivots, ColumnSums sums);
   void (*channel_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
   void (*column_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
   Sums (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask);
-  void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, Sums* sums);
+  void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
   void (*channel_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
   void (*column_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
 };

@@ -1,15 +1,24 @@
 // The table of leaf loops for the instruction set FASTBN_ISA, which names the namespace that all of them are in: a
 // function outside it that were not inlined could be taken by the linker for machines without those instructions.
-#include "cpu/elementwise.h"
+#include "cpu/gradient.h"
+#include "cpu/normalize.h"
 #include "cpu/sums.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 
 template <class T>
 constexpr Kernels table{
-    pivots<T>,           channel_sums<T>,      column_sums<T>,
-    normalize<T, false>, normalize<T, true>,   channel_grad_sums<T>,
-    column_grad_sums<T>, input_grad<T, false>, input_grad<T, true>,
+    pivot<T>,
+    channel_sums<T, Terms<T>>,
+    column_sums<T, Terms<T>>,
+    channel_sums<T, WideSums<acc_t<T>>>,
+    column_sums<T, WideSums<acc_t<T>>>,
+    normalize_block<T, false>,
+    normalize_block<T, true>,
+    channel_grad_sums<T>,
+    column_grad_sums<T>,
+    input_grad_block<T, false>,
+    input_grad_block<T, true>,
 };
 
 const Kernels& kernels(DType dtype) {

@@ -14,14 +14,14 @@ namespace fastbn::cpu {
 
 class Partition {
  public:
-  Partition(const Layout& layout, bool has_mask) : layout_(layout), in_columns_(layout.channels_are_innermost()) {
+  explicit Partition(const Layout& layout) : layout_(layout), in_columns_(layout.channels_are_innermost()) {
     if (in_columns_) {
-      // Rows of few channels are taken several at once, so that vectors are full; a mask pads every row, so not then.
-      const int64_t group = has_mask ? 1 : std::max<int64_t>(1, 64 / layout.channels);
-      width_ = group * layout.channels;
-      rows_ = layout.outer / group;
-      rest_ = (layout.outer - rows_ * group) * layout.channels;
-      // Estimate: 64 Ki elements stay in L2 between the columns of a strip and the next.
+      // Rows of few channels are taken several at once, so that vectors are full; their bits fit in a word.
+      group_ = std::max<int64_t>(1, 64 / layout.channels);
+      width_ = group_ * layout.channels;
+      rows_ = layout.outer / group_;
+      rest_ = (layout.outer - rows_ * group_) * layout.channels;
+      // Estimate: 64 Ki elements are work enough for a call, and little enough to share out evenly.
       rows_per_block_ = std::max<int64_t>(65536 / width_, 16);
       blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
     } else {
@@ -42,9 +42,12 @@ class Partition {
 
   int64_t elements_per_block() const { return std::max<int64_t>(1, layout_.numel() / blocks_); }
 
-  // Partial results a block: its columns, or one.
+  // Partial results a block, two numbers each: its columns, or one.
   int64_t width() const { return width_; }
   int64_t partials() const { return blocks_ * width_; }
+
+  // Entries of a table of coefficients: one a channel, or where channels are columns, one a column.
+  int64_t entries() const { return in_columns_ ? width_ : layout_.channels; }
 
   // A channel's blocks are [channel * per_channel, (channel + 1) * per_channel), where blocks lie in one channel.
   int64_t per_channel() const { return per_channel_; }
@@ -64,27 +67,36 @@ class Partition {
   }
 
   MaskBlock mask_block(int64_t index) const {
-    const int64_t bytes = layout_.mask_bytes_per_run();
-    if (in_columns_) return {index * rows_per_block_ * bytes, bytes};
+    const int64_t bytes = layout_.mask_bytes_per_run(), run = layout_.run();
+    if (in_columns_) return {std::min(index * rows_per_block_, rows_) * group_ * bytes, group_ * bytes, run};
     const int64_t channel = index / per_channel_, part = index % per_channel_;
     const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
-    return {(first * layout_.channels + channel) * bytes + column / 8, layout_.channels * bytes};
+    return {(first * layout_.channels + channel) * bytes + column / 8, layout_.channels * bytes, run};
+  }
+
+  // Where the partial results of a block's columns are: first of all columns, then second.
+  ColumnSums column_sums(int64_t block, double* partials) const {
+    double* first = partials + 2 * block * width_;
+    return {first, first + width_};
   }
 
   // The sum of a channel's partial results, in an order that is always the same.
-  Sums sum_partials(int64_t channel, const std::vector<Sums>& partials) const {
+  Sums sum_partials(int64_t channel, const double* partials) const {
     Sums total;
-    auto add = [&](int64_t i) {
-      total.first += partials[size_t(i)].first;
-      total.second += partials[size_t(i)].second;
-    };
     if (!in_columns_) {
-      for (int64_t k = 0; k < per_channel_; ++k) add(channel * per_channel_ + k);
+      for (int64_t k = channel * per_channel_; k < (channel + 1) * per_channel_; ++k) {
+        total.first += partials[2 * k];
+        total.second += partials[2 * k + 1];
+      }
       return total;
     }
     for (int64_t i = 0; i < blocks_; ++i) {
+      const double* sums = partials + 2 * i * width_;
       const int64_t cols = i + 1 == blocks_ && rest_ > 0 ? rest_ : width_;
-      for (int64_t j = channel; j < cols; j += layout_.channels) add(i * width_ + j);
+      for (int64_t j = channel; j < cols; j += layout_.channels) {
+        total.first += sums[j];
+        total.second += sums[width_ + j];
+      }
     }
     return total;
   }
@@ -93,7 +105,7 @@ class Partition {
   Layout layout_;
   bool in_columns_;
   int64_t width_ = 0, rows_per_block_ = 0, blocks_ = 0;
-  int64_t rows_ = 0, rest_ = 0;                       // in columns
+  int64_t group_ = 1, rows_ = 0, rest_ = 0;           // in columns
   int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;  // in channels
 };
 
@@ -102,23 +114,39 @@ inline int64_t grain_of(const Partition& partition) {
   return std::max<int64_t>(1, 16384 / partition.elements_per_block());
 }
 
-// reduce(block of one partition), then finish(channel), then apply(block of the other). A channel that one thread has
-// to itself goes through all three while it is cached, last block first.
-template <class Reduce, class Finish, class Apply>
-void run_phases(const Partition& reduction, const Partition& application, int64_t channels, const Threads& threads,
+// prepare(channel), reduce(block, look), finish(channel, look), apply(block). Where finish says no to a first look, the
+// channel's blocks are reduced again. A channel that one thread has to itself goes through all phases while it is
+// cached, last block first.
+enum class Look { first, second };
+
+template <class Prepare, class Reduce, class Finish, class Apply>
+void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Prepare&& prepare,
                 Reduce&& reduce, Finish&& finish, Apply&& apply) {
-  if (!reduction.in_columns() && channels >= 4 * threads.count) {
-    const int64_t per_channel = reduction.per_channel();  // in both: a mask changes only rows of channels
-    threads.for_each(channels, std::max<int64_t>(1, grain_of(reduction) / per_channel), [&](int64_t channel) {
+  if (!partition.in_columns() && channels >= 4 * threads.count) {
+    const int64_t per_channel = partition.per_channel();
+    threads.for_each(channels, std::max<int64_t>(1, grain_of(partition) / per_channel), [&](int64_t channel) {
       const int64_t first = channel * per_channel, last = first + per_channel;
-      for (int64_t i = first; i < last; ++i) reduce(i);
-      finish(channel);
+      prepare(channel);
+      for (int64_t i = first; i < last; ++i) reduce(i, Look::first);
+      if (!finish(channel, Look::first)) {
+        for (int64_t i = first; i < last; ++i) reduce(i, Look::second);
+        finish(channel, Look::second);
+      }
       for (int64_t i = last - 1; i >= first; --i) apply(i);
     });
   } else {
-    threads.for_each(reduction.blocks(), grain_of(reduction), reduce);
-    threads.for_each(channels, std::max<int64_t>(1, 4096 * channels / reduction.partials()), finish);
-    threads.for_each(application.blocks(), grain_of(application), apply);
+    const int64_t grain = grain_of(partition),
+                  channel_grain = std::max<int64_t>(1, 4096 * channels / partition.partials());
+    std::vector<char> finished(size_t(channels), 0);
+    threads.for_each(channels, channel_grain, prepare);
+    threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduce(i, Look::first); });
+    threads.for_each(channels, channel_grain, [&](int64_t c) { finished[size_t(c)] = finish(c, Look::first); });
+    if (std::find(finished.begin(), finished.end(), false) != finished.end()) {
+      threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduce(i, Look::second); });
+      for (int64_t c = 0; c < channels; ++c)
+        if (!finished[size_t(c)]) finish(c, Look::second);
+    }
+    threads.for_each(partition.blocks(), grain, apply);
   }
 }
 

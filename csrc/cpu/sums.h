@@ -1,23 +1,22 @@
-// Sums of a block about a pivot that is an element of the data, in double: one pass, nothing overflows, and what
-// cancels is bounded by the pivot's own share in the result. A constant channel has sums of exactly zero.
+// Sums of a block about a pivot that is an element of the data. float and double add up in double. Lanes of the half
+// types add up a few terms in float before they move on to double, which a second look, where forward.cpp asks for one,
+// does not. A constant channel has sums of exactly zero.
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/loops.h"
 #include "cpu/vec.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Vectors of float sum into two vectors of double, vectors of double into one.
+// A vector of A in double: vectors of float become two, vectors of double one.
 template <class A>
-struct WideSum {
+struct WideVec {
   static constexpr int parts = int(sizeof(double) / sizeof(A));
   Vec<double> part[parts];
 
-  WideSum() = default;
-  FASTBN_INLINE explicit WideSum(double value) {
-    for (Vec<double>& p : part) p = Vec<double>(value);
-  }
-  FASTBN_INLINE explicit WideSum(Vec<A> x) {
+  WideVec() = default;
+  FASTBN_INLINE explicit WideVec(Vec<A> x) {
     if constexpr (parts == 1) {
       part[0] = x;
     } else {
@@ -26,102 +25,180 @@ struct WideSum {
     }
   }
 
-  FASTBN_INLINE void add(const WideSum& other) {
+  FASTBN_INLINE WideVec& operator+=(const WideVec& other) {
     for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+    return *this;
   }
-  FASTBN_INLINE double lane(int i) const { return part[i / Vec<double>::lanes].native[i % Vec<double>::lanes]; }
   FASTBN_INLINE double total() const {
     double sum = 0;
-    for (int i = 0; i < Vec<A>::lanes; ++i) sum += lane(i);
+    for (int i = 0; i < Vec<A>::lanes; ++i) sum += part[i / Vec<double>::lanes].native[i % Vec<double>::lanes];
     return sum;
   }
 };
 
+// The two sums of this file, lane by lane, in A: of at most terms_in_lane terms.
 template <class A>
-struct ShiftedSums {
-  WideSum<A> first{0.0}, second{0.0};
+struct LaneSums {
+  using Value = Vec<A>;
+  Vec<A> first{A(0)}, second{A(0)};
 
-  FASTBN_INLINE void add(Vec<A> x, const WideSum<A>& pivot) {
-    const WideSum<A> wide(x);
-    for (int i = 0; i < WideSum<A>::parts; ++i) {
-      const Vec<double> d = wide.part[i] - pivot.part[i];
-      first.part[i] += d;
-      second.part[i] += d * d;
-    }
+  template <class T, class Lanes>
+  static FASTBN_INLINE Value load_value(const T* source, Lanes lanes) {
+    return load(source, lanes);
+  }
+  FASTBN_INLINE void add_shifted(Value x, Value pivot) { add_weighted(x - pivot, x - pivot); }
+  FASTBN_INLINE void add_weighted(Vec<A> term, Vec<A> weight) {
+    first += term;
+    second = second + term * weight;
+  }
+  FASTBN_INLINE void join(const LaneSums& other) {
+    first += other.first;
+    second += other.second;
   }
 };
+
+// Likewise in double.
+template <class A>
+struct WideSums {
+  using Value = WideVec<A>;
+  WideVec<A> first{Vec<A>(A(0))}, second{Vec<A>(A(0))};
+
+  template <class T, class Lanes>
+  static FASTBN_INLINE Value load_value(const T* source, Lanes lanes) {
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Lanes, AllLanes<float>>) {
+      // Conversion is cheaper from memory than from a register.
+      Value value;
+      for (int i = 0; i < 2; ++i) value.part[i] = load_as_double(source + i * Vec<double>::lanes);
+      return value;
+    } else {
+      return Value(load(source, lanes));
+    }
+  }
+  FASTBN_INLINE void add_shifted(const Value& x, const Value& pivot) {
+    for (int i = 0; i < Value::parts; ++i) {
+      const Vec<double> d = x.part[i] - pivot.part[i];
+      first.part[i] += d;
+      second.part[i] = second.part[i] + d * d;
+    }
+  }
+  FASTBN_INLINE void add_weighted(Vec<A> term, Vec<A> weight) {
+    first += Value(term);
+    second += Value(term * weight);
+  }
+  FASTBN_INLINE void join(const WideSums& other) {
+    first += other.first;
+    second += other.second;
+  }
+  FASTBN_INLINE void join(const LaneSums<A>& other) {
+    first += Value(other.first);
+    second += Value(other.second);
+  }
+  FASTBN_INLINE Sums total() const { return {first.total(), second.total()}; }
+};
+
+// What the terms of a T are added up in at first.
+template <class T>
+using Terms = std::conditional_t<sizeof(T) == 2, LaneSums<acc_t<T>>, WideSums<acc_t<T>>>;
+
+// Adds lanes to one sum a column.
+template <class A>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<A>& lanes, AllLanes<A>) {
+  constexpr int step = Vec<double>::lanes;
+  for (int i = 0; i < WideVec<A>::parts; ++i) store(sums + i * step, load(sums + i * step) + lanes.part[i]);
+}
+template <class A>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<A>& lanes, FirstLanes<A> some) {
+  for (int i = 0; i < some.count; ++i) sums[i] += lanes.part[i / Vec<double>::lanes].native[i % Vec<double>::lanes];
+}
+template <class A, class Lanes>
+FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A>& terms, Lanes lanes) {
+  add_columns(sums.first + column, terms.first, lanes);
+  add_columns(sums.second + column, terms.second, lanes);
+}
+
+// Sums of a block of one channel: add(terms, row, column, lanes) adds those of a vector.
+template <class A, class Terms, class Add>
+FASTBN_INLINE Sums sum_channel(const Block& block, Add&& add) {
+  constexpr int chains = 4;  // additions wait for one another
+  WideSums<A> total;
+  Terms terms[chains];
+  auto flush = [&]() FASTBN_INLINE_LAMBDA {
+    terms[0].join(terms[1]);
+    terms[2].join(terms[3]);
+    terms[0].join(terms[2]);
+    total.join(terms[0]);
+    for (Terms& chain : terms) chain = {};
+  };
+  for_each_batch<A, chains>(
+      block,
+      [&](int chain, int64_t row, int64_t column, auto lanes)
+          FASTBN_INLINE_LAMBDA { add(terms[chain], row, column, lanes); },
+      flush);
+  return total.total();
+}
+
+// Sums of the columns of a block: prepare(column, lanes) gives what add(terms, prepared, row, column, lanes) uses.
+template <class A, class Terms, class Prepare, class Add>
+FASTBN_INLINE void sum_columns(const Block& block, ColumnSums sums, Prepare&& prepare, Add&& add) {
+  auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+    const auto prepared = prepare(column, lanes);
+    Terms terms;
+    for (int64_t row = begin; row < end; ++row) add(terms, prepared, row, column, lanes);
+    WideSums<A> wide;
+    wide.join(terms);
+    add_columns(sums, column, wide, lanes);
+  };
+  for_each_strip<A>(block, rows_of_column_sums, strip);
+}
 
 // An element near the middle of the data: of five, spread over the channel and off its ends, the median. Images are
 // often padded, so that a first element alone may lie far from all others.
 template <class T>
-void pivots(const void* data, const Layout& layout, void* result) {
+double pivot(const void* data, const Layout& layout, int64_t channel) {
   using A = acc_t<T>;
   constexpr int samples = 5;
   const T* input = static_cast<const T*>(data);
-  for (int64_t c = 0; c < layout.channels; ++c) {
-    A sorted[samples];
-    int count = 0;
-    for (int i = 0; i < samples; ++i) {
-      const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
-      const int64_t run = element / layout.inner * layout.channels + c;
-      const A value = to_acc(input[run * layout.inner + element % layout.inner]);
-      if (value - value != 0) continue;  // about infinity every sum would be NaN
-      int at = count++;
-      for (; at > 0 && sorted[at - 1] > value; --at) sorted[at] = sorted[at - 1];
-      sorted[at] = value;
-    }
-    static_cast<A*>(result)[c] = count > 0 ? sorted[count / 2] : A(0);
+  A sorted[samples];
+  int count = 0;
+  for (int i = 0; i < samples; ++i) {
+    const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
+    const int64_t run = element / layout.inner * layout.channels + channel;
+    const A value = to_acc(input[run * layout.inner + element % layout.inner]);
+    if (value - value != 0) continue;  // about infinity every sum would be NaN
+    int at = count++;
+    for (; at > 0 && sorted[at - 1] > value; --at) sorted[at] = sorted[at - 1];
+    sorted[at] = value;
   }
+  return count > 0 ? sorted[count / 2] : 0;
 }
 
-template <class T>
+template <class T, class Terms>
 Sums channel_sums(const void* data, Block block, const void* pivot_value) {
   using A = acc_t<T>;
-  using V = Vec<A>;
   const T* input = static_cast<const T*>(data) + block.offset;
-  const V narrow_pivot(static_cast<const A*>(pivot_value)[0]);
-  const WideSum<A> pivot(narrow_pivot);
-  ShiftedSums<A> even, odd;
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const T* row = input + r * block.row_stride;
-    int64_t j = 0;
-    for (; j + 2 * V::lanes <= block.cols; j += 2 * V::lanes) {
-      even.add(load(row + j), pivot);
-      odd.add(load(row + j + V::lanes), pivot);
-    }
-    for (; j + V::lanes <= block.cols; j += V::lanes) even.add(load(row + j), pivot);
-    if (j < block.cols) odd.add(load_some(row + j, block.cols - j, narrow_pivot), pivot);
-  }
-  even.first.add(odd.first);
-  even.second.add(odd.second);
-  return {even.first.total(), even.second.total()};
+  const Vec<A> narrow_pivot(static_cast<const A*>(pivot_value)[0]);
+  const typename Terms::Value pivot(narrow_pivot);
+  return sum_channel<A, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+    const T* source = input + row * block.row_stride + column;
+    if constexpr (std::is_same_v<decltype(lanes), AllLanes<A>>)
+      terms.add_shifted(Terms::load_value(source, lanes), pivot);
+    else
+      terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
+  });
 }
 
-template <class T>
-void column_sums(const void* data, Block block, const void* pivot_values, Sums* sums) {
+template <class T, class Terms>
+void column_sums(const void* data, Block block, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
-  using V = Vec<A>;
+  using Value = typename Terms::Value;
   const T* input = static_cast<const T*>(data) + block.offset;
-  const A* pivots = static_cast<const A*>(pivot_values);
-
-  // Two vectors of columns at a time keep their sums in registers.
-  auto strip = [&](auto width, int64_t j, int64_t count) FASTBN_INLINE_LAMBDA {
-    constexpr int vectors = decltype(width)::value;
-    WideSum<A> pivot[vectors];
-    ShiftedSums<A> total[vectors];
-    for (int k = 0; k < vectors; ++k) pivot[k] = WideSum<A>(load_up_to(pivots + j + k * V::lanes, count));
-    for (int64_t r = 0; r < block.rows; ++r)
-      for (int k = 0; k < vectors; ++k)
-        total[k].add(load_up_to(input + r * block.row_stride + j + k * V::lanes, count), pivot[k]);
-    for (int k = 0; k < vectors; ++k)
-      for (int64_t i = 0; i < count; ++i)
-        sums[j + k * V::lanes + i] = {total[k].first.lane(int(i)), total[k].second.lane(int(i))};
-  };
-
-  int64_t j = 0;
-  for (; j + 2 * V::lanes <= block.cols; j += 2 * V::lanes) strip(std::integral_constant<int, 2>{}, j, V::lanes);
-  for (; j + V::lanes <= block.cols; j += V::lanes) strip(std::integral_constant<int, 1>{}, j, V::lanes);
-  if (j < block.cols) strip(std::integral_constant<int, 1>{}, j, block.cols - j);
+  sum_columns<A, Terms>(
+      block, sums,
+      [&](int64_t column, auto lanes)
+          FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },
+      [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+        terms.add_shifted(Terms::load_value(input + row * block.row_stride + column, lanes), pivot);
+      });
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -40,10 +40,15 @@ struct NativeVectors<double> {
   typedef int64_t Masks __attribute__((vector_size(vector_bytes)));
 };
 
-// Only FASTBN_INLINE functions take Vec and Mask, so no calling convention for wide vectors is involved.
+// Only FASTBN_INLINE functions take Vec and Mask, so no calling convention for wide vectors is involved. AVX-512 has
+// registers of bits for masks, elsewhere all bits of a lane say yes or no.
 template <class A>
 struct Mask {
+#if defined(__AVX512F__)
+  using Native = std::conditional_t<sizeof(A) == 4, uint16_t, uint8_t>;
+#else
   using Native = typename NativeVectors<A>::Masks;
+#endif
   Native native;
 };
 
@@ -72,14 +77,26 @@ template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a, Vec<A> b) { return a
 template <class A> FASTBN_INLINE Vec<A> operator*(Vec<A> a, Vec<A> b) { return a.native * b.native; }
 template <class A> FASTBN_INLINE Vec<A> operator/(Vec<A> a, Vec<A> b) { return a.native / b.native; }
 template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a) { return -a.native; }
+template <class A> FASTBN_INLINE Mask<A> operator|(Mask<A> a, Mask<A> b) { return {typename Mask<A>::Native(a.native | b.native)}; }
+template <class A> FASTBN_INLINE Mask<A> operator!(Mask<A> a) { return {typename Mask<A>::Native(~a.native)}; }
+#if defined(__AVX512F__)
+template <int predicate> FASTBN_INLINE Mask<float> compare(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_mask((__m512)a.native, (__m512)b.native, predicate)}; }
+template <int predicate> FASTBN_INLINE Mask<double> compare(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask((__m512d)a.native, (__m512d)b.native, predicate)}; }
+template <class A> FASTBN_INLINE Mask<A> operator<=(Vec<A> a, Vec<A> b) { return compare<_CMP_LE_OQ>(a, b); }
+template <class A> FASTBN_INLINE Mask<A> operator>=(Vec<A> a, Vec<A> b) { return compare<_CMP_GE_OQ>(a, b); }
+template <class A> FASTBN_INLINE Mask<A> operator<(Vec<A> a, Vec<A> b) { return compare<_CMP_LT_OQ>(a, b); }
+template <class A> FASTBN_INLINE Mask<A> operator>(Vec<A> a, Vec<A> b) { return compare<_CMP_GT_OQ>(a, b); }
+FASTBN_INLINE Vec<float> select(Mask<float> mask, Vec<float> yes, Vec<float> no) { return (Vec<float>::Native)_mm512_mask_blend_ps(mask.native, (__m512)no.native, (__m512)yes.native); }
+FASTBN_INLINE Vec<double> select(Mask<double> mask, Vec<double> yes, Vec<double> no) { return (Vec<double>::Native)_mm512_mask_blend_pd(mask.native, (__m512d)no.native, (__m512d)yes.native); }
+#else
 template <class A> FASTBN_INLINE Mask<A> operator<=(Vec<A> a, Vec<A> b) { return {a.native <= b.native}; }
 template <class A> FASTBN_INLINE Mask<A> operator>=(Vec<A> a, Vec<A> b) { return {a.native >= b.native}; }
 template <class A> FASTBN_INLINE Mask<A> operator<(Vec<A> a, Vec<A> b) { return {a.native < b.native}; }
 template <class A> FASTBN_INLINE Mask<A> operator>(Vec<A> a, Vec<A> b) { return {a.native > b.native}; }
-template <class A> FASTBN_INLINE Mask<A> operator|(Mask<A> a, Mask<A> b) { return {a.native | b.native}; }
-template <class A> FASTBN_INLINE Mask<A> operator!(Mask<A> a) { return {~a.native}; }
+#endif
 // clang-format on
 
+#if !defined(__AVX512F__)
 template <class A>
 FASTBN_INLINE Vec<A> select(Mask<A> mask, Vec<A> yes, Vec<A> no) {
 #if defined(__AVX2__)
@@ -90,27 +107,7 @@ FASTBN_INLINE Vec<A> select(Mask<A> mask, Vec<A> yes, Vec<A> no) {
   return result;
 #endif
 }
-
-template <class A, class Function>
-FASTBN_INLINE Vec<A> map_lanes(Vec<A> x, Function function) {
-  A lane[Vec<A>::lanes];
-  std::memcpy(lane, &x.native, sizeof(lane));
-  for (A& value : lane) value = function(value);
-  std::memcpy(&x.native, lane, sizeof(lane));
-  return x;
-}
-template <class A>
-FASTBN_INLINE Vec<A> exp(Vec<A> x) {
-  return map_lanes(x, [](A value) { return fastbn::exp(value); });
-}
-template <class A>
-FASTBN_INLINE Vec<A> expm1(Vec<A> x) {
-  return map_lanes(x, [](A value) { return fastbn::expm1(value); });
-}
-template <class A>
-FASTBN_INLINE Vec<A> erf(Vec<A> x) {
-  return map_lanes(x, [](A value) { return fastbn::erf(value); });
-}
+#endif
 
 // The first (part 0) or the last (part 1) half of the lanes, as double.
 FASTBN_INLINE Vec<double> widen(Vec<float> x, int part) {
@@ -121,68 +118,11 @@ FASTBN_INLINE Vec<double> widen(Vec<float> x, int part) {
   return __builtin_convertvector(__builtin_bit_cast(Halves, x.native).half[part], Vec<double>::Native);
 }
 
-typedef uint16_t Half16 __attribute__((vector_size(vector_bytes / 2)));
-typedef uint32_t Bits32 __attribute__((vector_size(vector_bytes)));
-
-template <class T>
-FASTBN_INLINE Vec<acc_t<T>> load(const T* source) {
-  using A = acc_t<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    Vec<A> result;
-    std::memcpy(&result.native, source, vector_bytes);
-    return result;
-  } else {
-    Half16 half;
-    std::memcpy(&half, source, sizeof(half));
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      return __builtin_bit_cast(Vec<float>::Native, __builtin_convertvector(half, Bits32) << 16);
-    } else {
-#if defined(__AVX512F__)
-      return __builtin_bit_cast(Vec<float>::Native, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, half)));
-#elif defined(__AVX2__) && defined(__F16C__)
-      return __builtin_bit_cast(Vec<float>::Native, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, half)));
-#else
-      Vec<float> result;
-      for (int i = 0; i < Vec<float>::lanes; ++i) result.native[i] = to_acc(float16{half[i]});
-      return result;
-#endif
-    }
-  }
-}
-
-template <class T>
-FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x) {
-  using A = acc_t<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(target, &x.native, vector_bytes);
-  } else {
-    Half16 half;
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      const Bits32 bits = __builtin_bit_cast(Bits32, x.native);
-      const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      const auto is_nan = __builtin_bit_cast(Bits32, x.native != x.native);
-      half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Half16);
-    } else {
-#if defined(__AVX512F__)
-      half =
-          __builtin_bit_cast(Half16, _mm512_cvtps_ph(__builtin_bit_cast(__m512, x.native), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__) && defined(__F16C__)
-      half =
-          __builtin_bit_cast(Half16, _mm256_cvtps_ph(__builtin_bit_cast(__m256, x.native), _MM_FROUND_TO_NEAREST_INT));
-#else
-      for (int i = 0; i < Vec<float>::lanes; ++i) half[i] = from_acc<float16>(float(x.native[i])).bits;
-#endif
-    }
-    std::memcpy(target, &half, sizeof(half));
-  }
-}
-
 // Lane i of a mask is bit i.
 template <class A>
 FASTBN_INLINE uint64_t to_bits(Mask<A> mask) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, mask.native));
-  if constexpr (sizeof(A) == 8) return _mm512_movepi64_mask(__builtin_bit_cast(__m512i, mask.native));
+  return mask.native;
 #elif defined(__AVX2__)
   if constexpr (sizeof(A) == 4) return uint32_t(_mm256_movemask_ps(__builtin_bit_cast(__m256, mask.native)));
   if constexpr (sizeof(A) == 8) return uint32_t(_mm256_movemask_pd(__builtin_bit_cast(__m256d, mask.native)));
@@ -196,42 +136,148 @@ FASTBN_INLINE uint64_t to_bits(Mask<A> mask) {
 template <class A>
 FASTBN_INLINE Mask<A> from_bits(uint64_t bits) {
   using Native = typename Mask<A>::Native;
-  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-#if defined(__AVX2__)
-  Native lane_bit;
-  for (int i = 0; i < Vec<A>::lanes; ++i) lane_bit[i] = Lane(1) << i;
-  return {((Native{} + Lane(bits)) & lane_bit) != 0};
+#if defined(__AVX512F__)
+  return {Native(bits)};
 #else
+  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   Native mask;
+#if defined(__AVX2__)
+  for (int i = 0; i < Vec<A>::lanes; ++i) mask[i] = Lane(1) << i;
+  mask = ((Native{} + Lane(bits)) & mask) == mask;
+#else  // g++ 12 fails on a comparison of 64-bit lanes for SSE2
   for (int i = 0; i < Vec<A>::lanes; ++i) mask[i] = -Lane((bits >> i) & 1);
+#endif
   return {mask};
 #endif
 }
 
-// The first `count` elements; the other lanes are `fill`.
+FASTBN_INLINE Vec<double> load_as_double(const float* source) {
+  typedef float Half __attribute__((vector_size(vector_bytes / 2)));
+  Half half;
+  std::memcpy(&half, source, sizeof(half));
+  return __builtin_convertvector(half, Vec<double>::Native);
+}
+
+// What a T is in memory: a vector of A, or half as many bytes.
+typedef uint16_t Half16 __attribute__((vector_size(vector_bytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(vector_bytes)));
 template <class T>
-FASTBN_INLINE Vec<acc_t<T>> load_some(const T* source, int64_t count, Vec<acc_t<T>> fill) {
-  T lane[Vec<acc_t<T>>::lanes] = {};
-  std::memcpy(lane, source, size_t(count) * sizeof(T));
-  return select(from_bits<acc_t<T>>((uint64_t(1) << count) - 1), load(lane), fill);
+using Stored = std::conditional_t<sizeof(T) == 2, Half16, typename Vec<acc_t<T>>::Native>;
+
+template <class T>
+FASTBN_INLINE Vec<acc_t<T>> unpack(Stored<T> stored) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return stored;
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return __builtin_bit_cast(Vec<float>::Native, __builtin_convertvector(stored, Bits32) << 16);
+  } else {
+#if defined(__AVX512F__)
+    return __builtin_bit_cast(Vec<float>::Native, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, stored)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return __builtin_bit_cast(Vec<float>::Native, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, stored)));
+#else
+    Vec<float> result;
+    for (int i = 0; i < Vec<float>::lanes; ++i) result.native[i] = to_acc(float16{stored[i]});
+    return result;
+#endif
+  }
 }
 
 template <class T>
-FASTBN_INLINE void store_some(T* target, int64_t count, Vec<acc_t<T>> x) {
+FASTBN_INLINE Stored<T> pack(Vec<acc_t<T>> x) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return x.native;
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    const Bits32 bits = __builtin_bit_cast(Bits32, x.native);
+    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+#if defined(__AVX512F__)
+    const __mmask16 is_nan = compare<_CMP_UNORD_Q>(x, x).native;
+    return (Half16)_mm512_cvtepi32_epi16(_mm512_mask_set1_epi32((__m512i)rounded, is_nan, 0x7fc0));
+#else
+    const auto is_nan = __builtin_bit_cast(Bits32, x.native != x.native);
+    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Half16);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    return __builtin_bit_cast(Half16, _mm512_cvtps_ph((__m512)x.native, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return __builtin_bit_cast(Half16, _mm256_cvtps_ph((__m256)x.native, _MM_FROUND_TO_NEAREST_INT));
+#else
+    Half16 half;
+    for (int i = 0; i < Vec<float>::lanes; ++i) half[i] = from_acc<float16>(float(x.native[i])).bits;
+    return half;
+#endif
+  }
+}
+
+// Which lanes of a vector are elements of a row: all, or at its end the first few.
+template <class A>
+struct AllLanes {
+  static constexpr int count = Vec<A>::lanes;
+};
+template <class A>
+struct FirstLanes {
+  int count;
+};
+
+template <class A>
+FASTBN_INLINE Vec<A> keep(AllLanes<A>, Vec<A> x, Vec<A>) {
+  return x;
+}
+template <class A>
+FASTBN_INLINE Vec<A> keep(FirstLanes<A> lanes, Vec<A> x, Vec<A> others) {
+  return select(from_bits<A>((1u << lanes.count) - 1), x, others);
+}
+
+// Copies fewer elements than a vector has by powers of two, each of which is one move.
+template <class T>
+FASTBN_INLINE void copy_some(T* target, const T* source, int count) {
+  int done = 0;
+  for (int piece = Vec<acc_t<T>>::lanes / 2; piece > 0; piece /= 2) {
+    if (!(count & piece)) continue;
+    std::memcpy(target + done, source + done, size_t(piece) * sizeof(T));
+    done += piece;
+  }
+}
+
+template <class T>
+FASTBN_INLINE Vec<acc_t<T>> load(const T* source, AllLanes<acc_t<T>> = {}) {
+  Stored<T> stored;
+  std::memcpy(&stored, source, sizeof(stored));
+  return unpack<T>(stored);
+}
+// The lanes beyond are 0.
+template <class T>
+FASTBN_INLINE Vec<acc_t<T>> load(const T* source, FirstLanes<acc_t<T>> lanes) {
+#if defined(__AVX512F__)
+  const uint32_t bits = (1u << lanes.count) - 1;
+  if constexpr (sizeof(T) == 2) return unpack<T>((Half16)_mm256_maskz_loadu_epi16(__mmask16(bits), source));
+  if constexpr (sizeof(T) == 4) return (Stored<T>)_mm512_maskz_loadu_ps(__mmask16(bits), source);
+  if constexpr (sizeof(T) == 8) return (Stored<T>)_mm512_maskz_loadu_pd(__mmask8(bits), source);
+#else
+  T lane[Vec<acc_t<T>>::lanes] = {};
+  copy_some(lane, source, lanes.count);
+  return load(lane);
+#endif
+}
+
+template <class T>
+FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, AllLanes<acc_t<T>> = {}) {
+  const Stored<T> stored = pack<T>(x);
+  std::memcpy(target, &stored, sizeof(stored));
+}
+template <class T>
+FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, FirstLanes<acc_t<T>> lanes) {
+#if defined(__AVX512F__)
+  const uint32_t bits = (1u << lanes.count) - 1;
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(target, __mmask16(bits), (__m256i)pack<T>(x));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, __mmask16(bits), (__m512)x.native);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, __mmask8(bits), (__m512d)x.native);
+#else
   T lane[Vec<acc_t<T>>::lanes];
   store(lane, x);
-  std::memcpy(target, lane, size_t(count) * sizeof(T));
-}
-
-// As many as `count` says, up to a vector.
-template <class T>
-FASTBN_INLINE Vec<acc_t<T>> load_up_to(const T* source, int64_t count) {
-  return count == Vec<acc_t<T>>::lanes ? load(source) : load_some(source, count, Vec<acc_t<T>>(0));
-}
-
-template <class T>
-FASTBN_INLINE void store_up_to(T* target, int64_t count, Vec<acc_t<T>> x) {
-  count == Vec<acc_t<T>>::lanes ? store(target, x) : store_some(target, count, x);
+  copy_some(target, lane, lanes.count);
+#endif
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

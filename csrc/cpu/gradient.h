@@ -1,0 +1,218 @@
+// The loops of backward: sums of grad_z and of grad_z * (x - pivot), and the gradient of the input made with them.
+// grad_z is grad_out times the activation's derivative, known from the mask or from z, which is recomputed.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/loops.h"
+#include "cpu/mask_bits.h"
+#include "cpu/normalize.h"
+#include "cpu/sums.h"
+#include "cpu/vec.h"
+#include "cpu/vec_math.h"
+#include "math/affine.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+// Bits of a block's mask, without gaps in its rows.
+struct MaskRows {
+  const uint8_t* bits;
+  int64_t stride;
+};
+
+// The three ways to grad_z. prepare(column, lanes) gives what is the same down a column, and grad_z is made of that,
+// the position, x and grad_out; x is read only if `needs_input`.
+template <class T, bool per_column>
+struct GradOut {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool needs_input = false;
+
+  template <class Lanes>
+  FASTBN_INLINE bool prepare(int64_t, Lanes) const {
+    return true;
+  }
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(bool, int64_t, int64_t, Lanes, V, V grad) const {
+    return grad;
+  }
+};
+
+template <class T, bool per_column>
+struct MaskedGrad : GradOut<T, per_column> {
+  using V = Vec<acc_t<T>>;
+  MaskRows mask;
+  Activation activation;
+
+  FASTBN_INLINE MaskedGrad(MaskRows mask, Activation activation) : mask(mask), activation(activation) {}
+
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, V grad) const {
+    const auto upper = load_bits<acc_t<T>>(mask.bits + row * mask.stride, column, lanes);
+    return activation_backward_masked(activation, upper, grad);
+  }
+};
+
+template <class T, bool per_column, class ActivationOf>
+struct RecomputedGrad {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool needs_input = true;
+  AffineArrays affine;
+  const T* residual;
+  int64_t row_stride;
+  ActivationOf activation;
+
+  template <class Lanes>
+  FASTBN_INLINE Affine<V> prepare(int64_t column, Lanes lanes) const {
+    return affine_at<per_column, acc_t<T>>(affine, column, lanes);
+  }
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x, V grad) const {
+    V z = prepared.apply(x);
+    if (residual) z = z + load(residual + row * row_stride + column, lanes);
+    // Lanes beyond the row's end have grad 0, but the derivative there may be anything.
+    return keep(lanes, activation_backward(activation(), z, grad), V(0));
+  }
+};
+
+template <class T, bool per_column, class Use>
+FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, Use&& use) {
+  const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
+  auto recompute = [&](auto activation) FASTBN_INLINE_LAMBDA {
+    use(RecomputedGrad<T, per_column, decltype(activation)>{args.affine, residual, block.row_stride, activation});
+  };
+  if (args.activation == Activation::none)
+    use(GradOut<T, per_column>{});
+  else if (mask.bits)
+    use(MaskedGrad<T, per_column>{mask, args.activation});
+  else if (args.activation == Activation::relu)
+    recompute([] { return Activation::relu; });
+  else
+    recompute([&args] { return args.activation; });
+}
+
+// call(block, its mask), once, or where the mask has gaps, for a few rows at a time.
+template <class Call>
+FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Block& block, const MaskBlock& mask_block, Call&& call) {
+  const uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
+  if (!mask || args.activation == Activation::none || !has_gaps(mask_block, block.cols))
+    return call(block, MaskRows{mask, mask_block.row_stride});
+  for_gathered_rows(block, [&](const Block& part, int64_t first, uint64_t* words) {
+    for (int64_t row = 0; row < part.rows; ++row)
+      words[row] = gather_bits(mask + (first + row) * mask_block.row_stride, block.cols, mask_block.run);
+    call(part, MaskRows{reinterpret_cast<const uint8_t*>(words), gathered_bytes});
+  });
+}
+
+template <class T>
+Sums channel_grad_sums(const GradArgs& args, Block block, MaskBlock mask_block) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
+  const T* input = static_cast<const T*>(args.input) + block.offset;
+  const V pivot = coefficient<false, A>(args.affine.pivot, 0, AllLanes<A>{});
+  const MaskRows mask{args.mask ? args.mask + mask_block.offset : nullptr, mask_block.row_stride};
+  Sums result;
+  with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+    const auto prepared = source.prepare(0, AllLanes<A>{});
+    result = sum_channel<A, Terms<T>>(
+        block, [&](Terms<T>& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+          const int64_t at = row * block.row_stride + column;
+          // Beyond the row's end x is such that 0 * (x - pivot) is 0.
+          const V x = keep(lanes, load(input + at, lanes), pivot);
+          const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out + at, lanes));
+          terms.add_weighted(grad_z, x - pivot);
+        });
+  });
+  return result;
+}
+
+template <class T>
+void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums result) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  auto sum = [&](const Block& block, MaskRows mask) FASTBN_INLINE_LAMBDA {
+    const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
+    const T* input = static_cast<const T*>(args.input) + block.offset;
+    with_grad<T, true>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+      using Prepared = decltype(source.prepare(0, AllLanes<A>{}));
+      struct Column {
+        Prepared prepared;
+        V pivot;
+      };
+      sum_columns<A, Terms<T>>(
+          block, result,
+          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            return Column{source.prepare(column, lanes), coefficient<true, A>(args.affine.pivot, column, lanes)};
+          },
+          [&](Terms<T>& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            const V x = load(input + at, lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            terms.add_weighted(grad_z, x - at_column.pivot);
+          });
+    });
+  };
+  with_mask_rows(args, whole, mask_block, sum);
+}
+
+template <bool per_column, class A, class Lanes>
+FASTBN_INLINE GradAffine<Vec<A>> grad_affine_at(const GradAffineArrays& arrays, int64_t column, Lanes lanes) {
+  return {
+      coefficient<per_column, A>(arrays.pivot, column, lanes), coefficient<per_column, A>(arrays.slope, column, lanes),
+      coefficient<per_column, A>(arrays.mean_grad, column, lanes),
+      coefficient<per_column, A>(arrays.rest, column, lanes), coefficient<per_column, A>(arrays.scale, column, lanes)};
+}
+
+template <class T, bool per_column>
+FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows mask) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
+  const T* input = static_cast<const T*>(args.input) + block.offset;
+  T* grad_input = args.grad_input ? static_cast<T*>(args.grad_input) + block.offset : nullptr;
+  T* grad_residual = args.grad_residual ? static_cast<T*>(args.grad_residual) + block.offset : nullptr;
+  const GradAffineArrays& arrays = args.grad_affine;
+
+  with_grad<T, per_column>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+    auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
+      using Prepared = decltype(source.prepare(0, AllLanes<A>{}));
+      using Coefficients = decltype(coefficients(0, AllLanes<A>{}));
+      struct Column {
+        Prepared prepared;
+        Coefficients coefficients;
+      };
+      for_each_prepared<per_column, A>(
+          block,
+          [&](int64_t column, auto lanes)
+              FASTBN_INLINE_LAMBDA { return Column{source.prepare(column, lanes), coefficients(column, lanes)}; },
+          [&](const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            V x(0);
+            if constexpr (needs_input || source.needs_input) x = load(input + at, lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            if (grad_residual) store(grad_residual + at, grad_z, lanes);
+            if (grad_input) store(grad_input + at, gradient(at_column.coefficients, grad_z, x), lanes);
+          });
+    };
+    if (grad_input && arrays.slope)
+      loop(
+          std::true_type{},
+          [&](int64_t column, auto lanes)
+              FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, A>(arrays, column, lanes); },
+          [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
+    else  // frozen statistics
+      loop(
+          std::false_type{},
+          [&](int64_t column, auto lanes)
+              FASTBN_INLINE_LAMBDA { return coefficient<per_column, A>(arrays.scale, column, lanes); },
+          [](V scale, V grad_z, V) FASTBN_INLINE_LAMBDA { return grad_z * scale; });
+  });
+}
+
+template <class T, bool per_column>
+void input_grad_block(const GradArgs& args, Block block, MaskBlock mask) {
+  with_mask_rows(args, block, mask, [&](const Block& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
+    input_grad<T, per_column>(args, part, rows);
+  });
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

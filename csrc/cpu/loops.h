@@ -1,0 +1,71 @@
+// The walks over a block that all leaf loops share. A visitor is called with AllLanes or FirstLanes, so that every loop
+// is compiled once for full vectors and once for the end of a row.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+// How many terms float lanes add up before they go to double. Each addition rounds by 2^-24 of the sum so far: 16 err
+// by at most 1e-6 of the sum of magnitudes, and by some 1e-8 where roundings do not all have the same sign.
+constexpr int terms_in_lane = 16;
+// Estimate: so many rows at once are as many streams as hardware prefetches.
+constexpr int64_t rows_of_column_sums = 16, rows_of_strip = 4;
+
+// visit(column, lanes) over the columns of a row.
+template <class A, class Visit>
+FASTBN_INLINE void for_each_column(int64_t cols, Visit&& visit) {
+  int64_t j = 0;
+  for (; j + Vec<A>::lanes <= cols; j += Vec<A>::lanes) visit(j, AllLanes<A>{});
+  if (j < cols) visit(j, FirstLanes<A>{int(cols - j)});
+}
+
+// visit(row, column, lanes), row by row.
+template <class A, class Visit>
+FASTBN_INLINE void for_each_vector(const Block& block, Visit&& visit) {
+  for (int64_t row = 0; row < block.rows; ++row)
+    for_each_column<A>(block.cols, [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(row, column, lanes); });
+}
+
+// visit(begin row, end row, column, lanes): down a few rows, one vector wide, then the next vector.
+template <class A, class Visit>
+FASTBN_INLINE void for_each_strip(const Block& block, int64_t rows, Visit&& visit) {
+  for (int64_t begin = 0; begin < block.rows; begin += rows) {
+    const int64_t end = std::min(block.rows, begin + rows);
+    for_each_column<A>(block.cols,
+                       [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(begin, end, column, lanes); });
+  }
+}
+
+// visit(chain, row, column, lanes) row by row, by turns with one of `chains` independent chains of operations, and
+// flush() before any of these has been given more than terms_in_lane vectors.
+template <class A, int chains, class Visit, class Flush>
+FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flush) {
+  constexpr int64_t lanes = Vec<A>::lanes, longest = terms_in_lane * lanes;
+  int64_t terms = 0;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    for (int64_t j = 0, end; j < block.cols; j = end) {
+      end = std::min(block.cols, j + longest);
+      const int64_t added = (end - j) / (chains * lanes) + 1;
+      if (terms + added > terms_in_lane) {
+        flush();
+        terms = 0;
+      }
+      terms += added;
+      for (; j + chains * lanes <= end; j += chains * lanes)
+        for (int chain = 0; chain < chains; ++chain) visit(chain, row, j + chain * lanes, AllLanes<A>{});
+      for (int chain = 0; chain < chains - 1; ++chain) {
+        if (j + lanes > end) break;
+        visit(chain, row, j, AllLanes<A>{});
+        j += lanes;
+      }
+      if (j < end) visit(chains - 1, row, j, FirstLanes<A>{int(end - j)});
+    }
+  }
+  flush();
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

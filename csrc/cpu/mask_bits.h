@@ -1,0 +1,62 @@
+// The mask, a bit an element. Each run begins a byte, so where several short runs make a row of a block, leaf loops see
+// rows of bits without gaps, which are gathered from the padded runs before or spread over them afterwards.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+// A vector's bits of a row. Vectors of fewer than eight lanes share a byte with their neighbours, and the first of them
+// starts it.
+template <class A, class Lanes>
+FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, Mask<A> mask) {
+  const uint64_t bits = to_bits(mask) & ((uint64_t(1) << lanes.count) - 1);
+  if constexpr (Vec<A>::lanes < 8) {
+    const uint8_t part = uint8_t(bits << column % 8);
+    row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
+  } else {
+    row[column / 8] = uint8_t(bits);
+    if (Vec<A>::lanes > 8 && lanes.count > 8) row[column / 8 + 1] = uint8_t(bits >> 8);
+  }
+}
+
+template <class A, class Lanes>
+FASTBN_INLINE Mask<A> load_bits(const uint8_t* row, int64_t column, Lanes lanes) {
+  uint32_t bits = uint32_t(row[column / 8]) >> column % 8;
+  if (Vec<A>::lanes > 8 && lanes.count > 8) bits |= uint32_t(row[column / 8 + 1]) << 8;
+  return from_bits<A>(bits);
+}
+
+// Rows of at most 64 elements, which is several runs.
+constexpr int64_t gathered_rows = 64, gathered_bytes = 8;
+
+FASTBN_INLINE bool has_gaps(const MaskBlock& mask, int64_t cols) { return mask.run < cols; }
+
+// call(block, bits of its rows): a few rows of a block at a time, whose bits lie in `bits`, gathered_bytes a row.
+template <class Call>
+FASTBN_INLINE void for_gathered_rows(const Block& block, Call&& call) {
+  uint64_t bits[gathered_rows];
+  for (int64_t row = 0; row < block.rows; row += gathered_rows) {
+    Block part = block;
+    part.offset += row * block.row_stride;
+    part.rows = block.rows - row < gathered_rows ? block.rows - row : gathered_rows;
+    call(part, row, bits);
+  }
+}
+
+// Padded runs of a row to and from a word.
+FASTBN_INLINE void spread_bits(uint64_t word, int64_t cols, int64_t run, uint8_t* padded) {
+  const uint64_t ones = (uint64_t(1) << run) - 1;
+  for (int64_t at = 0; at < cols; at += run, word >>= run)
+    for (int64_t bit = 0; bit < run; bit += 8) *padded++ = uint8_t((word & ones) >> bit);
+}
+
+FASTBN_INLINE uint64_t gather_bits(const uint8_t* padded, int64_t cols, int64_t run) {
+  uint64_t word = 0;
+  for (int64_t at = 0; at < cols; at += run)
+    for (int64_t bit = 0; bit < run; bit += 8) word |= uint64_t(*padded++) << (at + bit);
+  return word;
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

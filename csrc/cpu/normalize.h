@@ -1,0 +1,95 @@
+// The second pass of a forward op: z = (x - pivot) * scale + shift + residual, its activation, and the mask of that.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/loops.h"
+#include "cpu/mask_bits.h"
+#include "cpu/vec.h"
+#include "cpu/vec_math.h"
+#include "math/affine.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+template <bool per_column, class A, class Lanes>
+FASTBN_INLINE Vec<A> coefficient(const void* array, int64_t column, Lanes lanes) {
+  const A* values = static_cast<const A*>(array);
+  if constexpr (per_column)
+    return load(values + column, lanes);
+  else
+    return Vec<A>(values[0]);
+}
+
+template <bool per_column, class A, class Lanes>
+FASTBN_INLINE Affine<Vec<A>> affine_at(const AffineArrays& arrays, int64_t column, Lanes lanes) {
+  return {coefficient<per_column, A>(arrays.pivot, column, lanes),
+          coefficient<per_column, A>(arrays.scale, column, lanes),
+          coefficient<per_column, A>(arrays.shift, column, lanes)};
+}
+
+// visit(prepared, row, column, lanes) over a block, where prepare(column, lanes) gives coefficients: those of columns
+// stay in registers down a few rows, those of a channel throughout.
+template <bool per_column, class A, class Prepare, class Visit>
+FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
+  if constexpr (per_column) {
+    for_each_strip<A>(block, rows_of_strip,
+                      [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+                        const auto prepared = prepare(column, lanes);
+                        for (int64_t row = begin; row < end; ++row) visit(prepared, row, column, lanes);
+                      });
+  } else {
+    const auto prepared = prepare(0, AllLanes<A>{});
+    for_each_vector<A>(block, [&](int64_t row, int64_t column, auto lanes)
+                                  FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
+  }
+}
+
+// `mask` is that of the block, without gaps in its rows.
+template <class T, bool per_column>
+FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint8_t* mask, int64_t mask_stride) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const T* input = static_cast<const T*>(args.input) + block.offset;
+  const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
+  T* output = static_cast<T*>(args.output) + block.offset;
+
+  auto loop = [&](auto plain, auto activation) FASTBN_INLINE_LAMBDA {
+    for_each_prepared<per_column, A>(
+        block,
+        [&](int64_t column, auto lanes)
+            FASTBN_INLINE_LAMBDA { return affine_at<per_column, A>(args.affine, column, lanes); },
+        [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+          const int64_t at = row * block.row_stride + column;
+          V z = affine.apply(load(input + at, lanes));
+          if constexpr (!plain) {
+            if (residual) z = z + load(residual + at, lanes);
+            if (mask) store_bits<A>(mask + row * mask_stride, column, lanes, activation_is_upper(activation(), z));
+          }
+          store(output + at, activation_forward(activation(), z), lanes);
+        });
+  };
+  using std::false_type, std::true_type;
+  constexpr auto none = [] { return Activation::none; };
+  constexpr auto relu = [] { return Activation::relu; };
+  const bool plain = !residual && !mask;
+  // The two activations that every network uses get loops of their own, without a branch a vector.
+  if (args.activation == Activation::none)
+    plain ? loop(true_type{}, none) : loop(false_type{}, none);
+  else if (args.activation == Activation::relu)
+    plain ? loop(true_type{}, relu) : loop(false_type{}, relu);
+  else
+    loop(false_type{}, [&] { return args.activation; });
+}
+
+template <class T, bool per_column>
+void normalize_block(const NormalizeArgs& args, Block block, MaskBlock mask_block) {
+  uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
+  if (!per_column || !mask || !has_gaps(mask_block, block.cols))
+    return normalize<T, per_column>(args, block, mask, mask_block.row_stride);
+  for_gathered_rows(block, [&](const Block& part, int64_t first, uint64_t* words) {
+    normalize<T, per_column>(args, part, reinterpret_cast<uint8_t*>(words), gathered_bytes);
+    for (int64_t row = 0; row < part.rows; ++row)
+      spread_bits(words[row], block.cols, mask_block.run, mask + (first + row) * mask_block.row_stride);
+  });
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

@@ -1,0 +1,2 @@
+#define FASTBN_ISA portable
+#include "vec_math.inl"

@@ -1,0 +1,2 @@
+#define FASTBN_ISA avx2
+#include "vec_math.inl"

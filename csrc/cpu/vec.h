@@ -109,13 +109,32 @@ FASTBN_INLINE Vec<A> select(Mask<A> mask, Vec<A> yes, Vec<A> no) {
 }
 #endif
 
+// Conversions are by intrinsics where there are any: g++ 12 puts those of whole vectors together from halves. The forms
+// with a mask of all lanes are those that it does not warn of.
+typedef float HalfVec __attribute__((vector_size(vector_bytes / 2)));
+
+FASTBN_INLINE Vec<double> to_double(HalfVec x) {
+#if defined(__AVX512F__)
+  return (Vec<double>::Native)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
+#elif defined(__AVX2__)
+  return (Vec<double>::Native)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, Vec<double>::Native);
+#endif
+}
+
 // The first (part 0) or the last (part 1) half of the lanes, as double.
 FASTBN_INLINE Vec<double> widen(Vec<float> x, int part) {
-  typedef float Half __attribute__((vector_size(vector_bytes / 2)));
   struct Halves {
-    Half half[2];
+    HalfVec half[2];
   };
-  return __builtin_convertvector(__builtin_bit_cast(Halves, x.native).half[part], Vec<double>::Native);
+  return to_double(__builtin_bit_cast(Halves, x.native).half[part]);
+}
+
+FASTBN_INLINE Vec<double> load_as_double(const float* source) {
+  HalfVec half;
+  std::memcpy(&half, source, sizeof(half));
+  return to_double(half);
 }
 
 // Lane i of a mask is bit i.
@@ -151,13 +170,6 @@ FASTBN_INLINE Mask<A> from_bits(uint64_t bits) {
 #endif
 }
 
-FASTBN_INLINE Vec<double> load_as_double(const float* source) {
-  typedef float Half __attribute__((vector_size(vector_bytes / 2)));
-  Half half;
-  std::memcpy(&half, source, sizeof(half));
-  return __builtin_convertvector(half, Vec<double>::Native);
-}
-
 // What a T is in memory: a vector of A, or half as many bytes.
 typedef uint16_t Half16 __attribute__((vector_size(vector_bytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(vector_bytes)));
@@ -169,7 +181,14 @@ FASTBN_INLINE Vec<acc_t<T>> unpack(Stored<T> stored) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     return stored;
   } else if constexpr (std::is_same_v<T, bfloat16>) {
-    return __builtin_bit_cast(Vec<float>::Native, __builtin_convertvector(stored, Bits32) << 16);
+#if defined(__AVX512F__)
+    const Bits32 bits = (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)stored);
+#elif defined(__AVX2__)
+    const Bits32 bits = (Bits32)_mm256_cvtepu16_epi32((__m128i)stored);
+#else
+    const Bits32 bits = __builtin_convertvector(stored, Bits32);
+#endif
+    return __builtin_bit_cast(Vec<float>::Native, bits << 16);
   } else {
 #if defined(__AVX512F__)
     return __builtin_bit_cast(Vec<float>::Native, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, stored)));
@@ -189,11 +208,14 @@ FASTBN_INLINE Stored<T> pack(Vec<acc_t<T>> x) {
     return x.native;
   } else if constexpr (std::is_same_v<T, bfloat16>) {
     const Bits32 bits = __builtin_bit_cast(Bits32, x.native);
-    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 #if defined(__AVX512F__)
+    const __mmask16 is_odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+    const __m512i up = (__m512i)(bits + 0x7fffu);
+    const __m512i rounded = _mm512_srli_epi32(_mm512_mask_add_epi32(up, is_odd, up, _mm512_set1_epi32(1)), 16);
     const __mmask16 is_nan = compare<_CMP_UNORD_Q>(x, x).native;
-    return (Half16)_mm512_cvtepi32_epi16(_mm512_mask_set1_epi32((__m512i)rounded, is_nan, 0x7fc0));
+    return (Half16)_mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, is_nan, 0x7fc0));
 #else
+    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const auto is_nan = __builtin_bit_cast(Bits32, x.native != x.native);
     return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Half16);
 #endif

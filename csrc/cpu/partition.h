@@ -21,8 +21,9 @@ class Partition {
       width_ = group_ * layout.channels;
       rows_ = layout.outer / group_;
       rest_ = (layout.outer - rows_ * group_) * layout.channels;
-      // Estimate: 64 Ki elements are work enough for a call, and little enough to share out evenly.
-      rows_per_block_ = std::max<int64_t>(65536 / width_, 16);
+      // 16 blocks share out evenly: 16x512x7x7 on two threads is 10 % faster than in 7. More cost more to merge than
+      // they gain: 4096x512 bfloat16 is 25 % slower in 128 than in 32.
+      rows_per_block_ = std::max<int64_t>(std::min(65536 / width_, rows_ / 16), 16);
       blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
     } else {
       // Estimate: 16 Ki elements are work enough for a call, and little enough to share out evenly.

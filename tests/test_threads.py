@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastbn import _C
 from tests import cases, tolerance
 from tests.tolerance import assert_close_to_reference
 
+ROOT = Path(__file__).resolve().parents[1]
 CASES = [
     cases.Case(f"{'x'.join(map(str, shape))}-{layout}", shape, layout)
     for shape, layout in (
@@ -107,6 +109,18 @@ def test_instruction_sets(instruction_set, tmp_path):
         for i in elements:
             exact = _expected(case, dtype, activation)[i]
             assert_close_to_reference(tensors[i], exact, _allowed(case, dtype, tensors[i]), f"{name}, result {i}")
+
+
+@pytest.mark.parametrize(
+    "instruction_set",
+    [name for name in _C.build_info()["cpu_instruction_sets"] if name != _C.build_info()["cpu_instruction_set"]],
+)
+def test_accuracy_of_the_other_instruction_sets(instruction_set):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", "tests/test_accuracy.py"]
+    run = subprocess.run(
+        command, env=_environment(instruction_set, 1), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
 
 
 @functools.cache

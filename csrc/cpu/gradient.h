@@ -113,8 +113,8 @@ Sums channel_grad_sums(const GradArgs& args, Block block, MaskBlock mask_block) 
   Sums result;
   with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
     const auto prepared = source.prepare(0, AllLanes<A>{});
-    result = sum_channel<A, Terms<T>>(
-        block, [&](Terms<T>& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+    result = sum_channel<A, WideSums<A>>(
+        block, [&](WideSums<A>& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
           const int64_t at = row * block.row_stride + column;
           // Beyond the row's end x is such that 0 * (x - pivot) is 0.
           const V x = keep(lanes, load(input + at, lanes), pivot);
@@ -138,17 +138,18 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
         Prepared prepared;
         V pivot;
       };
-      sum_columns<A, Terms<T>>(
+      sum_columns<A, WideSums<A>>(
           block, result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             return Column{source.prepare(column, lanes), coefficient<true, A>(args.affine.pivot, column, lanes)};
           },
-          [&](Terms<T>& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            const int64_t at = row * block.row_stride + column;
-            const V x = load(input + at, lanes);
-            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
-            terms.add_weighted(grad_z, x - at_column.pivot);
-          });
+          [&](WideSums<A>& terms, const Column& at_column, int64_t row, int64_t column, auto lanes)
+              FASTBN_INLINE_LAMBDA {
+                const int64_t at = row * block.row_stride + column;
+                const V x = load(input + at, lanes);
+                const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
+                terms.add_weighted(grad_z, x - at_column.pivot);
+              });
     });
   };
   with_mask_rows(args, whole, mask_block, sum);

@@ -46,10 +46,10 @@ struct LaneSums {
   static FASTBN_INLINE Value load_value(const T* source, Lanes lanes) {
     return load(source, lanes);
   }
-  FASTBN_INLINE void add_shifted(Value x, Value pivot) { add_weighted(x - pivot, x - pivot); }
-  FASTBN_INLINE void add_weighted(Vec<A> term, Vec<A> weight) {
-    first += term;
-    second = second + term * weight;
+  FASTBN_INLINE void add_shifted(Value x, Value pivot) {
+    const Value d = x - pivot;
+    first += d;
+    second = second + d * d;
   }
   FASTBN_INLINE void join(const LaneSums& other) {
     first += other.first;
@@ -82,8 +82,11 @@ struct WideSums {
     }
   }
   FASTBN_INLINE void add_weighted(Vec<A> term, Vec<A> weight) {
-    first += Value(term);
-    second += Value(term * weight);
+    const Value wide(term), wide_weight(weight);
+    for (int i = 0; i < Value::parts; ++i) {
+      first.part[i] += wide.part[i];
+      second.part[i] = second.part[i] + wide.part[i] * wide_weight.part[i];
+    }
   }
   FASTBN_INLINE void join(const WideSums& other) {
     first += other.first;
@@ -96,7 +99,8 @@ struct WideSums {
   FASTBN_INLINE Sums total() const { return {first.total(), second.total()}; }
 };
 
-// What the terms of a T are added up in at first.
+// What a forward's terms are added up in at first. Differences of halves and their squares have few digits, so that
+// float rounds little; those of backward, with a pivot that is no half, are not so, and go to double at once.
 template <class T>
 using Terms = std::conditional_t<sizeof(T) == 2, LaneSums<acc_t<T>>, WideSums<acc_t<T>>>;
 

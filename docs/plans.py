@@ -29,13 +29,13 @@ A cell is the schedule, then blocks, `x` and a cluster's size where there are cl
 memory of a block. **R** is `resident`, **C** `cooperative`: both read the input once forward, input and grad_out once
 backward, and write once, in one launch. `r` after it: the kernel is `row_blocks`, else `channel_blocks`. A percentage
 is the part of a slice that the chip holds where it does not hold all; the rest is read again, from L2 or, where S is
-given, so much of the tensor from memory. **2** is `two_phase`: everything is read twice, in three launches.
+given, so much of the tensor from memory.
 """
 
 
 def cell(x: torch.Tensor, direction: str) -> str:
     plan = fastbn.explain(x, direction, device="h200")
-    schedule = {"resident": "R", "cooperative": "C"}.get(plan.kernel.split("_")[0], "2")
+    schedule = {"resident": "R", "cooperative": "C"}[plan.kernel.split("_")[0]]
     rows = "r" if plan.kernel.endswith("row_blocks") else ""
     cluster = f"x{plan.cluster}" if plan.cluster > 1 else ""
     part = re.search(r"keeps (\d+%)", plan.reason)

@@ -71,6 +71,11 @@ def default_backend(device: torch.device) -> tuple[str | None, str]:
     return None, f"fastbn has no kernels for {device.type} tensors"
 
 
+def backend_of(input: Tensor) -> str | None:
+    """What `default_backend` says of its device, in less time."""
+    return "cpu" if input.is_cpu else default_backend(input.device)[0]
+
+
 @functools.cache
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether binaries for `architectures`, in the form of TORCH_CUDA_ARCH_LIST, run on a GPU of that capability.
@@ -94,6 +99,8 @@ def why_torch_must_see(input: Tensor) -> str | None:
         return "functorch transforms differentiate and batch torch's own batch_norm"
     if forward_ad._current_level >= 0:
         return "forward-mode AD has its formula for torch's own batch_norm"
+    if input.is_inference() and torch.is_grad_enabled():
+        return "inference tensors cannot be saved for backward, which torch says before it moves the buffers"
     if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
     # Not is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles.
@@ -108,7 +115,7 @@ def saves_mask(backend: str, input: Tensor) -> bool:
     CUDA kernels walk whole octets, across runs where a run is not whole ones; the mask begins a byte with each run. It
     is the residual then that backward reads.
     """
-    if backend in ("cpu", "reference"):
+    if backend in ("cpu", "reference") or input.dim() < 2:
         return True
     return _formulas.runs_of(tuple(input.shape), _formulas.suggest_memory_format(input))[2] % 8 == 0
 
@@ -133,10 +140,10 @@ def why_unsupported(
     """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
     return why_refused(
         input, running_mean, running_var, weight, bias, num_batches_tracked if training else None
-    ) or why_not_asked(input, running_mean, running_var, training, eps)
+    ) or why_left_to_torch(input, running_mean, running_var, training, eps)
 
 
-def why_not_asked(
+def why_left_to_torch(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
 ) -> str | None:
     """The part of `why_unsupported` that the ops do not refuse themselves."""
@@ -149,6 +156,8 @@ def why_not_asked(
             return "evaluation needs running statistics"
     elif running_mean.requires_grad or running_var.requires_grad:
         return "running statistics require a gradient"
+    elif running_mean.is_neg() or running_var.is_neg():  # the dispatcher would hand the op a copy to update
+        return "running statistics are negative views"
     if training and input.dim() > 1 and input.numel() == input.shape[1]:
         return "there is but one value a channel"
     return None

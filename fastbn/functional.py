@@ -38,8 +38,8 @@ def batch_norm(
     backend: "cpu", "cuda", "reference" or "torch"; None takes the fastest that can, and torch's own where none can, or
     where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
 
-    Raises what torch raises for the same input, before any buffer has changed, and ValueError for a residual or
-    activation that does not fit and for a named backend that cannot take the call.
+    Raises what torch raises for the same input, before any buffer has changed (but what hooks on saved tensors raise),
+    and ValueError for a residual or activation that does not fit and for a named backend that cannot take the call.
     """
     index = activation_index(activation)
     if residual is not None:
@@ -50,9 +50,9 @@ def batch_norm(
     operands = (input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps, index)
     if backend is None and type(input) is Tensor and not torch.compiler.is_compiling():
         # The ops look at every operand anyway: asking first, why they would refuse, takes 3 us.
-        reason = _ops.why_torch_must_see(input) or _ops.why_not_asked(input, *statistics, training, eps)
+        reason = _ops.why_torch_must_see(input) or _ops.why_left_to_torch(input, *statistics, training, eps)
         if reason is None:
-            backend = "cpu" if input.is_cpu else _ops.default_backend(input.device)[0]
+            backend = _ops.backend_of(input)
         if backend is not None:
             try:
                 return autograd.batch_norm(*operands, backend)
@@ -71,7 +71,7 @@ def batch_norm(
 def _choose_backend(input, *rest) -> str:
     if _ops.why_torch_must_see(input) is not None or _ops.why_unsupported(input, *rest) is not None:
         return "torch"
-    return _ops.default_backend(input.device)[0] or "torch"
+    return _ops.backend_of(input) or "torch"
 
 
 def _check_backend(backend: str, input: Tensor, *rest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx, nn
 
 from fastbn import functional
@@ -25,38 +26,48 @@ class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):
             arguments = (input,) if residual is None else (input, residual)
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), arguments, {})
         self._check_input_dim(input)
-        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
-            running_mean = running_var = None
+        tracks = self.training and self.track_running_stats
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
         return functional.batch_norm(
             input,
             running_mean,
             running_var,
             weight,
             bias,
-            training,
+            self.training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
             residual=residual,
             activation=self.activation,
-            num_batches_tracked=num_batches_tracked if self.training and self.track_running_stats else None,
+            num_batches_tracked=num_batches_tracked,
         )
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        """weight, bias, running_mean, running_var, num_batches_tracked; without nn.Module.__getattr__, which takes
-        0.6 us each, where nothing has taken their place (parametrisations do)."""
-        parameters, buffers = self._parameters, self._buffers
-        try:
-            return (
-                parameters["weight"],
-                parameters["bias"],
-                buffers["running_mean"],
-                buffers["running_var"],
-                buffers["num_batches_tracked"],
-            )
-        except KeyError:
-            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+    def _tensors(self, tracks: bool) -> tuple[Tensor | None, ...]:
+        """weight, bias, running_mean, running_var, num_batches_tracked; None for what the mode does not use.
+
+        nn.Module.__getattr__ takes 0.6 us each, so it is asked only where something may have taken their place: a
+        subclass, an attribute of the instance, a parametrisation.
+        """
+        uses_buffers = tracks or not self.training
+        if type(self) in _PLAIN and not torch.compiler.is_compiling() and vars(self).keys().isdisjoint(_TENSORS):
+            parameters, buffers = self._parameters, self._buffers
+            try:
+                return (
+                    parameters["weight"],
+                    parameters["bias"],
+                    buffers["running_mean"] if uses_buffers else None,
+                    buffers["running_var"] if uses_buffers else None,
+                    buffers["num_batches_tracked"] if tracks else None,
+                )
+            except KeyError:
+                pass
+        return (
+            self.weight,
+            self.bias,
+            self.running_mean if uses_buffers else None,
+            self.running_var if uses_buffers else None,
+            self.num_batches_tracked if tracks else None,
+        )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -83,3 +94,7 @@ class BatchNorm2d(_FastBatchNorm, nn.BatchNorm2d):
 
 class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="input (N, C, D, H, W)")
+
+
+_PLAIN = frozenset((BatchNorm1d, BatchNorm2d, BatchNorm3d))
+_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))

@@ -158,3 +158,54 @@ def test_activation_checkpointing(use_reentrant):
         results.append({"output": output.detach(), "x": x.grad, "weight": module.weight.grad})
     assert_same(results[1], results[0])
     assert_same_buffers(*reversed(modules))
+
+
+def _delete_counter(layer):
+    layer.eval()
+    del layer.num_batches_tracked
+
+
+def _delete_statistics(layer):
+    layer.track_running_stats = False
+    del layer.running_mean, layer.running_var, layer.num_batches_tracked
+
+
+def _override_by_property(layer):
+    clamped = property(lambda self: self._buffers["running_var"].clamp(min=4.0))
+    layer.__class__ = type("Clamped", (type(layer),), {"running_var": clamped})
+    layer.eval()
+
+
+def _override_in_instance(layer):
+    layer.__dict__["weight"] = torch.full((4,), 3.0)
+
+
+def _negative_statistics(layer):
+    layer.running_mean = torch.zeros(4, dtype=torch.cfloat).conj().imag
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_delete_counter, _delete_statistics, _override_by_property, _override_in_instance, _negative_statistics],
+)
+def test_tensors_that_are_missing_or_replaced_are_those_of_torch(change):
+    x = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    layers = nn.BatchNorm2d(4), fastbn.BatchNorm2d(4)
+    for layer in layers:
+        change(layer)
+    torch.testing.assert_close(layers[1](x), layers[0](x))
+    assert layers[0].state_dict().keys() == layers[1].state_dict().keys()
+    torch.testing.assert_close(dict(layers[1].named_buffers()), dict(layers[0].named_buffers()))
+
+
+def test_buffers_stay_where_the_input_cannot_be_saved():
+    with torch.inference_mode():
+        x = torch.randn(5, 4, 3, 3)
+    layer = fastbn.BatchNorm2d(4)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        layer(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), before)
+    with torch.inference_mode():
+        layer(x)
+    assert layer.num_batches_tracked.item() == 1

@@ -220,13 +220,15 @@ def test_ops_refuse_what_the_layer_takes_them_to_refuse(changed):
     with pytest.raises(RuntimeError):
         torch.ops.fastbn.batch_norm_train(**given)
     counter = operands.pop("num_batches_tracked")
-    results = []
+    results, states = [], []
     for function, options in ((F.batch_norm, {}), (fastbn.functional.batch_norm, {"num_batches_tracked": counter})):
         arguments = {name: t if t is None else t.clone() for name, t in operands.items()}
         try:
             results.append(function(**arguments, training=True, **options))
         except Exception as error:
             results.append(f"{type(error)} {error}".split("\nException raised")[0])
+        states.append([arguments[name] for name in ("running_mean", "running_var") if not arguments[name].is_meta])
+    torch.testing.assert_close(*states)
     if isinstance(results[0], torch.Tensor):
         torch.testing.assert_close(results[1], results[0])
     else:

@@ -284,7 +284,6 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   if (error == cudaSuccess && shape.cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
@@ -306,7 +305,7 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   config.attrs = attributes;
   config.numAttrs = count;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))..., nullptr};
-  error = cudaLaunchKernelExC(&config, function, arguments);
+  if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, arguments);
   if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
   return error;
 }

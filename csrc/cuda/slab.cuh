@@ -77,8 +77,8 @@ class Slab {
         next = walk.further(step, number(later) - number(visit));
         is_last = true;
       } else {
-        next = walk.ahead(step, plan_.groups);
-        if (next.count > 0) next = walk.further(next, later - octets - number(visit));
+        next = walk.ahead(step, plan_.groups);  // which may be narrower
+        next.offset = walk.further(next, later - octets - number(visit)).offset;
         is_last = stays(later - octets, octets);
       }
     } else {

@@ -47,7 +47,7 @@ struct Shape {
   int cluster = 0;  // 0: two phases; else a resident plan with clusters of so many blocks
   int groups = 0;   // else a cooperative plan with so many, of `splits` blocks each
   int slots = 0;    // 0: a place for every octet; else so many, and the rest of a slice is read again
-  int sms = 0;      // 0: as above; else the planner's grid for so many multiprocessors
+  int sms = 0;  // 0: as above; else the planner's grid for so many multiprocessors, and slots only if it keeps a part
 };
 
 const Shape shapes[] = {
@@ -104,13 +104,14 @@ const Shape shapes[] = {
     {{300, 24, 1}, 32, 2, 0, 0, 1, 4},
     {{101, 264, 1}, 64, 3, 0, 0, 1, 12},
     {{101, 600, 1}, 64, 2, 0, 0, 2, 4},
+    {{101, 600, 1}, 64, 2, 0, 0, 1, 4},
     {{500, 16, 1}, 32, 4, 0, 0, 1, 4},
     {{45, 16, 49}, 64, 2, 0, 0, 1, 8},
     {{2003, 3, 1}, 32, 3, 0, 0, 1, 8},
     // The planner's own cooperative grids: two groups; one; one that keeps a part.
-    {.layout = {40, 2, 200}, .sms = 4},
-    {.layout = {600, 24, 1}, .sms = 3},
-    {.layout = {2201, 24, 1}, .sms = 2},
+    {.layout = {40, 2, 200}, .groups = 2, .sms = 4},
+    {.layout = {600, 24, 1}, .groups = 1, .sms = 3},
+    {.layout = {3001, 24, 1}, .groups = 1, .slots = 1, .sms = 2},
 };
 
 template <class T>
@@ -127,8 +128,10 @@ Plan plan_of(const Shape& shape, bool masked) {
     request.residual = request.fused = true;
     const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
     Plan plan = choose_walk(request);
-    CHECK(keep_on_grid(request, limits, 1, plan) ||
-          (plan = choose_walk(request), keep_part_on_grid(request, limits, 1, plan)));
+    const bool keeps_all = keep_on_grid(request, limits, 1, plan);
+    if (!keeps_all) plan = choose_walk(request);
+    CHECK(keeps_all || keep_part_on_grid(request, limits, 1, plan));
+    CHECK(keeps_all == !shape.slots && plan.groups == shape.groups);
     return plan;
   }
   Plan plan = choose_plan(request, known_devices[2]);
@@ -189,7 +192,7 @@ struct Case {
   void choose(bool masked) {
     plan = plan_of<T>(shape, masked);
     Shape in_phases = shape;
-    in_phases.cluster = in_phases.groups = in_phases.sms = 0;
+    in_phases.cluster = in_phases.groups = in_phases.slots = in_phases.sms = 0;
     two_phase = plan_of<T>(in_phases, masked);
     const int64_t bytes = std::max(cuda::workspace_bytes(plan, layout), cuda::workspace_bytes(two_phase, layout));
     workspace.assign(bytes / sizeof(double), NAN);

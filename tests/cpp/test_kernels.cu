@@ -126,10 +126,12 @@ Plan plan_of(const Shape& shape, bool masked) {
     request.direction = Direction::backward;
     request.activation = Activation::silu;
     request.residual = request.fused = true;
+    const Plan walk = choose_walk(request);
+    request.masked = false;  // so that there is room for what any op keeps
     const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
-    Plan plan = choose_walk(request);
+    Plan plan = walk;
     const bool keeps_all = keep_on_grid(request, limits, 1, plan);
-    if (!keeps_all) plan = choose_walk(request);
+    if (!keeps_all) plan = walk;
     CHECK(keeps_all || keep_part_on_grid(request, limits, 1, plan));
     CHECK(keeps_all == !shape.slots && plan.groups == shape.groups);
     return plan;

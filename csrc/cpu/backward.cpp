@@ -43,18 +43,22 @@ class Backward {
                                            params_.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count));
       return true;
     };
-    auto reduce = [&](int64_t i, Look) {
-      if (reduces) reduce_block(i);
-    };
-    auto apply = [&](int64_t i) {
+    auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
       if (!applies) return;
-      const GradArgs args = args_of(i, frozen);
-      (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args, partition_.block(i),
-                                                                                       partition_.mask_block(i));
+      (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args_from(channel, frozen),
+                                                                                       block, mask_block);
     };
+    if (!reduces) {
+      auto prepare_and_finish = [&](int64_t channel) {
+        prepare(channel);
+        finish(channel, Look::first);
+      };
+      run_last_phase(partition_, params_.layout.channels, threads_, prepare_and_finish, apply);
+      return;
+    }
     run_phases(
-        partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); }, reduce, finish,
-        apply);
+        partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); },
+        [&](int64_t i, Look) { reduce_block(i); }, finish, apply);
   }
 
   void run_sums() {
@@ -65,7 +69,7 @@ class Backward {
     };
     run_phases(
         partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); },
-        [&](int64_t i, Look) { reduce_block(i); }, finish, [](int64_t) {});
+        [&](int64_t i, Look) { reduce_block(i); }, finish, [](const Block&, const MaskBlock&, int64_t) {});
   }
 
  private:
@@ -75,8 +79,7 @@ class Backward {
                                 params_.bias.load_or(channel, 0)));
   }
 
-  GradArgs args_of(int64_t block, bool frozen) const {
-    const int64_t first = partition_.in_columns() ? 0 : partition_.channel_of(block);
+  GradArgs args_from(int64_t first, bool frozen) const {
     return {params_.grad_out,
             params_.input,
             params_.residual,
@@ -89,7 +92,7 @@ class Backward {
   }
 
   void reduce_block(int64_t i) {
-    const GradArgs args = args_of(i, true);
+    const GradArgs args = args_from(partition_.first_channel(i), true);
     if (partition_.in_columns()) {
       table_.column_grad_sums(args, partition_.block(i), partition_.mask_block(i),
                               partition_.column_sums(i, partials_.data()));

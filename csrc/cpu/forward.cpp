@@ -45,7 +45,7 @@ class Statistician {
                                                                                 sums);
     } else {
       const Sums sums = (look == Look::first ? table_.channel_sums : table_.channel_sums_in_double)(
-          params_.input, block, &pivots_[size_t(partition_.channel_of(i))]);
+          params_.input, block, &pivots_[size_t(partition_.first_channel(i))]);
       partials_[size_t(2 * i)] = sums.first;
       partials_[size_t(2 * i + 1)] = sums.second;
     }
@@ -115,20 +115,18 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                Affine<A>::make(mean, inv_std, params.weight.load_or(channel, 1), params.bias.load_or(channel, 0)));
     return true;
   };
-  auto apply = [&](int64_t i) {
-    const NormalizeArgs args{params.input,      params.residual,
-                             params.output,     params.mask,
-                             params.activation, affine.arrays(partition.in_columns() ? 0 : partition.channel_of(i))};
-    (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, partition.block(i),
-                                                                                partition.mask_block(i));
+  auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
+    const NormalizeArgs args{params.input, params.residual,   params.output,
+                             params.mask,  params.activation, affine.arrays(channel)};
+    (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, block, mask_block);
   };
-  auto prepare = [&](int64_t channel) {
-    if (batch) statistician->prepare(channel);
-  };
-  auto reduce = [&](int64_t i, Look look) {
-    if (batch) statistician->reduce(i, look);
-  };
-  run_phases(partition, layout.channels, threads, prepare, reduce, finish, apply);
+  if (!batch) {
+    run_last_phase(partition, layout.channels, threads, [&](int64_t channel) { finish(channel, Look::first); }, apply);
+    return;
+  }
+  run_phases(
+      partition, layout.channels, threads, [&](int64_t channel) { statistician->prepare(channel); },
+      [&](int64_t i, Look look) { statistician->reduce(i, look); }, finish, apply);
 }
 
 template <class A>
@@ -144,7 +142,8 @@ void channel_stats_as(const ForwardParams& params, const Threads& threads) {
   };
   run_phases(
       partition, params.layout.channels, threads, [&](int64_t channel) { statistician.prepare(channel); },
-      [&](int64_t i, Look look) { statistician.reduce(i, look); }, finish, [](int64_t) {});
+      [&](int64_t i, Look look) { statistician.reduce(i, look); }, finish,
+      [](const Block&, const MaskBlock&, int64_t) {});
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ struct MaskRows {
   int64_t stride;
 };
 
-// The three ways to grad_z. prepare(column, lanes) gives what is the same down a column, and grad_z is made of that,
-// the position, x and grad_out; x is read only if `needs_input`.
+// The three ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
+// of that, the position, x and grad_out; x is read only if `needs_input`.
 template <class T, bool per_column>
 struct GradOut {
   using V = Vec<acc_t<T>>;

@@ -10,12 +10,14 @@
 
 namespace fastbn::cpu {
 
-// Rows of contiguous elements. A block lies in one channel (its rows are runs), or its columns are channels.
+// Rows of contiguous elements. A block's rows are runs of one channel, or of one channel after the other; or its
+// columns are channels.
 struct Block {
   int64_t offset;  // of the first element, in elements
   int64_t rows;
   int64_t row_stride;  // in elements
   int64_t cols;
+  int64_t channel_step = 0;  // from row to row
 };
 
 // Where a block's mask lies. A run starts at a byte of its own; a row of the block is one run, part of one, or several.

@@ -23,13 +23,6 @@ FASTBN_INLINE void for_each_column(int64_t cols, Visit&& visit) {
   if (j < cols) visit(j, FirstLanes<A>{int(cols - j)});
 }
 
-// visit(row, column, lanes), row by row.
-template <class A, class Visit>
-FASTBN_INLINE void for_each_vector(const Block& block, Visit&& visit) {
-  for (int64_t row = 0; row < block.rows; ++row)
-    for_each_column<A>(block.cols, [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(row, column, lanes); });
-}
-
 // visit(begin row, end row, column, lanes): down a few rows, one vector wide, then the next vector.
 template <class A, class Visit>
 FASTBN_INLINE void for_each_strip(const Block& block, int64_t rows, Visit&& visit) {

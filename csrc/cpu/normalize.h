@@ -10,24 +10,24 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
+// Of the columns from `at` on, or of the channel `at`.
 template <bool per_column, class A, class Lanes>
-FASTBN_INLINE Vec<A> coefficient(const void* array, int64_t column, Lanes lanes) {
-  const A* values = static_cast<const A*>(array);
+FASTBN_INLINE Vec<A> coefficient(const void* array, int64_t at, Lanes lanes) {
+  const A* values = static_cast<const A*>(array) + at;
   if constexpr (per_column)
-    return load(values + column, lanes);
+    return load(values, lanes);
   else
-    return Vec<A>(values[0]);
+    return Vec<A>(*values);
 }
 
 template <bool per_column, class A, class Lanes>
-FASTBN_INLINE Affine<Vec<A>> affine_at(const AffineArrays& arrays, int64_t column, Lanes lanes) {
-  return {coefficient<per_column, A>(arrays.pivot, column, lanes),
-          coefficient<per_column, A>(arrays.scale, column, lanes),
-          coefficient<per_column, A>(arrays.shift, column, lanes)};
+FASTBN_INLINE Affine<Vec<A>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
+  return {coefficient<per_column, A>(arrays.pivot, at, lanes), coefficient<per_column, A>(arrays.scale, at, lanes),
+          coefficient<per_column, A>(arrays.shift, at, lanes)};
 }
 
-// visit(prepared, row, column, lanes) over a block, where prepare(column, lanes) gives coefficients: those of columns
-// stay in registers down a few rows, those of a channel throughout.
+// visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
+// in registers down a few rows, those of a channel along its row.
 template <bool per_column, class A, class Prepare, class Visit>
 FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
   if constexpr (per_column) {
@@ -37,9 +37,11 @@ FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visi
                         for (int64_t row = begin; row < end; ++row) visit(prepared, row, column, lanes);
                       });
   } else {
-    const auto prepared = prepare(0, AllLanes<A>{});
-    for_each_vector<A>(block, [&](int64_t row, int64_t column, auto lanes)
-                                  FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const auto prepared = prepare(row * block.channel_step, AllLanes<A>{});
+      for_each_column<A>(block.cols,
+                         [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
+    }
   }
 }
 
@@ -55,8 +57,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
   auto loop = [&](auto plain, auto activation) FASTBN_INLINE_LAMBDA {
     for_each_prepared<per_column, A>(
         block,
-        [&](int64_t column, auto lanes)
-            FASTBN_INLINE_LAMBDA { return affine_at<per_column, A>(args.affine, column, lanes); },
+        [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, A>(args.affine, at, lanes); },
         [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
           const int64_t at = row * block.row_stride + column;
           V z = affine.apply(load(input + at, lanes));

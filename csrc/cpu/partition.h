@@ -41,7 +41,7 @@ class Partition {
   bool in_columns() const { return in_columns_; }
   int64_t blocks() const { return blocks_; }
 
-  int64_t elements_per_block() const { return std::max<int64_t>(1, layout_.numel() / blocks_); }
+  int64_t elements() const { return layout_.numel(); }
 
   // Partial results a block, two numbers each: its columns, or one.
   int64_t width() const { return width_; }
@@ -52,7 +52,8 @@ class Partition {
 
   // A channel's blocks are [channel * per_channel, (channel + 1) * per_channel), where blocks lie in one channel.
   int64_t per_channel() const { return per_channel_; }
-  int64_t channel_of(int64_t block) const { return block / per_channel_; }
+  // Where its entries in tables of coefficients begin.
+  int64_t first_channel(int64_t block) const { return in_columns_ ? 0 : block / per_channel_; }
 
   Block block(int64_t index) const {
     if (in_columns_) {
@@ -73,6 +74,25 @@ class Partition {
     const int64_t channel = index / per_channel_, part = index % per_channel_;
     const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
     return {(first * layout_.channels + channel) * bytes + column / 8, layout_.channels * bytes, run};
+  }
+
+  // The same elements in the order of memory, for what needs no sums: where runs are shorter than a block, its rows are
+  // those of one channel after the other of an image.
+  bool has_image_blocks() const { return !in_columns_ && pieces_ == 1; }
+  int64_t image_blocks() const { return layout_.outer * parts_of_image(); }
+  int64_t first_image_channel(int64_t index) const { return index % parts_of_image() * rows_per_block_; }
+
+  Block image_block(int64_t index) const {
+    const int64_t channel = first_image_channel(index);
+    const int64_t first = index / parts_of_image() * layout_.channels + channel;
+    return {first * layout_.inner, std::min(rows_per_block_, layout_.channels - channel), layout_.inner, layout_.inner,
+            1};
+  }
+
+  MaskBlock image_mask_block(int64_t index) const {
+    const int64_t first = index / parts_of_image() * layout_.channels + first_image_channel(index);
+    const int64_t bytes = layout_.mask_bytes_per_run();
+    return {first * bytes, bytes, layout_.run()};
   }
 
   // Where the partial results of a block's columns are: first of all columns, then second.
@@ -103,6 +123,8 @@ class Partition {
   }
 
  private:
+  int64_t parts_of_image() const { return (layout_.channels + rows_per_block_ - 1) / rows_per_block_; }
+
   Layout layout_;
   bool in_columns_;
   int64_t width_ = 0, rows_per_block_ = 0, blocks_ = 0;
@@ -111,12 +133,28 @@ class Partition {
 };
 
 // Below 16 Ki elements a thread is not worth waking (an estimate).
-inline int64_t grain_of(const Partition& partition) {
-  return std::max<int64_t>(1, 16384 / partition.elements_per_block());
+inline int64_t grain_of(const Partition& partition, int64_t blocks) {
+  return std::max<int64_t>(1, 16384 * blocks / partition.elements());
 }
 
-// prepare(channel), reduce(block, look), finish(channel, look), apply(block). Where finish says no to a first look, the
-// channel's blocks are reduced again. A channel that one thread has to itself goes through all phases while it is
+// finish(channel), then apply(block, mask block, first channel).
+template <class Finish, class Apply>
+void run_last_phase(const Partition& partition, int64_t channels, const Threads& threads, Finish&& finish,
+                    Apply&& apply) {
+  threads.for_each(channels, 4096, finish);
+  if (partition.has_image_blocks()) {
+    threads.for_each(partition.image_blocks(), grain_of(partition, partition.image_blocks()), [&](int64_t i) {
+      apply(partition.image_block(i), partition.image_mask_block(i), partition.first_image_channel(i));
+    });
+  } else {
+    threads.for_each(partition.blocks(), grain_of(partition, partition.blocks()), [&](int64_t i) {
+      apply(partition.block(i), partition.mask_block(i), partition.first_channel(i));
+    });
+  }
+}
+
+// prepare(channel), reduce(block, look), finish(channel, look), apply as above. Where finish says no to a first look,
+// the channel's blocks are reduced again. A channel that one thread has to itself goes through all phases while it is
 // cached, last block first.
 enum class Look { first, second };
 
@@ -125,7 +163,8 @@ void run_phases(const Partition& partition, int64_t channels, const Threads& thr
                 Reduce&& reduce, Finish&& finish, Apply&& apply) {
   if (!partition.in_columns() && channels >= 4 * threads.count) {
     const int64_t per_channel = partition.per_channel();
-    threads.for_each(channels, std::max<int64_t>(1, grain_of(partition) / per_channel), [&](int64_t channel) {
+    const int64_t grain = grain_of(partition, partition.blocks());
+    threads.for_each(channels, std::max<int64_t>(1, grain / per_channel), [&](int64_t channel) {
       const int64_t first = channel * per_channel, last = first + per_channel;
       prepare(channel);
       for (int64_t i = first; i < last; ++i) reduce(i, Look::first);
@@ -133,10 +172,10 @@ void run_phases(const Partition& partition, int64_t channels, const Threads& thr
         for (int64_t i = first; i < last; ++i) reduce(i, Look::second);
         finish(channel, Look::second);
       }
-      for (int64_t i = last - 1; i >= first; --i) apply(i);
+      for (int64_t i = last - 1; i >= first; --i) apply(partition.block(i), partition.mask_block(i), channel);
     });
   } else {
-    const int64_t grain = grain_of(partition),
+    const int64_t grain = grain_of(partition, partition.blocks()),
                   channel_grain = std::max<int64_t>(1, 4096 * channels / partition.partials());
     std::vector<char> finished(size_t(channels), 0);
     threads.for_each(channels, channel_grain, prepare);
@@ -147,7 +186,9 @@ void run_phases(const Partition& partition, int64_t channels, const Threads& thr
       for (int64_t c = 0; c < channels; ++c)
         if (!finished[size_t(c)]) finish(c, Look::second);
     }
-    threads.for_each(partition.blocks(), grain, apply);
+    threads.for_each(partition.blocks(), grain, [&](int64_t i) {
+      apply(partition.block(i), partition.mask_block(i), partition.first_channel(i));
+    });
   }
 }
 

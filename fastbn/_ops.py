@@ -99,7 +99,7 @@ def why_torch_must_see(input: Tensor) -> str | None:
         return "functorch transforms differentiate and batch torch's own batch_norm"
     if forward_ad._current_level >= 0:
         return "forward-mode AD has its formula for torch's own batch_norm"
-    if input.is_inference() and torch.is_grad_enabled():
+    if not torch.compiler.is_compiling() and input.is_inference() and torch.is_grad_enabled():
         return "inference tensors cannot be saved for backward, which torch says before it moves the buffers"
     if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
@@ -156,7 +156,8 @@ def why_left_to_torch(
             return "evaluation needs running statistics"
     elif running_mean.requires_grad or running_var.requires_grad:
         return "running statistics require a gradient"
-    elif running_mean.is_neg() or running_var.is_neg():  # the dispatcher would hand the op a copy to update
+    elif not torch.compiler.is_compiling() and (running_mean.is_neg() or running_var.is_neg()):
+        # The dispatcher would hand the op a copy to update.
         return "running statistics are negative views"
     if training and input.dim() > 1 and input.numel() == input.shape[1]:
         return "there is but one value a channel"

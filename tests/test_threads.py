@@ -65,6 +65,29 @@ def test_bitwise_equal_whatever_the_threads(case, dtype, threads):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), options
 
 
+# One thread stores the outputs of these past the caches, once the allocator has pages for them, and many do not.
+# Vectors are cache lines in the first two, nowhere in the third, and in one channel of the last, whose rows have tails.
+LARGE_CASES = [
+    cases.Case(f"{'x'.join(map(str, shape))}-{layout}", shape, layout)
+    for shape, layout in (
+        ((8, 48, 80, 80), "contiguous"),
+        ((8, 48, 80, 80), "channels_last"),
+        ((8, 40, 88, 88), "channels_last"),
+        ((1, 16, 401, 401), "contiguous"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_bitwise_equal_past_the_caches(case, threads):
+    threads(8)
+    expected = _run(case, torch.float32, "relu")
+    threads(1)
+    for _ in range(3):
+        actual = _run(case, torch.float32, "relu")
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def _environment(instruction_set: str, threads: int) -> dict[str, str]:
     return os.environ | {"FASTBN_CPU": instruction_set, "OMP_NUM_THREADS": str(threads)}
 

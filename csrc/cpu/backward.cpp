@@ -4,6 +4,7 @@
 #include "cpu/coefficients.h"
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
+#include "cpu/output.h"
 #include "cpu/partition.h"
 
 namespace fastbn::cpu {
@@ -21,6 +22,11 @@ class Backward {
         grad_affine_(partition_.entries()) {}
 
   void run() {
+    const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
+    const int64_t tensors =
+        2 + (params_.residual != nullptr) + (params_.grad_input != nullptr) + (params_.grad_residual != nullptr);
+    past_caches_ =
+        stores_past_caches({params_.grad_input, params_.grad_residual}, bytes, tensors * bytes, threads_.count);
     const bool frozen = params_.statistics == Statistics::running;
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
@@ -88,7 +94,8 @@ class Backward {
             affine_.arrays(first),
             grad_affine_.arrays(first, frozen),
             params_.grad_input,
-            params_.grad_residual};
+            params_.grad_residual,
+            past_caches_};
   }
 
   void reduce_block(int64_t i) {
@@ -117,6 +124,7 @@ class Backward {
   AffineTable<A> affine_;
   GradAffineTable<A> grad_affine_;
   std::vector<double> partials_;
+  bool past_caches_ = false;
 };
 
 // What sums over no elements are.

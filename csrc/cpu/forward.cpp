@@ -7,6 +7,7 @@
 #include "cpu/coefficients.h"
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
+#include "cpu/output.h"
 #include "cpu/partition.h"
 #include "math/moments.h"
 
@@ -115,9 +116,11 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                Affine<A>::make(mean, inv_std, params.weight.load_or(channel, 1), params.bias.load_or(channel, 0)));
     return true;
   };
+  const int64_t bytes = layout.numel() * element_size(params.dtype);
+  const bool past_caches = stores_past_caches({params.output}, bytes, (params.residual ? 3 : 2) * bytes, threads.count);
   auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
-    const NormalizeArgs args{params.input, params.residual,   params.output,
-                             params.mask,  params.activation, affine.arrays(channel)};
+    const NormalizeArgs args{params.input,      params.residual,        params.output, params.mask,
+                             params.activation, affine.arrays(channel), past_caches};
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, block, mask_block);
   };
   if (!batch) {

@@ -169,8 +169,8 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
   using V = Vec<A>;
   const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
   const T* input = static_cast<const T*>(args.input) + block.offset;
-  T* grad_input = args.grad_input ? static_cast<T*>(args.grad_input) + block.offset : nullptr;
-  T* grad_residual = args.grad_residual ? static_cast<T*>(args.grad_residual) + block.offset : nullptr;
+  const OutputRows<T> grad_input(args.grad_input, block, args.past_caches);
+  const OutputRows<T> grad_residual(args.grad_residual, block, args.past_caches);
   const GradAffineArrays& arrays = args.grad_affine;
 
   with_grad<T, per_column>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
@@ -190,8 +190,8 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
             V x(0);
             if constexpr (needs_input || source.needs_input) x = load(input + at, lanes);
             const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
-            if (grad_residual) store(grad_residual + at, grad_z, lanes);
-            if (grad_input) store(grad_input + at, gradient(at_column.coefficients, grad_z, x), lanes);
+            if (grad_residual) grad_residual.store(at, grad_z, lanes);
+            if (grad_input) grad_input.store(at, gradient(at_column.coefficients, grad_z, x), lanes);
           });
     };
     if (grad_input && arrays.slope)

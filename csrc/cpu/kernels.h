@@ -50,6 +50,7 @@ struct NormalizeArgs {
   uint8_t* mask;
   Activation activation;
   AffineArrays affine;
+  bool past_caches;  // how to store the output
 };
 
 struct GradArgs {
@@ -62,6 +63,7 @@ struct GradArgs {
   GradAffineArrays grad_affine;  // of input_grad; a null slope says that statistics are frozen
   void* grad_input;
   void* grad_residual;
+  bool past_caches;  // how to store these two
 };
 
 // Partial results of a block: plain sums, so that merging is adding.

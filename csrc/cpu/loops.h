@@ -61,4 +61,35 @@ FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flu
   flush();
 }
 
+// A block of an output, or nothing. Full vectors go past the caches if asked for, where each is a line.
+template <class T>
+class OutputRows {
+ public:
+  using V = Vec<acc_t<T>>;
+
+  FASTBN_INLINE OutputRows(void* output, const Block& block, bool past_caches)
+      : data_(output ? static_cast<T*>(output) + block.offset : nullptr),
+        past_caches_(past_caches && reinterpret_cast<uintptr_t>(data_) % sizeof(Stored<T>) == 0 &&
+                     block.row_stride % V::lanes == 0) {}
+  FASTBN_INLINE ~OutputRows() {
+    if (fills_line<T> && past_caches_) finish_streaming();
+  }
+
+  FASTBN_INLINE explicit operator bool() const { return data_; }
+
+  FASTBN_INLINE void store(int64_t at, V x, AllLanes<acc_t<T>> lanes) const {
+    if (fills_line<T> && past_caches_)
+      stream(data_ + at, x);
+    else
+      FASTBN_ISA::store(data_ + at, x, lanes);
+  }
+  FASTBN_INLINE void store(int64_t at, V x, FirstLanes<acc_t<T>> lanes) const {
+    FASTBN_ISA::store(data_ + at, x, lanes);
+  }
+
+ private:
+  T* data_;
+  bool past_caches_;
+};
+
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -52,7 +52,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
   using V = Vec<A>;
   const T* input = static_cast<const T*>(args.input) + block.offset;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
-  T* output = static_cast<T*>(args.output) + block.offset;
+  const OutputRows<T> output(args.output, block, args.past_caches);
 
   auto loop = [&](auto plain, auto activation) FASTBN_INLINE_LAMBDA {
     for_each_prepared<per_column, A>(
@@ -65,7 +65,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
             if (residual) z = z + load(residual + at, lanes);
             if (mask) store_bits<A>(mask + row * mask_stride, column, lanes, activation_is_upper(activation(), z));
           }
-          store(output + at, activation_forward(activation(), z), lanes);
+          output.store(at, activation_forward(activation(), z), lanes);
         });
   };
   using std::false_type, std::true_type;

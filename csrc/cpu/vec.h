@@ -302,4 +302,27 @@ FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, FirstLanes<acc_t<T>> lanes)
 #endif
 }
 
+// Whether a vector in memory is a cache line, which can then be stored past the caches at once. Halves of lines, as of
+// half types, were slower so than through the caches.
+template <class T>
+#if defined(__AVX512F__)
+constexpr bool fills_line = sizeof(Stored<T>) == 64;
+#else
+constexpr bool fills_line = false;
+#endif
+
+// To the address of a line, past the caches; other threads see it after finish_streaming().
+template <class T>
+FASTBN_INLINE void stream(T* target, Vec<acc_t<T>> x) {
+#if defined(__AVX512F__)
+  if constexpr (fills_line<T>) _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)pack<T>(x));
+#endif
+}
+
+FASTBN_INLINE void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -1,4 +1,5 @@
 // Gradients of training and of evaluation, input gradient with given sums, and the sums alone.
+#include <algorithm>
 #include <vector>
 
 #include "cpu/coefficients.h"
@@ -31,58 +32,89 @@ class Backward {
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
     const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
-    if (reduces) partials_.resize(size_t(2 * partition_.partials()));
 
-    auto finish = [&](int64_t channel, Look) {
-      double sum_grad = 0, sum_grad_xhat = 0, count = double(params_.layout.count());
+    auto finish_chunk = [&](int64_t first, int64_t channels) {
+      double sum_grad[chunk_channels] = {}, sum_grad_xhat[chunk_channels] = {}, weight[chunk_channels];
+      double count = double(params_.layout.count());
       if (reduces) {
-        sums(channel, &sum_grad, &sum_grad_xhat);
-        if (params_.grad_bias.defined()) params_.grad_bias.store(channel, sum_grad);
-        if (params_.grad_weight.defined()) params_.grad_weight.store(channel, sum_grad_xhat);
+        sums(first, channels, sum_grad, sum_grad_xhat);
+        if (params_.grad_bias.defined()) params_.grad_bias.store(first, channels, sum_grad);
+        if (params_.grad_weight.defined()) params_.grad_weight.store(first, channels, sum_grad_xhat);
       } else if (params_.statistics == Statistics::given) {
-        sum_grad = params_.sum_grad[channel];
-        sum_grad_xhat = params_.sum_grad_xhat[channel];
+        std::copy_n(params_.sum_grad + first, channels, sum_grad);
+        std::copy_n(params_.sum_grad_xhat + first, channels, sum_grad_xhat);
         count = *params_.count;
       }
-      grad_affine_.set(channel, params_.layout.channels,
-                       GradAffine<A>::make(params_.mean[channel], params_.inv_std[channel],
-                                           params_.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count));
-      return true;
+      params_.weight.load_or(first, channels, 1, weight);
+      const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
+      for (int64_t i = 0; i < channels; ++i)
+        grad_affine_.set(first + i,
+                         GradAffine<A>::make(mean[i], inv_std[i], weight[i], sum_grad[i], sum_grad_xhat[i], count));
+    };
+    auto finish = [&](int64_t begin, int64_t end) {
+      for_each_chunk(begin, end, finish_chunk);
+      grad_affine_.repeat(begin, end, params_.layout.channels);
     };
     auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
       if (!applies) return;
       (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args_from(channel, frozen),
                                                                                        block, mask_block);
     };
-    if (!reduces) {
-      auto prepare_and_finish = [&](int64_t channel) {
-        prepare(channel);
-        finish(channel, Look::first);
-      };
-      run_last_phase(partition_, params_.layout.channels, threads_, prepare_and_finish, apply);
-      return;
-    }
-    run_phases(
-        partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); },
-        [&](int64_t i, Look) { reduce_block(i); }, finish, apply);
+    if (reduces)
+      reduce_then(finish, apply);
+    else
+      run_last_phase(
+          partition_, params_.layout.channels, threads_,
+          [&](int64_t begin, int64_t end) {
+            prepare(begin, end);
+            finish(begin, end);
+          },
+          apply);
   }
 
   void run_sums() {
-    partials_.resize(size_t(2 * partition_.partials()));
-    auto finish = [&](int64_t channel, Look) {
-      sums(channel, &params_.sum_grad[channel], &params_.sum_grad_xhat[channel]);
-      return true;
-    };
-    run_phases(
-        partition_, params_.layout.channels, threads_, [&](int64_t channel) { prepare(channel); },
-        [&](int64_t i, Look) { reduce_block(i); }, finish, [](const Block&, const MaskBlock&, int64_t) {});
+    reduce_then([&](int64_t begin,
+                    int64_t end) { sums(begin, end - begin, params_.sum_grad + begin, params_.sum_grad_xhat + begin); },
+                [](const Block&, const MaskBlock&, int64_t) {});
+  }
+
+  // What run_phases asks of a reduction.
+
+  void prepare(int64_t begin, int64_t end) {
+    for_each_chunk(begin, end, [&](int64_t first, int64_t channels) {
+      double weight[chunk_channels], bias[chunk_channels];
+      params_.weight.load_or(first, channels, 1, weight);
+      params_.bias.load_or(first, channels, 0, bias);
+      const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
+      for (int64_t i = 0; i < channels; ++i)
+        affine_.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]));
+    });
+    affine_.repeat(begin, end, params_.layout.channels);
+  }
+
+  void reduce(int64_t i, Look) {
+    const GradArgs args = args_from(partition_.first_channel(i), true);
+    if (partition_.in_columns()) {
+      table_.column_grad_sums(args, partition_.block(i), partition_.mask_block(i),
+                              partition_.column_sums(i, partials_.data()));
+    } else {
+      const Sums sums = table_.channel_grad_sums(args, partition_.block(i), partition_.mask_block(i));
+      partials_[size_t(2 * i)] = sums.first;
+      partials_[size_t(2 * i + 1)] = sums.second;
+    }
+  }
+
+  bool merge(int64_t begin, int64_t end, Look) {
+    partition_.merge(partials_.data(), begin, end, totals());
+    return true;
   }
 
  private:
-  void prepare(int64_t channel) {
-    affine_.set(channel, params_.layout.channels,
-                Affine<A>::make(params_.mean[channel], params_.inv_std[channel], params_.weight.load_or(channel, 1),
-                                params_.bias.load_or(channel, 0)));
+  template <class Finish, class Apply>
+  void reduce_then(Finish&& finish, Apply&& apply) {
+    partials_.resize(size_t(2 * partition_.partials()));
+    totals_.resize(size_t(2 * params_.layout.channels));
+    run_phases(partition_, params_.layout.channels, threads_, *this, finish, apply);
   }
 
   GradArgs args_from(int64_t first, bool frozen) const {
@@ -98,24 +130,16 @@ class Backward {
             past_caches_};
   }
 
-  void reduce_block(int64_t i) {
-    const GradArgs args = args_from(partition_.first_channel(i), true);
-    if (partition_.in_columns()) {
-      table_.column_grad_sums(args, partition_.block(i), partition_.mask_block(i),
-                              partition_.column_sums(i, partials_.data()));
-    } else {
-      const Sums sums = table_.channel_grad_sums(args, partition_.block(i), partition_.mask_block(i));
-      partials_[size_t(2 * i)] = sums.first;
-      partials_[size_t(2 * i + 1)] = sums.second;
+  void sums(int64_t first, int64_t channels, double* sum_grad, double* sum_grad_xhat) {
+    const double *total = totals().first + first, *shifted = totals().second + first;
+    const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
+    for (int64_t i = 0; i < channels; ++i) {
+      sum_grad[i] = total[i];
+      sum_grad_xhat[i] = sum_grad_xhat_of(total[i], shifted[i], double(A(mean[i])), mean[i], inv_std[i]);
     }
   }
 
-  void sums(int64_t channel, double* sum_grad, double* sum_grad_xhat) const {
-    const Sums total = partition_.sum_partials(channel, partials_.data());
-    const double mean = params_.mean[channel];
-    *sum_grad = total.first;
-    *sum_grad_xhat = sum_grad_xhat_of(total.first, total.second, double(A(mean)), mean, params_.inv_std[channel]);
-  }
+  ColumnSums totals() { return {totals_.data(), totals_.data() + params_.layout.channels}; }
 
   const BackwardParams& params_;
   const Threads& threads_;
@@ -123,7 +147,7 @@ class Backward {
   Partition partition_;
   AffineTable<A> affine_;
   GradAffineTable<A> grad_affine_;
-  std::vector<double> partials_;
+  std::vector<double> partials_, totals_;
   bool past_caches_ = false;
 };
 

@@ -30,11 +30,12 @@ class Statistician {
         partition_(partition),
         table_(kernels(params.dtype)),
         pivots_(size_t(partition.entries())),
-        partials_(size_t(2 * partition.partials())) {}
+        partials_(size_t(2 * partition.partials())),
+        totals_(size_t(2 * params.layout.channels)) {}
 
-  void prepare(int64_t channel) {
-    const A pivot = A(table_.pivot(params_.input, params_.layout, channel));
-    for (size_t j = size_t(channel); j < pivots_.size(); j += size_t(params_.layout.channels)) pivots_[j] = pivot;
+  void prepare(int64_t begin, int64_t end) {
+    table_.pivots(params_.input, params_.layout, begin, end, pivots_.data());
+    repeat_columns(pivots_.data(), partition_.entries(), begin, end, params_.layout.channels);
   }
 
   void reduce(int64_t i, Look look) {
@@ -52,28 +53,41 @@ class Statistician {
     }
   }
 
-  // Nothing if a second look is needed.
-  std::optional<Moments> moments(int64_t channel, Look look) const {
+  // No if any of the channels needs a second look, whose sums replace those of just these.
+  bool merge(int64_t begin, int64_t end, Look look) {
+    if (look == Look::first) partition_.merge(partials_.data(), begin, end, totals());
+    if (element_size(params_.dtype) != 2) return true;
     const double count = double(params_.layout.count());
-    const Sums total = partition_.sum_partials(channel, partials_.data());
-    if (look == Look::first && element_size(params_.dtype) == 2 && !resolves(total, count)) return std::nullopt;
-    return Moments::from_shifted(count, double(pivots_[size_t(channel)]), total.first, total.second);
+    bool merged = true;
+    for (int64_t c = begin; c < end; ++c) {
+      if (resolves({totals().first[c], totals().second[c]}, count)) continue;
+      if (look == Look::second) partition_.merge(partials_.data(), c, c + 1, totals());
+      merged = false;
+    }
+    return merged;
+  }
+
+  Moments moments(int64_t channel) {
+    return Moments::from_shifted(double(params_.layout.count()), double(pivots_[size_t(channel)]),
+                                 totals().first[channel], totals().second[channel]);
   }
 
  private:
+  ColumnSums totals() { return {totals_.data(), totals_.data() + params_.layout.channels}; }
+
   const ForwardParams& params_;
   const Partition& partition_;
   const Kernels& table_;
   std::vector<A> pivots_;
-  std::vector<double> partials_;
+  std::vector<double> partials_, totals_;
 };
 
-void update_running_stats(const ForwardParams& params, int64_t channel, const Moments& moments, double factor) {
-  if (params.running_mean.defined())
-    params.running_mean.store(channel, running_average(params.running_mean.load(channel), moments.mean, factor));
-  if (params.running_var.defined())
-    params.running_var.store(channel,
-                             running_average(params.running_var.load(channel), moments.unbiased_var(), factor));
+void update_running(const ChannelVector& running, int64_t first, int64_t count, const double* batch, double factor) {
+  if (!running.defined()) return;
+  double values[chunk_channels];
+  running.load_or(first, count, 0, values);
+  for (int64_t i = 0; i < count; ++i) values[i] = running_average(values[i], batch[i], factor);
+  running.store(first, count, values);
 }
 
 template <class A>
@@ -93,28 +107,40 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                               params.num_batches_tracked ? *params.num_batches_tracked : 0);
   }
 
-  auto finish = [&](int64_t channel, Look look) {
-    double mean, inv_std;
+  auto finish_chunk = [&](int64_t first, int64_t count) {
+    double mean[chunk_channels], inv_std[chunk_channels], var[chunk_channels];
     if (batch) {
-      const std::optional<Moments> moments = statistician->moments(channel, look);
-      if (!moments) return false;
-      mean = moments->mean;
-      inv_std = inv_std_of(moments->var(), params.eps);
-      update_running_stats(params, channel, *moments, factor);
+      double unbiased_var[chunk_channels];
+      for (int64_t i = 0; i < count; ++i) {
+        const Moments moments = statistician->moments(first + i);
+        mean[i] = moments.mean;
+        var[i] = moments.var();
+        unbiased_var[i] = moments.unbiased_var();
+      }
+      update_running(params.running_mean, first, count, mean, factor);
+      update_running(params.running_var, first, count, unbiased_var, factor);
     } else if (params.statistics == Statistics::running) {
-      mean = params.running_mean.load(channel);
-      inv_std = inv_std_of(params.running_var.load(channel), params.eps);
+      params.running_mean.load_or(first, count, 0, mean);
+      params.running_var.load_or(first, count, 0, var);
     } else {
-      mean = params.mean[channel];
-      inv_std = params.inv_std[channel];
+      std::copy_n(params.mean + first, count, mean);
+      std::copy_n(params.inv_std + first, count, inv_std);
     }
-    if (params.statistics != Statistics::given && params.mean) {
-      params.mean[channel] = mean;
-      params.inv_std[channel] = inv_std;
+    if (params.statistics != Statistics::given) {
+      for (int64_t i = 0; i < count; ++i) inv_std[i] = inv_std_of(var[i], params.eps);
+      if (params.mean) {
+        std::copy_n(mean, count, params.mean + first);
+        std::copy_n(inv_std, count, params.inv_std + first);
+      }
     }
-    affine.set(channel, layout.channels,
-               Affine<A>::make(mean, inv_std, params.weight.load_or(channel, 1), params.bias.load_or(channel, 0)));
-    return true;
+    double weight[chunk_channels], bias[chunk_channels];
+    params.weight.load_or(first, count, 1, weight);
+    params.bias.load_or(first, count, 0, bias);
+    for (int64_t i = 0; i < count; ++i) affine.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]));
+  };
+  auto finish = [&](int64_t begin, int64_t end) {
+    for_each_chunk(begin, end, finish_chunk);
+    affine.repeat(begin, end, layout.channels);
   };
   const int64_t bytes = layout.numel() * element_size(params.dtype);
   const bool past_caches = stores_past_caches({params.output}, bytes, (params.residual ? 3 : 2) * bytes, threads.count);
@@ -123,30 +149,25 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                              params.activation, affine.arrays(channel), past_caches};
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, block, mask_block);
   };
-  if (!batch) {
-    run_last_phase(partition, layout.channels, threads, [&](int64_t channel) { finish(channel, Look::first); }, apply);
-    return;
-  }
-  run_phases(
-      partition, layout.channels, threads, [&](int64_t channel) { statistician->prepare(channel); },
-      [&](int64_t i, Look look) { statistician->reduce(i, look); }, finish, apply);
+  if (batch)
+    run_phases(partition, layout.channels, threads, *statistician, finish, apply);
+  else
+    run_last_phase(partition, layout.channels, threads, finish, apply);
 }
 
 template <class A>
 void channel_stats_as(const ForwardParams& params, const Threads& threads) {
   const Partition partition(params.layout);
   Statistician<A> statistician(params, partition);
-  auto finish = [&](int64_t channel, Look look) {
-    const std::optional<Moments> moments = statistician.moments(channel, look);
-    if (!moments) return false;
-    params.mean[channel] = moments->mean;
-    params.var[channel] = moments->var();
-    return true;
+  auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Moments moments = statistician.moments(c);
+      params.mean[c] = moments.mean;
+      params.var[c] = moments.var();
+    }
   };
-  run_phases(
-      partition, params.layout.channels, threads, [&](int64_t channel) { statistician.prepare(channel); },
-      [&](int64_t i, Look look) { statistician.reduce(i, look); }, finish,
-      [](const Block&, const MaskBlock&, int64_t) {});
+  run_phases(partition, params.layout.channels, threads, statistician, finish,
+             [](const Block&, const MaskBlock&, int64_t) {});
 }
 
 }  // namespace

@@ -80,8 +80,8 @@ struct ColumnSums {
 
 // Those of columns add to what is there.
 struct Kernels {
-  // The median of five elements of a channel.
-  double (*pivot)(const void* input, const Layout& layout, int64_t channel);
+  // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
+  void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
   // About the pivot, an acc_t<T>, or that of each column.
   Sums (*channel_sums)(const void* input, Block block, const void* pivot);
   void (*column_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);

@@ -8,7 +8,7 @@ namespace fastbn::cpu::FASTBN_ISA {
 
 template <class T>
 constexpr Kernels table{
-    pivot<T>,
+    pivots<T>,
     channel_sums<T, Terms<T>>,
     column_sums<T, Terms<T>>,
     channel_sums<T, WideSums<acc_t<T>>>,

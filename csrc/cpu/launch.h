@@ -14,13 +14,20 @@ struct Threads {
   int count = 1;
   void (*run)(int64_t count, int64_t grain, void (*task)(int64_t begin, int64_t end, void* context), void* context);
 
+  // function(begin, end) over ranges that make up all items.
   template <class Function>
-  void for_each(int64_t items, int64_t grain, Function&& function) const {
+  void for_each_range(int64_t items, int64_t grain, Function&& function) const {
     auto task = [](int64_t begin, int64_t end, void* context) {
-      auto& call = *static_cast<std::remove_reference_t<Function>*>(context);
-      for (int64_t i = begin; i < end; ++i) call(i);
+      (*static_cast<std::remove_reference_t<Function>*>(context))(begin, end);
     };
     if (items > 0) run(items, grain, task, &function);
+  }
+
+  template <class Function>
+  void for_each(int64_t items, int64_t grain, Function&& function) const {
+    for_each_range(items, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) function(i);
+    });
   }
 };
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
@@ -101,25 +101,28 @@ class Partition {
     return {first, first + width_};
   }
 
-  // The sum of a channel's partial results, in an order that is always the same.
-  Sums sum_partials(int64_t channel, const double* partials) const {
-    Sums total;
+  // Adds up the partial results of channels [begin, end), block by block, so that memory is read in order and a
+  // channel's order of additions is always the same.
+  void merge(double* partials, int64_t begin, int64_t end, ColumnSums totals) const {
+    std::fill(totals.first + begin, totals.first + end, 0.0);
+    std::fill(totals.second + begin, totals.second + end, 0.0);
     if (!in_columns_) {
-      for (int64_t k = channel * per_channel_; k < (channel + 1) * per_channel_; ++k) {
-        total.first += partials[2 * k];
-        total.second += partials[2 * k + 1];
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t k = c * per_channel_; k < (c + 1) * per_channel_; ++k) {
+          totals.first[c] += partials[2 * k];
+          totals.second[c] += partials[2 * k + 1];
+        }
       }
-      return total;
+      return;
     }
     for (int64_t i = 0; i < blocks_; ++i) {
-      const double* sums = partials + 2 * i * width_;
+      const ColumnSums sums = column_sums(i, partials);
       const int64_t cols = i + 1 == blocks_ && rest_ > 0 ? rest_ : width_;
-      for (int64_t j = channel; j < cols; j += layout_.channels) {
-        total.first += sums[j];
-        total.second += sums[width_ + j];
+      for (int64_t j = 0; j < cols; j += layout_.channels) {
+        for (int64_t c = begin; c < end; ++c) totals.first[c] += sums.first[j + c];
+        for (int64_t c = begin; c < end; ++c) totals.second[c] += sums.second[j + c];
       }
     }
-    return total;
   }
 
  private:
@@ -132,16 +135,17 @@ class Partition {
   int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;  // in channels
 };
 
-// Below 16 Ki elements a thread is not worth waking (an estimate).
+// Below 16 Ki elements, or so many channels or additions of partial sums, a thread is not worth waking (estimates).
+constexpr int64_t channels_a_thread = 4096;
 inline int64_t grain_of(const Partition& partition, int64_t blocks) {
   return std::max<int64_t>(1, 16384 * blocks / partition.elements());
 }
 
-// finish(channel), then apply(block, mask block, first channel).
+// finish(begin, end), of all channels, then apply(block, mask block, first channel).
 template <class Finish, class Apply>
 void run_last_phase(const Partition& partition, int64_t channels, const Threads& threads, Finish&& finish,
                     Apply&& apply) {
-  threads.for_each(channels, 4096, finish);
+  threads.for_each_range(channels, channels_a_thread, finish);
   if (partition.has_image_blocks()) {
     threads.for_each(partition.image_blocks(), grain_of(partition, partition.image_blocks()), [&](int64_t i) {
       apply(partition.image_block(i), partition.image_mask_block(i), partition.first_image_channel(i));
@@ -153,39 +157,43 @@ void run_last_phase(const Partition& partition, int64_t channels, const Threads&
   }
 }
 
-// prepare(channel), reduce(block, look), finish(channel, look), apply as above. Where finish says no to a first look,
-// the channel's blocks are reduced again. A channel that one thread has to itself goes through all phases while it is
-// cached, last block first.
+// The reduction's prepare(begin, end), of channels, reduce(block, look) and merge(begin, end, look), then finish and
+// apply as above. Where merge says no to a first look, the channels' blocks are reduced and merged again. A channel
+// that one thread has to itself goes through all phases while it is cached, last block first.
 enum class Look { first, second };
 
-template <class Prepare, class Reduce, class Finish, class Apply>
-void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Prepare&& prepare,
-                Reduce&& reduce, Finish&& finish, Apply&& apply) {
+template <class Reduction, class Finish, class Apply>
+void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduction& reduction,
+                Finish&& finish, Apply&& apply) {
   if (!partition.in_columns() && channels >= 4 * threads.count) {
     const int64_t per_channel = partition.per_channel();
     const int64_t grain = grain_of(partition, partition.blocks());
     threads.for_each(channels, std::max<int64_t>(1, grain / per_channel), [&](int64_t channel) {
       const int64_t first = channel * per_channel, last = first + per_channel;
-      prepare(channel);
-      for (int64_t i = first; i < last; ++i) reduce(i, Look::first);
-      if (!finish(channel, Look::first)) {
-        for (int64_t i = first; i < last; ++i) reduce(i, Look::second);
-        finish(channel, Look::second);
+      reduction.prepare(channel, channel + 1);
+      for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::first);
+      if (!reduction.merge(channel, channel + 1, Look::first)) {
+        for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::second);
+        reduction.merge(channel, channel + 1, Look::second);
       }
+      finish(channel, channel + 1);
       for (int64_t i = last - 1; i >= first; --i) apply(partition.block(i), partition.mask_block(i), channel);
     });
   } else {
     const int64_t grain = grain_of(partition, partition.blocks()),
-                  channel_grain = std::max<int64_t>(1, 4096 * channels / partition.partials());
-    std::vector<char> finished(size_t(channels), 0);
-    threads.for_each(channels, channel_grain, prepare);
-    threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduce(i, Look::first); });
-    threads.for_each(channels, channel_grain, [&](int64_t c) { finished[size_t(c)] = finish(c, Look::first); });
-    if (std::find(finished.begin(), finished.end(), false) != finished.end()) {
-      threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduce(i, Look::second); });
-      for (int64_t c = 0; c < channels; ++c)
-        if (!finished[size_t(c)]) finish(c, Look::second);
+                  merge_grain = std::max<int64_t>(1, channels_a_thread * channels / partition.partials());
+    std::atomic<bool> merged = true;
+    threads.for_each_range(channels, channels_a_thread,
+                           [&](int64_t begin, int64_t end) { reduction.prepare(begin, end); });
+    threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::first); });
+    threads.for_each_range(channels, merge_grain, [&](int64_t begin, int64_t end) {
+      if (!reduction.merge(begin, end, Look::first)) merged = false;
+    });
+    if (!merged) {
+      threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::second); });
+      reduction.merge(0, channels, Look::second);
     }
+    threads.for_each_range(channels, channels_a_thread, finish);
     threads.for_each(partition.blocks(), grain, [&](int64_t i) {
       apply(partition.block(i), partition.mask_block(i), partition.first_channel(i));
     });

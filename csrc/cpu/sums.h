@@ -155,25 +155,49 @@ FASTBN_INLINE void sum_columns(const Block& block, ColumnSums sums, Prepare&& pr
   for_each_strip<A>(block, rows_of_column_sums, strip);
 }
 
-// An element near the middle of the data: of five, spread over the channel and off its ends, the median. Images are
-// often padded, so that a first element alone may lie far from all others.
-template <class T>
-double pivot(const void* data, const Layout& layout, int64_t channel) {
-  using A = acc_t<T>;
-  constexpr int samples = 5;
-  const T* input = static_cast<const T*>(data);
+// Of the finite ones; 0 where there are none. About infinity every sum would be NaN.
+template <class A, int samples>
+A finite_median(const A (&sample)[samples]) {
   A sorted[samples];
   int count = 0;
-  for (int i = 0; i < samples; ++i) {
-    const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
-    const int64_t run = element / layout.inner * layout.channels + channel;
-    const A value = to_acc(input[run * layout.inner + element % layout.inner]);
-    if (value - value != 0) continue;  // about infinity every sum would be NaN
+  for (const A value : sample) {
+    if (value - value != 0) continue;
     int at = count++;
     for (; at > 0 && sorted[at - 1] > value; --at) sorted[at] = sorted[at - 1];
     sorted[at] = value;
   }
   return count > 0 ? sorted[count / 2] : 0;
+}
+
+// Without the branches of a sort, of which random data would take half the wrong way.
+template <class A>
+FASTBN_INLINE A median(const A (&x)[5]) {
+  auto least = [](A a, A b) FASTBN_INLINE_LAMBDA { return a < b ? a : b; };
+  auto most = [](A a, A b) FASTBN_INLINE_LAMBDA { return a < b ? b : a; };
+  const A low = most(least(x[0], x[1]), least(x[2], x[3])), high = least(most(x[0], x[1]), most(x[2], x[3]));
+  return most(least(low, high), least(most(low, high), x[4]));
+}
+
+// Of each channel an element near the middle of its data: of five, spread over the channel and off its ends, the
+// median. Images are often padded, so that a first element alone may lie far from all others.
+template <class T>
+void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, void* result) {
+  using A = acc_t<T>;
+  constexpr int samples = 5;
+  const T* first[samples];  // of channel 0
+  for (int i = 0; i < samples; ++i) {
+    const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
+    const int64_t run = element / layout.inner * layout.channels;
+    first[i] = static_cast<const T*>(data) + run * layout.inner + element % layout.inner;
+  }
+  for (int64_t channel = begin; channel < end; ++channel) {
+    A sample[samples], zero = 0;
+    for (int i = 0; i < samples; ++i) {
+      sample[i] = to_acc(first[i][channel * layout.inner]);
+      zero += sample[i] - sample[i];
+    }
+    static_cast<A*>(result)[channel] = zero == 0 ? median(sample) : finite_median(sample);
+  }
 }
 
 template <class T, class Terms>

@@ -128,6 +128,35 @@ struct ChannelVector {
       default: static_cast<float16*>(data)[channel] = from_acc<float16>(float(value)); break;
     }
   }
+
+  // The same of channels [first, first + count), with one switch for all of them.
+  void load_or(int64_t first, int64_t count, double fallback, double* values) const {
+    auto convert = [=](const auto* source) {
+      for (int64_t i = 0; i < count; ++i) values[i] = to_acc(source[first + i]);
+    };
+    if (!defined()) {
+      for (int64_t i = 0; i < count; ++i) values[i] = fallback;
+      return;
+    }
+    switch (dtype) {
+      case DType::float32: return convert(static_cast<const float*>(data));
+      case DType::float64: return convert(static_cast<const double*>(data));
+      case DType::bfloat16: return convert(static_cast<const bfloat16*>(data));
+      default: return convert(static_cast<const float16*>(data));
+    }
+  }
+
+  void store(int64_t first, int64_t count, const double* values) const {
+    auto convert = [=]<class T>(T* target) {
+      for (int64_t i = 0; i < count; ++i) target[first + i] = from_acc<T>(acc_t<T>(values[i]));
+    };
+    switch (dtype) {
+      case DType::float32: return convert(static_cast<float*>(data));
+      case DType::float64: return convert(static_cast<double*>(data));
+      case DType::bfloat16: return convert(static_cast<bfloat16*>(data));
+      default: return convert(static_cast<float16*>(data));
+    }
+  }
 };
 
 }  // namespace fastbn

@@ -94,14 +94,8 @@ class Backward {
 
   void reduce(int64_t i, Look) {
     const GradArgs args = args_from(partition_.first_channel(i), true);
-    if (partition_.in_columns()) {
-      table_.column_grad_sums(args, partition_.block(i), partition_.mask_block(i),
-                              partition_.column_sums(i, partials_.data()));
-    } else {
-      const Sums sums = table_.channel_grad_sums(args, partition_.block(i), partition_.mask_block(i));
-      partials_[size_t(2 * i)] = sums.first;
-      partials_[size_t(2 * i + 1)] = sums.second;
-    }
+    (partition_.in_columns() ? table_.column_grad_sums : table_.channel_grad_sums)(
+        args, partition_.block(i), partition_.mask_block(i), partition_.column_sums(i, partials_.data()));
   }
 
   bool merge(int64_t begin, int64_t end, Look) {

@@ -39,17 +39,15 @@ class Statistician {
   }
 
   void reduce(int64_t i, Look look) {
-    const Block block = partition_.block(i);
-    if (partition_.in_columns()) {
-      const ColumnSums sums = partition_.column_sums(i, partials_.data());
-      if (look == Look::second) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
-      (look == Look::first ? table_.column_sums : table_.column_sums_in_double)(params_.input, block, pivots_.data(),
-                                                                                sums);
+    const ColumnSums sums = partition_.column_sums(i, partials_.data());
+    const A* pivots = &pivots_[size_t(partition_.first_channel(i))];
+    if (look == Look::first) {
+      (partition_.in_columns() ? table_.column_sums : table_.channel_sums)(params_.input, partition_.block(i), pivots,
+                                                                           sums);
     } else {
-      const Sums sums = (look == Look::first ? table_.channel_sums : table_.channel_sums_in_double)(
-          params_.input, block, &pivots_[size_t(partition_.first_channel(i))]);
-      partials_[size_t(2 * i)] = sums.first;
-      partials_[size_t(2 * i + 1)] = sums.second;
+      std::fill_n(sums.first, 2 * partition_.width(), 0.0);
+      (partition_.in_columns() ? table_.column_sums_in_double : table_.channel_sums_in_double)(
+          params_.input, partition_.block(i), pivots, sums);
     }
   }
 

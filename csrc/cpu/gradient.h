@@ -103,26 +103,30 @@ FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Block& block, cons
 }
 
 template <class T>
-Sums channel_grad_sums(const GradArgs& args, Block block, MaskBlock mask_block) {
+void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
-  const T* input = static_cast<const T*>(args.input) + block.offset;
-  const V pivot = coefficient<false, A>(args.affine.pivot, 0, AllLanes<A>{});
-  const MaskRows mask{args.mask ? args.mask + mask_block.offset : nullptr, mask_block.row_stride};
-  Sums result;
-  with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
-    const auto prepared = source.prepare(0, AllLanes<A>{});
-    result = sum_channel<A, WideSums<A>>(
-        block, [&](WideSums<A>& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-          const int64_t at = row * block.row_stride + column;
-          // Beyond the row's end x is such that 0 * (x - pivot) is 0.
-          const V x = keep(lanes, load(input + at, lanes), pivot);
-          const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out + at, lanes));
-          terms.add_weighted(grad_z, x - pivot);
-        });
+  sum_channels<A>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
+    const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
+    const T* input = static_cast<const T*>(args.input) + block.offset;
+    const V pivot = coefficient<false, A>(args.affine.pivot, channel, AllLanes<A>{});
+    const int64_t mask_offset =
+        mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
+    const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
+    WideSums<A> result;
+    with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+      const auto prepared = source.prepare(channel, AllLanes<A>{});
+      result = sum_channel<A, WideSums<A>>(
+          block, [&](WideSums<A>& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            // Beyond the row's end x is such that 0 * (x - pivot) is 0.
+            const V x = keep(lanes, load(input + at, lanes), pivot);
+            const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            terms.add_weighted(grad_z, x - pivot);
+          });
+    });
+    return result;
   });
-  return result;
 }
 
 template <class T>

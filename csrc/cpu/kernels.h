@@ -11,14 +11,17 @@
 namespace fastbn::cpu {
 
 // Rows of contiguous elements. A block's rows are runs of one channel, or of one channel after the other; or its
-// columns are channels.
+// columns are channels. What sums are taken of may be several such blocks of one channel each, side by side.
 struct Block {
   int64_t offset;  // of the first element, in elements
   int64_t rows;
   int64_t row_stride;  // in elements
   int64_t cols;
   int64_t channel_step = 0;  // from row to row
+  int64_t channels = 1;      // side by side, at most most_channels
 };
+
+constexpr int64_t most_channels = 64;
 
 // Where a block's mask lies. A run starts at a byte of its own; a row of the block is one run, part of one, or several.
 struct MaskBlock {
@@ -27,7 +30,7 @@ struct MaskBlock {
   int64_t run = 0;  // in elements
 };
 
-// Arrays of acc_t<T>: one element where the block lies in one channel, else one a column. Members are those of Affine.
+// Arrays of acc_t<T>: an element for each of the block's channels or columns. Members are those of Affine.
 struct AffineArrays {
   const void* pivot = nullptr;
   const void* scale = nullptr;
@@ -72,25 +75,25 @@ struct Sums {
   double second = 0;  // of (x - pivot)^2; of grad_z * (x - pivot)
 };
 
-// Likewise for each column of a block.
+// Likewise for each channel or column of a block.
 struct ColumnSums {
   double* first;
   double* second;
 };
 
-// Those of columns add to what is there.
+// Sums are added to what is there.
 struct Kernels {
   // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
-  // About the pivot, an acc_t<T>, or that of each column.
-  Sums (*channel_sums)(const void* input, Block block, const void* pivot);
+  // About pivots, an acc_t<T> a channel or column.
+  void (*channel_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);
   void (*column_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);
   // The same without a step in float, for data that it cannot sum well.
-  Sums (*channel_sums_in_double)(const void* input, Block block, const void* pivot);
+  void (*channel_sums_in_double)(const void* input, Block block, const void* pivots, ColumnSums sums);
   void (*column_sums_in_double)(const void* input, Block block, const void* pivots, ColumnSums sums);
   void (*channel_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
   void (*column_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
-  Sums (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask);
+  void (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
   void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
   void (*channel_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
   void (*column_input_grad)(const GradArgs& args, Block block, MaskBlock mask);

@@ -13,7 +13,7 @@ namespace fastbn::cpu::FASTBN_ISA {
 // by at most 1e-6 of the sum of magnitudes, and by some 1e-8 where roundings do not all have the same sign.
 constexpr int terms_in_lane = 16;
 // Estimate: so many rows at once are as many streams as hardware prefetches.
-constexpr int64_t rows_of_column_sums = 16, rows_of_strip = 4;
+constexpr int64_t rows_of_column_sums = 16, rows_of_channel_sums = 8, rows_of_strip = 4;
 
 // visit(column, lanes) over the columns of a row.
 template <class A, class Visit>

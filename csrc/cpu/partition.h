@@ -26,15 +26,20 @@ class Partition {
       rows_per_block_ = std::max<int64_t>(std::min(65536 / width_, rows_ / 16), 16);
       blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
     } else {
+      // Channels of short runs are taken several at once, so that memory is read by the KiB, but no more than a core's
+      // cache holds.
+      const int64_t most = std::min<int64_t>({1024 / layout.inner, 65536 / layout.count(), most_channels});
+      width_ = std::clamp<int64_t>(most, 1, layout.channels);
       // Estimate: 16 Ki elements are work enough for a call, and little enough to share out evenly.
       constexpr int64_t block_elements = 16384;
-      width_ = 1;
-      rows_per_block_ = std::max<int64_t>(1, block_elements / layout.inner);
+      rows_per_block_ = std::max<int64_t>(1, block_elements / (width_ * layout.inner));
+      channels_per_image_block_ = std::max<int64_t>(1, block_elements / layout.inner);
       const int64_t pieces = (layout.inner + block_elements - 1) / block_elements;
       piece_ = ((layout.inner + pieces - 1) / pieces + 63) / 64 * 64;  // whole mask bytes, whole vectors
       pieces_ = (layout.inner + piece_ - 1) / piece_;
-      per_channel_ = (layout.outer + rows_per_block_ - 1) / rows_per_block_ * pieces_;
-      blocks_ = layout.channels * per_channel_;
+      per_group_ = (layout.outer + rows_per_block_ - 1) / rows_per_block_ * pieces_;
+      groups_ = (layout.channels + width_ - 1) / width_;
+      blocks_ = groups_ * per_group_;
     }
   }
 
@@ -43,17 +48,20 @@ class Partition {
 
   int64_t elements() const { return layout_.numel(); }
 
-  // Partial results a block, two numbers each: its columns, or one.
+  // Partial results a block, two numbers each: of its columns, or its channels.
   int64_t width() const { return width_; }
   int64_t partials() const { return blocks_ * width_; }
 
   // Entries of a table of coefficients: one a channel, or where channels are columns, one a column.
   int64_t entries() const { return in_columns_ ? width_ : layout_.channels; }
 
-  // A channel's blocks are [channel * per_channel, (channel + 1) * per_channel), where blocks lie in one channel.
-  int64_t per_channel() const { return per_channel_; }
-  // Where its entries in tables of coefficients begin.
-  int64_t first_channel(int64_t block) const { return in_columns_ ? 0 : block / per_channel_; }
+  // Where channels have runs, those of a group share their blocks, which are [group * per_group, (group + 1) *
+  // per_group).
+  int64_t groups() const { return groups_; }
+  int64_t per_group() const { return per_group_; }
+  // A block's entries in tables of coefficients.
+  int64_t first_channel(int64_t block) const { return in_columns_ ? 0 : block / per_group_ * width_; }
+  int64_t end_channel(int64_t block) const { return std::min(first_channel(block) + width_, layout_.channels); }
 
   Block block(int64_t index) const {
     if (in_columns_) {
@@ -61,32 +69,48 @@ class Partition {
       if (first >= rows_) return {rows_ * width_, 1, width_, rest_};
       return {first * width_, std::min(rows_per_block_, rows_ - first), width_, width_};
     }
-    const int64_t channel = index / per_channel_, part = index % per_channel_;
+    const int64_t channel = first_channel(index), part = index % per_group_;
     const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
     return {(first * layout_.channels + channel) * layout_.inner + column,
-            std::min(rows_per_block_, layout_.outer - first), layout_.channels * layout_.inner,
-            std::min(piece_, layout_.inner - column)};
+            std::min(rows_per_block_, layout_.outer - first),
+            layout_.channels * layout_.inner,
+            std::min(piece_, layout_.inner - column),
+            0,
+            end_channel(index) - channel};
   }
 
   MaskBlock mask_block(int64_t index) const {
     const int64_t bytes = layout_.mask_bytes_per_run(), run = layout_.run();
     if (in_columns_) return {std::min(index * rows_per_block_, rows_) * group_ * bytes, group_ * bytes, run};
-    const int64_t channel = index / per_channel_, part = index % per_channel_;
+    const int64_t channel = first_channel(index), part = index % per_group_;
     const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
     return {(first * layout_.channels + channel) * bytes + column / 8, layout_.channels * bytes, run};
+  }
+
+  // call(block, its mask, first channel): a block as leaf loops without sums take it, which is of one channel, or image
+  // by image, the last first, whose rows are those of one channel after the other.
+  template <class Call>
+  void for_each_slice(int64_t index, Call&& call) const {
+    const Block whole = block(index);
+    const MaskBlock mask = mask_block(index);
+    const int64_t channel = first_channel(index);
+    if (whole.channels == 1) return call(whole, mask, channel);
+    for (int64_t row = whole.rows - 1; row >= 0; --row)
+      call(Block{whole.offset + row * whole.row_stride, whole.channels, whole.cols, whole.cols, 1},
+           MaskBlock{mask.offset + row * mask.row_stride, layout_.mask_bytes_per_run(), mask.run}, channel);
   }
 
   // The same elements in the order of memory, for what needs no sums: where runs are shorter than a block, its rows are
   // those of one channel after the other of an image.
   bool has_image_blocks() const { return !in_columns_ && pieces_ == 1; }
   int64_t image_blocks() const { return layout_.outer * parts_of_image(); }
-  int64_t first_image_channel(int64_t index) const { return index % parts_of_image() * rows_per_block_; }
+  int64_t first_image_channel(int64_t index) const { return index % parts_of_image() * channels_per_image_block_; }
 
   Block image_block(int64_t index) const {
     const int64_t channel = first_image_channel(index);
     const int64_t first = index / parts_of_image() * layout_.channels + channel;
-    return {first * layout_.inner, std::min(rows_per_block_, layout_.channels - channel), layout_.inner, layout_.inner,
-            1};
+    return {first * layout_.inner, std::min(channels_per_image_block_, layout_.channels - channel), layout_.inner,
+            layout_.inner, 1};
   }
 
   MaskBlock image_mask_block(int64_t index) const {
@@ -108,9 +132,11 @@ class Partition {
     std::fill(totals.second + begin, totals.second + end, 0.0);
     if (!in_columns_) {
       for (int64_t c = begin; c < end; ++c) {
-        for (int64_t k = c * per_channel_; k < (c + 1) * per_channel_; ++k) {
-          totals.first[c] += partials[2 * k];
-          totals.second[c] += partials[2 * k + 1];
+        const int64_t first = c / width_ * per_group_;
+        for (int64_t i = first; i < first + per_group_; ++i) {
+          const ColumnSums sums = column_sums(i, partials);
+          totals.first[c] += sums.first[c % width_];
+          totals.second[c] += sums.second[c % width_];
         }
       }
       return;
@@ -126,13 +152,16 @@ class Partition {
   }
 
  private:
-  int64_t parts_of_image() const { return (layout_.channels + rows_per_block_ - 1) / rows_per_block_; }
+  int64_t parts_of_image() const {
+    return (layout_.channels + channels_per_image_block_ - 1) / channels_per_image_block_;
+  }
 
   Layout layout_;
   bool in_columns_;
   int64_t width_ = 0, rows_per_block_ = 0, blocks_ = 0;
-  int64_t group_ = 1, rows_ = 0, rest_ = 0;           // in columns
-  int64_t piece_ = 0, pieces_ = 0, per_channel_ = 0;  // in channels
+  int64_t group_ = 1, rows_ = 0, rest_ = 0;                      // in columns
+  int64_t piece_ = 0, pieces_ = 0, per_group_ = 0, groups_ = 0;  // in channels
+  int64_t channels_per_image_block_ = 0;
 };
 
 // Below 16 Ki elements, or so many channels or additions of partial sums, a thread is not worth waking (estimates).
@@ -141,47 +170,52 @@ inline int64_t grain_of(const Partition& partition, int64_t blocks) {
   return std::max<int64_t>(1, 16384 * blocks / partition.elements());
 }
 
-// finish(begin, end), of all channels, then apply(block, mask block, first channel).
-template <class Finish, class Apply>
-void run_last_phase(const Partition& partition, int64_t channels, const Threads& threads, Finish&& finish,
-                    Apply&& apply) {
-  threads.for_each_range(channels, channels_a_thread, finish);
+// apply(block, its mask, first channel) over all elements, in the order of memory where there is one.
+template <class Apply>
+void run_apply(const Partition& partition, const Threads& threads, Apply&& apply) {
   if (partition.has_image_blocks()) {
     threads.for_each(partition.image_blocks(), grain_of(partition, partition.image_blocks()), [&](int64_t i) {
       apply(partition.image_block(i), partition.image_mask_block(i), partition.first_image_channel(i));
     });
   } else {
-    threads.for_each(partition.blocks(), grain_of(partition, partition.blocks()), [&](int64_t i) {
-      apply(partition.block(i), partition.mask_block(i), partition.first_channel(i));
-    });
+    threads.for_each(partition.blocks(), grain_of(partition, partition.blocks()),
+                     [&](int64_t i) { partition.for_each_slice(i, apply); });
   }
 }
 
+// finish(begin, end), of all channels, then apply.
+template <class Finish, class Apply>
+void run_last_phase(const Partition& partition, int64_t channels, const Threads& threads, Finish&& finish,
+                    Apply&& apply) {
+  threads.for_each_range(channels, channels_a_thread, finish);
+  run_apply(partition, threads, apply);
+}
+
 // The reduction's prepare(begin, end), of channels, reduce(block, look) and merge(begin, end, look), then finish and
-// apply as above. Where merge says no to a first look, the channels' blocks are reduced and merged again. A channel
-// that one thread has to itself goes through all phases while it is cached, last block first.
+// apply as above. Where merge says no to a first look, the channels' blocks are reduced and merged again. A group of
+// channels that one thread has to itself goes through all phases while it is cached, last block first.
 enum class Look { first, second };
 
 template <class Reduction, class Finish, class Apply>
 void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduction& reduction,
                 Finish&& finish, Apply&& apply) {
-  if (!partition.in_columns() && channels >= 4 * threads.count) {
-    const int64_t per_channel = partition.per_channel();
-    const int64_t grain = grain_of(partition, partition.blocks());
-    threads.for_each(channels, std::max<int64_t>(1, grain / per_channel), [&](int64_t channel) {
-      const int64_t first = channel * per_channel, last = first + per_channel;
-      reduction.prepare(channel, channel + 1);
+  const int64_t grain = grain_of(partition, partition.blocks());
+  if (partition.groups() >= 4 * threads.count) {
+    const int64_t per_group = partition.per_group();
+    threads.for_each(partition.groups(), std::max<int64_t>(1, grain / per_group), [&](int64_t group) {
+      const int64_t first = group * per_group, last = first + per_group;
+      const int64_t begin = partition.first_channel(first), end = partition.end_channel(first);
+      reduction.prepare(begin, end);
       for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::first);
-      if (!reduction.merge(channel, channel + 1, Look::first)) {
+      if (!reduction.merge(begin, end, Look::first)) {
         for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::second);
-        reduction.merge(channel, channel + 1, Look::second);
+        reduction.merge(begin, end, Look::second);
       }
-      finish(channel, channel + 1);
-      for (int64_t i = last - 1; i >= first; --i) apply(partition.block(i), partition.mask_block(i), channel);
+      finish(begin, end);
+      for (int64_t i = last - 1; i >= first; --i) partition.for_each_slice(i, apply);
     });
   } else {
-    const int64_t grain = grain_of(partition, partition.blocks()),
-                  merge_grain = std::max<int64_t>(1, channels_a_thread * channels / partition.partials());
+    const int64_t merge_grain = std::max<int64_t>(1, channels_a_thread * channels / partition.partials());
     std::atomic<bool> merged = true;
     threads.for_each_range(channels, channels_a_thread,
                            [&](int64_t begin, int64_t end) { reduction.prepare(begin, end); });
@@ -193,10 +227,7 @@ void run_phases(const Partition& partition, int64_t channels, const Threads& thr
       threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::second); });
       reduction.merge(0, channels, Look::second);
     }
-    threads.for_each_range(channels, channels_a_thread, finish);
-    threads.for_each(partition.blocks(), grain, [&](int64_t i) {
-      apply(partition.block(i), partition.mask_block(i), partition.first_channel(i));
-    });
+    run_last_phase(partition, channels, threads, finish, apply);
   }
 }
 

@@ -30,9 +30,13 @@ struct WideVec {
     return *this;
   }
   FASTBN_INLINE double total() const {
-    double sum = 0;
-    for (int i = 0; i < Vec<A>::lanes; ++i) sum += part[i / Vec<double>::lanes].native[i % Vec<double>::lanes];
-    return sum;
+    Vec<double> sum = part[0];
+    for (int i = 1; i < parts; ++i) sum += part[i];
+    double lane[Vec<double>::lanes];
+    store(lane, sum);
+    for (int step = Vec<double>::lanes / 2; step > 0; step /= 2)
+      for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+    return lane[0];
   }
 };
 
@@ -96,7 +100,6 @@ struct WideSums {
     first += Value(other.first);
     second += Value(other.second);
   }
-  FASTBN_INLINE Sums total() const { return {first.total(), second.total()}; }
 };
 
 // What a forward's terms are added up in at first. Differences of halves and their squares have few digits, so that
@@ -120,9 +123,9 @@ FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A
   add_columns(sums.second + column, terms.second, lanes);
 }
 
-// Sums of a block of one channel: add(terms, row, column, lanes) adds those of a vector.
+// Sums of a block of one channel, lane by lane: add(terms, row, column, lanes) adds those of a vector.
 template <class A, class Terms, class Add>
-FASTBN_INLINE Sums sum_channel(const Block& block, Add&& add) {
+FASTBN_INLINE WideSums<A> sum_channel(const Block& block, Add&& add) {
   constexpr int chains = 4;  // additions wait for one another
   WideSums<A> total;
   Terms terms[chains];
@@ -138,7 +141,30 @@ FASTBN_INLINE Sums sum_channel(const Block& block, Add&& add) {
       [&](int chain, int64_t row, int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { add(terms[chain], row, column, lanes); },
       flush);
-  return total.total();
+  return total;
+}
+
+// Sums of a block's channels: sum(channel, first row, part) gives those of part of a channel, lane by lane. Several
+// channels are walked side by side, a few rows at a time, which is nearly the order of memory.
+template <class A, class Sum>
+FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) {
+  struct {
+    WideVec<A> first, second;
+  } total[most_channels];
+  const int64_t rows = block.channels > 1 ? rows_of_channel_sums : block.rows;
+  for (int64_t row = 0; row < block.rows; row += rows) {
+    for (int64_t channel = 0; channel < block.channels; ++channel) {
+      const Block part{block.offset + row * block.row_stride + channel * block.cols, std::min(rows, block.rows - row),
+                       block.row_stride, block.cols};
+      WideSums<A> terms = sum(channel, row, part);
+      if (row > 0) terms.join(WideSums<A>{total[channel].first, total[channel].second});
+      total[channel] = {terms.first, terms.second};
+    }
+  }
+  for (int64_t channel = 0; channel < block.channels; ++channel) {
+    sums.first[channel] += total[channel].first.total();
+    sums.second[channel] += total[channel].second.total();
+  }
 }
 
 // Sums of the columns of a block: prepare(column, lanes) gives what add(terms, prepared, row, column, lanes) uses.
@@ -201,17 +227,20 @@ void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, 
 }
 
 template <class T, class Terms>
-Sums channel_sums(const void* data, Block block, const void* pivot_value) {
+void channel_sums(const void* data, Block whole, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
-  const T* input = static_cast<const T*>(data) + block.offset;
-  const Vec<A> narrow_pivot(static_cast<const A*>(pivot_value)[0]);
-  const typename Terms::Value pivot(narrow_pivot);
-  return sum_channel<A, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-    const T* source = input + row * block.row_stride + column;
-    if constexpr (std::is_same_v<decltype(lanes), AllLanes<A>>)
-      terms.add_shifted(Terms::load_value(source, lanes), pivot);
-    else
-      terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
+  sum_channels<A>(whole, sums, [&](int64_t channel, int64_t, const Block& block) FASTBN_INLINE_LAMBDA {
+    const T* input = static_cast<const T*>(data) + block.offset;
+    const Vec<A> narrow_pivot(static_cast<const A*>(pivots)[channel]);
+    const typename Terms::Value pivot(narrow_pivot);
+    return sum_channel<A, Terms>(
+        block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+          const T* source = input + row * block.row_stride + column;
+          if constexpr (std::is_same_v<decltype(lanes), AllLanes<A>>)
+            terms.add_shifted(Terms::load_value(source, lanes), pivot);
+          else
+            terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
+        });
   });
 }
 

@@ -125,10 +125,18 @@ FASTBN_INLINE Vec<double> to_double(HalfVec x) {
 
 // The first (part 0) or the last (part 1) half of the lanes, as double.
 FASTBN_INLINE Vec<double> widen(Vec<float> x, int part) {
+#if defined(__AVX512F__)
+  return to_double((HalfVec)(part == 0 ? _mm512_castps512_ps256((__m512)x.native)
+                                       : _mm512_maskz_extractf32x8_ps(0xff, (__m512)x.native, 1)));
+#elif defined(__AVX2__)
+  return to_double(
+      (HalfVec)(part == 0 ? _mm256_castps256_ps128((__m256)x.native) : _mm256_extractf128_ps((__m256)x.native, 1)));
+#else
   struct Halves {
     HalfVec half[2];
   };
   return to_double(__builtin_bit_cast(Halves, x.native).half[part]);
+#endif
 }
 
 FASTBN_INLINE Vec<double> load_as_double(const float* source) {

@@ -96,7 +96,7 @@ def _reference(operation: Operation, inputs: Inputs, channels: Tensor) -> Iterat
     if operation.training:
         output, mean, inv_std, _ = reference.batch_norm_train(*operands, None, MOMENTUM, EPS, activation, False)
     else:
-        output, mean, inv_std, _ = reference.batch_norm_eval(*operands, EPS, activation, True, False)
+        output, mean, inv_std, _ = reference.batch_norm_frozen(*operands, EPS, activation, False)
     yield "output", (output, _element_tolerance(output, dtype, count))
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
         yield name, (statistic, _sum_error(count) * (statistic.abs() + 1))

@@ -34,6 +34,7 @@ DTYPES = (torch.float32, torch.float64, *HALF_TYPES)
 OPS = (
     "batch_norm_train",
     "batch_norm_eval",
+    "batch_norm_frozen",
     "batch_norm_backward",
     "channel_stats",
     "normalize",
@@ -45,7 +46,7 @@ _backends: dict[str, Any] = {}
 
 
 def namespace(backend: str) -> Any:
-    """What holds the seven ops of a backend as attributes. ValueError for an unknown name."""
+    """What holds the eight ops of a backend as attributes. ValueError for an unknown name."""
     try:
         return _backends[backend]
     except KeyError:
@@ -203,8 +204,8 @@ def why_refused(
     return None
 
 
-def _stats(input: Tensor, wanted: bool = True) -> Tensor:
-    return input.new_empty(input.size(1) if wanted else 0, dtype=torch.float64)
+def _stats(input: Tensor) -> Tensor:
+    return input.new_empty(input.size(1), dtype=torch.float64)
 
 
 def _output(input: Tensor) -> Tensor:
@@ -232,10 +233,14 @@ def _fake_train(
     return _output(input), _stats(input), _stats(input), _mask(input, activation, save_mask)
 
 
-def _fake_eval(input, residual, weight, bias, running_mean, running_var, eps, activation, save_stats, save_mask):
+def _fake_eval(input, residual, weight, bias, running_mean, running_var, eps, activation):
     _check_devices(input, weight, bias, running_mean, running_var)
-    stats = _stats(input, save_stats), _stats(input, save_stats)
-    return _output(input), *stats, _mask(input, activation, save_mask)
+    return _output(input)
+
+
+def _fake_frozen(input, residual, weight, bias, running_mean, running_var, eps, activation, save_mask):
+    _check_devices(input, weight, bias, running_mean, running_var)
+    return _output(input), _stats(input), _stats(input), _mask(input, activation, save_mask)
 
 
 def _fake_backward(
@@ -296,6 +301,7 @@ def _fake_input_grad(
 _FAKES = (
     _fake_train,
     _fake_eval,
+    _fake_frozen,
     _fake_backward,
     _fake_channel_stats,
     _fake_normalize,

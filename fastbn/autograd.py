@@ -33,10 +33,16 @@ def batch_norm(input: Tensor, residual: Tensor | None, weight: Tensor | None, bi
         or (residual is not None and residual.requires_grad)
     ):
         return _apply(input, residual, weight, bias, rest)
-    return _forward(input, residual, weight, bias, rest, save_stats=False, save_mask=False)[0]
+    running_mean, running_var, _, batch_stats, _, eps, activation, backend = rest
+    if batch_stats:
+        return _forward(input, residual, weight, bias, rest, save_mask=False)[0]
+    with _below_autograd():
+        return _ops.namespace(backend).batch_norm_eval(
+            input, residual, weight, bias, running_mean, running_var, eps, activation
+        )
 
 
-def _forward(input, residual, weight, bias, rest, *, save_stats: bool, save_mask: bool):
+def _forward(input, residual, weight, bias, rest, *, save_mask: bool):
     """(output, mean, inv_std, mask)"""
     running_mean, running_var, num_batches_tracked, batch_stats, momentum, eps, activation, backend = rest
     operands = (input, residual, weight, bias, running_mean, running_var)
@@ -44,7 +50,7 @@ def _forward(input, residual, weight, bias, rest, *, save_stats: bool, save_mask
     with _below_autograd():
         if batch_stats:
             return ops.batch_norm_train(*operands, num_batches_tracked, momentum, eps, activation, save_mask)
-        return ops.batch_norm_eval(*operands, eps, activation, save_stats, save_mask)
+        return ops.batch_norm_frozen(*operands, eps, activation, save_mask)
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -58,7 +64,7 @@ class BatchNormFunction(torch.autograd.Function):
     def forward(ctx, input, residual, weight, bias, rest) -> Tensor:
         *_, batch_stats, _, eps, activation, backend = rest
         masked = residual is not None and is_piecewise_linear(activation) and _ops.saves_mask(backend, input)
-        output, mean, inv_std, mask = _forward(input, residual, weight, bias, rest, save_stats=True, save_mask=masked)
+        output, mean, inv_std, mask = _forward(input, residual, weight, bias, rest, save_mask=masked)
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked
         needs_input_data = batch_stats or recomputes or ctx.needs_input_grad[2]

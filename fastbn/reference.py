@@ -36,6 +36,7 @@ __all__ = [
     "backward_formula",
     "batch_norm_backward",
     "batch_norm_eval",
+    "batch_norm_frozen",
     "batch_norm_train",
     "channel_stats",
     "grad_sums",
@@ -104,13 +105,17 @@ def batch_norm_train(
     return output, mean, inv_std, mask
 
 
-def batch_norm_eval(input, residual, weight, bias, running_mean, running_var, eps, activation, save_stats, save_mask):
-    """Normalise with the running statistics: (output, mean, inv_std, mask)."""
+def batch_norm_eval(input, residual, weight, bias, running_mean, running_var, eps, activation):
+    """Normalise with the running statistics: output."""
+    return batch_norm_frozen(input, residual, weight, bias, running_mean, running_var, eps, activation, False)[0]
+
+
+def batch_norm_frozen(input, residual, weight, bias, running_mean, running_var, eps, activation, save_mask):
+    """Normalise with the running statistics, for backward: (output, mean, inv_std, mask)."""
     x, r, w, b, mean, var = _double(input, residual, weight, bias, running_mean, running_var)
     inv_std = (var + eps).rsqrt()
     output, mask = _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
-    saved = (mean.clone(), inv_std) if save_stats else (mean.new_empty(EMPTY), mean.new_empty(EMPTY))
-    return output, *saved, mask
+    return output, mean.clone(), inv_std, mask
 
 
 def channel_stats(input):

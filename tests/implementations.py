@@ -22,7 +22,7 @@ EMULATED_LIMITS = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """`namespace` has the seven ops as attributes; they are called with tensors on `device`."""
+    """`namespace` has the eight ops as attributes; they are called with tensors on `device`."""
 
     name: str
     namespace: Any

@@ -170,7 +170,8 @@ def _op_arguments():
     backward = (x, x, None, None, None, None, stats, stats)
     return {
         "batch_norm_train": (x, None, None, None, None, None, None, 0.1, 1e-5, 0, False),
-        "batch_norm_eval": (x, None, None, None, stats, stats, 1e-5, 0, True, False),
+        "batch_norm_eval": (x, None, None, None, stats, stats, 1e-5, 0),
+        "batch_norm_frozen": (x, None, None, None, stats, stats, 1e-5, 0, False),
         "batch_norm_backward": (*backward, True, 0, True, True, True, True),
         "channel_stats": (x,),
         "normalize": (x, None, None, None, stats, stats, 0, False),

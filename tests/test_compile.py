@@ -111,7 +111,7 @@ def test_graphs_hold_the_ops(residual, training):
     x, *added = normal(*SHAPES[2]), *([normal(*SHAPES[2], seed=1)] if residual else [])
     _step(torch.compile(fast, backend=graphs.backend, fullgraph=True), x, *added)
     forward = [name for name in graphs.forward if name.startswith("fastbn")]
-    assert forward == ["fastbn.batch_norm_train.default" if training else "fastbn.batch_norm_eval.default"]
+    assert forward == ["fastbn.batch_norm_train.default" if training else "fastbn.batch_norm_frozen.default"]
     assert [name for name in graphs.backward if name.startswith("fastbn")] == ["fastbn.batch_norm_backward.default"]
     elsewhere = ("batch_norm_legit", "native_batch_norm", "var_mean", "rsqrt", "relu", "threshold")
     for name in graphs.forward + graphs.backward:

@@ -102,7 +102,7 @@ def test_statistics_of_eval_survive_an_update_of_the_buffers(ops):
     running_mean = torch.zeros(3, dtype=torch.float64, device=ops.device)
     running_var = torch.ones(3, dtype=torch.float64, device=ops.device)
     x = torch.randn(4, 3, dtype=torch.float64, device=ops.device)
-    _, mean, _, _ = ops.namespace.batch_norm_eval(x, None, None, None, running_mean, running_var, EPS, 0, True, False)
+    _, mean, _, _ = ops.namespace.batch_norm_frozen(x, None, None, None, running_mean, running_var, EPS, 0, False)
     running_mean.fill_(7)
     assert torch.equal(mean, torch.zeros_like(mean))
 

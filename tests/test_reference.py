@@ -67,7 +67,7 @@ def test_gradients_are_autograds(name, training, residual, activation):
         if training:
             got = reference.batch_norm_train(x, r, weight, bias, None, None, None, 0.1, EPS, activation, True)
         else:
-            got = reference.batch_norm_eval(x, r, weight, bias, *running, EPS, activation, True, True)
+            got = reference.batch_norm_frozen(x, r, weight, bias, *running, EPS, activation, True)
         y, mean, inv_std, mask = got
         torch.testing.assert_close(y, output.detach(), rtol=1e-10, atol=1e-10)
         masks = [None, mask] if _activations.is_piecewise_linear(activation) else [None]

@@ -1,4 +1,4 @@
-// The seven ops, written once over a backend: check, allocate, describe, launch. A Backend is made for an input tensor
+// The eight ops, written once over a backend: check, allocate, describe, launch. A Backend is made for an input tensor
 // and runs forward, channel_stats, backward and grad_sums on parameters.
 #pragma once
 
@@ -28,26 +28,27 @@ struct Ops {
     params.has_momentum = momentum.has_value();
     params.momentum = momentum.value_or(0);
     params.eps = eps;
-    forward.allocate(save_mask);
-    const auto [mean, inv_std] = forward.allocate_stats(true);
-    Backend(operands).forward(params);
-    return {forward.output, mean, inv_std, forward.mask};
+    return launch_and_save(forward, save_mask);
   }
 
-  static Four batch_norm_eval(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
-                              const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
-                              double eps, int64_t activation, bool save_stats, bool save_mask) {
+  static Tensor batch_norm_eval(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                                double eps, int64_t activation) {
     Operands operands("batch_norm_eval", input);
     Forward forward(operands, residual, weight, bias, activation);
-    ForwardParams& params = forward.params;
-    params.statistics = Statistics::running;
-    params.running_mean = operands.channel_vector("running_mean", running_mean);
-    params.running_var = operands.channel_vector("running_var", running_var);
-    params.eps = eps;
-    forward.allocate(save_mask);
-    const auto [mean, inv_std] = forward.allocate_stats(save_stats);
-    Backend(operands).forward(params);
-    return {forward.output, mean, inv_std, forward.mask};
+    forward.normalise_by(running_mean, running_var, eps);
+    forward.allocate_output();
+    Backend(operands).forward(forward.params);
+    return forward.output;
+  }
+
+  static Four batch_norm_frozen(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                                double eps, int64_t activation, bool save_mask) {
+    Operands operands("batch_norm_frozen", input);
+    Forward forward(operands, residual, weight, bias, activation);
+    forward.normalise_by(running_mean, running_var, eps);
+    return launch_and_save(forward, save_mask);
   }
 
   static Two normalize(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
@@ -59,7 +60,8 @@ struct Ops {
     params.statistics = Statistics::given;
     params.mean = operands.channel_float64("mean", mean);
     params.inv_std = operands.channel_float64("inv_std", inv_std);
-    forward.allocate(save_mask);
+    forward.allocate_output();
+    forward.allocate_mask(save_mask);
     Backend(operands).forward(params);
     return {forward.output, forward.mask};
   }
@@ -135,6 +137,7 @@ struct Ops {
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));
     m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));
+    m.impl("batch_norm_frozen", TORCH_BOX(&batch_norm_frozen));
     m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
     m.impl("channel_stats", TORCH_BOX(&channel_stats));
     m.impl("normalize", TORCH_BOX(&normalize));
@@ -162,22 +165,38 @@ struct Ops {
       params.residual = residual ? residual->data_ptr() : nullptr;
     }
 
-    void allocate(bool save_mask) {
+    void normalise_by(const Tensor& running_mean, const Tensor& running_var, double eps) {
+      params.statistics = Statistics::running;
+      params.running_mean = operands.channel_vector("running_mean", running_mean);
+      params.running_var = operands.channel_vector("running_var", running_var);
+      params.eps = eps;
+    }
+
+    void allocate_output() {
       output = operands.empty_like_input();
       params.output = output.data_ptr();
+    }
+
+    void allocate_mask(bool save_mask) {
       const bool masked = save_mask && is_piecewise_linear(params.activation);
       mask = masked ? operands.empty_mask() : operands.nothing(ScalarType::Byte);
       if (masked) params.mask = static_cast<uint8_t*>(mask.data_ptr());
     }
-
-    Two allocate_stats(bool wanted) {
-      const int64_t size = wanted ? params.layout.channels : 0;
-      Tensor mean = operands.empty(size, ScalarType::Double), inv_std = operands.empty(size, ScalarType::Double);
-      params.mean = wanted ? static_cast<double*>(mean.data_ptr()) : nullptr;
-      params.inv_std = wanted ? static_cast<double*>(inv_std.data_ptr()) : nullptr;
-      return {mean, inv_std};
-    }
   };
+
+  // A forward op that keeps what backward needs.
+  static Four launch_and_save(Forward& forward, bool save_mask) {
+    const Operands& operands = forward.operands;
+    ForwardParams& params = forward.params;
+    forward.allocate_output();
+    const Tensor mean = operands.empty(params.layout.channels, ScalarType::Double);
+    const Tensor inv_std = operands.empty(params.layout.channels, ScalarType::Double);
+    params.mean = static_cast<double*>(mean.data_ptr());
+    params.inv_std = static_cast<double*>(inv_std.data_ptr());
+    forward.allocate_mask(save_mask);
+    Backend(operands).forward(params);
+    return {forward.output, mean, inv_std, forward.mask};
+  }
 
   // What the backward ops share.
   struct Backward {

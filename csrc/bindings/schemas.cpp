@@ -9,7 +9,10 @@ STABLE_TORCH_LIBRARY(FASTBN_NAMESPACE, m) {
       "bool save_mask) -> (Tensor output, Tensor mean, Tensor inv_std, Tensor mask)");
   m.def(
       "batch_norm_eval(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
-      "Tensor running_var, float eps, int activation, bool save_stats, bool save_mask) "
+      "Tensor running_var, float eps, int activation) -> Tensor output");
+  m.def(
+      "batch_norm_frozen(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
+      "Tensor running_var, float eps, int activation, bool save_mask) "
       "-> (Tensor output, Tensor mean, Tensor inv_std, Tensor mask)");
   m.def(
       "batch_norm_backward(Tensor grad_out, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight, "

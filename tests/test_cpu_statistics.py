@@ -1,5 +1,5 @@
 """The CPU adds up half types in float32 where that is good enough: statistics of data where it is not, and of float32,
-for each instruction set and both kinds of layout."""
+and what training makes of the latter, for each instruction set and both kinds of layout."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ import sys
 import pytest
 import torch
 
+import fastbn
 from fastbn import _C, _ops
+from tests.tolerance import assert_error_bound
 
+CHANNELS = 19
 COUNT = 10 * 100  # of a channel, as 10 images of 10 x 10
+FORMATS = (torch.contiguous_format, torch.channels_last)
+INSTRUCTION_SETS = _C.build_info()["cpu_instruction_sets"]
+MEANS = tuple(f"mean {mean:g}" for mean in (1e2, 1e4, 1e6))
+MOMENTA = (1.0, 0.1)
+EPS = 1e-5
 
 
 def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
-    """[10, 19, 10, 10] and the relative error that the variance may have."""
+    """[10, CHANNELS, 10, 10] and the relative error that the variance may have."""
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(10, 19, 10, 10, generator=generator, dtype=torch.float64)
-    data = {f"mean {mean:g}": (normal + mean, 1e-6) for mean in (1e2, 1e4, 1e6)}
+    normal = torch.randn(10, CHANNELS, 10, 10, generator=generator, dtype=torch.float64)
+    data = {name: (normal + float(name.split()[1]), 1e-6) for name in MEANS}
     # The five samples that a pivot is the median of are in the first row or column of images whose border is padded.
     border = torch.zeros(10, 10, dtype=torch.bool)
     border[0] = border[:, 0] = True
@@ -43,23 +51,41 @@ def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
     }
 
 
-def _statistics(formats=(torch.contiguous_format, torch.channels_last)):
+def _statistics():
     ops = _ops.namespace("cpu")
     return {
         (name, str(layout)): ops.channel_stats(values.contiguous(memory_format=layout))
         for name, (values, _) in _hard_data().items()
-        for layout in formats
+        for layout in FORMATS
     }
 
 
-@pytest.mark.parametrize("instruction_set", _C.build_info()["cpu_instruction_sets"])
-def test_variance_of_hard_data(instruction_set, tmp_path):
-    saved = tmp_path / "statistics.pt"
-    program = "import sys, torch; from tests import test_cpu_statistics as t; torch.save(t._statistics(), sys.argv[1])"
+def _training(batch_norm=fastbn.functional.batch_norm):
+    """Output and updated buffers for float32 data far from 0."""
+    results = {}
+    for name in MEANS:
+        values, _ = _hard_data()[name, torch.float32]
+        for layout in FORMATS:
+            x = values.contiguous(memory_format=layout)
+            for momentum in MOMENTA:
+                mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+                y = batch_norm(x, mean, var, training=True, momentum=momentum, eps=EPS)
+                results[name, str(layout), momentum] = y, mean, var
+    return results
+
+
+def _with(instruction_set, function, path):
+    """What a function of this file returns under an instruction set, which is chosen once a process."""
+    program = f"import sys, torch; from tests import test_cpu_statistics as t; torch.save(t.{function}(), sys.argv[1])"
     environment = os.environ | {"FASTBN_CPU": instruction_set, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program, str(saved)], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(path)], env=environment, check=True, timeout=120)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_variance_of_hard_data(instruction_set, tmp_path):
     data = _hard_data()
-    for (name, layout), (mean, var) in torch.load(saved).items():
+    for (name, layout), (mean, var) in _with(instruction_set, "_statistics", tmp_path / "statistics.pt").items():
         values, bound = data[name]
         rows = values.double().transpose(0, 1).flatten(1)
         exact_mean = rows.mean(1)
@@ -73,3 +99,27 @@ def test_variance_of_hard_data(instruction_set, tmp_path):
         assert error <= bound, f"{name}, {layout}: relative error {error:.2g}"
         off = ((mean - exact_mean).abs() / exact.sqrt())[finite].max().item()
         assert off <= bound, f"{name}, {layout}: mean off by {off:.2g} standard deviations"
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_running_statistics_and_output_far_from_zero(instruction_set, tmp_path):
+    """running_mean and running_var are off by at most 1e-6 of themselves, the output by as much as stock's or 2 ulp.
+
+    The reference is of the float32 data, whose own rounding is thus no error: 1e6 plus a normal value is a multiple of
+    1/16. Differences of an element and a pivot among the data are exact in float64, in which the sums of float32 are
+    taken, so what remains at every mean is the rounding of a float32 buffer, 6e-8. A few terms added in float32 at a
+    time would be off by 1e-6 (terms_in_lane of csrc/cpu/loops.h), which the statistics may be too.
+    """
+    stock = _training(torch.nn.functional.batch_norm)
+    for (name, layout, momentum), (y, *buffers) in _with(instruction_set, "_training", tmp_path / "buffers.pt").items():
+        what = f"{name}, {layout}, momentum {momentum}"
+        values, _ = _hard_data()[name, torch.float32]
+        x = values.double()
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        batch = {"running_mean": mean.flatten(), "running_var": var.flatten() * (COUNT / (COUNT - 1))}
+        before = {"running_mean": 0.0, "running_var": 1.0}
+        for buffer, (which, exact) in zip(buffers, batch.items(), strict=True):
+            expected = (1 - momentum) * before[which] + momentum * exact
+            error = ((buffer.double() - expected) / expected).abs().max().item()
+            assert error <= 1e-6, f"{which}, {what}: relative error {error:.2g}"
+        assert_error_bound(y, (x - mean) / (var + EPS).sqrt(), stock[name, layout, momentum][0], y.dtype, what)

@@ -1,30 +1,30 @@
-// Checks for the C++ tests: a failed one is printed and counted, and main returns fastbn::test::result().
+// Checks for the C++ tests: a failed one is counted, the first hundred are printed, and main returns
+// fastbn::test::result().
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <iostream>
 
 namespace fastbn::test {
 
-inline int failures = 0;
+inline int64_t failures = 0;
+constexpr int64_t printed_failures = 100;  // tensors have thousands of elements
 
 inline void report(bool passed, const char* file, int line, const char* text) {
-  if (passed) return;
-  ++failures;
+  if (passed || ++failures > printed_failures) return;
   std::cerr << file << ":" << line << ": failed: " << text << "\n";
 }
 
 template <class A, class B>
 void report_equal(const A& a, const B& b, const char* file, int line, const char* text) {
-  if (a == b) return;
-  ++failures;
+  if (a == b || ++failures > printed_failures) return;
   std::cerr << file << ":" << line << ": failed: " << text << ": " << a << " against " << b << "\n";
 }
 
 // Written so that a NaN fails.
 inline void report_near(double a, double b, double tolerance, const char* file, int line, const char* text) {
-  if (std::fabs(a - b) <= tolerance) return;
-  ++failures;
+  if (std::fabs(a - b) <= tolerance || ++failures > printed_failures) return;
   std::cerr << file << ":" << line << ": failed: " << text << ": " << a << " against " << b << ", tolerance "
             << tolerance << "\n";
 }

@@ -1,10 +1,15 @@
 // What the kernels should compute, straight from the definitions in double; and tensors of T that know their layout.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "math/params.h"
@@ -13,15 +18,55 @@ namespace fastbn::test {
 
 using Doubles = std::vector<double>;
 
+template <class T>
+constexpr DType dtype_of = DType::float32;
+template <>
+constexpr DType dtype_of<double> = DType::float64;
+template <>
+constexpr DType dtype_of<bfloat16> = DType::bfloat16;
+template <>
+constexpr DType dtype_of<float16> = DType::float16;
+
+// What arithmetic in acc_t<T> may lose at scale 1: some tens of roundings, or an exp with its argument's error.
+template <class T>
+constexpr double arithmetic = sizeof(acc_t<T>) == 8 ? 1e-13 : 4e-6;
+
+// Half a unit in the last place of T, with float16's subnormals.
+template <class T>
+double rounding(double value) {
+  if (dtype_of<T> == DType::bfloat16) return std::fabs(value) * 0x1p-8;
+  if (dtype_of<T> == DType::float16) return std::fabs(value) * 0x1p-11 + 0x1p-25;
+  return 0;
+}
+
+inline ChannelVector vector_of(Doubles& values) { return {values.data(), DType::float64}; }
+
+// In place of a shift: the elements end where a page begins that nothing may touch. AddressSanitizer does not see the
+// accesses of intrinsics, such as masked loads; the processor does.
+constexpr int64_t before_guard = -1;
+
+template <class T>
+std::shared_ptr<T> allocate_before_guard(int64_t size) {
+  const int64_t page = sysconf(_SC_PAGESIZE), bytes = (size * int64_t(sizeof(T)) + page - 1) / page * page;
+  void* memory = mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  char* guard = static_cast<char*>(memory) + bytes;
+  if (memory == MAP_FAILED || mprotect(guard, page, PROT_NONE) != 0) throw std::bad_alloc();
+  return {reinterpret_cast<T*>(guard) - size, [=](T*) { munmap(memory, bytes + page); }};
+}
+
 // Exactly the elements, so that AddressSanitizer sees an overrun; `shift` elements off 16-byte alignment.
 template <class T>
 struct Tensor {
-  std::unique_ptr<T[]> memory;
+  std::shared_ptr<T> memory;  // copies share it
   int64_t size;
   int64_t shift;
 
-  explicit Tensor(int64_t size, int64_t shift = 0) : memory(new T[size + shift]), size(size), shift(shift) {
-    std::memset(static_cast<void*>(memory.get()), 0xff, (size + shift) * sizeof(T));
+  explicit Tensor(int64_t size, int64_t shift = 0) : size(size), shift(std::max<int64_t>(shift, 0)) {
+    if (shift == before_guard)
+      memory = allocate_before_guard<T>(size);
+    else
+      memory = std::shared_ptr<T>(new T[size + shift], std::default_delete<T[]>());
+    std::memset(static_cast<void*>(memory.get()), 0xff, (size + this->shift) * sizeof(T));
   }
 
   T* data() const { return memory.get() + shift; }

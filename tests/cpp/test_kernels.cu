@@ -16,29 +16,6 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kEps = 1e-5;
 
-template <class T>
-constexpr DType dtype_of = DType::float32;
-template <>
-constexpr DType dtype_of<double> = DType::float64;
-template <>
-constexpr DType dtype_of<bfloat16> = DType::bfloat16;
-template <>
-constexpr DType dtype_of<float16> = DType::float16;
-
-// What arithmetic in acc_t<T> may lose at scale 1: some tens of roundings, or an exp with its argument's error.
-template <class T>
-constexpr double arithmetic = sizeof(acc_t<T>) == 8 ? 1e-13 : 4e-6;
-
-// Half a unit in the last place of T, with float16's subnormals.
-template <class T>
-double rounding(double value) {
-  if (dtype_of<T> == DType::bfloat16) return std::fabs(value) * 0x1p-8;
-  if (dtype_of<T> == DType::float16) return std::fabs(value) * 0x1p-11 + 0x1p-25;
-  return 0;
-}
-
-ChannelVector vector_of(Doubles& values) { return {values.data(), DType::float64}; }
-
 struct Shape {
   Layout layout;
   int threads = 0;  // 0: as planned; more where a row takes more

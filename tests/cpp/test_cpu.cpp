@@ -1,0 +1,131 @@
+// The CPU backend against the definitions in double: every leaf loop of the instruction set that FASTBN_CPU names, on
+// memory of exactly the elements; and the same bits whatever the number of threads and the order of their work.
+#include <cstdlib>
+#include <string>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "cpu_backward.h"
+#include "cpu_forward.h"
+
+using namespace fastbn;
+using namespace fastbn::test;
+
+namespace {
+
+constexpr int kSkipped = 77;  // for CTest
+
+const Layout layouts[] = {
+    // One or two elements a channel.
+    {1, 1, 1},
+    {1, 5, 1},
+    {2, 5, 1},
+    {1, 1, 2},
+    {1, 3, 2},
+    // Runs shorter than a vector, with a tail, whole, longer than a block; one or several rows a block.
+    {13, 3, 7},
+    {3, 5, 7},
+    {3, 5, 49},
+    {2, 64, 49},
+    {3, 65, 7},
+    {1, 29, 31},
+    {2, 3, 784},
+    {2, 5, 64},
+    {1, 1, 33013},
+    {2, 3, 16411},
+    {41, 2, 784},
+    {337, 3, 49},
+    // Images of more channels than a block has rows.
+    {1, 23, 784},
+    {1, 2347, 7},
+    // Rows of few channels, taken several at once, with and without a rest; their masks of whole bytes or with gaps.
+    {3, 3, 1},
+    {29, 3, 1},
+    {37, 2, 1},
+    {67, 5, 1},
+    {97, 8, 1},
+    {23, 12, 1},
+    {41, 31, 1},
+    {1009, 3, 1},
+    // Channels that fill a row, or a vector and one more, and more blocks than one.
+    {53, 64, 1},
+    {53, 65, 1},
+    {19, 1009, 1},
+    {307, 65, 1},
+    {23131, 3, 1},  // blocks of more rows than have their masks gathered at once
+};
+
+bool is_small(const Layout& layout) { return layout.numel() < 5000; }
+
+template <class T>
+void test_activation(const Case<T>& a, Activation activation, const Options& options) {
+  for (Statistics statistics : {Statistics::batch, Statistics::running, Statistics::given})
+    test_forward(a, statistics, activation, options);
+  if (options.mask && !is_piecewise_linear(activation)) return;
+  const BackwardTest<T> backward(a, activation, options, options.mask);
+  for (const Wanted& wanted : all_wanted) backward.test_gradients(wanted);
+  backward.test_sums();
+}
+
+// Large ones with two of these, by turns; of float64, whose exp and erf are libm's, with the first.
+template <class T>
+bool is_tested(Activation activation, const Layout& layout, int index) {
+  if (is_small(layout) || activation == (index % 2 ? Activation::relu : Activation::leaky_relu)) return true;
+  return sizeof(T) < 8 && activation == (index % 2 ? Activation::gelu : Activation::silu);
+}
+
+template <class T>
+void test_type(const char* name) {
+  int index = 0;
+  for (const Layout& layout : layouts) {
+    ++index;
+    const Case<T> cases[] = {{layout, 0}, {layout, 1}, {layout, before_guard}};
+    // Whether what was just tested failed; then the rest would most likely say the same.
+    auto has_failed = [&, before = failures](const std::string& what) {
+      if (failures > before)
+        std::cerr << "the above: " << name << " [" << layout.outer << ", " << layout.channels << ", " << layout.inner
+                  << "], " << what << "\n";
+      return failures > before;
+    };
+    for (const Case<T>& a : cases) test_channel_stats(a);
+    if (has_failed("channel_stats")) return;
+    for (int activation = 0; activation < activation_count; ++activation) {
+      if (!is_tested<T>(Activation(activation), layout, index)) continue;
+      for (int variant = 0; variant < int(std::size(variants)); ++variant) {
+        // Each variant meets each place in memory with some activation.
+        const Case<T>& a = cases[(activation + variant + index) % 3];
+        test_activation(a, Activation(activation), variants[variant]);
+        if (has_failed("activation " + std::to_string(activation) + ", variant " + std::to_string(variant) +
+                       ", shift " + std::to_string(a.shift)))
+          return;
+      }
+    }
+  }
+}
+
+// Asked of the compiler's run-time library rather than of the dispatch, which is under test.
+bool machine_has(const std::string& instruction_set) {
+#if defined(__x86_64__)
+  if (instruction_set == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (instruction_set == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return instruction_set == "portable";
+}
+
+}  // namespace
+
+int main() {
+  const char* wanted = std::getenv("FASTBN_CPU");
+  if (wanted && !machine_has(wanted)) {
+    std::cerr << "skipped: this machine has no " << wanted << "\n";
+    return kSkipped;
+  }
+  if (wanted) CHECK_EQUAL(std::string(cpu::instruction_set()), wanted);
+  test_type<float>("float32");
+  test_type<double>("float64");
+  test_type<bfloat16>("bfloat16");
+  test_type<float16>("float16");
+  return result();
+}

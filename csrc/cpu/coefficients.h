@@ -12,7 +12,7 @@
 namespace fastbn::cpu {
 
 // What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
-// compilers vectorise.
+// compilers vectorise (an estimate).
 constexpr int64_t chunk_channels = 64;
 
 // visit(first, count) over [begin, end).

@@ -21,7 +21,7 @@ struct Block {
   int64_t channels = 1;      // side by side, at most most_channels
 };
 
-constexpr int64_t most_channels = 64;
+constexpr int64_t most_channels = 64;  // an estimate: so many sums are kept on the stack
 
 // Where a block's mask lies. A run starts at a byte of its own; a row of the block is one run, part of one, or several.
 struct MaskBlock {

@@ -1,3 +1,4 @@
+// How much an op must touch for stores past the caches to pay, and whether pages exist.
 #include "cpu/output.h"
 
 #if defined(__linux__)

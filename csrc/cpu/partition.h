@@ -1,5 +1,6 @@
 // Cuts a tensor into blocks of a size that a core's cache holds, by its layout alone. Where channels have runs, a block
-// lies in one channel; where they are innermost, it is a range of rows and its columns are channels.
+// lies in one channel, or in a few neighbours whose runs are short; where they are innermost, it is a range of rows and
+// its columns are channels.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +27,8 @@ class Partition {
       rows_per_block_ = std::max<int64_t>(std::min(65536 / width_, rows_ / 16), 16);
       blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
     } else {
-      // Channels of short runs are taken several at once, so that memory is read by the KiB, but no more than a core's
-      // cache holds.
+      // Channels of short runs are taken several at once, so that an image's part of a block is long, but no more than
+      // stay in a core's cache: training takes 333 instead of 469 us for 16x2048x7x7 bfloat16 (two threads of a Xeon).
       const int64_t most = std::min<int64_t>({1024 / layout.inner, 65536 / layout.count(), most_channels});
       width_ = std::clamp<int64_t>(most, 1, layout.channels);
       // Estimate: 16 Ki elements are work enough for a call, and little enough to share out evenly.
@@ -59,7 +60,7 @@ class Partition {
   // per_group).
   int64_t groups() const { return groups_; }
   int64_t per_group() const { return per_group_; }
-  // A block's entries in tables of coefficients.
+  // A block's channels, where they have runs; in columns its entries in tables of coefficients begin at 0.
   int64_t first_channel(int64_t block) const { return in_columns_ ? 0 : block / per_group_ * width_; }
   int64_t end_channel(int64_t block) const { return std::min(first_channel(block) + width_, layout_.channels); }
 

@@ -310,8 +310,9 @@ FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, FirstLanes<acc_t<T>> lanes)
 #endif
 }
 
-// Whether a vector in memory is a cache line, which can then be stored past the caches at once. Halves of lines, as of
-// half types, were slower so than through the caches.
+// Whether a vector in memory is a cache line, which can then be stored past the caches at once. Halves of lines are
+// not: ops on 16x128x56x56 bfloat16 took 1.0 to 2.2 times as long so in channels_last, and 0.96 to 1.05 times
+// contiguous.
 template <class T>
 #if defined(__AVX512F__)
 constexpr bool fills_line = sizeof(Stored<T>) == 64;

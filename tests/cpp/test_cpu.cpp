@@ -35,6 +35,7 @@ const Layout layouts[] = {
     {2, 3, 16411},
     {41, 2, 784},
     {337, 3, 49},
+    {17, 7, 512},  // groups of two channels, the last of one, and blocks of 16 rows, the last of one
     // Images of more channels than a block has rows.
     {1, 23, 784},
     {1, 2347, 7},
@@ -74,8 +75,48 @@ bool is_tested(Activation activation, const Layout& layout, int index) {
   return sizeof(T) < 8 && activation == (index % 2 ? Activation::gelu : Activation::silu);
 }
 
+// Stores past the caches leave what others leave: on blocks whose vectors are cache lines, with a tail, and on those
+// where they begin or continue elsewhere.
+template <class T>
+void test_stores_past_caches() {
+  using A = acc_t<T>;
+  constexpr int64_t size = 4096, width = 128;
+  const cpu::Kernels& table = cpu::kernels(dtype_of<T>);
+  const Tensor<T> input = random_tensor<T>(size, 1, 0), grad_out = random_tensor<T>(size, 2, 0);
+  const Tensor<A> coefficients = random_tensor<A>(5 * width, 3, 1);
+  const A* member = coefficients.data();
+  const cpu::AffineArrays affine{member, member + width, member + 2 * width};
+  const cpu::GradAffineArrays grad_affine{member, member + width, member + 2 * width, member + 3 * width,
+                                          member + 4 * width};
+  struct Outputs {
+    // Whole pages, so that they begin with a line.
+    Tensor<T> output{size, before_guard}, grad_input{size, before_guard}, grad_residual{size, before_guard};
+  };
+  const cpu::Block blocks[] = {{0, 3, 128, 128}, {16, 3, 112, 100}, {1, 3, 128, 100}, {0, 3, 50, 49}};
+  for (const cpu::Block& block : blocks) {
+    for (bool in_columns : {false, true}) {
+      auto run = [&](bool past_caches) {
+        const Outputs made;
+        const cpu::NormalizeArgs normalize{input.data(),     nullptr, made.output.data(), nullptr,
+                                           Activation::relu, affine,  past_caches};
+        const cpu::GradArgs grad{grad_out.data(),           input.data(), nullptr,     nullptr,
+                                 Activation::relu,          affine,       grad_affine, made.grad_input.data(),
+                                 made.grad_residual.data(), past_caches};
+        (in_columns ? table.column_normalize : table.channel_normalize)(normalize, block, {});
+        (in_columns ? table.column_input_grad : table.channel_input_grad)(grad, block, {});
+        return made;
+      };
+      const Outputs cached = run(false), past = run(true);
+      CHECK(same_bits(cached.output, past.output));
+      CHECK(same_bits(cached.grad_input, past.grad_input));
+      CHECK(same_bits(cached.grad_residual, past.grad_residual));
+    }
+  }
+}
+
 template <class T>
 void test_type(const char* name) {
+  test_stores_past_caches<T>();
   int index = 0;
   for (const Layout& layout : layouts) {
     ++index;

@@ -18,19 +18,22 @@ from tests import cases, tolerance
 from tests.tolerance import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = [
-    cases.Case(f"{'x'.join(map(str, shape))}-{layout}", shape, layout)
-    for shape, layout in (
-        ((8, 64, 28, 28), "contiguous"),
-        ((8, 64, 28, 28), "channels_last"),
-        ((3, 1, 200, 211), "contiguous"),
-        ((4, 3, 128, 130), "channels_last"),
-        ((4099, 37), "contiguous"),
-        ((2, 500, 7, 7), "contiguous"),
-        ((2, 500, 7, 7), "channels_last"),
-        ((2, 24, 4, 14, 14), "channels_last_3d"),
-    )
-]
+
+
+def _cases(*shapes):
+    return [cases.Case(f"{'x'.join(map(str, shape))}-{layout}", shape, layout) for shape, layout in shapes]
+
+
+CASES = _cases(
+    ((8, 64, 28, 28), "contiguous"),
+    ((8, 64, 28, 28), "channels_last"),
+    ((3, 1, 200, 211), "contiguous"),
+    ((4, 3, 128, 130), "channels_last"),
+    ((4099, 37), "contiguous"),
+    ((2, 500, 7, 7), "contiguous"),
+    ((2, 500, 7, 7), "channels_last"),
+    ((2, 24, 4, 14, 14), "channels_last_3d"),
+)
 
 
 def _run(case, dtype, activation="silu", residual=True, training=True, backend=None):
@@ -67,15 +70,12 @@ def test_bitwise_equal_whatever_the_threads(case, dtype, threads):
 
 # One thread stores the outputs of these past the caches, once the allocator has pages for them, and many do not.
 # Vectors are cache lines in the first two, nowhere in the third, and in one channel of the last, whose rows have tails.
-LARGE_CASES = [
-    cases.Case(f"{'x'.join(map(str, shape))}-{layout}", shape, layout)
-    for shape, layout in (
-        ((8, 48, 80, 80), "contiguous"),
-        ((8, 48, 80, 80), "channels_last"),
-        ((8, 40, 88, 88), "channels_last"),
-        ((1, 16, 401, 401), "contiguous"),
-    )
-]
+LARGE_CASES = _cases(
+    ((8, 48, 80, 80), "contiguous"),
+    ((8, 48, 80, 80), "channels_last"),
+    ((8, 40, 88, 88), "channels_last"),
+    ((1, 16, 401, 401), "contiguous"),
+)
 
 
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)

@@ -36,7 +36,7 @@ struct Ops {
                                 double eps, int64_t activation) {
     Operands operands("batch_norm_eval", input);
     Forward forward(operands, residual, weight, bias, activation);
-    forward.normalise_by(running_mean, running_var, eps);
+    forward.normalize_by(running_mean, running_var, eps);
     forward.allocate_output();
     Backend(operands).forward(forward.params);
     return forward.output;
@@ -47,7 +47,7 @@ struct Ops {
                                 double eps, int64_t activation, bool save_mask) {
     Operands operands("batch_norm_frozen", input);
     Forward forward(operands, residual, weight, bias, activation);
-    forward.normalise_by(running_mean, running_var, eps);
+    forward.normalize_by(running_mean, running_var, eps);
     return launch_and_save(forward, save_mask);
   }
 
@@ -165,7 +165,7 @@ struct Ops {
       params.residual = residual ? residual->data_ptr() : nullptr;
     }
 
-    void normalise_by(const Tensor& running_mean, const Tensor& running_var, double eps) {
+    void normalize_by(const Tensor& running_mean, const Tensor& running_var, double eps) {
       params.statistics = Statistics::running;
       params.running_mean = operands.channel_vector("running_mean", running_mean);
       params.running_var = operands.channel_vector("running_var", running_var);

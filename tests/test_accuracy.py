@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbn import reference
+from fastbn import _ops, reference
 from tests import cases, implementations
 from tests.tolerance import assert_error_bound
 
@@ -24,16 +24,9 @@ def test_error_is_at_most_stocks_or_two_ulp(ops, case, dtype):
     )
     weight, bias, mean, var = vector(3, 0.5, 1.5), vector(4, -0.5, 0.5), vector(5, -0.5, 0.5), vector(6, 0.5, 1.5)
 
-    def measure(namespace, *tensors):
-        x, grad_out, weight, bias, mean, var = (t.clone() if t.dim() == 1 else t for t in tensors)
-        y, m, s, _ = namespace.batch_norm_train(x, None, weight, bias, mean, var, None, MOMENTUM, EPS, 0, False)
-        flags = (True, True, True, False)
-        grads = namespace.batch_norm_backward(grad_out, x, None, None, weight, bias, m, s, True, 0, *flags)
-        return y, mean, var, *grads[:3]
-
     tensors = (x, grad_out, weight, bias, mean, var)
-    actual = measure(ops.namespace, *tensors)
-    exact = measure(reference, *(t.cpu().double() for t in tensors))
+    actual = _measure(ops.namespace, *tensors)
+    exact = _measure(reference, *(t.cpu().double() for t in tensors))
     stock = _stock(*tensors)
     names = ("output", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
     failures = []
@@ -43,6 +36,38 @@ def test_error_is_at_most_stocks_or_two_ulp(ops, case, dtype):
         except AssertionError as error:
             failures.append(str(error).splitlines()[0])
     assert not failures, "\n".join(failures)
+
+
+def _measure(namespace, *tensors):
+    x, grad_out, weight, bias, mean, var = (t.clone() if t.dim() == 1 else t for t in tensors)
+    y, m, s, _ = namespace.batch_norm_train(x, None, weight, bias, mean, var, None, MOMENTUM, EPS, 0, False)
+    flags = (True, True, True, False)
+    grads = namespace.batch_norm_backward(grad_out, x, None, None, weight, bias, m, s, True, 0, *flags)
+    return y, mean, var, *grads[:3]
+
+
+# bfloat16 adds up eight terms in float32 before it goes on in float64, so that alone among them it needs other channels
+# beside it, one of which does not cancel.
+@pytest.mark.parametrize(
+    "dtype, channels", [(torch.float32, 1), (torch.float16, 1), (torch.float32, 8), (torch.bfloat16, 8)], ids=str
+)
+@pytest.mark.parametrize("layout", ["(N, C)", "(N, C, L)"])
+def test_gradients_of_vectors_where_terms_cancel(dtype, channels, layout):
+    """One sum of independent terms is often much smaller than they are, and its spacing with it.
+
+    The bound is that of the test above, over many draws, of which the worst would cancel to some percent.
+    """
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        shape = (300, channels) if layout == "(N, C)" else (2, channels, 150)
+        x, grad_out = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        weight, bias = torch.rand(channels, generator=generator) + 0.5, torch.zeros(channels)
+        tensors = (x, grad_out, weight, bias, torch.zeros(channels), torch.ones(channels))
+        actual = _measure(_ops.namespace("cpu"), *tensors)
+        exact = _measure(reference, *(t.double() for t in tensors))
+        stock = _stock(*tensors)
+        for name, i in (("grad_weight", 4), ("grad_bias", 5)):
+            assert_error_bound(actual[i], exact[i], stock[i], actual[i].dtype, f"{name}, seed {seed}")
 
 
 def _stock(x, grad_out, weight, bias, mean, var):

@@ -1,5 +1,6 @@
 // Gradients of training and of evaluation, input gradient with given sums, and the sums alone.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/coefficients.h"
@@ -11,6 +12,15 @@
 namespace fastbn::cpu {
 namespace {
 
+// Sums of fewer terms than this do not average out what float rounds.
+constexpr int64_t least_count_in_float = 256;
+
+// Whether sums in float are as good as those in double: they neither overflowed nor vanished.
+bool resolves(const Sums& sums) {
+  return std::isfinite(sums.first) && std::isfinite(sums.second) &&
+         (std::fabs(sums.second) >= 1e-25 || sums.second == 0);
+}
+
 template <class A>
 class Backward {
  public:
@@ -19,6 +29,8 @@ class Backward {
         threads_(threads),
         table_(kernels(params.dtype)),
         partition_(params.layout),
+        in_double_(params.dtype != DType::bfloat16 || params.layout.count() < least_count_in_float),
+        pivots_(size_t(partition_.entries())),
         affine_(partition_.entries()),
         grad_affine_(partition_.entries()) {}
 
@@ -88,19 +100,34 @@ class Backward {
       const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
       for (int64_t i = 0; i < channels; ++i)
         affine_.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]));
+      for (int64_t i = 0; i < channels; ++i)
+        pivots_[size_t(first + i)] = A(std::is_same_v<A, double> ? mean[i] : grad_pivot_of(mean[i], inv_std[i]));
     });
     affine_.repeat(begin, end, params_.layout.channels);
+    repeat_columns(pivots_.data(), partition_.entries(), begin, end, params_.layout.channels);
   }
 
-  void reduce(int64_t i, Look) {
+  void reduce(int64_t i, Look look) {
     const GradArgs args = args_from(partition_.first_channel(i), true);
-    (partition_.in_columns() ? table_.column_grad_sums : table_.channel_grad_sums)(
-        args, partition_.block(i), partition_.mask_block(i), partition_.column_sums(i, partials_.data()));
+    const ColumnSums sums = partition_.column_sums(i, partials_.data());
+    const bool in_double = in_double_ || look == Look::second;
+    if (look == Look::second) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
+    const auto column_sums = in_double ? table_.column_grad_sums_in_double : table_.column_grad_sums;
+    const auto channel_sums = in_double ? table_.channel_grad_sums_in_double : table_.channel_grad_sums;
+    (partition_.in_columns() ? column_sums : channel_sums)(args, partition_.block(i), partition_.mask_block(i), sums);
   }
 
-  bool merge(int64_t begin, int64_t end, Look) {
-    partition_.merge(partials_.data(), begin, end, totals());
-    return true;
+  // No if any of the channels needs a second look, whose sums replace those of just these.
+  bool merge(int64_t begin, int64_t end, Look look) {
+    if (look == Look::first) partition_.merge(partials_.data(), begin, end, totals());
+    if (in_double_) return true;
+    bool merged = true;
+    for (int64_t c = begin; c < end; ++c) {
+      if (resolves({totals().first[c], totals().second[c]})) continue;
+      if (look == Look::second) partition_.merge(partials_.data(), c, c + 1, totals());
+      merged = false;
+    }
+    return merged;
   }
 
  private:
@@ -112,16 +139,9 @@ class Backward {
   }
 
   GradArgs args_from(int64_t first, bool frozen) const {
-    return {params_.grad_out,
-            params_.input,
-            params_.residual,
-            params_.mask,
-            params_.activation,
-            affine_.arrays(first),
-            grad_affine_.arrays(first, frozen),
-            params_.grad_input,
-            params_.grad_residual,
-            past_caches_};
+    return {params_.grad_out,   params_.input,          params_.residual,      params_.mask,
+            params_.activation, pivots_.data() + first, affine_.arrays(first), grad_affine_.arrays(first, frozen),
+            params_.grad_input, params_.grad_residual,  past_caches_};
   }
 
   void sums(int64_t first, int64_t channels, double* sum_grad, double* sum_grad_xhat) {
@@ -129,7 +149,8 @@ class Backward {
     const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
     for (int64_t i = 0; i < channels; ++i) {
       sum_grad[i] = total[i];
-      sum_grad_xhat[i] = sum_grad_xhat_of(total[i], shifted[i], double(A(mean[i])), mean[i], inv_std[i]);
+      sum_grad_xhat[i] =
+          sum_grad_xhat_of(total[i], shifted[i], double(pivots_[size_t(first + i)]), mean[i], inv_std[i]);
     }
   }
 
@@ -139,6 +160,8 @@ class Backward {
   const Threads& threads_;
   const Kernels& table_;
   Partition partition_;
+  const bool in_double_;
+  std::vector<A> pivots_;
   AffineTable<A> affine_;
   GradAffineTable<A> grad_affine_;
   std::vector<double> partials_, totals_;

@@ -68,8 +68,7 @@ struct RecomputedGrad {
   FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x, V grad) const {
     V z = prepared.apply(x);
     if (residual) z = z + load(residual + row * row_stride + column, lanes);
-    // Lanes beyond the row's end have grad 0, but the derivative there may be anything.
-    return keep(lanes, activation_backward(activation(), z, grad), V(0));
+    return activation_backward(activation(), z, grad);
   }
 };
 
@@ -102,34 +101,34 @@ FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Block& block, cons
   });
 }
 
-template <class T>
+template <class T, class Terms>
 void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
   sum_channels<A>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
     const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
     const T* input = static_cast<const T*>(args.input) + block.offset;
-    const V pivot = coefficient<false, A>(args.affine.pivot, channel, AllLanes<A>{});
+    const V pivot = coefficient<false, A>(args.pivot, channel, AllLanes<A>{});
     const int64_t mask_offset =
         mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
     const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
     WideSums<A> result;
     with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
       const auto prepared = source.prepare(channel, AllLanes<A>{});
-      result = sum_channel<A, WideSums<A>>(
-          block, [&](WideSums<A>& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+      result =
+          sum_channel<A, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
-            // Beyond the row's end x is such that 0 * (x - pivot) is 0.
+            // Other lanes than the row's new ones add 0 * (pivot - pivot).
             const V x = keep(lanes, load(input + at, lanes), pivot);
             const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out + at, lanes));
-            terms.add_weighted(grad_z, x - pivot);
+            terms.add_weighted(keep(lanes, grad_z, V(0)), x - pivot);
           });
     });
     return result;
   });
 }
 
-template <class T>
+template <class T, class Terms>
 void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums result) {
   using A = acc_t<T>;
   using V = Vec<A>;
@@ -142,18 +141,17 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
         Prepared prepared;
         V pivot;
       };
-      sum_columns<A, WideSums<A>>(
+      sum_columns<A, Terms>(
           block, result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            return Column{source.prepare(column, lanes), coefficient<true, A>(args.affine.pivot, column, lanes)};
+            return Column{source.prepare(column, lanes), coefficient<true, A>(args.pivot, column, lanes)};
           },
-          [&](WideSums<A>& terms, const Column& at_column, int64_t row, int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA {
-                const int64_t at = row * block.row_stride + column;
-                const V x = load(input + at, lanes);
-                const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
-                terms.add_weighted(grad_z, x - at_column.pivot);
-              });
+          [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            const V x = load(input + at, lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            terms.add_weighted(grad_z, x - at_column.pivot);
+          });
     });
   };
   with_mask_rows(args, whole, mask_block, sum);
@@ -187,8 +185,9 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
       };
       for_each_prepared<per_column, A>(
           block,
-          [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return Column{source.prepare(column, lanes), coefficients(column, lanes)}; },
+          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            return Column{source.prepare(column, lanes), coefficients(column, lanes)};
+          },
           [&](const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
             V x(0);

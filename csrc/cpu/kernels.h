@@ -62,6 +62,7 @@ struct GradArgs {
   const void* residual;
   const uint8_t* mask;
   Activation activation;
+  const void* pivot;             // of sums
   AffineArrays affine;           // recomputes z, where the activation needs it
   GradAffineArrays grad_affine;  // of input_grad; a null slope says that statistics are frozen
   void* grad_input;
@@ -95,6 +96,8 @@ struct Kernels {
   void (*column_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
   void (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
   void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
+  void (*channel_grad_sums_in_double)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
+  void (*column_grad_sums_in_double)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
   void (*channel_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
   void (*column_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
 };

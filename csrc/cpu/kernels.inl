@@ -15,8 +15,10 @@ constexpr Kernels table{
     column_sums<T, WideSums<acc_t<T>>>,
     normalize_block<T, false>,
     normalize_block<T, true>,
-    channel_grad_sums<T>,
-    column_grad_sums<T>,
+    channel_grad_sums<T, GradTerms<T>>,
+    column_grad_sums<T, GradTerms<T>>,
+    channel_grad_sums<T, WideSums<acc_t<T>>>,
+    column_grad_sums<T, WideSums<acc_t<T>>>,
     input_grad_block<T, false>,
     input_grad_block<T, true>,
 };

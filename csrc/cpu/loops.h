@@ -1,4 +1,4 @@
-// The walks over a block that all leaf loops share. A visitor is called with AllLanes or FirstLanes, so that every loop
+// The walks over a block that all leaf loops share. A visitor is called with AllLanes or EndLanes, so that every loop
 // is compiled once for full vectors and once for the end of a row.
 #pragma once
 
@@ -9,9 +9,6 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// How many terms float lanes add up before they go to double. Each addition rounds by 2^-24 of the sum so far: 16 err
-// by at most 1e-6 of the sum of magnitudes, and by some 1e-8 where roundings do not all have the same sign.
-constexpr int terms_in_lane = 16;
 // Estimate: so many rows at once are as many streams as hardware prefetches.
 constexpr int64_t rows_of_column_sums = 16, rows_of_channel_sums = 8, rows_of_strip = 4;
 
@@ -20,7 +17,7 @@ template <class A, class Visit>
 FASTBN_INLINE void for_each_column(int64_t cols, Visit&& visit) {
   int64_t j = 0;
   for (; j + Vec<A>::lanes <= cols; j += Vec<A>::lanes) visit(j, AllLanes<A>{});
-  if (j < cols) visit(j, FirstLanes<A>{int(cols - j)});
+  if (j < cols) visit_end<A>(cols, visit);
 }
 
 // visit(begin row, end row, column, lanes): down a few rows, one vector wide, then the next vector.
@@ -34,28 +31,29 @@ FASTBN_INLINE void for_each_strip(const Block& block, int64_t rows, Visit&& visi
 }
 
 // visit(chain, row, column, lanes) row by row, by turns with one of `chains` independent chains of operations, and
-// flush() before any of these has been given more than terms_in_lane vectors.
-template <class A, int chains, class Visit, class Flush>
+// flush() before any of these has been given more than `longest` vectors.
+template <class A, int chains, int64_t longest, class Visit, class Flush>
 FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flush) {
-  constexpr int64_t lanes = Vec<A>::lanes, longest = terms_in_lane * lanes;
+  constexpr int64_t lanes = Vec<A>::lanes, step = chains * lanes;
   int64_t terms = 0;
   for (int64_t row = 0; row < block.rows; ++row) {
     for (int64_t j = 0, end; j < block.cols; j = end) {
-      end = std::min(block.cols, j + longest);
-      const int64_t added = (end - j) / (chains * lanes) + 1;
-      if (terms + added > terms_in_lane) {
+      end = block.cols - j > longest * step ? j + longest * step : block.cols;
+      const int64_t added = (end - j + step - 1) / step;
+      if (terms + added > longest) {
         flush();
         terms = 0;
       }
       terms += added;
-      for (; j + chains * lanes <= end; j += chains * lanes)
+      for (; j + step <= end; j += step)
         for (int chain = 0; chain < chains; ++chain) visit(chain, row, j + chain * lanes, AllLanes<A>{});
       for (int chain = 0; chain < chains - 1; ++chain) {
         if (j + lanes > end) break;
         visit(chain, row, j, AllLanes<A>{});
         j += lanes;
       }
-      if (j < end) visit(chains - 1, row, j, FirstLanes<A>{int(end - j)});
+      if (j < end)
+        visit_end<A>(block.cols, [&](int64_t at, auto last) FASTBN_INLINE_LAMBDA { visit(chains - 1, row, at, last); });
     }
   }
   flush();
@@ -83,9 +81,7 @@ class OutputRows {
     else
       FASTBN_ISA::store(data_ + at, x, lanes);
   }
-  FASTBN_INLINE void store(int64_t at, V x, FirstLanes<acc_t<T>> lanes) const {
-    FASTBN_ISA::store(data_ + at, x, lanes);
-  }
+  FASTBN_INLINE void store(int64_t at, V x, EndLanes<acc_t<T>> lanes) const { FASTBN_ISA::store(data_ + at, x, lanes); }
 
  private:
   T* data_;

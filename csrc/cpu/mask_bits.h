@@ -11,7 +11,8 @@ namespace fastbn::cpu::FASTBN_ISA {
 // starts it.
 template <class A, class Lanes>
 FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, Mask<A> mask) {
-  const uint64_t bits = to_bits(mask) & ((uint64_t(1) << lanes.count) - 1);
+  const uint64_t bits = to_bits(mask) >> lanes.first & ((uint64_t(1) << lanes.count) - 1);
+  column += lanes.first;
   if constexpr (Vec<A>::lanes < 8) {
     const uint8_t part = uint8_t(bits << column % 8);
     row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
@@ -21,11 +22,19 @@ FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, Mask<A>
   }
 }
 
-template <class A, class Lanes>
-FASTBN_INLINE Mask<A> load_bits(const uint8_t* row, int64_t column, Lanes lanes) {
-  uint32_t bits = uint32_t(row[column / 8]) >> column % 8;
-  if (Vec<A>::lanes > 8 && lanes.count > 8) bits |= uint32_t(row[column / 8 + 1]) << 8;
+template <class A>
+FASTBN_INLINE Mask<A> load_bits(const uint8_t* row, int64_t column, AllLanes<A>) {
+  uint32_t bits = row[column / 8];
+  if (Vec<A>::lanes < 8) bits >>= column % 8;
+  if (Vec<A>::lanes > 8) bits |= uint32_t(row[column / 8 + 1]) << 8;
   return from_bits<A>(bits);
+}
+template <class A>
+FASTBN_INLINE Mask<A> load_bits(const uint8_t* row, int64_t column, EndLanes<A> lanes) {
+  const int64_t last = (column + lanes.first + lanes.count - 1) / 8;
+  uint32_t bits = row[column / 8];
+  if (last > column / 8) bits |= uint32_t(row[last]) << 8;
+  return from_bits<A>(bits >> column % 8);
 }
 
 // Rows of at most 64 elements, which is several runs.

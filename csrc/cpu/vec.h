@@ -19,11 +19,11 @@
 namespace fastbn::cpu::FASTBN_ISA {
 
 #if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
+constexpr int vector_bytes = 64, vector_registers = 32;
 #elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
+constexpr int vector_bytes = 32, vector_registers = 16;
 #else
-constexpr int vector_bytes = 16;
+constexpr int vector_bytes = 16, vector_registers = 16;
 #endif
 
 // Specialised rather than written with a dependent vector_size, which g++ compares without its attribute.
@@ -62,8 +62,8 @@ struct Vec {
   FASTBN_INLINE Vec(Native value) : native(value) {}
   FASTBN_INLINE explicit Vec(A value) : native(value - Native{}) {}
   template <class Other>
-    requires std::is_arithmetic_v<Other> && (!std::is_same_v<Other, A>)
-  FASTBN_INLINE explicit Vec(Other value) : Vec(A(value)) {}
+  requires std::is_arithmetic_v<Other> &&(!std::is_same_v<Other, A>)FASTBN_INLINE explicit Vec(Other value)
+      : Vec(A(value)) {}
 
   FASTBN_INLINE Vec& operator+=(Vec other) {
     native += other.native;
@@ -222,6 +222,11 @@ FASTBN_INLINE Stored<T> pack(Vec<acc_t<T>> x) {
     const __m512i rounded = _mm512_srli_epi32(_mm512_mask_add_epi32(up, is_odd, up, _mm512_set1_epi32(1)), 16);
     const __mmask16 is_nan = compare<_CMP_UNORD_Q>(x, x).native;
     return (Half16)_mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, is_nan, 0x7fc0));
+#elif defined(__AVX2__)
+    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const __m256 is_nan = _mm256_cmp_ps((__m256)x.native, (__m256)x.native, _CMP_UNORD_Q);
+    const __m256i half = (__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)_mm256_set1_epi32(0x7fc0), is_nan);
+    return (Half16)_mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 #else
     const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const auto is_nan = __builtin_bit_cast(Bits32, x.native != x.native);
@@ -240,23 +245,42 @@ FASTBN_INLINE Stored<T> pack(Vec<acc_t<T>> x) {
   }
 }
 
-// Which lanes of a vector are elements of a row: all, or at its end the first few.
+// Which lanes of a vector are elements of a row that were not visited yet: all, or at the end of the row `count`. Those
+// are the last ones of a vector that overlaps the one before it, or in a row shorter than a vector, the first ones.
+// Where AVX-512 loads and stores any lanes at once, they are always the first.
 template <class A>
 struct AllLanes {
-  static constexpr int count = Vec<A>::lanes;
+  static constexpr int count = Vec<A>::lanes, first = 0;
 };
 template <class A>
-struct FirstLanes {
-  int count;
+struct EndLanes {
+  int count, first;
+
+  FASTBN_INLINE bool overlaps() const { return first > 0; }
+  FASTBN_INLINE uint32_t bits() const { return ((1u << count) - 1) << first; }
 };
+
+#if defined(__AVX512F__)
+constexpr bool overlaps_at_ends = false;
+#else
+constexpr bool overlaps_at_ends = true;
+#endif
+
+// visit(column, lanes) at the end of a row of `cols` columns, none of which is a whole number of vectors.
+template <class A, class Visit>
+FASTBN_INLINE void visit_end(int64_t cols, Visit&& visit) {
+  const int count = int(cols % Vec<A>::lanes);
+  const int first = overlaps_at_ends && cols > count ? Vec<A>::lanes - count : 0;
+  visit(cols - count - first, EndLanes<A>{count, first});
+}
 
 template <class A>
 FASTBN_INLINE Vec<A> keep(AllLanes<A>, Vec<A> x, Vec<A>) {
   return x;
 }
 template <class A>
-FASTBN_INLINE Vec<A> keep(FirstLanes<A> lanes, Vec<A> x, Vec<A> others) {
-  return select(from_bits<A>((1u << lanes.count) - 1), x, others);
+FASTBN_INLINE Vec<A> keep(EndLanes<A> lanes, Vec<A> x, Vec<A> others) {
+  return select(from_bits<A>(lanes.bits()), x, others);
 }
 
 // Copies fewer elements than a vector has by powers of two, each of which is one move.
@@ -276,15 +300,16 @@ FASTBN_INLINE Vec<acc_t<T>> load(const T* source, AllLanes<acc_t<T>> = {}) {
   std::memcpy(&stored, source, sizeof(stored));
   return unpack<T>(stored);
 }
-// The lanes beyond are 0.
+// The lanes beyond a row shorter than a vector are 0.
 template <class T>
-FASTBN_INLINE Vec<acc_t<T>> load(const T* source, FirstLanes<acc_t<T>> lanes) {
+FASTBN_INLINE Vec<acc_t<T>> load(const T* source, EndLanes<acc_t<T>> lanes) {
 #if defined(__AVX512F__)
-  const uint32_t bits = (1u << lanes.count) - 1;
+  const uint32_t bits = lanes.bits();
   if constexpr (sizeof(T) == 2) return unpack<T>((Half16)_mm256_maskz_loadu_epi16(__mmask16(bits), source));
   if constexpr (sizeof(T) == 4) return (Stored<T>)_mm512_maskz_loadu_ps(__mmask16(bits), source);
   if constexpr (sizeof(T) == 8) return (Stored<T>)_mm512_maskz_loadu_pd(__mmask8(bits), source);
 #else
+  if (lanes.overlaps()) return load(source);
   T lane[Vec<acc_t<T>>::lanes] = {};
   copy_some(lane, source, lanes.count);
   return load(lane);
@@ -297,13 +322,14 @@ FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, AllLanes<acc_t<T>> = {}) {
   std::memcpy(target, &stored, sizeof(stored));
 }
 template <class T>
-FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, FirstLanes<acc_t<T>> lanes) {
+FASTBN_INLINE void store(T* target, Vec<acc_t<T>> x, EndLanes<acc_t<T>> lanes) {
 #if defined(__AVX512F__)
-  const uint32_t bits = (1u << lanes.count) - 1;
+  const uint32_t bits = lanes.bits();
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(target, __mmask16(bits), (__m256i)pack<T>(x));
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, __mmask16(bits), (__m512)x.native);
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, __mmask8(bits), (__m512d)x.native);
 #else
+  if (lanes.overlaps()) return store(target, x);
   T lane[Vec<acc_t<T>>::lanes];
   store(lane, x);
   copy_some(target, lane, lanes.count);

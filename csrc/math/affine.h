@@ -3,6 +3,8 @@
 // float32 elements with |mean| >> std keep their digits at no cost an element.
 #pragma once
 
+#include <cmath>
+
 #include "math/macros.h"
 
 namespace fastbn {
@@ -48,7 +50,17 @@ struct GradAffine {
   }
 };
 
-// sum(grad_z * xhat) from sums about the rounded mean.
+// Near the mean, and of so few digits that x - pivot is exact for all but the least x: rounding x - mean shifts all
+// terms of sum(grad_z * (x - mean)) alike, which shows where they cancel.
+inline double grad_pivot_of(double mean, double inv_std) {
+  int exponent;
+  std::frexp(inv_std, &exponent);
+  const double steps = std::ldexp(16.0, exponent);
+  const double pivot = std::nearbyint(mean * steps) / steps;
+  return std::isfinite(inv_std) && std::isfinite(pivot) ? pivot : mean;
+}
+
+// sum(grad_z * xhat) from sums about a pivot.
 FASTBN_INLINE double sum_grad_xhat_of(double sum_grad, double sum_grad_shifted, double pivot, double mean,
                                       double inv_std) {
   return inv_std * (sum_grad_shifted + (pivot - mean) * sum_grad);

@@ -99,9 +99,17 @@ void test_stores_past_caches() {
         const Outputs made;
         const cpu::NormalizeArgs normalize{input.data(),     nullptr, made.output.data(), nullptr,
                                            Activation::relu, affine,  past_caches};
-        const cpu::GradArgs grad{grad_out.data(),           input.data(), nullptr,     nullptr,
-                                 Activation::relu,          affine,       grad_affine, made.grad_input.data(),
-                                 made.grad_residual.data(), past_caches};
+        const cpu::GradArgs grad{grad_out.data(),
+                                 input.data(),
+                                 nullptr,
+                                 nullptr,
+                                 Activation::relu,
+                                 affine.pivot,
+                                 affine,
+                                 grad_affine,
+                                 made.grad_input.data(),
+                                 made.grad_residual.data(),
+                                 past_caches};
         (in_columns ? table.column_normalize : table.channel_normalize)(normalize, block, {});
         (in_columns ? table.column_input_grad : table.channel_input_grad)(grad, block, {});
         return made;

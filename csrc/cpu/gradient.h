@@ -46,46 +46,47 @@ struct MaskedGrad : GradOut<T, per_column> {
 
   template <class Lanes>
   FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, V grad) const {
-    const auto upper = load_bits<acc_t<T>>(mask.bits + row * mask.stride, column, lanes);
+    const auto upper = load_bits<T>(mask.bits + row * mask.stride, column, lanes);
     return activation_backward_masked(activation, upper, grad);
   }
 };
 
-template <class T, bool per_column, class ActivationOf>
+template <class T, bool per_column, bool is_relu>
 struct RecomputedGrad {
   using V = Vec<acc_t<T>>;
   static constexpr bool needs_input = true;
   AffineArrays affine;
   const T* residual;
   int64_t row_stride;
-  ActivationOf activation;
+  Activation activation;
 
   template <class Lanes>
   FASTBN_INLINE Affine<V> prepare(int64_t column, Lanes lanes) const {
-    return affine_at<per_column, acc_t<T>>(affine, column, lanes);
+    return affine_at<per_column, T>(affine, column, lanes);
   }
   template <class Lanes>
   FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x, V grad) const {
     V z = prepared.apply(x);
     if (residual) z = z + load(residual + row * row_stride + column, lanes);
-    return activation_backward(activation(), z, grad);
+    if constexpr (is_relu)
+      grad = activation_backward(Activation::relu, z, grad);
+    else
+      multiply_by_derivative(activation, z, grad);
+    return grad;
   }
 };
 
 template <class T, bool per_column, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, Use&& use) {
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
-  auto recompute = [&](auto activation) FASTBN_INLINE_LAMBDA {
-    use(RecomputedGrad<T, per_column, decltype(activation)>{args.affine, residual, block.row_stride, activation});
-  };
   if (args.activation == Activation::none)
     use(GradOut<T, per_column>{});
   else if (mask.bits)
     use(MaskedGrad<T, per_column>{mask, args.activation});
   else if (args.activation == Activation::relu)
-    recompute([] { return Activation::relu; });
+    use(RecomputedGrad<T, per_column, true>{args.affine, residual, block.row_stride, args.activation});
   else
-    recompute([&args] { return args.activation; });
+    use(RecomputedGrad<T, per_column, false>{args.affine, residual, block.row_stride, args.activation});
 }
 
 // call(block, its mask), once, or where the mask has gaps, for a few rows at a time.
@@ -105,23 +106,23 @@ template <class T, class Terms>
 void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  sum_channels<A>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
+  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
     const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
     const T* input = static_cast<const T*>(args.input) + block.offset;
-    const V pivot = coefficient<false, A>(args.pivot, channel, AllLanes<A>{});
+    const V pivot = coefficient<false, T>(args.pivot, channel, AllLanes<T>{});
     const int64_t mask_offset =
         mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
     const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
     WideSums<A> result;
     with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
-      const auto prepared = source.prepare(channel, AllLanes<A>{});
+      const auto prepared = source.prepare(channel, AllLanes<T>{});
       result =
-          sum_channel<A, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+          sum_channel<T, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
             // Other lanes than the row's new ones add 0 * (pivot - pivot).
             const V x = keep(lanes, load(input + at, lanes), pivot);
             const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out + at, lanes));
-            terms.add_weighted(keep(lanes, grad_z, V(0)), x - pivot);
+            terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
           });
     });
     return result;
@@ -136,33 +137,33 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
     const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
     const T* input = static_cast<const T*>(args.input) + block.offset;
     with_grad<T, true>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
-      using Prepared = decltype(source.prepare(0, AllLanes<A>{}));
+      using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       struct Column {
         Prepared prepared;
         V pivot;
       };
-      sum_columns<A, Terms>(
+      sum_columns<T, Terms>(
           block, result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            return Column{source.prepare(column, lanes), coefficient<true, A>(args.pivot, column, lanes)};
+            return Column{source.prepare(column, lanes), coefficient<true, T>(args.pivot, column, lanes)};
           },
           [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
             const V x = load(input + at, lanes);
             const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
-            terms.add_weighted(grad_z, x - at_column.pivot);
+            terms.template add_weighted<T>(grad_z, x - at_column.pivot);
           });
     });
   };
   with_mask_rows(args, whole, mask_block, sum);
 }
 
-template <bool per_column, class A, class Lanes>
-FASTBN_INLINE GradAffine<Vec<A>> grad_affine_at(const GradAffineArrays& arrays, int64_t column, Lanes lanes) {
+template <bool per_column, class T, class Lanes>
+FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradAffineArrays& arrays, int64_t column, Lanes lanes) {
   return {
-      coefficient<per_column, A>(arrays.pivot, column, lanes), coefficient<per_column, A>(arrays.slope, column, lanes),
-      coefficient<per_column, A>(arrays.mean_grad, column, lanes),
-      coefficient<per_column, A>(arrays.rest, column, lanes), coefficient<per_column, A>(arrays.scale, column, lanes)};
+      coefficient<per_column, T>(arrays.pivot, column, lanes), coefficient<per_column, T>(arrays.slope, column, lanes),
+      coefficient<per_column, T>(arrays.mean_grad, column, lanes),
+      coefficient<per_column, T>(arrays.rest, column, lanes), coefficient<per_column, T>(arrays.scale, column, lanes)};
 }
 
 template <class T, bool per_column>
@@ -177,13 +178,13 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
 
   with_grad<T, per_column>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
     auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
-      using Prepared = decltype(source.prepare(0, AllLanes<A>{}));
-      using Coefficients = decltype(coefficients(0, AllLanes<A>{}));
+      using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
+      using Coefficients = decltype(coefficients(0, AllLanes<T>{}));
       struct Column {
         Prepared prepared;
         Coefficients coefficients;
       };
-      for_each_prepared<per_column, A>(
+      for_each_prepared<per_column, T>(
           block,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             return Column{source.prepare(column, lanes), coefficients(column, lanes)};
@@ -201,13 +202,13 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
       loop(
           std::true_type{},
           [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, A>(arrays, column, lanes); },
+              FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(arrays, column, lanes); },
           [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
     else  // frozen statistics
       loop(
           std::false_type{},
           [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return coefficient<per_column, A>(arrays.scale, column, lanes); },
+              FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(arrays.scale, column, lanes); },
           [](V scale, V grad_z, V) FASTBN_INLINE_LAMBDA { return grad_z * scale; });
   });
 }

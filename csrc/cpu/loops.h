@@ -13,28 +13,29 @@ namespace fastbn::cpu::FASTBN_ISA {
 constexpr int64_t rows_of_column_sums = 16, rows_of_channel_sums = 8, rows_of_strip = 4;
 
 // visit(column, lanes) over the columns of a row.
-template <class A, class Visit>
+template <class T, class Visit>
 FASTBN_INLINE void for_each_column(int64_t cols, Visit&& visit) {
+  constexpr int64_t lanes = Vec<acc_t<T>>::lanes;
   int64_t j = 0;
-  for (; j + Vec<A>::lanes <= cols; j += Vec<A>::lanes) visit(j, AllLanes<A>{});
-  if (j < cols) visit_end<A>(cols, visit);
+  for (; j + lanes <= cols; j += lanes) visit(j, AllLanes<T>{});
+  if (j < cols) visit_end<T>(cols, visit);
 }
 
 // visit(begin row, end row, column, lanes): down a few rows, one vector wide, then the next vector.
-template <class A, class Visit>
+template <class T, class Visit>
 FASTBN_INLINE void for_each_strip(const Block& block, int64_t rows, Visit&& visit) {
   for (int64_t begin = 0; begin < block.rows; begin += rows) {
     const int64_t end = std::min(block.rows, begin + rows);
-    for_each_column<A>(block.cols,
+    for_each_column<T>(block.cols,
                        [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(begin, end, column, lanes); });
   }
 }
 
 // visit(chain, row, column, lanes) row by row, by turns with one of `chains` independent chains of operations, and
 // flush() before any of these has been given more than `longest` vectors.
-template <class A, int chains, int64_t longest, class Visit, class Flush>
+template <class T, int chains, int64_t longest, class Visit, class Flush>
 FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flush) {
-  constexpr int64_t lanes = Vec<A>::lanes, step = chains * lanes;
+  constexpr int64_t lanes = Vec<acc_t<T>>::lanes, step = chains * lanes;
   int64_t terms = 0;
   for (int64_t row = 0; row < block.rows; ++row) {
     for (int64_t j = 0, end; j < block.cols; j = end) {
@@ -46,14 +47,14 @@ FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flu
       }
       terms += added;
       for (; j + step <= end; j += step)
-        for (int chain = 0; chain < chains; ++chain) visit(chain, row, j + chain * lanes, AllLanes<A>{});
+        for (int chain = 0; chain < chains; ++chain) visit(chain, row, j + chain * lanes, AllLanes<T>{});
       for (int chain = 0; chain < chains - 1; ++chain) {
         if (j + lanes > end) break;
-        visit(chain, row, j, AllLanes<A>{});
+        visit(chain, row, j, AllLanes<T>{});
         j += lanes;
       }
       if (j < end)
-        visit_end<A>(block.cols, [&](int64_t at, auto last) FASTBN_INLINE_LAMBDA { visit(chains - 1, row, at, last); });
+        visit_end<T>(block.cols, [&](int64_t at, auto last) FASTBN_INLINE_LAMBDA { visit(chains - 1, row, at, last); });
     }
   }
   flush();
@@ -67,7 +68,7 @@ class OutputRows {
 
   FASTBN_INLINE OutputRows(void* output, const Block& block, bool past_caches)
       : data_(output ? static_cast<T*>(output) + block.offset : nullptr),
-        past_caches_(past_caches && reinterpret_cast<uintptr_t>(data_) % sizeof(Stored<T>) == 0 &&
+        past_caches_(past_caches && reinterpret_cast<uintptr_t>(data_) % (V::lanes * sizeof(T)) == 0 &&
                      block.row_stride % V::lanes == 0) {}
   FASTBN_INLINE ~OutputRows() {
     if (fills_line<T> && past_caches_) finish_streaming();
@@ -75,13 +76,13 @@ class OutputRows {
 
   FASTBN_INLINE explicit operator bool() const { return data_; }
 
-  FASTBN_INLINE void store(int64_t at, V x, AllLanes<acc_t<T>> lanes) const {
+  FASTBN_INLINE void store(int64_t at, const V& x, AllLanes<T> lanes) const {
     if (fills_line<T> && past_caches_)
       stream(data_ + at, x);
     else
       FASTBN_ISA::store(data_ + at, x, lanes);
   }
-  FASTBN_INLINE void store(int64_t at, V x, EndLanes<acc_t<T>> lanes) const { FASTBN_ISA::store(data_ + at, x, lanes); }
+  FASTBN_INLINE void store(int64_t at, const V& x, EndLanes<T> lanes) const { FASTBN_ISA::store(data_ + at, x, lanes); }
 
  private:
   T* data_;

@@ -9,32 +9,34 @@ namespace fastbn::cpu::FASTBN_ISA {
 
 // A vector's bits of a row. Vectors of fewer than eight lanes share a byte with their neighbours, and the first of them
 // starts it.
-template <class A, class Lanes>
-FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, Mask<A> mask) {
-  const uint64_t bits = to_bits(mask) >> lanes.first & ((uint64_t(1) << lanes.count) - 1);
+template <class T, class Lanes>
+FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, const Mask<acc_t<T>>& mask) {
+  constexpr int all = Vec<acc_t<T>>::lanes;
+  const uint64_t bits = to_bits<T>(mask) >> lanes.first & ((uint64_t(1) << lanes.count) - 1);
   column += lanes.first;
-  if constexpr (Vec<A>::lanes < 8) {
+  if constexpr (all < 8) {
     const uint8_t part = uint8_t(bits << column % 8);
     row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
   } else {
     row[column / 8] = uint8_t(bits);
-    if (Vec<A>::lanes > 8 && lanes.count > 8) row[column / 8 + 1] = uint8_t(bits >> 8);
+    if (all > 8 && lanes.count > 8) row[column / 8 + 1] = uint8_t(bits >> 8);
   }
 }
 
-template <class A>
-FASTBN_INLINE Mask<A> load_bits(const uint8_t* row, int64_t column, AllLanes<A>) {
+template <class T>
+FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
+  constexpr int all = Vec<acc_t<T>>::lanes;
   uint32_t bits = row[column / 8];
-  if (Vec<A>::lanes < 8) bits >>= column % 8;
-  if (Vec<A>::lanes > 8) bits |= uint32_t(row[column / 8 + 1]) << 8;
-  return from_bits<A>(bits);
+  if (all < 8) bits >>= column % 8;
+  if (all > 8) bits |= uint32_t(row[column / 8 + 1]) << 8;
+  return from_bits<T>(bits);
 }
-template <class A>
-FASTBN_INLINE Mask<A> load_bits(const uint8_t* row, int64_t column, EndLanes<A> lanes) {
-  const int64_t last = (column + lanes.first + lanes.count - 1) / 8;
-  uint32_t bits = row[column / 8];
-  if (last > column / 8) bits |= uint32_t(row[last]) << 8;
-  return from_bits<A>(bits >> column % 8);
+template <class T>
+FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
+  const int64_t first = column / 8, last = (column + lanes.first + lanes.count - 1) / 8;
+  uint32_t bits = row[first];
+  for (int64_t at = first + 1; at <= last; ++at) bits |= uint32_t(row[at]) << 8 * (at - first);
+  return from_bits<T>(bits >> column % 8);
 }
 
 // Rows of at most 64 elements, which is several runs.

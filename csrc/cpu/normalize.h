@@ -11,35 +11,35 @@
 namespace fastbn::cpu::FASTBN_ISA {
 
 // Of the columns from `at` on, or of the channel `at`.
-template <bool per_column, class A, class Lanes>
-FASTBN_INLINE Vec<A> coefficient(const void* array, int64_t at, Lanes lanes) {
-  const A* values = static_cast<const A*>(array) + at;
+template <bool per_column, class T, class Lanes>
+FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t at, Lanes lanes) {
+  const acc_t<T>* values = static_cast<const acc_t<T>*>(array) + at;
   if constexpr (per_column)
     return load(values, lanes);
   else
-    return Vec<A>(*values);
+    return Vec<acc_t<T>>(*values);
 }
 
-template <bool per_column, class A, class Lanes>
-FASTBN_INLINE Affine<Vec<A>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
-  return {coefficient<per_column, A>(arrays.pivot, at, lanes), coefficient<per_column, A>(arrays.scale, at, lanes),
-          coefficient<per_column, A>(arrays.shift, at, lanes)};
+template <bool per_column, class T, class Lanes>
+FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
+  return {coefficient<per_column, T>(arrays.pivot, at, lanes), coefficient<per_column, T>(arrays.scale, at, lanes),
+          coefficient<per_column, T>(arrays.shift, at, lanes)};
 }
 
 // visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
 // in registers down a few rows, those of a channel along its row.
-template <bool per_column, class A, class Prepare, class Visit>
+template <bool per_column, class T, class Prepare, class Visit>
 FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
   if constexpr (per_column) {
-    for_each_strip<A>(block, rows_of_strip,
+    for_each_strip<T>(block, rows_of_strip,
                       [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
                         const auto prepared = prepare(column, lanes);
                         for (int64_t row = begin; row < end; ++row) visit(prepared, row, column, lanes);
                       });
   } else {
     for (int64_t row = 0; row < block.rows; ++row) {
-      const auto prepared = prepare(row * block.channel_step, AllLanes<A>{});
-      for_each_column<A>(block.cols,
+      const auto prepared = prepare(row * block.channel_step, AllLanes<T>{});
+      for_each_column<T>(block.cols,
                          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
     }
   }
@@ -48,24 +48,27 @@ FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visi
 // `mask` is that of the block, without gaps in its rows.
 template <class T, bool per_column>
 FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint8_t* mask, int64_t mask_stride) {
-  using A = acc_t<T>;
-  using V = Vec<A>;
+  using V = Vec<acc_t<T>>;
   const T* input = static_cast<const T*>(args.input) + block.offset;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
   const OutputRows<T> output(args.output, block, args.past_caches);
 
-  auto loop = [&](auto plain, auto activation) FASTBN_INLINE_LAMBDA {
-    for_each_prepared<per_column, A>(
+  auto loop = [&](auto known, auto plain, auto activation) FASTBN_INLINE_LAMBDA {
+    for_each_prepared<per_column, T>(
         block,
-        [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, A>(args.affine, at, lanes); },
+        [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
         [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
           const int64_t at = row * block.row_stride + column;
           V z = affine.apply(load(input + at, lanes));
           if constexpr (!plain) {
             if (residual) z = z + load(residual + at, lanes);
-            if (mask) store_bits<A>(mask + row * mask_stride, column, lanes, activation_is_upper(activation(), z));
+            if (mask) store_bits<T>(mask + row * mask_stride, column, lanes, activation_is_upper(activation(), z));
           }
-          output.store(at, activation_forward(activation(), z), lanes);
+          if constexpr (known)
+            z = activation_forward(activation(), z);
+          else
+            activate(activation(), z);
+          output.store(at, z, lanes);
         });
   };
   using std::false_type, std::true_type;
@@ -74,11 +77,11 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
   const bool plain = !residual && !mask;
   // The two activations that every network uses get loops of their own, without a branch a vector.
   if (args.activation == Activation::none)
-    plain ? loop(true_type{}, none) : loop(false_type{}, none);
+    plain ? loop(true_type{}, true_type{}, none) : loop(true_type{}, false_type{}, none);
   else if (args.activation == Activation::relu)
-    plain ? loop(true_type{}, relu) : loop(false_type{}, relu);
+    plain ? loop(true_type{}, true_type{}, relu) : loop(true_type{}, false_type{}, relu);
   else
-    loop(false_type{}, [&] { return args.activation; });
+    loop(false_type{}, false_type{}, [&] { return args.activation; });
 }
 
 template <class T, bool per_column>

@@ -16,8 +16,8 @@ struct WideVec {
   Vec<double> part[parts];
 
   WideVec() = default;
-  FASTBN_INLINE explicit WideVec(Vec<A> x) {
-    if constexpr (parts == 1) {
+  FASTBN_INLINE explicit WideVec(const Vec<A>& x) {
+    if constexpr (std::is_same_v<A, double>) {
       part[0] = x;
     } else {
       part[0] = widen(x, 0);
@@ -48,16 +48,17 @@ struct LaneSums {
   using Value = Vec<A>;
   Vec<A> first{A(0)}, second{A(0)};
 
-  template <class T, class Lanes>
-  static FASTBN_INLINE Value load_value(const T* source, Lanes lanes) {
+  template <class T, class Source, template <class> class Lanes>
+  static FASTBN_INLINE Value load_value(const Source* source, Lanes<T> lanes) {
     return load(source, lanes);
   }
-  FASTBN_INLINE void add_shifted(Value x, Value pivot) {
+  FASTBN_INLINE void add_shifted(const Value& x, const Value& pivot) {
     const Value d = x - pivot;
     first += d;
     second = second + d * d;
   }
-  FASTBN_INLINE void add_weighted(Value term, Value weight) {
+  template <class T>
+  FASTBN_INLINE void add_weighted(const Value& term, const Value& weight) {
     first += term;
     second = second + term * weight;
   }
@@ -67,22 +68,22 @@ struct LaneSums {
   }
 };
 
-// Likewise in double, of any number of terms.
+// Likewise in double, of any number of terms, and always in the order of memory.
 template <class A>
 struct WideSums {
   static constexpr int64_t longest = int64_t(1) << 48;
   using Value = WideVec<A>;
   WideVec<A> first{Vec<A>(A(0))}, second{Vec<A>(A(0))};
 
-  template <class T, class Lanes>
-  static FASTBN_INLINE Value load_value(const T* source, Lanes lanes) {
-    if constexpr (std::is_same_v<T, float> && std::is_same_v<Lanes, AllLanes<float>>) {
+  template <class T, class Source, template <class> class Lanes>
+  static FASTBN_INLINE Value load_value(const Source* source, Lanes<T> lanes) {
+    if constexpr (std::is_same_v<Source, float> && std::is_same_v<Lanes<T>, AllLanes<float>>) {
       // Conversion is cheaper from memory than from a register.
       Value value;
       for (int i = 0; i < 2; ++i) value.part[i] = load_as_double(source + i * Vec<double>::lanes);
       return value;
     } else {
-      return Value(load(source, lanes));
+      return Value(from_order_of<T>(load(source, lanes)));
     }
   }
   FASTBN_INLINE void add_shifted(const Value& x, const Value& pivot) {
@@ -92,8 +93,9 @@ struct WideSums {
       second.part[i] = second.part[i] + d * d;
     }
   }
-  FASTBN_INLINE void add_weighted(Vec<A> term, Vec<A> weight) {
-    const Value wide(term), wide_weight(weight);
+  template <class T>
+  FASTBN_INLINE void add_weighted(const Vec<A>& term, const Vec<A>& weight) {
+    const Value wide(from_order_of<T>(term)), wide_weight(from_order_of<T>(weight));
     for (int i = 0; i < Value::parts; ++i) {
       first.part[i] += wide.part[i];
       second.part[i] = second.part[i] + wide.part[i] * wide_weight.part[i];
@@ -119,16 +121,27 @@ using Terms = std::conditional_t<sizeof(T) == 2, LaneSums<float, 16>, WideSums<a
 template <class T>
 using GradTerms = std::conditional_t<std::is_same_v<T, bfloat16>, LaneSums<float, 8>, WideSums<acc_t<T>>>;
 
-// Adds lanes to one sum a column.
-template <class A>
-FASTBN_INLINE void add_columns(double* sums, const WideVec<A>& lanes, AllLanes<A>) {
-  constexpr int step = Vec<double>::lanes;
-  for (int i = 0; i < WideVec<A>::parts; ++i) store(sums + i * step, load(sums + i * step) + lanes.part[i]);
+template <class T, int64_t most_terms>
+FASTBN_INLINE LaneSums<float, most_terms> in_memory_order(const LaneSums<float, most_terms>& sums) {
+  return {from_order_of<T>(sums.first), from_order_of<T>(sums.second)};
 }
-template <class A>
-FASTBN_INLINE void add_columns(double* sums, const WideVec<A>& lanes, EndLanes<A> some) {
-  for (int i = some.first; i < some.first + some.count; ++i)
-    sums[i] += lanes.part[i / Vec<double>::lanes].native[i % Vec<double>::lanes];
+template <class T>
+FASTBN_INLINE const WideSums<acc_t<T>>& in_memory_order(const WideSums<acc_t<T>>& sums) {
+  return sums;
+}
+
+// Adds lanes to one sum a column.
+template <class T>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, AllLanes<T>) {
+  constexpr int step = Vec<double>::lanes;
+  for (int i = 0; i < WideVec<acc_t<T>>::parts; ++i)
+    store(sums + i * step, load(sums + i * step, AllLanes<double>{}) + wide.part[i]);
+}
+template <class T>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, EndLanes<T> some) {
+  double lane[Vec<acc_t<T>>::lanes];
+  for (int i = 0; i < WideVec<acc_t<T>>::parts; ++i) store(lane + i * Vec<double>::lanes, wide.part[i]);
+  for (int i = some.first; i < some.first + some.count; ++i) sums[i] += lane[i];
 }
 template <class A, class Lanes>
 FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A>& terms, Lanes lanes) {
@@ -137,10 +150,11 @@ FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A
 }
 
 // Sums of a block of one channel, lane by lane: add(terms, row, column, lanes) adds those of a vector.
-template <class A, class Terms, class Add>
-FASTBN_INLINE WideSums<A> sum_channel(const Block& block, Add&& add) {
+template <class T, class Terms, class Add>
+FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Block& block, Add&& add) {
+  using A = acc_t<T>;
   // Additions wait for one another; half of the registers hold what they add to.
-  constexpr int chains = std::min<int>(4, vector_registers / 2 * vector_bytes / int(sizeof(Terms)));
+  constexpr int chains = std::min<int>(4, register_count / 2 * register_bytes / int(sizeof(Terms)));
   WideSums<A> total;
   Terms terms[chains];
   auto flush = [&]() FASTBN_INLINE_LAMBDA {
@@ -149,7 +163,7 @@ FASTBN_INLINE WideSums<A> sum_channel(const Block& block, Add&& add) {
     total.join(terms[0]);
     for (Terms& chain : terms) chain = {};
   };
-  for_each_batch<A, chains, Terms::longest>(
+  for_each_batch<T, chains, Terms::longest>(
       block,
       [&](int chain, int64_t row, int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { add(terms[chain], row, column, lanes); },
@@ -159,8 +173,9 @@ FASTBN_INLINE WideSums<A> sum_channel(const Block& block, Add&& add) {
 
 // Sums of a block's channels: sum(channel, first row, part) gives those of part of a channel, lane by lane. Several
 // channels are walked side by side, a few rows at a time, which is nearly the order of memory.
-template <class A, class Sum>
+template <class T, class Sum>
 FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) {
+  using A = acc_t<T>;
   struct {
     WideVec<A> first, second;
   } total[most_channels];
@@ -181,17 +196,17 @@ FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) 
 }
 
 // Sums of the columns of a block: prepare(column, lanes) gives what add(terms, prepared, row, column, lanes) uses.
-template <class A, class Terms, class Prepare, class Add>
+template <class T, class Terms, class Prepare, class Add>
 FASTBN_INLINE void sum_columns(const Block& block, ColumnSums sums, Prepare&& prepare, Add&& add) {
   auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
     const auto prepared = prepare(column, lanes);
     Terms terms;
     for (int64_t row = begin; row < end; ++row) add(terms, prepared, row, column, lanes);
-    WideSums<A> wide;
-    wide.join(terms);
+    WideSums<acc_t<T>> wide;
+    wide.join(in_memory_order<T>(terms));
     add_columns(sums, column, wide, lanes);
   };
-  for_each_strip<A>(block, std::min(rows_of_column_sums, Terms::longest), strip);
+  for_each_strip<T>(block, std::min(rows_of_column_sums, Terms::longest), strip);
 }
 
 // Of the finite ones; 0 where there are none. About infinity every sum would be NaN.
@@ -242,14 +257,14 @@ void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, 
 template <class T, class Terms>
 void channel_sums(const void* data, Block whole, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
-  sum_channels<A>(whole, sums, [&](int64_t channel, int64_t, const Block& block) FASTBN_INLINE_LAMBDA {
+  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t, const Block& block) FASTBN_INLINE_LAMBDA {
     const T* input = static_cast<const T*>(data) + block.offset;
     const Vec<A> narrow_pivot(static_cast<const A*>(pivots)[channel]);
     const typename Terms::Value pivot(narrow_pivot);
-    return sum_channel<A, Terms>(
+    return sum_channel<T, Terms>(
         block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
           const T* source = input + row * block.row_stride + column;
-          if constexpr (std::is_same_v<decltype(lanes), AllLanes<A>>)
+          if constexpr (std::is_same_v<decltype(lanes), AllLanes<T>>)
             terms.add_shifted(Terms::load_value(source, lanes), pivot);
           else
             terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
@@ -262,7 +277,7 @@ void column_sums(const void* data, Block block, const void* pivots, ColumnSums s
   using A = acc_t<T>;
   using Value = typename Terms::Value;
   const T* input = static_cast<const T*>(data) + block.offset;
-  sum_columns<A, Terms>(
+  sum_columns<T, Terms>(
       block, sums,
       [&](int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },

@@ -12,9 +12,9 @@ namespace fastbn::cpu::FASTBN_ISA {
 template <class Function>
 FASTBN_INLINE Vec<double> map_lanes(Vec<double> x, Function function) {
   double lane[Vec<double>::lanes];
-  std::memcpy(lane, &x.native, sizeof(lane));
+  std::memcpy(lane, &x.part, sizeof(lane));
   for (double& value : lane) value = function(value);
-  std::memcpy(&x.native, lane, sizeof(lane));
+  std::memcpy(&x.part, lane, sizeof(lane));
   return x;
 }
 FASTBN_INLINE Vec<double> exp(Vec<double> x) {
@@ -43,13 +43,13 @@ FASTBN_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 
 // x = n log(2) + r with |r| <= log(2) / 2, and exp(r) - 1.
 struct ReducedExp {
-  Bits32 n;
+  Vec<uint32_t> n;
   Vec<float> expm1_r;
 
   FASTBN_INLINE explicit ReducedExp(Vec<float> x) {
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     const Vec<float> magic(12582912.0f), shifted = x * Vec<float>(1.44269504f) + magic, rounded = shifted - magic;
-    n = __builtin_bit_cast(Bits32, shifted.native) - 0x4b400000u;
+    n = bit_cast_lanes<uint32_t>(shifted) - Vec<uint32_t>(0x4b400000u);
     // log(2) in two parts, the first of few digits, so that its product with n is exact.
     const Vec<float> r = (x - rounded * Vec<float>(0.693359375f)) + rounded * Vec<float>(2.12194440e-4f);
     constexpr float c[] = {0.49999997f, 0.16666539f, 0.041667223f, 0.00836718082f, 0.00138823956f};
@@ -57,8 +57,8 @@ struct ReducedExp {
   }
 
   // 2^k for k in [-126, 127].
-  static FASTBN_INLINE Vec<float> power_of_2(Bits32 k) {
-    return __builtin_bit_cast(Vec<float>::Native, (k + 127u) << 23);
+  static FASTBN_INLINE Vec<float> power_of_2(const Vec<uint32_t>& k) {
+    return bit_cast_lanes<float>((k + Vec<uint32_t>(127u)) << 23);
   }
 };
 
@@ -66,8 +66,7 @@ FASTBN_INLINE Vec<float> exp(Vec<float> x) {
   // Beyond, the result is 0 or infinite. The power of 2 is taken in two steps, so that subnormal results come out
   // right.
   const ReducedExp reduced(clamp(x, -104.0f, 89.0f));
-  typedef int32_t Signed __attribute__((vector_size(vector_bytes)));
-  const Bits32 half = __builtin_bit_cast(Bits32, __builtin_bit_cast(Signed, reduced.n) >> 1);
+  const Vec<uint32_t> half = bit_cast_lanes<uint32_t>(bit_cast_lanes<int32_t>(reduced.n) >> 1);
   const Vec<float> mantissa = Vec<float>(1.0f) + reduced.expm1_r;
   return mantissa * ReducedExp::power_of_2(half) * ReducedExp::power_of_2(reduced.n - half);
 }
@@ -90,6 +89,17 @@ FASTBN_INLINE Vec<float> erf(Vec<float> x) {
                            0.0218896456f,    -0.00296011497f, 0.000187604892f};
   const Vec<float> large = Vec<float>(1.0f) - exp(polynomial(clamp(magnitude, 0.0f, 4.0f), far));
   return select(magnitude > Vec<float>(1.0f), select(x < Vec<float>(0.0f), -large, large), small);
+}
+
+// csrc/math's formulas for whichever activation, not inlined: each is as long as all the rest of a loop, and every loop
+// would have all of them.
+template <class A>
+__attribute__((noinline)) void activate(Activation activation, Vec<A>& z) {
+  z = activation_forward(activation, z);
+}
+template <class A>
+__attribute__((noinline)) void multiply_by_derivative(Activation activation, const Vec<A>& z, Vec<A>& grad) {
+  grad = activation_backward(activation, z, grad);
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -31,7 +31,7 @@ void check_function(const char* name, uint32_t step, bool positive, Function fun
   float at = 0;
   auto check = [&](float x) {
     if (!positive && x > 0) return;
-    const double error = error_in_ulps(function(Vec<float>(x)).native[0], exact(double(x)));
+    const double error = error_in_ulps(function(Vec<float>(x)).part[0][0], exact(double(x)));
     if (error > worst) worst = error, at = x;
   };
   for (uint64_t bits = 0; bits < uint64_t(1) << 32; bits += step) check(bit_cast<float>(uint32_t(bits)));

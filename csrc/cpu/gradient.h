@@ -143,7 +143,7 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
         V pivot;
       };
       sum_columns<T, Terms>(
-          block, result,
+          block, rows_of_column_grad_sums, result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             return Column{source.prepare(column, lanes), coefficient<true, T>(args.pivot, column, lanes)};
           },

@@ -84,6 +84,8 @@ struct ColumnSums {
 
 // Sums are added to what is there.
 struct Kernels {
+  // How much an op has to touch for stores past the caches to pay.
+  int64_t streamed_bytes_a_thread;
   // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
   // About pivots, an acc_t<T> a channel or column.

@@ -1,4 +1,4 @@
-// How much an op must touch for stores past the caches to pay, and whether pages exist.
+// Whether an op touches enough for stores past the caches to pay, and whether its outputs' pages exist.
 #include "cpu/output.h"
 
 #if defined(__linux__)
@@ -8,12 +8,6 @@
 
 namespace fastbn::cpu {
 namespace {
-
-// Time of an op with stores past the caches over that with others, and in brackets the same with a sum over its outputs
-// behind it, float32 on two cores of a Xeon with 2 MiB of L2 each, several runs. Forward, 49 MiB touched: 0.6 to 1.1
-// (0.7 to 1.2); backward, 37 MiB: 0.8 to 0.9 (0.9 to 1.1), 74 MiB: 0.7 to 0.8 (0.8 to 0.9). So backward gains, and
-// forward does where nobody reads its output soon.
-constexpr int64_t streamed_bytes_a_thread = int64_t(16) << 20;
 
 // By two pages: where an allocator grew or took new memory, the last ones are new.
 bool has_pages(const void* output, int64_t bytes) {
@@ -30,8 +24,9 @@ bool has_pages(const void* output, int64_t bytes) {
 
 }  // namespace
 
-bool stores_past_caches(std::initializer_list<const void*> outputs, int64_t bytes, int64_t touched_bytes, int threads) {
-  if (touched_bytes < streamed_bytes_a_thread * threads) return false;
+bool stores_past_caches(std::initializer_list<const void*> outputs, int64_t bytes, int64_t touched_bytes,
+                        int64_t least_touched_bytes) {
+  if (touched_bytes < least_touched_bytes) return false;
   for (const void* output : outputs)
     if (output && !has_pages(output, bytes)) return false;
   return true;

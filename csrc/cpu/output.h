@@ -8,7 +8,9 @@
 namespace fastbn::cpu {
 
 // Whether an op that touches so many bytes should store its outputs, each of `bytes` or null, past the caches. Not
-// where the operating system has yet to make their pages, which brings lines into the caches.
-bool stores_past_caches(std::initializer_list<const void*> outputs, int64_t bytes, int64_t touched_bytes, int threads);
+// where it touches less than pays, nor where the operating system has yet to make their pages, which brings lines into
+// the caches.
+bool stores_past_caches(std::initializer_list<const void*> outputs, int64_t bytes, int64_t touched_bytes,
+                        int64_t least_touched_bytes);
 
 }  // namespace fastbn::cpu

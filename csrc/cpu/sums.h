@@ -197,7 +197,7 @@ FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) 
 
 // Sums of the columns of a block: prepare(column, lanes) gives what add(terms, prepared, row, column, lanes) uses.
 template <class T, class Terms, class Prepare, class Add>
-FASTBN_INLINE void sum_columns(const Block& block, ColumnSums sums, Prepare&& prepare, Add&& add) {
+FASTBN_INLINE void sum_columns(const Block& block, int64_t rows, ColumnSums sums, Prepare&& prepare, Add&& add) {
   auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
     const auto prepared = prepare(column, lanes);
     Terms terms;
@@ -206,7 +206,7 @@ FASTBN_INLINE void sum_columns(const Block& block, ColumnSums sums, Prepare&& pr
     wide.join(in_memory_order<T>(terms));
     add_columns(sums, column, wide, lanes);
   };
-  for_each_strip<T>(block, std::min(rows_of_column_sums, Terms::longest), strip);
+  for_each_strip<T>(block, std::min(rows, Terms::longest), strip);
 }
 
 // Of the finite ones; 0 where there are none. About infinity every sum would be NaN.
@@ -278,7 +278,7 @@ void column_sums(const void* data, Block block, const void* pivots, ColumnSums s
   using Value = typename Terms::Value;
   const T* input = static_cast<const T*>(data) + block.offset;
   sum_columns<T, Terms>(
-      block, sums,
+      block, rows_of_column_sums, sums,
       [&](int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },
       [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {

@@ -477,7 +477,7 @@ constexpr bool fills_line = register_bytes >= 32 && Vec<acc_t<T>>::lanes * sizeo
 
 // To the address of a line, past the caches; other threads see it after finish_streaming().
 template <class T>
-FASTBN_INLINE void stream(T* target, const Vec<acc_t<T>>& x) {
+FASTBN_INLINE void stream([[maybe_unused]] T* target, [[maybe_unused]] const Vec<acc_t<T>>& x) {
   if constexpr (fills_line<T>) {
     for (int i = 0; i < parts; ++i) {
 #if defined(__AVX512F__)

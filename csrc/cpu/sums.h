@@ -12,26 +12,26 @@ namespace fastbn::cpu::FASTBN_ISA {
 // A vector of A in double: vectors of float become two, vectors of double one.
 template <class A>
 struct WideVec {
-  static constexpr int parts = int(sizeof(double) / sizeof(A));
-  Vec<double> part[parts];
+  static constexpr int halves = int(sizeof(double) / sizeof(A));
+  Vec<double> half[halves];
 
   WideVec() = default;
   FASTBN_INLINE explicit WideVec(const Vec<A>& x) {
     if constexpr (std::is_same_v<A, double>) {
-      part[0] = x;
+      half[0] = x;
     } else {
-      part[0] = widen(x, 0);
-      part[1] = widen(x, 1);
+      half[0] = widen(x, 0);
+      half[1] = widen(x, 1);
     }
   }
 
   FASTBN_INLINE WideVec& operator+=(const WideVec& other) {
-    for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+    for (int i = 0; i < halves; ++i) half[i] += other.half[i];
     return *this;
   }
   FASTBN_INLINE double total() const {
-    Vec<double> sum = part[0];
-    for (int i = 1; i < parts; ++i) sum += part[i];
+    Vec<double> sum = half[0];
+    for (int i = 1; i < halves; ++i) sum += half[i];
     double lane[Vec<double>::lanes];
     store(lane, sum);
     for (int step = Vec<double>::lanes / 2; step > 0; step /= 2)
@@ -80,25 +80,25 @@ struct WideSums {
     if constexpr (std::is_same_v<Source, float> && std::is_same_v<Lanes<T>, AllLanes<float>>) {
       // Conversion is cheaper from memory than from a register.
       Value value;
-      for (int i = 0; i < 2; ++i) value.part[i] = load_as_double(source + i * Vec<double>::lanes);
+      for (int i = 0; i < 2; ++i) value.half[i] = load_as_double(source + i * Vec<double>::lanes);
       return value;
     } else {
       return Value(from_order_of<T>(load(source, lanes)));
     }
   }
   FASTBN_INLINE void add_shifted(const Value& x, const Value& pivot) {
-    for (int i = 0; i < Value::parts; ++i) {
-      const Vec<double> d = x.part[i] - pivot.part[i];
-      first.part[i] += d;
-      second.part[i] = second.part[i] + d * d;
+    for (int i = 0; i < Value::halves; ++i) {
+      const Vec<double> d = x.half[i] - pivot.half[i];
+      first.half[i] += d;
+      second.half[i] = second.half[i] + d * d;
     }
   }
   template <class T>
   FASTBN_INLINE void add_weighted(const Vec<A>& term, const Vec<A>& weight) {
     const Value wide(from_order_of<T>(term)), wide_weight(from_order_of<T>(weight));
-    for (int i = 0; i < Value::parts; ++i) {
-      first.part[i] += wide.part[i];
-      second.part[i] = second.part[i] + wide.part[i] * wide_weight.part[i];
+    for (int i = 0; i < Value::halves; ++i) {
+      first.half[i] += wide.half[i];
+      second.half[i] = second.half[i] + wide.half[i] * wide_weight.half[i];
     }
   }
   FASTBN_INLINE void join(const WideSums& other) {
@@ -134,13 +134,13 @@ FASTBN_INLINE const WideSums<acc_t<T>>& in_memory_order(const WideSums<acc_t<T>>
 template <class T>
 FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, AllLanes<T>) {
   constexpr int step = Vec<double>::lanes;
-  for (int i = 0; i < WideVec<acc_t<T>>::parts; ++i)
-    store(sums + i * step, load(sums + i * step, AllLanes<double>{}) + wide.part[i]);
+  for (int i = 0; i < WideVec<acc_t<T>>::halves; ++i)
+    store(sums + i * step, load(sums + i * step, AllLanes<double>{}) + wide.half[i]);
 }
 template <class T>
 FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, EndLanes<T> some) {
   double lane[Vec<acc_t<T>>::lanes];
-  for (int i = 0; i < WideVec<acc_t<T>>::parts; ++i) store(lane + i * Vec<double>::lanes, wide.part[i]);
+  for (int i = 0; i < WideVec<acc_t<T>>::halves; ++i) store(lane + i * Vec<double>::lanes, wide.half[i]);
   for (int i = some.first; i < some.first + some.count; ++i) sums[i] += lane[i];
 }
 template <class A, class Lanes>

@@ -51,7 +51,7 @@ struct MaskedGrad : GradOut<T, per_column> {
   }
 };
 
-template <class T, bool per_column, bool is_relu>
+template <class T, bool per_column, Known known>
 struct RecomputedGrad {
   using V = Vec<acc_t<T>>;
   static constexpr bool needs_input = true;
@@ -68,11 +68,7 @@ struct RecomputedGrad {
   FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x, V grad) const {
     V z = prepared.apply(x);
     if (residual) z = z + load(residual + row * row_stride + column, lanes);
-    if constexpr (is_relu)
-      grad = activation_backward(Activation::relu, z, grad);
-    else
-      multiply_by_derivative(activation, z, grad);
-    return grad;
+    return differentiate<known>(activation, z, grad);
   }
 };
 
@@ -83,10 +79,12 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows 
     use(GradOut<T, per_column>{});
   else if (mask.bits)
     use(MaskedGrad<T, per_column>{mask, args.activation});
-  else if (args.activation == Activation::relu)
-    use(RecomputedGrad<T, per_column, true>{args.affine, residual, block.row_stride, args.activation});
+  else if (known_of(args.activation) == Known::relu)
+    use(RecomputedGrad<T, per_column, Known::relu>{args.affine, residual, block.row_stride, args.activation});
+  else if (known_of(args.activation) == Known::curved)
+    use(RecomputedGrad<T, per_column, Known::curved>{args.affine, residual, block.row_stride, args.activation});
   else
-    use(RecomputedGrad<T, per_column, false>{args.affine, residual, block.row_stride, args.activation});
+    use(RecomputedGrad<T, per_column, Known::uncurved>{args.affine, residual, block.row_stride, args.activation});
 }
 
 // call(block, its mask), once, or where the mask has gaps, for a few rows at a time.

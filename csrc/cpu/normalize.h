@@ -53,7 +53,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
   const OutputRows<T> output(args.output, block, args.past_caches);
 
-  auto loop = [&](auto known, auto plain, auto activation) FASTBN_INLINE_LAMBDA {
+  auto loop = [&]<Known known, bool plain>() FASTBN_INLINE_LAMBDA {
     for_each_prepared<per_column, T>(
         block,
         [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
@@ -62,26 +62,22 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
           V z = affine.apply(load(input + at, lanes));
           if constexpr (!plain) {
             if (residual) z = z + load(residual + at, lanes);
-            if (mask) store_bits<T>(mask + row * mask_stride, column, lanes, activation_is_upper(activation(), z));
+            if (mask)
+              store_bits<T>(mask + row * mask_stride, column, lanes,
+                            activation_is_upper(known == Known::relu ? Activation::relu : args.activation, z));
           }
-          if constexpr (known)
-            z = activation_forward(activation(), z);
-          else
-            activate(activation(), z);
-          output.store(at, z, lanes);
+          output.store(at, activate<known>(args.activation, z), lanes);
         });
   };
-  using std::false_type, std::true_type;
-  constexpr auto none = [] { return Activation::none; };
-  constexpr auto relu = [] { return Activation::relu; };
   const bool plain = !residual && !mask;
-  // The two activations that every network uses get loops of their own, without a branch a vector.
-  if (args.activation == Activation::none)
-    plain ? loop(true_type{}, true_type{}, none) : loop(true_type{}, false_type{}, none);
-  else if (args.activation == Activation::relu)
-    plain ? loop(true_type{}, true_type{}, relu) : loop(true_type{}, false_type{}, relu);
-  else
-    loop(false_type{}, false_type{}, [&] { return args.activation; });
+  switch (known_of(args.activation)) {
+    case Known::none:
+      return plain ? loop.template operator()<Known::none, true>() : loop.template operator()<Known::none, false>();
+    case Known::relu:
+      return plain ? loop.template operator()<Known::relu, true>() : loop.template operator()<Known::relu, false>();
+    case Known::uncurved: return loop.template operator()<Known::uncurved, false>();
+    case Known::curved: return loop.template operator()<Known::curved, false>();
+  }
 }
 
 template <class T, bool per_column>

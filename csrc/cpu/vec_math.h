@@ -91,15 +91,57 @@ FASTBN_INLINE Vec<float> erf(Vec<float> x) {
   return select(magnitude > Vec<float>(1.0f), select(x < Vec<float>(0.0f), -large, large), small);
 }
 
-// csrc/math's formulas for whichever activation, not inlined: each is as long as all the rest of a loop, and every loop
-// would have all of them.
+// Activations as loops know them. Those with an exp or erf are called: each is longer than all the rest of a loop, and
+// every loop would have all of them. The others, without the call, keep a loop's coefficients in registers.
+enum class Known { none, relu, uncurved, curved };
+
+inline Known known_of(Activation activation) {
+  switch (activation) {
+    case Activation::none: return Known::none;
+    case Activation::relu: return Known::relu;
+    case Activation::elu:
+    case Activation::silu:
+    case Activation::gelu: return Known::curved;
+    default: return Known::uncurved;
+  }
+}
+
 template <class A>
-__attribute__((noinline)) void activate(Activation activation, Vec<A>& z) {
-  z = activation_forward(activation, z);
+__attribute__((noinline)) void activate_curved(Activation activation, Vec<A>& z) {
+  switch (activation) {
+    case Activation::elu: z = activation_forward(Activation::elu, z); break;
+    case Activation::silu: z = activation_forward(Activation::silu, z); break;
+    default: z = activation_forward(Activation::gelu, z);
+  }
 }
 template <class A>
-__attribute__((noinline)) void multiply_by_derivative(Activation activation, const Vec<A>& z, Vec<A>& grad) {
-  grad = activation_backward(activation, z, grad);
+__attribute__((noinline)) void differentiate_curved(Activation activation, const Vec<A>& z, Vec<A>& grad) {
+  switch (activation) {
+    case Activation::elu: grad = activation_backward(Activation::elu, z, grad); break;
+    case Activation::silu: grad = activation_backward(Activation::silu, z, grad); break;
+    default: grad = activation_backward(Activation::gelu, z, grad);
+  }
+}
+
+// activation(z), and grad * activation'(z); `known` is that of the activation.
+template <Known known, class A>
+FASTBN_INLINE Vec<A> activate(Activation activation, Vec<A> z) {
+  if constexpr (known == Known::none) return z;
+  if constexpr (known == Known::relu) return activation_forward(Activation::relu, z);
+  if constexpr (known == Known::curved) activate_curved(activation, z);
+  if constexpr (known != Known::uncurved) return z;
+  if (activation == Activation::leaky_relu) return activation_forward(Activation::leaky_relu, z);
+  if (activation == Activation::relu6) return activation_forward(Activation::relu6, z);
+  return activation_forward(Activation::hardswish, z);
+}
+template <Known known, class A>
+FASTBN_INLINE Vec<A> differentiate(Activation activation, const Vec<A>& z, Vec<A> grad) {
+  if constexpr (known == Known::relu) return activation_backward(Activation::relu, z, grad);
+  if constexpr (known == Known::curved) differentiate_curved(activation, z, grad);
+  if constexpr (known != Known::uncurved) return grad;
+  if (activation == Activation::leaky_relu) return activation_backward(Activation::leaky_relu, z, grad);
+  if (activation == Activation::relu6) return activation_backward(Activation::relu6, z, grad);
+  return activation_backward(Activation::hardswish, z, grad);
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

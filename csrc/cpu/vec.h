@@ -433,7 +433,7 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     for (int i = 0; i < parts; ++i) std::memcpy(target + i * Vec<T>::part_lanes, &x.part[i], register_bytes);
   } else if constexpr (interleaved<T>) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
     const auto rounded = by_parts<Vec<float>>(
         [](Floats part) FASTBN_INLINE_LAMBDA {
           const Words bits = __builtin_bit_cast(Words, part);
@@ -443,7 +443,7 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
         },
         x);
     const Words even = __builtin_bit_cast(Words, rounded.part[0]) >> 16;
-    const __m256i words = _mm256_blend_epi16((__m256i)even, (__m256i)rounded.part[parts - 1], 0xaa);
+    const __m256i words = _mm256_blend_epi16((__m256i)even, (__m256i)rounded.part[1], 0xaa);
     std::memcpy(target, &words, sizeof(words));
 #endif
   } else {

@@ -3,9 +3,8 @@
 // float32 elements with |mean| >> std keep their digits at no cost an element.
 #pragma once
 
-#include <cmath>
-
 #include "math/macros.h"
+#include "math/types.h"
 
 namespace fastbn {
 
@@ -50,14 +49,15 @@ struct GradAffine {
   }
 };
 
-// Near the mean, and of so few digits that x - pivot is exact for all but the least x: rounding x - mean shifts all
-// terms of sum(grad_z * (x - mean)) alike, which shows where they cancel.
+// The multiple of about a sixteenth of a standard deviation that is nearest to the mean, of so few digits that x -
+// pivot is exact for all but the least x: rounding x - mean shifts all terms of sum(grad_z * (x - mean)) alike, which
+// shows where they cancel. The mean itself where that is no number. By bits and an addition that rounds, since libm's
+// functions for it take 28 instead of 4 us for 2048 channels (EPYC 7003).
 inline double grad_pivot_of(double mean, double inv_std) {
-  int exponent;
-  std::frexp(inv_std, &exponent);
-  const double steps = std::ldexp(16.0, exponent);
-  const double pivot = std::nearbyint(mean * steps) / steps;
-  return std::isfinite(inv_std) && std::isfinite(pivot) ? pivot : mean;
+  const double steps = bit_cast<double>(bit_cast<uint64_t>(32 * inv_std) & 0xfff0000000000000u);  // a power of 2
+  const double scaled = mean * steps, rounds_to_integer = 0x1.8p52;
+  const double pivot = ((scaled + rounds_to_integer) - rounds_to_integer) / steps;
+  return scaled > -0x1p51 && scaled < 0x1p51 && steps > 0 ? pivot : mean;
 }
 
 // sum(grad_z * xhat) from sums about a pivot.

@@ -94,6 +94,22 @@ void test_affine_keeps_the_rounding_of_the_mean() {
   CHECK(std::abs(double(grad.apply(3.0f, 10000.01f)) - (3 - 1 - xhat * 2) * inv_std) < 1e-3);
 }
 
+// Near the mean, and such that float differences from it are exact, of an x farther from zero than the mean.
+void test_gradient_pivots() {
+  for (double inv_std : {1e-6, 0.3, 1.0, 1.7, 316.0, 1e9}) {
+    for (double deviations : {-3e4, -1.0, 1e-9, 0.7, 100.0}) {
+      const double mean = deviations / inv_std, pivot = grad_pivot_of(mean, inv_std);
+      CHECK(std::fabs(pivot - mean) * inv_std <= 1.0 / 16);
+      CHECK(double(float(pivot)) == pivot);
+      const float x = float(mean + std::copysign(1.2345, mean) / inv_std);
+      CHECK(double(x - float(pivot)) == double(x) - pivot);
+    }
+  }
+  const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  for (double inv_std : {0.0, 1e-310, inf, nan}) CHECK(grad_pivot_of(0.1, inv_std) == 0.1);
+  CHECK(grad_pivot_of(1e30, 1) == 1e30 && grad_pivot_of(inf, 1) == inf && std::isnan(grad_pivot_of(nan, 1)));
+}
+
 void test_layouts() {
   const int64_t sizes[] = {2, 3, 4, 5};
   const int64_t contiguous[] = {60, 20, 5, 1}, last[] = {60, 1, 15, 3}, transposed[] = {60, 20, 1, 4};
@@ -282,6 +298,7 @@ int main() {
   test_halves_round_to_nearest_even();
   test_moments();
   test_affine_keeps_the_rounding_of_the_mean();
+  test_gradient_pivots();
   test_layouts();
   test_two_phase_plans();
   test_walks();

@@ -422,7 +422,11 @@ def test_an_interrupt_keeps_what_was_measured(brief, tmp_path, capsys, monkeypat
         return runner.Step("interrupted", 1.0, lambda: os.kill(os.getpid(), stop))
 
     monkeypatch.setattr(runner.Runner, "layer", interrupted)
-    assert main([*brief, "--json", str(path)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started pytest with &
+    try:
+        assert main([*brief, "--json", str(path)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     content = read_valid(path)
     assert not content["complete"]
     assert {each["op"] for each in content["measurements"]} == {"train"}

@@ -108,7 +108,7 @@ def test_running_statistics_and_output_far_from_zero(instruction_set, tmp_path):
     The reference is of the float32 data, whose own rounding is thus no error: 1e6 plus a normal value is a multiple of
     1/16. Differences of an element and a pivot among the data are exact in float64, in which the sums of float32 are
     taken, so what remains at every mean is the rounding of a float32 buffer, 6e-8. A few terms added in float32 at a
-    time would be off by 1e-6 (terms_in_lane of csrc/cpu/loops.h), which the statistics may be too.
+    time would be off by 1e-6 (LaneSums of csrc/cpu/sums.h), which the statistics may be too.
     """
     stock = _training(torch.nn.functional.batch_norm)
     for (name, layout, momentum), (y, *buffers) in _with(instruction_set, "_training", tmp_path / "buffers.pt").items():

@@ -28,7 +28,7 @@ class Backward {
       : params_(params),
         threads_(threads),
         table_(kernels(params.dtype)),
-        partition_(params.layout),
+        partition_(params.layout, params.dtype),
         in_double_(params.dtype != DType::bfloat16 || params.layout.count() < least_count_in_float),
         pivots_(size_t(partition_.entries())),
         affine_(partition_.entries()),

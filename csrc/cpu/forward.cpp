@@ -92,7 +92,7 @@ template <class A>
 void forward_as(const ForwardParams& params, const Threads& threads) {
   const Layout& layout = params.layout;
   const Kernels& table = kernels(params.dtype);
-  const Partition partition(layout);
+  const Partition partition(layout, params.dtype);
   const bool batch = params.statistics == Statistics::batch;
   AffineTable<A> affine(partition.entries());
   std::optional<Statistician<A>> statistician;
@@ -156,7 +156,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
 
 template <class A>
 void channel_stats_as(const ForwardParams& params, const Threads& threads) {
-  const Partition partition(params.layout);
+  const Partition partition(params.layout, params.dtype);
   Statistician<A> statistician(params, partition);
   auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {

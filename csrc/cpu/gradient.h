@@ -56,7 +56,7 @@ struct RecomputedGrad {
   using V = Vec<acc_t<T>>;
   static constexpr bool needs_input = true;
   AffineArrays affine;
-  const T* residual;
+  InputRows<T> residual;
   int64_t row_stride;
   Activation activation;
 
@@ -67,14 +67,14 @@ struct RecomputedGrad {
   template <class Lanes>
   FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x, V grad) const {
     V z = prepared.apply(x);
-    if (residual) z = z + load(residual + row * row_stride + column, lanes);
+    if (residual) z = z + load(residual.at(row * row_stride + column), lanes);
     return differentiate<known>(activation, z, grad);
   }
 };
 
 template <class T, bool per_column, class Use>
-FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, Use&& use) {
-  const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
+FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, int64_t ahead, Use&& use) {
+  const InputRows<T> residual(args.residual, block, ahead);
   if (args.activation == Activation::none)
     use(GradOut<T, per_column>{});
   else if (mask.bits)
@@ -105,21 +105,21 @@ void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, 
   using A = acc_t<T>;
   using V = Vec<A>;
   sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
-    const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
-    const T* input = static_cast<const T*>(args.input) + block.offset;
+    const int64_t ahead = block.row_stride;
+    const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
     const V pivot = coefficient<false, T>(args.pivot, channel, AllLanes<T>{});
     const int64_t mask_offset =
         mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
     const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
     WideSums<A> result;
-    with_grad<T, false>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+    with_grad<T, false>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
       const auto prepared = source.prepare(channel, AllLanes<T>{});
       result =
           sum_channel<T, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
             // Other lanes than the row's new ones add 0 * (pivot - pivot).
-            const V x = keep(lanes, load(input + at, lanes), pivot);
-            const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            const V x = keep(lanes, load(input.at(at), lanes), pivot);
+            const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out.at(at), lanes));
             terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
           });
     });
@@ -132,9 +132,9 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
   using A = acc_t<T>;
   using V = Vec<A>;
   auto sum = [&](const Block& block, MaskRows mask) FASTBN_INLINE_LAMBDA {
-    const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
-    const T* input = static_cast<const T*>(args.input) + block.offset;
-    with_grad<T, true>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+    const int64_t ahead = rows_ahead_of_column_sums * block.row_stride;
+    const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
+    with_grad<T, true>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       struct Column {
         Prepared prepared;
@@ -147,8 +147,8 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
           },
           [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
-            const V x = load(input + at, lanes);
-            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            const V x = load(input.at(at), lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out.at(at), lanes));
             terms.template add_weighted<T>(grad_z, x - at_column.pivot);
           });
     });
@@ -168,13 +168,13 @@ template <class T, bool per_column>
 FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows mask) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const T* grad_out = static_cast<const T*>(args.grad_out) + block.offset;
-  const T* input = static_cast<const T*>(args.input) + block.offset;
+  const int64_t ahead = strips_ahead<per_column>(block);
+  const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
   const OutputRows<T> grad_input(args.grad_input, block, args.past_caches);
   const OutputRows<T> grad_residual(args.grad_residual, block, args.past_caches);
   const GradAffineArrays& arrays = args.grad_affine;
 
-  with_grad<T, per_column>(args, block, mask, [&](auto source) FASTBN_INLINE_LAMBDA {
+  with_grad<T, per_column>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
     auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       using Coefficients = decltype(coefficients(0, AllLanes<T>{}));
@@ -190,8 +190,8 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
           [&](const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
             V x(0);
-            if constexpr (needs_input || source.needs_input) x = load(input + at, lanes);
-            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out + at, lanes));
+            if constexpr (needs_input || source.needs_input) x = load(input.at(at), lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out.at(at), lanes));
             if (grad_residual) grad_residual.store(at, grad_z, lanes);
             if (grad_input) grad_input.store(at, gradient(at_column.coefficients, grad_z, x), lanes);
           });

@@ -19,6 +19,7 @@ struct Block {
   int64_t cols;
   int64_t channel_step = 0;  // from row to row
   int64_t channels = 1;      // side by side, at most most_channels
+  bool far = false;          // of a tensor that a core's caches do not hold
 };
 
 constexpr int64_t most_channels = 64;  // an estimate: so many sums are kept on the stack

@@ -26,12 +26,19 @@ FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_
           coefficient<per_column, T>(arrays.shift, at, lanes)};
 }
 
+// How far on an element lies that the loop below comes to soon, unless it follows the order of memory anyway.
+template <bool per_column>
+FASTBN_INLINE int64_t strips_ahead(const Block& block) {
+  return per_column ? rows_of_strip * block.row_stride : 0;
+}
+
 // visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
 // in registers down a few rows, those of a channel along its row.
 template <bool per_column, class T, class Prepare, class Visit>
 FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
   if constexpr (per_column) {
-    for_each_strip<T>(block, rows_of_strip,
+    const bool by_row = block.far && sizeof(T) >= 4 && block.cols * int64_t(sizeof(T)) >= least_bytes_by_row;
+    for_each_strip<T>(block, by_row ? 1 : rows_of_strip,
                       [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
                         const auto prepared = prepare(column, lanes);
                         for (int64_t row = begin; row < end; ++row) visit(prepared, row, column, lanes);
@@ -49,8 +56,8 @@ FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visi
 template <class T, bool per_column>
 FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint8_t* mask, int64_t mask_stride) {
   using V = Vec<acc_t<T>>;
-  const T* input = static_cast<const T*>(args.input) + block.offset;
-  const T* residual = args.residual ? static_cast<const T*>(args.residual) + block.offset : nullptr;
+  const int64_t ahead = strips_ahead<per_column>(block);
+  const InputRows<T> input(args.input, block, ahead), residual(args.residual, block, ahead);
   const OutputRows<T> output(args.output, block, args.past_caches);
 
   auto loop = [&]<Known known, bool plain>() FASTBN_INLINE_LAMBDA {
@@ -59,9 +66,9 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
         [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
         [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
           const int64_t at = row * block.row_stride + column;
-          V z = affine.apply(load(input + at, lanes));
+          V z = affine.apply(load(input.at(at), lanes));
           if constexpr (!plain) {
-            if (residual) z = z + load(residual + at, lanes);
+            if (residual) z = z + load(residual.at(at), lanes);
             if (mask)
               store_bits<T>(mask + row * mask_stride, column, lanes,
                             activation_is_upper(known == Known::relu ? Activation::relu : args.activation, z));

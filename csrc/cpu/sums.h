@@ -182,8 +182,10 @@ FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) 
   const int64_t rows = block.channels > 1 ? rows_of_channel_sums : block.rows;
   for (int64_t row = 0; row < block.rows; row += rows) {
     for (int64_t channel = 0; channel < block.channels; ++channel) {
-      const Block part{block.offset + row * block.row_stride + channel * block.cols, std::min(rows, block.rows - row),
-                       block.row_stride, block.cols};
+      Block part = block;
+      part.offset += row * block.row_stride + channel * block.cols;
+      part.rows = std::min(rows, block.rows - row);
+      part.channels = 1;
       WideSums<A> terms = sum(channel, row, part);
       if (row > 0) terms.join(WideSums<A>{total[channel].first, total[channel].second});
       total[channel] = {terms.first, terms.second};
@@ -258,12 +260,12 @@ template <class T, class Terms>
 void channel_sums(const void* data, Block whole, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
   sum_channels<T>(whole, sums, [&](int64_t channel, int64_t, const Block& block) FASTBN_INLINE_LAMBDA {
-    const T* input = static_cast<const T*>(data) + block.offset;
+    const InputRows<T> input(data, block, block.row_stride);
     const Vec<A> narrow_pivot(static_cast<const A*>(pivots)[channel]);
     const typename Terms::Value pivot(narrow_pivot);
     return sum_channel<T, Terms>(
         block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-          const T* source = input + row * block.row_stride + column;
+          const T* source = input.at(row * block.row_stride + column);
           if constexpr (std::is_same_v<decltype(lanes), AllLanes<T>>)
             terms.add_shifted(Terms::load_value(source, lanes), pivot);
           else
@@ -276,13 +278,13 @@ template <class T, class Terms>
 void column_sums(const void* data, Block block, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
   using Value = typename Terms::Value;
-  const T* input = static_cast<const T*>(data) + block.offset;
+  const InputRows<T> input(data, block, rows_ahead_of_column_sums * block.row_stride);
   sum_columns<T, Terms>(
       block, rows_of_column_sums, sums,
       [&](int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },
       [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-        terms.add_shifted(Terms::load_value(input + row * block.row_stride + column, lanes), pivot);
+        terms.add_shifted(Terms::load_value(input.at(row * block.row_stride + column), lanes), pivot);
       });
 }
 

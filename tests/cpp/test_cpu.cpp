@@ -75,10 +75,10 @@ bool is_tested(Activation activation, const Layout& layout, int index) {
   return sizeof(T) < 8 && activation == (index % 2 ? Activation::gelu : Activation::silu);
 }
 
-// Stores past the caches leave what others leave: on blocks whose vectors are cache lines, with a tail, and on those
-// where they begin or continue elsewhere.
+// Stores past the caches and loops over blocks that are far leave what others leave: on blocks whose vectors are cache
+// lines, with a tail, and on those where they begin or continue elsewhere.
 template <class T>
-void test_stores_past_caches() {
+void test_ways_through_memory() {
   using A = acc_t<T>;
   constexpr int64_t size = 4096, width = 128;
   const cpu::Kernels& table = cpu::kernels(dtype_of<T>);
@@ -93,7 +93,7 @@ void test_stores_past_caches() {
     Tensor<T> output{size, before_guard}, grad_input{size, before_guard}, grad_residual{size, before_guard};
   };
   const cpu::Block blocks[] = {{0, 3, 128, 128}, {16, 3, 112, 100}, {1, 3, 128, 100}, {0, 3, 50, 49}};
-  for (const cpu::Block& block : blocks) {
+  for (cpu::Block block : blocks) {
     for (bool in_columns : {false, true}) {
       auto run = [&](bool past_caches) {
         const Outputs made;
@@ -114,17 +114,22 @@ void test_stores_past_caches() {
         (in_columns ? table.column_input_grad : table.channel_input_grad)(grad, block, {});
         return made;
       };
+      block.far = false;
       const Outputs cached = run(false), past = run(true);
-      CHECK(same_bits(cached.output, past.output));
-      CHECK(same_bits(cached.grad_input, past.grad_input));
-      CHECK(same_bits(cached.grad_residual, past.grad_residual));
+      block.far = true;
+      const Outputs far = run(false);
+      for (const Outputs* other : {&past, &far}) {
+        CHECK(same_bits(cached.output, other->output));
+        CHECK(same_bits(cached.grad_input, other->grad_input));
+        CHECK(same_bits(cached.grad_residual, other->grad_residual));
+      }
     }
   }
 }
 
 template <class T>
 void test_type(const char* name) {
-  test_stores_past_caches<T>();
+  test_ways_through_memory<T>();
   int index = 0;
   for (const Layout& layout : layouts) {
     ++index;

@@ -38,8 +38,8 @@ class Backward {
     const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
     const int64_t tensors =
         2 + (params_.residual != nullptr) + (params_.grad_input != nullptr) + (params_.grad_residual != nullptr);
-    past_caches_ = stores_past_caches({params_.grad_input, params_.grad_residual}, bytes, tensors * bytes,
-                                      table_.streamed_bytes_a_thread * threads_.count);
+    past_caches_ = prepare_outputs({params_.grad_input, params_.grad_residual}, bytes, tensors * bytes,
+                                   table_.streamed_bytes_a_thread * threads_.count);
     const bool frozen = params_.statistics == Statistics::running;
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;

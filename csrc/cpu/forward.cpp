@@ -141,8 +141,8 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
     affine.repeat(begin, end, layout.channels);
   };
   const int64_t bytes = layout.numel() * element_size(params.dtype);
-  const bool past_caches = stores_past_caches({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
-                                              table.streamed_bytes_a_thread * threads.count);
+  const bool past_caches = prepare_outputs({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
+                                           table.streamed_bytes_a_thread * threads.count);
   auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
     const NormalizeArgs args{params.input,      params.residual,        params.output, params.mask,
                              params.activation, affine.arrays(channel), past_caches};

@@ -1,4 +1,3 @@
-// Whether an op touches enough for stores past the caches to pay, and whether its outputs' pages exist.
 #include "cpu/output.h"
 
 #if defined(__linux__)
@@ -9,8 +8,11 @@
 namespace fastbn::cpu {
 namespace {
 
+// Smaller outputs hold at most one large page between its boundaries, and allocators keep their memory.
+constexpr int64_t large_page = int64_t(2) << 20, least_bytes_of_large_pages = 2 * large_page;
+
 // By two pages: where an allocator grew or took new memory, the last ones are new.
-bool has_pages(const void* output, int64_t bytes) {
+bool has_pages([[maybe_unused]] const void* output, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = uintptr_t(output), end = begin + uintptr_t(bytes);
@@ -22,14 +24,28 @@ bool has_pages(const void* output, int64_t bytes) {
   return true;
 }
 
+// For all of it that large pages can hold. Where the system refuses, it keeps its pages of the usual size.
+void ask_for_large_pages([[maybe_unused]] void* output, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t size = uintptr_t(large_page);
+  const uintptr_t begin = (uintptr_t(output) + size - 1) / size * size;
+  const uintptr_t end = (uintptr_t(output) + uintptr_t(bytes)) / size * size;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
-bool stores_past_caches(std::initializer_list<const void*> outputs, int64_t bytes, int64_t touched_bytes,
-                        int64_t least_touched_bytes) {
-  if (touched_bytes < least_touched_bytes) return false;
-  for (const void* output : outputs)
-    if (output && !has_pages(output, bytes)) return false;
-  return true;
+bool prepare_outputs(std::initializer_list<void*> outputs, int64_t bytes, int64_t touched_bytes,
+                     int64_t least_touched_bytes) {
+  bool past_caches = touched_bytes >= least_touched_bytes;
+  if (!past_caches && bytes < least_bytes_of_large_pages) return false;
+  for (void* output : outputs) {
+    if (!output || has_pages(output, bytes)) continue;
+    ask_for_large_pages(output, bytes);
+    past_caches = false;
+  }
+  return past_caches;
 }
 
 }  // namespace fastbn::cpu

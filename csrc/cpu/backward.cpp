@@ -31,8 +31,8 @@ class Backward {
         partition_(params.layout, params.dtype),
         in_double_(params.dtype != DType::bfloat16 || params.layout.count() < least_count_in_float),
         pivots_(size_t(partition_.entries())),
-        affine_(partition_.entries()),
-        grad_affine_(partition_.entries()) {}
+        affine_(partition_.entries(), planes()),
+        grad_affine_(partition_.entries(), planes()) {}
 
   void run() {
     const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
@@ -153,6 +153,8 @@ class Backward {
           sum_grad_xhat_of(total[i], shifted[i], double(pivots_[size_t(first + i)]), mean[i], inv_std[i]);
     }
   }
+
+  int planes() const { return partition_.in_columns() ? table_.column_planes : 1; }
 
   ColumnSums totals() { return {totals_.data(), totals_.data() + params_.layout.channels}; }
 

@@ -27,58 +27,78 @@ void repeat_columns(A* table, int64_t size, int64_t begin, int64_t end, int64_t 
   for (int64_t j = channels; j < size; j += channels) std::copy(table + begin, table + end, table + j + begin);
 }
 
+// Arrays of one number a channel or column each. By two planes those of even columns come first, then those of odd
+// ones, each where a vector of bfloat16 takes it from (vec.h).
+template <class A, int members>
+class CoefficientTable {
+ public:
+  CoefficientTable(int64_t size, int planes)
+      : size_(size),
+        shift_(planes - 1),
+        plane_((size + shift_ >> shift_) + slack),
+        stride_(planes * plane_),
+        values_(size_t(members * stride_)) {}
+
+  void set(int64_t channel, const A (&values)[members]) {
+    for (int member = 0; member < members; ++member) at(member, channel) = values[member];
+  }
+
+  // Copies the entries of channels [begin, end) to where their columns recur.
+  void repeat(int64_t begin, int64_t end, int64_t channels) {
+    for (int member = 0; member < members; ++member)
+      for (int64_t j = channels; j < size_; j += channels)
+        for (int64_t channel = begin; channel < end; ++channel) at(member, j + channel) = at(member, channel);
+  }
+
+  // From entry `first` on, which is 0 by two planes.
+  const A* member(int member, int64_t first) const { return values_.data() + member * stride_ + first; }
+  int64_t plane() const { return plane_; }
+
+ private:
+  static constexpr int64_t slack = 8;  // lanes of a register of float
+
+  A& at(int member, int64_t column) {
+    return values_[size_t(member * stride_ + (column & shift_) * plane_ + (column >> shift_))];
+  }
+
+  int64_t size_, shift_, plane_, stride_;
+  std::vector<A> values_;
+};
+
 template <class A>
 class AffineTable {
  public:
-  explicit AffineTable(int64_t size) : size_(size), values_(size_t(3 * size)) {}
+  AffineTable(int64_t size, int planes) : table_(size, planes) {}
 
   void set(int64_t channel, const Affine<A>& affine) {
-    values_[size_t(channel)] = affine.pivot;
-    values_[size_t(size_ + channel)] = affine.scale;
-    values_[size_t(2 * size_ + channel)] = affine.shift;
+    table_.set(channel, {affine.pivot, affine.scale, affine.shift});
   }
-
-  void repeat(int64_t begin, int64_t end, int64_t channels) {
-    for (int member = 0; member < 3; ++member)
-      repeat_columns(values_.data() + member * size_, size_, begin, end, channels);
-  }
-
+  void repeat(int64_t begin, int64_t end, int64_t channels) { table_.repeat(begin, end, channels); }
   AffineArrays arrays(int64_t first) const {
-    const A* base = values_.data() + first;
-    return {base, base + size_, base + 2 * size_};
+    return {table_.member(0, first), table_.member(1, first), table_.member(2, first), table_.plane()};
   }
 
  private:
-  int64_t size_;
-  std::vector<A> values_;
+  CoefficientTable<A, 3> table_;
 };
 
 template <class A>
 class GradAffineTable {
  public:
-  explicit GradAffineTable(int64_t size) : size_(size), values_(size_t(5 * size)) {}
+  GradAffineTable(int64_t size, int planes) : table_(size, planes) {}
 
-  void set(int64_t channel, const GradAffine<A>& grad_affine) {
-    values_[size_t(channel)] = grad_affine.pivot;
-    values_[size_t(size_ + channel)] = grad_affine.slope;
-    values_[size_t(2 * size_ + channel)] = grad_affine.mean_grad;
-    values_[size_t(3 * size_ + channel)] = grad_affine.rest;
-    values_[size_t(4 * size_ + channel)] = grad_affine.scale;
+  void set(int64_t channel, const GradAffine<A>& affine) {
+    table_.set(channel, {affine.pivot, affine.slope, affine.mean_grad, affine.rest, affine.scale});
   }
-
-  void repeat(int64_t begin, int64_t end, int64_t channels) {
-    for (int member = 0; member < 5; ++member)
-      repeat_columns(values_.data() + member * size_, size_, begin, end, channels);
-  }
-
+  void repeat(int64_t begin, int64_t end, int64_t channels) { table_.repeat(begin, end, channels); }
   GradAffineArrays arrays(int64_t first, bool frozen) const {
-    const A* base = values_.data() + first;
-    return {base, frozen ? nullptr : base + size_, base + 2 * size_, base + 3 * size_, base + 4 * size_};
+    return {table_.member(0, first), frozen ? nullptr : table_.member(1, first),
+            table_.member(2, first), table_.member(3, first),
+            table_.member(4, first), table_.plane()};
   }
 
  private:
-  int64_t size_;
-  std::vector<A> values_;
+  CoefficientTable<A, 5> table_;
 };
 
 }  // namespace fastbn::cpu

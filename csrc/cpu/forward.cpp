@@ -94,7 +94,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   const Kernels& table = kernels(params.dtype);
   const Partition partition(layout, params.dtype);
   const bool batch = params.statistics == Statistics::batch;
-  AffineTable<A> affine(partition.entries());
+  AffineTable<A> affine(partition.entries(), partition.in_columns() ? table.column_planes : 1);
   std::optional<Statistician<A>> statistician;
   if (batch) statistician.emplace(params, partition);
 

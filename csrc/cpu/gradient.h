@@ -107,7 +107,7 @@ void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, 
   sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
     const int64_t ahead = block.row_stride;
     const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
-    const V pivot = coefficient<false, T>(args.pivot, channel, AllLanes<T>{});
+    const V pivot(static_cast<const A*>(args.pivot)[channel]);
     const int64_t mask_offset =
         mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
     const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
@@ -143,7 +143,7 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
       sum_columns<T, Terms>(
           block, rows_of_column_grad_sums, result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            return Column{source.prepare(column, lanes), coefficient<true, T>(args.pivot, column, lanes)};
+            return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes)};
           },
           [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
@@ -158,10 +158,10 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
 
 template <bool per_column, class T, class Lanes>
 FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradAffineArrays& arrays, int64_t column, Lanes lanes) {
-  return {
-      coefficient<per_column, T>(arrays.pivot, column, lanes), coefficient<per_column, T>(arrays.slope, column, lanes),
-      coefficient<per_column, T>(arrays.mean_grad, column, lanes),
-      coefficient<per_column, T>(arrays.rest, column, lanes), coefficient<per_column, T>(arrays.scale, column, lanes)};
+  auto member = [&](const void* array)
+                    FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(array, arrays.plane, column, lanes); };
+  return {member(arrays.pivot), member(arrays.slope), member(arrays.mean_grad), member(arrays.rest),
+          member(arrays.scale)};
 }
 
 template <class T, bool per_column>
@@ -206,7 +206,7 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
       loop(
           std::false_type{},
           [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(arrays.scale, column, lanes); },
+              FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(arrays.scale, arrays.plane, column, lanes); },
           [](V scale, V grad_z, V) FASTBN_INLINE_LAMBDA { return grad_z * scale; });
   });
 }

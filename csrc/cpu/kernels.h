@@ -31,11 +31,14 @@ struct MaskBlock {
   int64_t run = 0;  // in elements
 };
 
-// Arrays of acc_t<T>: an element for each of the block's channels or columns. Members are those of Affine.
+// Arrays of acc_t<T>: an element for each of the block's channels or columns, those of columns by planes
+// (coefficients.h) where the kernels' column_planes is 2: even ones from 0, odd ones from `plane` on. Members are those
+// of Affine.
 struct AffineArrays {
   const void* pivot = nullptr;
   const void* scale = nullptr;
   const void* shift = nullptr;
+  int64_t plane = 0;
 };
 
 // Likewise for GradAffine.
@@ -45,6 +48,7 @@ struct GradAffineArrays {
   const void* mean_grad = nullptr;
   const void* rest = nullptr;
   const void* scale = nullptr;
+  int64_t plane = 0;
 };
 
 struct NormalizeArgs {
@@ -87,6 +91,8 @@ struct ColumnSums {
 struct Kernels {
   // How much an op has to touch for stores past the caches to pay.
   int64_t streamed_bytes_a_thread;
+  // How tables of columns are stored, but for pivots of sums.
+  int column_planes;
   // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
   // About pivots, an acc_t<T> a channel or column.

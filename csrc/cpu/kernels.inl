@@ -9,6 +9,7 @@ namespace fastbn::cpu::FASTBN_ISA {
 template <class T>
 constexpr Kernels table{
     streamed_bytes_a_thread,
+    interleaved<T> ? 2 : 1,
     pivots<T>,
     channel_sums<T, Terms<T>>,
     column_sums<T, Terms<T>>,

@@ -12,18 +12,19 @@ namespace fastbn::cpu::FASTBN_ISA {
 
 // Of the columns from `at` on, or of the channel `at`.
 template <bool per_column, class T, class Lanes>
-FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t at, Lanes lanes) {
-  const acc_t<T>* values = static_cast<const acc_t<T>*>(array) + at;
+FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t plane, int64_t at, Lanes lanes) {
+  const acc_t<T>* values = static_cast<const acc_t<T>*>(array);
   if constexpr (per_column)
-    return load(values, lanes);
+    return load_planes<T>(values, plane, at, lanes);
   else
-    return Vec<acc_t<T>>(*values);
+    return Vec<acc_t<T>>(values[at]);
 }
 
 template <bool per_column, class T, class Lanes>
 FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
-  return {coefficient<per_column, T>(arrays.pivot, at, lanes), coefficient<per_column, T>(arrays.scale, at, lanes),
-          coefficient<per_column, T>(arrays.shift, at, lanes)};
+  auto member = [&](const void* array)
+                    FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(array, arrays.plane, at, lanes); };
+  return {member(arrays.pivot), member(arrays.scale), member(arrays.shift)};
 }
 
 // How far on an element lies that the loop below comes to soon, unless it follows the order of memory anyway.

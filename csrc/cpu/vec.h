@@ -406,6 +406,18 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
     return x;
   }
 }
+// What belongs to the columns from `at` on in a table by planes, whose slack is what lanes beyond its last column hold.
+template <class T, class Lanes>
+FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, int64_t at, Lanes lanes) {
+  if constexpr (interleaved<T>) {
+    Vec<float> x;
+    for (int i = 0; i < parts; ++i)
+      std::memcpy(&x.part[i], table + (at + i) % 2 * plane + (at + i) / 2, register_bytes);
+    return x;
+  } else {
+    return load(table + at, lanes);
+  }
+}
 // The lanes beyond a row shorter than a vector are 0.
 template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {

@@ -1,13 +1,14 @@
 // Gradients of training and of evaluation, input gradient with given sums, and the sums alone.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "cpu/coefficients.h"
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/output.h"
-#include "cpu/partition.h"
+#include "cpu/phases.h"
 
 namespace fastbn::cpu {
 namespace {
@@ -29,7 +30,6 @@ class Backward {
         threads_(threads),
         table_(kernels(params.dtype)),
         partition_(params.layout, params.dtype),
-        in_double_(params.dtype != DType::bfloat16 || params.layout.count() < least_count_in_float),
         pivots_(size_t(partition_.entries())),
         affine_(partition_.entries(), planes()),
         grad_affine_(partition_.entries(), planes()) {}
@@ -108,33 +108,21 @@ class Backward {
   }
 
   void reduce(int64_t i, Look look) {
-    const GradArgs args = args_from(partition_.first_channel(i), true);
-    const ColumnSums sums = partition_.column_sums(i, partials_.data());
-    const bool in_double = in_double_ || look == Look::second;
-    if (look == Look::second) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
+    const bool in_double = totals_->in_double(look);
     const auto column_sums = in_double ? table_.column_grad_sums_in_double : table_.column_grad_sums;
     const auto channel_sums = in_double ? table_.channel_grad_sums_in_double : table_.channel_grad_sums;
-    (partition_.in_columns() ? column_sums : channel_sums)(args, partition_.block(i), partition_.mask_block(i), sums);
+    (partition_.in_columns() ? column_sums : channel_sums)(args_from(partition_.first_channel(i), true),
+                                                           partition_.block(i), partition_.mask_block(i),
+                                                           totals_->of_block(i, look));
   }
 
-  // No if any of the channels needs a second look, whose sums replace those of just these.
-  bool merge(int64_t begin, int64_t end, Look look) {
-    if (look == Look::first) partition_.merge(partials_.data(), begin, end, totals());
-    if (in_double_) return true;
-    bool merged = true;
-    for (int64_t c = begin; c < end; ++c) {
-      if (resolves({totals().first[c], totals().second[c]})) continue;
-      if (look == Look::second) partition_.merge(partials_.data(), c, c + 1, totals());
-      merged = false;
-    }
-    return merged;
-  }
+  bool merge(int64_t begin, int64_t end, Look look) { return totals_->merge(begin, end, look, resolves); }
 
  private:
   template <class Finish, class Apply>
   void reduce_then(Finish&& finish, Apply&& apply) {
-    partials_.resize(size_t(2 * partition_.partials()));
-    totals_.resize(size_t(2 * params_.layout.channels));
+    const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < least_count_in_float;
+    totals_.emplace(partition_, params_.layout.channels, in_double);
     run_phases(partition_, params_.layout.channels, threads_, *this, finish, apply);
   }
 
@@ -145,28 +133,25 @@ class Backward {
   }
 
   void sums(int64_t first, int64_t channels, double* sum_grad, double* sum_grad_xhat) {
-    const double *total = totals().first + first, *shifted = totals().second + first;
     const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
     for (int64_t i = 0; i < channels; ++i) {
-      sum_grad[i] = total[i];
+      const Sums sums = totals_->of_channel(first + i);
+      sum_grad[i] = sums.first;
       sum_grad_xhat[i] =
-          sum_grad_xhat_of(total[i], shifted[i], double(pivots_[size_t(first + i)]), mean[i], inv_std[i]);
+          sum_grad_xhat_of(sums.first, sums.second, double(pivots_[size_t(first + i)]), mean[i], inv_std[i]);
     }
   }
 
   int planes() const { return partition_.in_columns() ? table_.column_planes : 1; }
 
-  ColumnSums totals() { return {totals_.data(), totals_.data() + params_.layout.channels}; }
-
   const BackwardParams& params_;
   const Threads& threads_;
   const Kernels& table_;
   Partition partition_;
-  const bool in_double_;
   std::vector<A> pivots_;
   AffineTable<A> affine_;
   GradAffineTable<A> grad_affine_;
-  std::vector<double> partials_, totals_;
+  std::optional<Totals> totals_;
   bool past_caches_ = false;
 };
 

@@ -35,7 +35,7 @@ class CoefficientTable {
   CoefficientTable(int64_t size, int planes)
       : size_(size),
         shift_(planes - 1),
-        plane_((size + shift_ >> shift_) + slack),
+        plane_(((size + shift_) >> shift_) + slack),
         stride_(planes * plane_),
         values_(size_t(members * stride_)) {}
 

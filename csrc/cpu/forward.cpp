@@ -8,7 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/output.h"
-#include "cpu/partition.h"
+#include "cpu/phases.h"
 #include "math/moments.h"
 
 namespace fastbn::cpu {
@@ -30,8 +30,7 @@ class Statistician {
         partition_(partition),
         table_(kernels(params.dtype)),
         pivots_(size_t(partition.entries())),
-        partials_(size_t(2 * partition.partials())),
-        totals_(size_t(2 * params.layout.channels)) {}
+        totals_(partition, params.layout.channels, element_size(params.dtype) != 2) {}
 
   void prepare(int64_t begin, int64_t end) {
     table_.pivots(params_.input, params_.layout, begin, end, pivots_.data());
@@ -39,45 +38,30 @@ class Statistician {
   }
 
   void reduce(int64_t i, Look look) {
-    const ColumnSums sums = partition_.column_sums(i, partials_.data());
-    const A* pivots = &pivots_[size_t(partition_.first_channel(i))];
-    if (look == Look::first) {
-      (partition_.in_columns() ? table_.column_sums : table_.channel_sums)(params_.input, partition_.block(i), pivots,
-                                                                           sums);
-    } else {
-      std::fill_n(sums.first, 2 * partition_.width(), 0.0);
-      (partition_.in_columns() ? table_.column_sums_in_double : table_.channel_sums_in_double)(
-          params_.input, partition_.block(i), pivots, sums);
-    }
+    const bool in_double = totals_.in_double(look);
+    const auto column_sums = in_double ? table_.column_sums_in_double : table_.column_sums;
+    const auto channel_sums = in_double ? table_.channel_sums_in_double : table_.channel_sums;
+    (partition_.in_columns() ? column_sums : channel_sums)(
+        params_.input, partition_.block(i), &pivots_[size_t(partition_.first_channel(i))], totals_.of_block(i, look));
   }
 
-  // No if any of the channels needs a second look, whose sums replace those of just these.
   bool merge(int64_t begin, int64_t end, Look look) {
-    if (look == Look::first) partition_.merge(partials_.data(), begin, end, totals());
-    if (element_size(params_.dtype) != 2) return true;
-    const double count = double(params_.layout.count());
-    bool merged = true;
-    for (int64_t c = begin; c < end; ++c) {
-      if (resolves({totals().first[c], totals().second[c]}, count)) continue;
-      if (look == Look::second) partition_.merge(partials_.data(), c, c + 1, totals());
-      merged = false;
-    }
-    return merged;
+    return totals_.merge(begin, end, look,
+                         [&](const Sums& sums) { return resolves(sums, double(params_.layout.count())); });
   }
 
-  Moments moments(int64_t channel) {
-    return Moments::from_shifted(double(params_.layout.count()), double(pivots_[size_t(channel)]),
-                                 totals().first[channel], totals().second[channel]);
+  Moments moments(int64_t channel) const {
+    const Sums sums = totals_.of_channel(channel);
+    return Moments::from_shifted(double(params_.layout.count()), double(pivots_[size_t(channel)]), sums.first,
+                                 sums.second);
   }
 
  private:
-  ColumnSums totals() { return {totals_.data(), totals_.data() + params_.layout.channels}; }
-
   const ForwardParams& params_;
   const Partition& partition_;
   const Kernels& table_;
   std::vector<A> pivots_;
-  std::vector<double> partials_, totals_;
+  Totals totals_;
 };
 
 void update_running(const ChannelVector& running, int64_t first, int64_t count, const double* batch, double factor) {

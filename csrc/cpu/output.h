@@ -1,7 +1,7 @@
 // How a large output is written. A line that is stored past the caches need not be read first, but then whoever reads
-// the output next has to fetch it from memory. And one that has no memory yet gets it in pages of 2 MiB where the system
-// lets a program ask for them: 16x256x56x56 float32, whose output is mapped anew for every call, takes 0.3 to 0.5 of the
-// time so (EPYC 7003).
+// the output next has to fetch it from memory. And one that has no memory yet gets it in pages of 2 MiB where the
+// system lets a program ask for them: 16x256x56x56 float32, whose output is mapped anew for every call, takes 0.3 to
+// 0.5 of the time so (EPYC 7003).
 #pragma once
 
 #include <cstdint>

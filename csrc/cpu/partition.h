@@ -4,11 +4,9 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "cpu/launch.h"
 #include "math/layout.h"
 
 namespace fastbn::cpu {
@@ -173,72 +171,5 @@ class Partition {
   int64_t piece_ = 0, pieces_ = 0, per_group_ = 0, groups_ = 0;  // in channels
   int64_t channels_per_image_block_ = 0;
 };
-
-// Below 16 Ki elements, or so many channels or additions of partial sums, a thread is not worth waking (estimates).
-constexpr int64_t channels_a_thread = 4096;
-inline int64_t grain_of(const Partition& partition, int64_t blocks) {
-  return std::max<int64_t>(1, 16384 * blocks / partition.elements());
-}
-
-// apply(block, its mask, first channel) over all elements, in the order of memory where there is one.
-template <class Apply>
-void run_apply(const Partition& partition, const Threads& threads, Apply&& apply) {
-  if (partition.has_image_blocks()) {
-    threads.for_each(partition.image_blocks(), grain_of(partition, partition.image_blocks()), [&](int64_t i) {
-      apply(partition.image_block(i), partition.image_mask_block(i), partition.first_image_channel(i));
-    });
-  } else {
-    threads.for_each(partition.blocks(), grain_of(partition, partition.blocks()),
-                     [&](int64_t i) { partition.for_each_slice(i, apply); });
-  }
-}
-
-// finish(begin, end), of all channels, then apply.
-template <class Finish, class Apply>
-void run_last_phase(const Partition& partition, int64_t channels, const Threads& threads, Finish&& finish,
-                    Apply&& apply) {
-  threads.for_each_range(channels, channels_a_thread, finish);
-  run_apply(partition, threads, apply);
-}
-
-// The reduction's prepare(begin, end), of channels, reduce(block, look) and merge(begin, end, look), then finish and
-// apply as above. Where merge says no to a first look, the channels' blocks are reduced and merged again. A group of
-// channels that one thread has to itself goes through all phases while it is cached, last block first.
-enum class Look { first, second };
-
-template <class Reduction, class Finish, class Apply>
-void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduction& reduction,
-                Finish&& finish, Apply&& apply) {
-  const int64_t grain = grain_of(partition, partition.blocks());
-  if (partition.groups() >= 4 * threads.count) {
-    const int64_t per_group = partition.per_group();
-    threads.for_each(partition.groups(), std::max<int64_t>(1, grain / per_group), [&](int64_t group) {
-      const int64_t first = group * per_group, last = first + per_group;
-      const int64_t begin = partition.first_channel(first), end = partition.end_channel(first);
-      reduction.prepare(begin, end);
-      for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::first);
-      if (!reduction.merge(begin, end, Look::first)) {
-        for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::second);
-        reduction.merge(begin, end, Look::second);
-      }
-      finish(begin, end);
-      for (int64_t i = last - 1; i >= first; --i) partition.for_each_slice(i, apply);
-    });
-  } else {
-    const int64_t merge_grain = std::max<int64_t>(1, channels_a_thread * channels / partition.partials());
-    std::atomic<bool> merged = true;
-    threads.for_each_range(channels, channels_a_thread,
-                           [&](int64_t begin, int64_t end) { reduction.prepare(begin, end); });
-    threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::first); });
-    threads.for_each_range(channels, merge_grain, [&](int64_t begin, int64_t end) {
-      if (!reduction.merge(begin, end, Look::first)) merged = false;
-    });
-    if (!merged) {
-      threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::second); });
-      reduction.merge(0, channels, Look::second);
-    }
-    run_last_phase(partition, channels, threads, finish, apply);
-  }
-}
 
 }  // namespace fastbn::cpu

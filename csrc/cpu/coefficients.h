@@ -28,7 +28,7 @@ void repeat_columns(A* table, int64_t size, int64_t begin, int64_t end, int64_t 
 }
 
 // Arrays of one number a channel or column each. By two planes those of even columns come first, then those of odd
-// ones, each where a vector of bfloat16 takes it from (vec.h).
+// ones, each where a vector of bfloat16 takes it from (load_planes in vec_memory.h).
 template <class A, int members>
 class CoefficientTable {
  public:

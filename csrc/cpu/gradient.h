@@ -7,7 +7,7 @@
 #include "cpu/mask_bits.h"
 #include "cpu/normalize.h"
 #include "cpu/sums.h"
-#include "cpu/vec.h"
+#include "cpu/vec_memory.h"
 #include "cpu/vec_math.h"
 #include "math/affine.h"
 

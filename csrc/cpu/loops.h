@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/vec_memory.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 

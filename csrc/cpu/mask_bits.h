@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/vec_memory.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 

@@ -4,7 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
 #include "cpu/mask_bits.h"
-#include "cpu/vec.h"
+#include "cpu/vec_memory.h"
 #include "cpu/vec_math.h"
 #include "math/affine.h"
 

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "cpu/vec_math.h"
+#include "cpu/vec_memory.h"
 
 using namespace fastbn;
 using namespace fastbn::cpu::FASTBN_ISA;

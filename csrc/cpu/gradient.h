@@ -7,8 +7,8 @@
 #include "cpu/mask_bits.h"
 #include "cpu/normalize.h"
 #include "cpu/sums.h"
-#include "cpu/vec_memory.h"
 #include "cpu/vec_math.h"
+#include "cpu/vec_memory.h"
 #include "math/affine.h"
 
 namespace fastbn::cpu::FASTBN_ISA {

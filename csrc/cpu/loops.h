@@ -18,9 +18,9 @@ constexpr int64_t rows_of_column_sums = 16, rows_of_column_grad_sums = 8, rows_o
 // 16x512x28x28 float32 or bfloat16 in channels_last, 1.0 to 1.25 and 1.0 to 1.3 contiguous.
 constexpr int64_t rows_ahead_of_column_sums = 8;
 
-// Such rows of float or double that are this long are better walked one by one than in strips: with the above, 1.1 to
-// 1.3 against strips for 16x512x14x14 to 16x128x56x56 float32; 0.9 for rows of 256 bytes, and for those of bfloat16,
-// whose conversions keep a core busier than loads of coefficients.
+// Such rows that are this long are better walked one by one than in strips: against those, speed is 1.1 to 1.3 for
+// 16x512x14x14 to 16x128x56x56 float32, 1.0 to 1.1 for 16x256x28x28 to 16x256x56x56 bfloat16, whose conversions keep a
+// core busier than loads of coefficients, and 0.97 for 16x1024x14x14; 0.9 for rows of 256 bytes.
 constexpr int64_t least_bytes_by_row = 512;
 
 // Time of an op with stores past the caches over that with others, and in brackets the same with a sum over its outputs

@@ -4,8 +4,8 @@
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
 #include "cpu/mask_bits.h"
-#include "cpu/vec_memory.h"
 #include "cpu/vec_math.h"
+#include "cpu/vec_memory.h"
 #include "math/affine.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
@@ -38,7 +38,7 @@ FASTBN_INLINE int64_t strips_ahead(const Block& block) {
 template <bool per_column, class T, class Prepare, class Visit>
 FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
   if constexpr (per_column) {
-    const bool by_row = block.far && sizeof(T) >= 4 && block.cols * int64_t(sizeof(T)) >= least_bytes_by_row;
+    const bool by_row = block.far && block.cols * int64_t(sizeof(T)) >= least_bytes_by_row;
     for_each_strip<T>(block, by_row ? 1 : rows_of_strip,
                       [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
                         const auto prepared = prepare(column, lanes);

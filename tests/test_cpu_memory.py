@@ -34,9 +34,8 @@ for line in open("/proc/self/smaps"):
 """
 
 
-@pytest.mark.skipif(
-    not _SETTING.exists() or "[never]" in _SETTING.read_text(), reason="the system has no transparent huge pages"
-)
+# Linux sets the flag whatever the setting is, also where it is "never"; without the file there is nothing to ask for.
+@pytest.mark.skipif(not _SETTING.exists(), reason="the system has no transparent huge pages")
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 def test_an_output_without_memory_gets_large_pages(direction):
     flags = subprocess.check_output([sys.executable, "-c", _PROGRAM, direction], text=True).split()

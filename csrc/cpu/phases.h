@@ -32,7 +32,7 @@ class Totals {
     return sums;
   }
 
-  // Adds up those of channels [begin, end). No if resolves(sums) says so of any; a second look replaces just these.
+  // Adds up those of channels [begin, end). No if resolves(sums) says no of any; a second look replaces just these.
   template <class Resolves>
   bool merge(int64_t begin, int64_t end, Look look, Resolves&& resolves) {
     if (look == Look::first) partition_.merge(partials_.data(), begin, end, all());

@@ -1,6 +1,6 @@
 // Sums of a block about a pivot. Lanes of half types add up a few terms in float before they move on to double, which a
-// second look, where forward.cpp or backward.cpp asks for one, does not; all others add up in double. A constant
-// channel has sums of exactly zero.
+// second look, where phases.h takes one, does not; all others add up in double. A constant channel has sums of exactly
+// zero.
 #pragma once
 
 #include "cpu/kernels.h"

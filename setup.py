@@ -93,9 +93,11 @@ common = {
     "define_macros": macros,
 }
 # Leaf loops that are compiled for more than the baseline, and run only where dispatch.cpp finds the instructions.
+avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 instruction_sets = {
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "csrc/cpu/kernels_avx512.cpp": avx512,
+    "csrc/cpu/kernels_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
 }
 cpu_sources = [path for path in sources("csrc/bindings/*.cpp", "csrc/cpu/*.cpp") if path not in instruction_sets]
 if platform.machine() not in ("x86_64", "AMD64"):

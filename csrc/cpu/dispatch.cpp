@@ -16,16 +16,21 @@ struct InstructionSet {
 
 struct Choice {
   const InstructionSet* used;
-  const char* names[4] = {};
+  const char* names[5] = {};  // the last is null
 };
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 Choice choose() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
-       avx512::kernels},
+      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
+      {"avx512", has_avx512(), avx512::kernels},
       // Every processor with AVX2 has F16C, which clang 14 cannot ask for.
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::kernels},
 #endif

@@ -115,7 +115,7 @@ struct Kernels {
 const Kernels& kernels(DType dtype);
 
 // The instruction sets that this build holds and this machine can run, best first, and the one in use: the best, or the
-// one that the environment variable FASTBN_CPU names (portable, avx2, avx512).
+// one that the environment variable FASTBN_CPU names (portable, avx2, avx512, avx512_bf16).
 const char* const* instruction_sets();
 const char* instruction_set();
 
@@ -126,6 +126,9 @@ namespace avx2 {
 const Kernels& kernels(DType dtype);
 }
 namespace avx512 {
+const Kernels& kernels(DType dtype);
+}
+namespace avx512_bf16 {
 const Kernels& kernels(DType dtype);
 }
 

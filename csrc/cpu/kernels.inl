@@ -26,12 +26,17 @@ constexpr Kernels table{
 };
 
 const Kernels& kernels(DType dtype) {
+#if defined(__AVX512BF16__)
+  // Only bfloat16 has more instructions than with AVX-512.
+  return dtype == DType::bfloat16 ? table<bfloat16> : avx512::kernels(dtype);
+#else
   switch (dtype) {
     case DType::float32: return table<float>;
     case DType::float64: return table<double>;
     case DType::bfloat16: return table<bfloat16>;
     default: return table<float16>;
   }
+#endif
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

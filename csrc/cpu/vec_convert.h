@@ -190,11 +190,13 @@ FASTBN_INLINE Words rounded_to_bfloat16(Floats x) {
 template <class T>
 FASTBN_INLINE Halves pack(Floats x) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-    const Words rounded = rounded_to_bfloat16(x) >> 16;
-#if defined(__AVX512F__)
-    return (Halves)_mm512_cvtepi32_epi16((__m512i)rounded);
+#if defined(__AVX512BF16__)
+    // Likewise, but what is subnormal becomes zero.
+    return __builtin_bit_cast(Halves, _mm512_cvtneps_pbh((__m512)x));
+#elif defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)(rounded_to_bfloat16(x) >> 16));
 #else
-    return __builtin_convertvector(rounded, Halves);
+    return __builtin_convertvector(rounded_to_bfloat16(x) >> 16, Halves);
 #endif
   } else {
 #if defined(__AVX512F__)

@@ -13,8 +13,6 @@ using namespace fastbn::test;
 
 namespace {
 
-constexpr int kSkipped = 77;  // for CTest
-
 const Layout layouts[] = {
     // One or two elements a channel.
     {1, 1, 1},
@@ -174,7 +172,7 @@ int main() {
   const char* wanted = std::getenv("FASTBN_CPU");
   if (wanted && !machine_has(wanted)) {
     std::cerr << "skipped: this machine has no " << wanted << "\n";
-    return kSkipped;
+    return fastbn::test::skipped;
   }
   if (wanted) CHECK_EQUAL(std::string(cpu::instruction_set()), wanted);
   test_type<float>("float32");

@@ -44,6 +44,15 @@ void check_function(const char* name, uint32_t step, bool positive, Function fun
   CHECK(worst <= 2);
 }
 
+// What is stored of x: AVX-512 BF16 takes subnormal floats for zero.
+template <class T>
+float stored(float x) {
+#if defined(__AVX512BF16__)
+  if (std::is_same_v<T, bfloat16> && std::fpclassify(x) == FP_SUBNORMAL) return std::copysign(0.0f, x);
+#endif
+  return x;
+}
+
 // Every half, and floats on both sides of every tie of either half type.
 template <class T>
 void check_conversions() {
@@ -60,7 +69,7 @@ void check_conversions() {
     for (uint32_t lower : {0u, 1u, 0xfffu, 0x1000u, 0x1001u, 0x3000u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
       for (int i = 0; i < lanes; ++i) values[i] = bit_cast<float>((upper + i) << 16 | lower);
       store(halves, load(values, AllLanes<T>{}));
-      for (int i = 0; i < lanes; ++i) CHECK(same(to_acc(from_acc<T>(values[i])), to_acc(halves[i])));
+      for (int i = 0; i < lanes; ++i) CHECK(same(to_acc(from_acc<T>(stored<T>(values[i]))), to_acc(halves[i])));
     }
   }
 }
@@ -71,10 +80,12 @@ __attribute__((noinline)) int run(uint32_t step);
 }  // namespace
 
 int main(int count, char**) {
-#if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512dq")) return 0;
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512bf16")) return fastbn::test::skipped;
+#elif defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512dq")) return fastbn::test::skipped;
 #elif defined(__AVX2__)
-  if (!__builtin_cpu_supports("avx2")) return 0;
+  if (!__builtin_cpu_supports("avx2")) return fastbn::test::skipped;
 #endif
   return run(count > 1 ? 1 : 2503);
 }

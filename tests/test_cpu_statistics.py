@@ -1,5 +1,5 @@
-"""The CPU adds up half types in float32 where that is good enough: statistics of data where it is not, and of float32,
-and what training makes of the latter, for each instruction set and both kinds of layout."""
+"""The CPU adds up in float32 where that is good enough: statistics of data where it is not, and what training makes of
+float32 far from 0, for each instruction set and both kinds of layout."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_running_statistics_and_output_far_from_zero(instruction_set, tmp_path):
     """running_mean and running_var are off by at most 1e-6 of themselves, the output by as much as stock's or 2 ulp.
 
     The reference is of the float32 data, whose own rounding is thus no error: 1e6 plus a normal value is a multiple of
-    1/16. Differences of an element and a pivot among the data are exact in float64, in which the sums of float32 are
-    taken, so what remains at every mean is the rounding of a float32 buffer, 6e-8. A few terms added in float32 at a
-    time would be off by 1e-6 (LaneSums of csrc/cpu/sums.h), which the statistics may be too.
+    1/16. Differences of an element and a pivot among the data are then exact, and what a few terms added in float32 at
+    a time round (LaneSums of csrc/cpu/sums.h) averages out, so what remains at every mean is little more than the
+    rounding of a float32 buffer, 6e-8.
     """
     stock = _training(torch.nn.functional.batch_norm)
     for (name, layout, momentum), (y, *buffers) in _with(instruction_set, "_training", tmp_path / "buffers.pt").items():

@@ -13,9 +13,6 @@
 namespace fastbn::cpu {
 namespace {
 
-// Sums of fewer terms than this do not average out what float rounds.
-constexpr int64_t least_count_in_float = 256;
-
 // Whether sums in float are as good as those in double: they neither overflowed nor vanished.
 bool resolves(const Sums& sums) {
   return std::isfinite(sums.first) && std::isfinite(sums.second) &&

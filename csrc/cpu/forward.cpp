@@ -30,7 +30,7 @@ class Statistician {
         partition_(partition),
         table_(kernels(params.dtype)),
         pivots_(size_t(partition.entries())),
-        totals_(partition, params.layout.channels, element_size(params.dtype) != 2) {}
+        totals_(partition, params.layout.channels, in_double(params)) {}
 
   void prepare(int64_t begin, int64_t end) {
     table_.pivots(params_.input, params_.layout, begin, end, pivots_.data());
@@ -57,6 +57,12 @@ class Statistician {
   }
 
  private:
+  // Differences of halves and their squares have so few digits that float rounds little of however few.
+  static bool in_double(const ForwardParams& params) {
+    return params.dtype == DType::float64 ||
+           (params.dtype == DType::float32 && params.layout.count() < least_count_in_float);
+  }
+
   const ForwardParams& params_;
   const Partition& partition_;
   const Kernels& table_;

@@ -14,6 +14,9 @@ namespace fastbn::cpu {
 // What kernels sum in float does not always resolve: then the blocks are summed again, in double.
 enum class Look { first, second };
 
+// Sums of fewer terms than this do not average out what float rounds (an estimate).
+constexpr int64_t least_count_in_float = 256;
+
 // The sums of a reduction: partial ones, block by block, then their totals, a pair a channel.
 class Totals {
  public:

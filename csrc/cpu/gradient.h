@@ -74,17 +74,19 @@ struct RecomputedGrad {
 
 template <class T, bool per_column, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, int64_t ahead, Use&& use) {
+  if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
+  if (mask.bits) return use(MaskedGrad<T, per_column>{mask, args.activation});
   const InputRows<T> residual(args.residual, block, ahead);
-  if (args.activation == Activation::none)
-    use(GradOut<T, per_column>{});
-  else if (mask.bits)
-    use(MaskedGrad<T, per_column>{mask, args.activation});
-  else if (known_of(args.activation) == Known::relu)
-    use(RecomputedGrad<T, per_column, Known::relu>{args.affine, residual, block.row_stride, args.activation});
-  else if (known_of(args.activation) == Known::curved)
-    use(RecomputedGrad<T, per_column, Known::curved>{args.affine, residual, block.row_stride, args.activation});
-  else
-    use(RecomputedGrad<T, per_column, Known::uncurved>{args.affine, residual, block.row_stride, args.activation});
+  auto recompute = [&]<Known known>() FASTBN_INLINE_LAMBDA {
+    use(RecomputedGrad<T, per_column, known>{args.affine, residual, block.row_stride, args.activation});
+  };
+  switch (known_of(args.activation)) {
+    case Known::none: return;
+    case Known::relu: return recompute.template operator()<Known::relu>();
+    case Known::silu: return recompute.template operator()<Known::silu>();
+    case Known::uncurved: return recompute.template operator()<Known::uncurved>();
+    case Known::called: return recompute.template operator()<Known::called>();
+  }
 }
 
 // call(block, its mask), once, or where the mask has gaps, for a few rows at a time.

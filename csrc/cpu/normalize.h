@@ -84,7 +84,8 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
     case Known::relu:
       return plain ? loop.template operator()<Known::relu, true>() : loop.template operator()<Known::relu, false>();
     case Known::uncurved: return loop.template operator()<Known::uncurved, false>();
-    case Known::curved: return loop.template operator()<Known::curved, false>();
+    case Known::silu: return loop.template operator()<Known::silu, false>();
+    case Known::called: return loop.template operator()<Known::called, false>();
   }
 }
 

@@ -2,6 +2,8 @@
 // rows of bits without gaps, which are gathered from the padded runs before or spread over them afterwards.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/vec_memory.h"
 
@@ -17,6 +19,9 @@ FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, const M
   if constexpr (all < 8) {
     const uint8_t part = uint8_t(bits << column % 8);
     row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
+  } else if (all == 16 && lanes.count == 16) {  // which only x86 has
+    const uint16_t both = uint16_t(bits);
+    std::memcpy(row + column / 8, &both, sizeof(both));
   } else {
     row[column / 8] = uint8_t(bits);
     if (all > 8 && lanes.count > 8) row[column / 8 + 1] = uint8_t(bits >> 8);

@@ -31,10 +31,15 @@ FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, const M
 template <class T>
 FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
   constexpr int all = Vec<acc_t<T>>::lanes;
-  uint32_t bits = row[column / 8];
-  if (all < 8) bits >>= column % 8;
-  if (all > 8) bits |= uint32_t(row[column / 8 + 1]) << 8;
-  return from_bits<T>(bits);
+  if constexpr (all == 16) {  // which only x86 has
+    uint16_t bits;
+    std::memcpy(&bits, row + column / 8, sizeof(bits));
+    return from_bits<T>(bits);
+  } else {
+    uint32_t bits = row[column / 8];
+    if (all < 8) bits >>= column % 8;
+    return from_bits<T>(bits);
+  }
 }
 template <class T>
 FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {

@@ -170,13 +170,12 @@ template <class T, bool per_column>
 FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows mask) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const int64_t ahead = strips_ahead<per_column>(block);
-  const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
+  const InputRows<T> grad_out(args.grad_out, block), input(args.input, block);
   const OutputRows<T> grad_input(args.grad_input, block, args.past_caches);
   const OutputRows<T> grad_residual(args.grad_residual, block, args.past_caches);
   const GradAffineArrays& arrays = args.grad_affine;
 
-  with_grad<T, per_column>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+  with_grad<T, per_column>(args, block, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
     auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       using Coefficients = decltype(coefficients(0, AllLanes<T>{}));

@@ -13,14 +13,16 @@ namespace fastbn::cpu::FASTBN_ISA {
 // 16x64x56x56 to 16x2048x7x7 float32 takes 0.74 to 0.95 of the time with 8 rows instead of 16 (EPYC 7003).
 constexpr int64_t rows_of_column_sums = 16, rows_of_column_grad_sums = 8, rows_of_channel_sums = 8, rows_of_strip = 4;
 
-// Of blocks that are far, sums of columns ask for so many rows ahead, other loops for the next strip, sums of channels
-// for the next row. Speed over not asking, EPYC 7003: forward 1.0 to 1.4 and backward 1.0 to 1.6 for 16x128x28x28 to
-// 16x512x28x28 float32 or bfloat16 in channels_last, 1.0 to 1.25 and 1.0 to 1.3 contiguous.
+// Of blocks that are far, sums of columns ask for so many rows ahead, sums of channels for the next row. Speed over not
+// asking: sums of gradients of 16x256x28x28 float32 in channels_last 1.6 (EPYC 9004); contiguous, forward of
+// 16x128x28x28 to 16x512x28x28 1.0 to 1.25 and backward 1.0 to 1.3 (EPYC 7003). Other loops follow the order of memory,
+// which hardware foresees: ops that do not ask there are 0.96 to 1.15 times as fast, most of them faster (EPYC 9004).
 constexpr int64_t rows_ahead_of_column_sums = 8;
 
-// Such rows that are this long are better walked one by one than in strips: against those, speed is 1.1 to 1.3 for
-// 16x512x14x14 to 16x128x56x56 float32, 1.0 to 1.1 for 16x256x28x28 to 16x256x56x56 bfloat16, whose conversions keep a
-// core busier than loads of coefficients, and 0.97 for 16x1024x14x14; 0.9 for rows of 256 bytes.
+// Far rows that are this long are therefore walked one by one: against strips, speed is 1.1 to 1.3 for 16x512x14x14 to
+// 16x128x56x56 float32, 1.0 to 1.1 for 16x256x28x28 to 16x256x56x56 bfloat16, whose conversions keep a core busier than
+// loads of coefficients, and 0.97 for 16x1024x14x14; 0.9 for rows of 256 bytes (EPYC 7003). On an EPYC 9004 it is 1.5
+// for 16x256x28x28 float32, but 0.8 for 16x512x14x14 where nothing else is in the 32 MiB of L3.
 constexpr int64_t least_bytes_by_row = 512;
 
 // Time of an op with stores past the caches over that with others, and in brackets the same with a sum over its outputs
@@ -87,7 +89,7 @@ FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flu
 template <class T>
 class InputRows {
  public:
-  FASTBN_INLINE InputRows(const void* input, const Block& block, int64_t ahead)
+  FASTBN_INLINE InputRows(const void* input, const Block& block, int64_t ahead = 0)
       : data_(input ? static_cast<const T*>(input) + block.offset : nullptr), ahead_(block.far ? ahead : 0) {}
 
   FASTBN_INLINE explicit operator bool() const { return data_; }

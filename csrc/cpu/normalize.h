@@ -27,12 +27,6 @@ FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_
   return {member(arrays.pivot), member(arrays.scale), member(arrays.shift)};
 }
 
-// How far on an element lies that the loop below comes to soon, unless it follows the order of memory anyway.
-template <bool per_column>
-FASTBN_INLINE int64_t strips_ahead(const Block& block) {
-  return per_column ? rows_of_strip * block.row_stride : 0;
-}
-
 // visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
 // in registers down a few rows, those of a channel along its row.
 template <bool per_column, class T, class Prepare, class Visit>
@@ -57,8 +51,7 @@ FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visi
 template <class T, bool per_column>
 FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint8_t* mask, int64_t mask_stride) {
   using V = Vec<acc_t<T>>;
-  const int64_t ahead = strips_ahead<per_column>(block);
-  const InputRows<T> input(args.input, block, ahead), residual(args.residual, block, ahead);
+  const InputRows<T> input(args.input, block), residual(args.residual, block);
   const OutputRows<T> output(args.output, block, args.past_caches);
 
   auto loop = [&]<Known known, bool plain>() FASTBN_INLINE_LAMBDA {

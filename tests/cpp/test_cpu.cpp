@@ -158,9 +158,10 @@ void test_type(const char* name) {
 // Asked of the compiler's run-time library rather than of the dispatch, which is under test.
 bool machine_has(const std::string& instruction_set) {
 #if defined(__x86_64__)
-  if (instruction_set == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (instruction_set == "avx512") return has_avx512;
+  if (instruction_set == "avx512_bf16") return has_avx512 && __builtin_cpu_supports("avx512bf16");
   if (instruction_set == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return instruction_set == "portable";

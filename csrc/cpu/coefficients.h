@@ -55,7 +55,7 @@ class CoefficientTable {
   int64_t plane() const { return plane_; }
 
  private:
-  static constexpr int64_t slack = 8;  // lanes of a register of float
+  static constexpr int64_t slack = 16;  // lanes of the longest register of float
 
   A& at(int member, int64_t column) {
     return values_[size_t(member * stride_ + (column & shift_) * plane_ + (column >> shift_))];

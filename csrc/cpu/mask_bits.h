@@ -19,21 +19,19 @@ FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, const M
   if constexpr (all < 8) {
     const uint8_t part = uint8_t(bits << column % 8);
     row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
-  } else if (all == 16 && lanes.count == 16) {  // which only x86 has
-    const uint16_t both = uint16_t(bits);
-    std::memcpy(row + column / 8, &both, sizeof(both));
+  } else if (lanes.count == all) {  // more than eight only on x86, whose first byte is the lowest
+    std::memcpy(row + column / 8, &bits, all / 8);
   } else {
-    row[column / 8] = uint8_t(bits);
-    if (all > 8 && lanes.count > 8) row[column / 8 + 1] = uint8_t(bits >> 8);
+    for (int i = 0; 8 * i < lanes.count; ++i) row[column / 8 + i] = uint8_t(bits >> 8 * i);
   }
 }
 
 template <class T>
 FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
   constexpr int all = Vec<acc_t<T>>::lanes;
-  if constexpr (all == 16) {  // which only x86 has
-    uint16_t bits;
-    std::memcpy(&bits, row + column / 8, sizeof(bits));
+  if constexpr (all > 8) {  // as above
+    uint32_t bits = 0;
+    std::memcpy(&bits, row + column / 8, all / 8);
     return from_bits<T>(bits);
   } else {
     uint32_t bits = row[column / 8];
@@ -44,8 +42,9 @@ FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, AllLa
 template <class T>
 FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
   const int64_t first = column / 8, last = (column + lanes.first + lanes.count - 1) / 8;
-  uint32_t bits = row[first];
-  for (int64_t at = first + 1; at <= last; ++at) bits |= uint32_t(row[at]) << 8 * (at - first);
+  uint64_t bits = row[first];
+  for (int i = 1; i <= Vec<acc_t<T>>::lanes / 8; ++i)
+    if (first + i <= last) bits |= uint64_t(row[first + i]) << 8 * i;
   return from_bits<T>(bits >> column % 8);
 }
 

@@ -1,8 +1,9 @@
 // Vectors of float or double on the compilers' vector extensions, for the instruction set that the including file is
 // compiled for. They have the operators and functions that csrc/math asks of an F, so formulas are written once.
 //
-// Under AVX2 a vector is two registers, so that one of float is a cache line there too: of rows that lie a stride
-// apart, lines that are visited by halves have often left L1 in between.
+// Where that makes one more type's vector a cache line, a vector is two registers: of rows that lie a stride apart,
+// lines that are visited by halves have often left L1 in between. Under AVX2 the type is float, under AVX-512 BF16,
+// which has no other, bfloat16.
 #pragma once
 
 #if defined(__x86_64__)
@@ -21,7 +22,9 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+constexpr int register_bytes = 64, register_count = 32, parts = 2;
+#elif defined(__AVX512F__)
 constexpr int register_bytes = 64, register_count = 32, parts = 1;
 #elif defined(__AVX2__)
 constexpr int register_bytes = 32, register_count = 16, parts = 2;
@@ -113,10 +116,11 @@ template <class A> FASTBN_INLINE Mask<A> operator!(Mask<A> a) { for (auto& lanes
 #if defined(__AVX512F__)
 template <int predicate> FASTBN_INLINE uint16_t compare(Floats a, Floats b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, predicate); }
 template <int predicate> FASTBN_INLINE uint8_t compare(Doubles a, Doubles b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, predicate); }
-template <class A> FASTBN_INLINE Mask<A> operator<=(const Vec<A>& a, const Vec<A>& b) { return {compare<_CMP_LE_OQ>(a.part[0], b.part[0])}; }
-template <class A> FASTBN_INLINE Mask<A> operator>=(const Vec<A>& a, const Vec<A>& b) { return {compare<_CMP_GE_OQ>(a.part[0], b.part[0])}; }
-template <class A> FASTBN_INLINE Mask<A> operator<(const Vec<A>& a, const Vec<A>& b) { return {compare<_CMP_LT_OQ>(a.part[0], b.part[0])}; }
-template <class A> FASTBN_INLINE Mask<A> operator>(const Vec<A>& a, const Vec<A>& b) { return {compare<_CMP_GT_OQ>(a.part[0], b.part[0])}; }
+template <int predicate, class A> FASTBN_INLINE Mask<A> compare(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for (int i = 0; i < parts; ++i) m.part[i] = compare<predicate>(a.part[i], b.part[i]); return m; }
+template <class A> FASTBN_INLINE Mask<A> operator<=(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_LE_OQ>(a, b); }
+template <class A> FASTBN_INLINE Mask<A> operator>=(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_GE_OQ>(a, b); }
+template <class A> FASTBN_INLINE Mask<A> operator<(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_LT_OQ>(a, b); }
+template <class A> FASTBN_INLINE Mask<A> operator>(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_GT_OQ>(a, b); }
 FASTBN_INLINE Floats select_lanes(uint16_t mask, Floats yes, Floats no) { return (Floats)_mm512_mask_blend_ps(mask, (__m512)no, (__m512)yes); }
 FASTBN_INLINE Doubles select_lanes(uint8_t mask, Doubles yes, Doubles no) { return (Doubles)_mm512_mask_blend_pd(mask, (__m512d)no, (__m512d)yes); }
 #else

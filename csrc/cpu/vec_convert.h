@@ -1,8 +1,8 @@
 // Conversions of vectors: float to double, half types to float and back, masks to bits and back.
 //
-// Under AVX2 a vector of bfloat16 has the elements at even places in its first register and those at odd places in the
-// second, which takes a shift and a mask, where elements in order have to be moved between lanes. So each T has an
-// order of lanes.
+// Where a vector is two registers, one of bfloat16 has the elements at even places in its first and those at odd places
+// in its second, which takes a shift and a mask, where elements in order have to be moved between lanes. So each T has
+// an order of lanes.
 #pragma once
 
 #include <cstdint>
@@ -73,10 +73,25 @@ constexpr int element_at(int part, int lane) {
   return interleaved<T> ? parts * lane + part : part * Vec<acc_t<T>>::part_lanes + lane;
 }
 
+#if defined(__AVX512F__)
+// Of a vector of two registers the lanes that each part of `from` names, counted through both.
+FASTBN_INLINE Vec<float> permute(const Vec<float>& x, const __m512i (&from)[2]) {
+  Vec<float> permuted;
+  for (int i = 0; i < parts; ++i)
+    permuted.part[i] = (Floats)_mm512_permutex2var_ps((__m512)x.part[0], from[i], (__m512)x.part[parts - 1]);
+  return permuted;
+}
+#endif
+
 // From the order of memory to a T's order, and back.
 template <class T>
 FASTBN_INLINE Vec<acc_t<T>> to_order_of(const Vec<acc_t<T>>& x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (interleaved<T>) {
+    return permute(x, {_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+                       _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)});
+  }
+#elif defined(__AVX2__)
   if constexpr (interleaved<T>) {
     const __m256 a = (__m256)x.part[0], b = (__m256)x.part[1];
     Vec<float> ordered;
@@ -89,7 +104,12 @@ FASTBN_INLINE Vec<acc_t<T>> to_order_of(const Vec<acc_t<T>>& x) {
 }
 template <class T>
 FASTBN_INLINE Vec<acc_t<T>> from_order_of(const Vec<acc_t<T>>& x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (interleaved<T>) {
+    return permute(x, {_mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                       _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)});
+  }
+#elif defined(__AVX2__)
   if constexpr (interleaved<T>) {
     const __m256 even = (__m256)x.part[0], odd = (__m256)x.part[1];
     const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
@@ -106,7 +126,12 @@ FASTBN_INLINE Vec<acc_t<T>> from_order_of(const Vec<acc_t<T>>& x) {
 template <class T>
 FASTBN_INLINE uint64_t to_bits(const Mask<acc_t<T>>& mask) {
 #if defined(__AVX512F__)
-  return mask.part[0];
+  if constexpr (interleaved<T>) {
+    const __m512i even = _mm512_maskz_set1_epi32(mask.part[0], 0x8000);
+    return _mm512_movepi16_mask(_mm512_mask_or_epi32(even, mask.part[1], even, _mm512_set1_epi32(int(0x80000000))));
+  } else {
+    return mask.part[0];
+  }
 #elif defined(__AVX2__)
   if constexpr (interleaved<T>) {
     const __m256i words = _mm256_blend_epi16((__m256i)mask.part[0], (__m256i)mask.part[1], 0xaa);
@@ -129,7 +154,13 @@ FASTBN_INLINE Mask<acc_t<T>> from_bits(uint64_t bits) {
   using Native = typename Mask<acc_t<T>>::Native;
   Mask<acc_t<T>> mask;
 #if defined(__AVX512F__)
-  mask.part[0] = Native(bits);
+  if constexpr (interleaved<T>) {
+    const __m512i words = _mm512_movm_epi16(__mmask32(bits));
+    mask.part[0] = _mm512_test_epi32_mask(words, _mm512_set1_epi32(1));
+    mask.part[1] = _mm512_movepi32_mask(words);
+  } else {
+    mask.part[0] = Native(bits);
+  }
 #else
   using Lane = std::conditional_t<sizeof(acc_t<T>) == 4, int32_t, int64_t>;
   for (int part = 0; part < parts; ++part) {
@@ -209,6 +240,26 @@ FASTBN_INLINE Halves pack(Floats x) {
     return half;
 #endif
   }
+}
+
+// A register of bfloat16 that are interleaved, and back.
+FASTBN_INLINE Vec<float> unpack_interleaved(Words stored) {
+  Vec<float> x;
+  x.part[0] = __builtin_bit_cast(Floats, stored << 16);
+  x.part[parts - 1] = __builtin_bit_cast(Floats, stored & 0xffff0000u);
+  return x;
+}
+FASTBN_INLINE Words pack_interleaved([[maybe_unused]] const Vec<float>& x) {
+#if defined(__AVX512BF16__)
+  const __m512i halves = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh((__m512)x.part[1], (__m512)x.part[0]));
+  const Words place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (Words)_mm512_permutexvar_epi16((__m512i)(place * 0x10001u + 0x100000u), halves);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const Words even = rounded_to_bfloat16(x.part[0]) >> 16, odd = rounded_to_bfloat16(x.part[parts - 1]);
+  return (Words)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#else
+  return Words{};  // others do not interleave
+#endif
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -70,11 +70,9 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
     for (int i = 0; i < parts; ++i) std::memcpy(&x.part[i], source + i * V::part_lanes, register_bytes);
     return to_order_of<T>(x);
   } else if constexpr (interleaved<T>) {
-    Words words;
-    std::memcpy(&words, source, sizeof(words));
-    x.part[0] = __builtin_bit_cast(Floats, words << 16);
-    x.part[parts - 1] = __builtin_bit_cast(Floats, words & 0xffff0000u);
-    return x;
+    Words stored;
+    std::memcpy(&stored, source, sizeof(stored));
+    return unpack_interleaved(stored);
   } else {
     for (int i = 0; i < parts; ++i) {
       Halves stored;
@@ -100,15 +98,24 @@ FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, in
 template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
 #if defined(__AVX512F__)
+  using V = Vec<acc_t<T>>;
   const uint32_t bits = lanes.bits();
-  Vec<acc_t<T>> x;
-  if constexpr (sizeof(Source) == 2)
-    x.part[0] = unpack<T>((Halves)_mm256_maskz_loadu_epi16(__mmask16(bits), source));
-  else if constexpr (sizeof(Source) == 4)
-    x.part[0] = (Floats)_mm512_maskz_loadu_ps(__mmask16(bits), source);
-  else
-    x.part[0] = (Doubles)_mm512_maskz_loadu_pd(__mmask8(bits), source);
-  return x;
+  if constexpr (sizeof(Source) == 2 && interleaved<T>) {
+    return unpack_interleaved((Words)_mm512_maskz_loadu_epi16(__mmask32(bits), source));
+  } else {
+    V x;
+    for (int i = 0; i < parts; ++i) {
+      const uint32_t part_bits = bits >> i * V::part_lanes;
+      const Source* part = source + i * V::part_lanes;
+      if constexpr (sizeof(Source) == 2)
+        x.part[i] = unpack<T>((Halves)_mm256_maskz_loadu_epi16(__mmask16(part_bits), part));
+      else if constexpr (sizeof(Source) == 4)
+        x.part[i] = (Floats)_mm512_maskz_loadu_ps(__mmask16(part_bits), part);
+      else
+        x.part[i] = (Doubles)_mm512_maskz_loadu_pd(__mmask8(part_bits), part);
+    }
+    return to_order_of<T>(x);
+  }
 #else
   constexpr int all = Vec<acc_t<T>>::lanes;
   if (lanes.overlaps()) return load(source, AllLanes<T>{});
@@ -123,11 +130,8 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     for (int i = 0; i < parts; ++i) std::memcpy(target + i * Vec<T>::part_lanes, &x.part[i], register_bytes);
   } else if constexpr (interleaved<T>) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const Words even = rounded_to_bfloat16(x.part[0]) >> 16, odd = rounded_to_bfloat16(x.part[1]);
-    const __m256i words = _mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
-    std::memcpy(target, &words, sizeof(words));
-#endif
+    const Words stored = pack_interleaved(x);
+    std::memcpy(target, &stored, sizeof(stored));
   } else {
     for (int i = 0; i < parts; ++i) {
       const Halves stored = pack<T>(x.part[i]);
@@ -139,9 +143,14 @@ template <class T>
 FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, EndLanes<T> lanes) {
 #if defined(__AVX512F__)
   const uint32_t bits = lanes.bits();
-  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(target, __mmask16(bits), (__m256i)pack<T>(x.part[0]));
-  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, __mmask16(bits), (__m512)x.part[0]);
-  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, __mmask8(bits), (__m512d)x.part[0]);
+  if constexpr (interleaved<T>)
+    _mm512_mask_storeu_epi16(target, __mmask32(bits), (__m512i)pack_interleaved(x));
+  else if constexpr (sizeof(T) == 2)
+    _mm256_mask_storeu_epi16(target, __mmask16(bits), (__m256i)pack<T>(x.part[0]));
+  else if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(target, __mmask16(bits), (__m512)x.part[0]);
+  else
+    _mm512_mask_storeu_pd(target, __mmask8(bits), (__m512d)x.part[0]);
 #else
   constexpr int all = Vec<acc_t<T>>::lanes;
   if (lanes.overlaps()) return store(target, x);
@@ -151,16 +160,20 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, EndLanes<T> lanes) {
 #endif
 }
 
-// Whether a vector in memory is a cache line, which can then be stored past the caches at once. Halves of lines are
-// not: ops on 16x128x56x56 bfloat16 took 1.0 to 2.2 times as long so in channels_last, and 0.96 to 1.05 times
-// contiguous.
+// Whether a vector in memory is a cache line, which can then be stored past the caches at once. Halves of lines,
+// which vectors of half types are elsewhere, are not: ops on 16x128x56x56 bfloat16 took 1.0 to 2.2 times as long so in
+// channels_last, and 0.96 to 1.05 times contiguous.
 template <class T>
 constexpr bool fills_line = register_bytes >= 32 && Vec<acc_t<T>>::lanes * sizeof(T) == 64;
 
 // To the address of a line, past the caches; other threads see it after finish_streaming().
 template <class T>
 FASTBN_INLINE void stream([[maybe_unused]] T* target, [[maybe_unused]] const Vec<acc_t<T>>& x) {
-  if constexpr (fills_line<T>) {
+  if constexpr (fills_line<T> && interleaved<T>) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)pack_interleaved(x));
+#endif
+  } else if constexpr (fills_line<T>) {
     for (int i = 0; i < parts; ++i) {
 #if defined(__AVX512F__)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(target) + i, (__m512i)x.part[i]);

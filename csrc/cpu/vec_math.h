@@ -36,21 +36,8 @@ FASTBN_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[terms]) {
 }
 
 // NaN stays NaN.
-FASTBN_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
-#if defined(__AVX2__)
-  // Of two operands of which one is NaN these instructions give the second.
-  auto clamp_part = [](auto a, auto lowest, auto highest) FASTBN_INLINE_LAMBDA {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_min_ps((__m512)highest, _mm512_max_ps((__m512)lowest, (__m512)a));
-#else
-    return (Floats)_mm256_min_ps((__m256)highest, _mm256_max_ps((__m256)lowest, (__m256)a));
-#endif
-  };
-  return by_parts<Vec<float>>(clamp_part, x, Vec<float>(low), Vec<float>(high));
-#else
-  x = select(x < Vec<float>(low), Vec<float>(low), x);
-  return select(x > Vec<float>(high), Vec<float>(high), x);
-#endif
+FASTBN_INLINE Vec<float> clamp(const Vec<float>& x, float low, float high) {
+  return least(Vec<float>(high), most(Vec<float>(low), x));
 }
 
 // x = n log(2) + r with |r| <= log(2) / 2, and exp(r) - 1. Adding 1.5 * 2^23 rounds to an integer, which is then in the

@@ -88,17 +88,16 @@ class GradAffineTable {
   GradAffineTable(int64_t size, int planes) : table_(size, planes) {}
 
   void set(int64_t channel, const GradAffine<A>& affine) {
-    table_.set(channel, {affine.pivot, affine.slope, affine.mean_grad, affine.rest, affine.scale});
+    table_.set(channel, {affine.slope, affine.mean_grad, affine.rest, affine.scale});
   }
   void repeat(int64_t begin, int64_t end, int64_t channels) { table_.repeat(begin, end, channels); }
   GradAffineArrays arrays(int64_t first, bool frozen) const {
-    return {table_.member(0, first), frozen ? nullptr : table_.member(1, first),
-            table_.member(2, first), table_.member(3, first),
-            table_.member(4, first), table_.plane()};
+    return {frozen ? nullptr : table_.member(0, first), table_.member(1, first), table_.member(2, first),
+            table_.member(3, first), table_.plane()};
   }
 
  private:
-  CoefficientTable<A, 5> table_;
+  CoefficientTable<A, 4> table_;
 };
 
 }  // namespace fastbn::cpu

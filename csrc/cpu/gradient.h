@@ -158,11 +158,13 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
   with_mask_rows(args, whole, mask_block, sum);
 }
 
+// With the pivot of what recomputes z, so that the difference from it is taken once for both.
 template <bool per_column, class T, class Lanes>
-FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradAffineArrays& arrays, int64_t column, Lanes lanes) {
+FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradArgs& args, int64_t column, Lanes lanes) {
+  const GradAffineArrays& arrays = args.grad_affine;
   auto member = [&](const void* array)
                     FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(array, arrays.plane, column, lanes); };
-  return {member(arrays.pivot), member(arrays.slope), member(arrays.mean_grad), member(arrays.rest),
+  return {member(args.affine.pivot), member(arrays.slope), member(arrays.mean_grad), member(arrays.rest),
           member(arrays.scale)};
 }
 
@@ -201,7 +203,7 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
       loop(
           std::true_type{},
           [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(arrays, column, lanes); },
+              FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(args, column, lanes); },
           [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
     else  // frozen statistics
       loop(

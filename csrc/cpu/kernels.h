@@ -41,9 +41,8 @@ struct AffineArrays {
   int64_t plane = 0;
 };
 
-// Likewise for GradAffine.
+// Likewise for GradAffine, whose pivot is Affine's.
 struct GradAffineArrays {
-  const void* pivot = nullptr;
   const void* slope = nullptr;
   const void* mean_grad = nullptr;
   const void* rest = nullptr;
@@ -68,7 +67,7 @@ struct GradArgs {
   const uint8_t* mask;
   Activation activation;
   const void* pivot;             // of sums
-  AffineArrays affine;           // recomputes z, where the activation needs it
+  AffineArrays affine;           // recomputes z, where the activation needs it; and the pivot of input_grad
   GradAffineArrays grad_affine;  // of input_grad; a null slope says that statistics are frozen
   void* grad_input;
   void* grad_residual;

@@ -81,11 +81,10 @@ void test_ways_through_memory() {
   constexpr int64_t size = 4096, width = 128;
   const cpu::Kernels& table = cpu::kernels(dtype_of<T>);
   const Tensor<T> input = random_tensor<T>(size, 1, 0), grad_out = random_tensor<T>(size, 2, 0);
-  const Tensor<A> coefficients = random_tensor<A>(5 * width, 3, 1);
+  const Tensor<A> coefficients = random_tensor<A>(4 * width, 3, 1);
   const A* member = coefficients.data();
   const cpu::AffineArrays affine{member, member + width, member + 2 * width};
-  const cpu::GradAffineArrays grad_affine{member, member + width, member + 2 * width, member + 3 * width,
-                                          member + 4 * width};
+  const cpu::GradAffineArrays grad_affine{member, member + width, member + 2 * width, member + 3 * width};
   struct Outputs {
     // Whole pages, so that they begin with a line.
     Tensor<T> output{size, before_guard}, grad_input{size, before_guard}, grad_residual{size, before_guard};

@@ -28,8 +28,8 @@ class Backward {
         table_(kernels(params.dtype)),
         partition_(params.layout, params.dtype),
         pivots_(size_t(partition_.entries())),
-        affine_(partition_.entries(), planes()),
-        grad_affine_(partition_.entries(), planes()) {}
+        affine_(partition_, table_.column_planes),
+        grad_affine_(partition_, table_.column_planes) {}
 
   void run() {
     const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
@@ -62,7 +62,7 @@ class Backward {
     };
     auto finish = [&](int64_t begin, int64_t end) {
       for_each_chunk(begin, end, finish_chunk);
-      grad_affine_.repeat(begin, end, params_.layout.channels);
+      grad_affine_.repeat(begin, end);
     };
     auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
       if (!applies) return;
@@ -73,7 +73,7 @@ class Backward {
       reduce_then(finish, apply);
     else
       run_last_phase(
-          partition_, params_.layout.channels, threads_,
+          partition_, threads_,
           [&](int64_t begin, int64_t end) {
             prepare(begin, end);
             finish(begin, end);
@@ -100,8 +100,8 @@ class Backward {
       for (int64_t i = 0; i < channels; ++i)
         pivots_[size_t(first + i)] = A(std::is_same_v<A, double> ? mean[i] : grad_pivot_of(mean[i], inv_std[i]));
     });
-    affine_.repeat(begin, end, params_.layout.channels);
-    repeat_columns(pivots_.data(), partition_.entries(), begin, end, params_.layout.channels);
+    affine_.repeat(begin, end);
+    repeat_columns(pivots_.data(), partition_, begin, end);
   }
 
   void reduce(int64_t i, Look look) {
@@ -119,8 +119,8 @@ class Backward {
   template <class Finish, class Apply>
   void reduce_then(Finish&& finish, Apply&& apply) {
     const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < least_count_in_float;
-    totals_.emplace(partition_, params_.layout.channels, in_double);
-    run_phases(partition_, params_.layout.channels, threads_, *this, finish, apply);
+    totals_.emplace(partition_, in_double);
+    run_phases(partition_, threads_, *this, finish, apply);
   }
 
   GradArgs args_from(int64_t first, bool frozen) const {
@@ -138,8 +138,6 @@ class Backward {
           sum_grad_xhat_of(sums.first, sums.second, double(pivots_[size_t(first + i)]), mean[i], inv_std[i]);
     }
   }
-
-  int planes() const { return partition_.in_columns() ? table_.column_planes : 1; }
 
   const BackwardParams& params_;
   const Threads& threads_;

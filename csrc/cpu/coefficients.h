@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/partition.h"
 #include "math/affine.h"
 
 namespace fastbn::cpu {
@@ -23,8 +24,9 @@ void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
 
 // Copies entries [begin, end) of a table to where these channels' columns recur.
 template <class A>
-void repeat_columns(A* table, int64_t size, int64_t begin, int64_t end, int64_t channels) {
-  for (int64_t j = channels; j < size; j += channels) std::copy(table + begin, table + end, table + j + begin);
+void repeat_columns(A* table, const Partition& partition, int64_t begin, int64_t end) {
+  for (int64_t j = partition.channels(); j < partition.entries(); j += partition.channels())
+    std::copy(table + begin, table + end, table + j + begin);
 }
 
 // Arrays of one number a channel or column each. By two planes those of even columns come first, then those of odd
@@ -32,11 +34,12 @@ void repeat_columns(A* table, int64_t size, int64_t begin, int64_t end, int64_t 
 template <class A, int members>
 class CoefficientTable {
  public:
-  CoefficientTable(int64_t size, int planes)
-      : size_(size),
-        shift_(planes - 1),
-        plane_(((size + shift_) >> shift_) + slack),
-        stride_(planes * plane_),
+  CoefficientTable(const Partition& partition, int column_planes)
+      : size_(partition.entries()),
+        channels_(partition.channels()),
+        shift_(partition.in_columns() ? column_planes - 1 : 0),
+        plane_(((size_ + shift_) >> shift_) + slack),
+        stride_((shift_ + 1) * plane_),
         values_(size_t(members * stride_)) {}
 
   void set(int64_t channel, const A (&values)[members]) {
@@ -44,9 +47,9 @@ class CoefficientTable {
   }
 
   // Copies the entries of channels [begin, end) to where their columns recur.
-  void repeat(int64_t begin, int64_t end, int64_t channels) {
+  void repeat(int64_t begin, int64_t end) {
     for (int member = 0; member < members; ++member)
-      for (int64_t j = channels; j < size_; j += channels)
+      for (int64_t j = channels_; j < size_; j += channels_)
         for (int64_t channel = begin; channel < end; ++channel) at(member, j + channel) = at(member, channel);
   }
 
@@ -61,19 +64,19 @@ class CoefficientTable {
     return values_[size_t(member * stride_ + (column & shift_) * plane_ + (column >> shift_))];
   }
 
-  int64_t size_, shift_, plane_, stride_;
+  int64_t size_, channels_, shift_, plane_, stride_;
   std::vector<A> values_;
 };
 
 template <class A>
 class AffineTable {
  public:
-  AffineTable(int64_t size, int planes) : table_(size, planes) {}
+  AffineTable(const Partition& partition, int column_planes) : table_(partition, column_planes) {}
 
   void set(int64_t channel, const Affine<A>& affine) {
     table_.set(channel, {affine.pivot, affine.scale, affine.shift});
   }
-  void repeat(int64_t begin, int64_t end, int64_t channels) { table_.repeat(begin, end, channels); }
+  void repeat(int64_t begin, int64_t end) { table_.repeat(begin, end); }
   AffineArrays arrays(int64_t first) const {
     return {table_.member(0, first), table_.member(1, first), table_.member(2, first), table_.plane()};
   }
@@ -85,12 +88,12 @@ class AffineTable {
 template <class A>
 class GradAffineTable {
  public:
-  GradAffineTable(int64_t size, int planes) : table_(size, planes) {}
+  GradAffineTable(const Partition& partition, int column_planes) : table_(partition, column_planes) {}
 
   void set(int64_t channel, const GradAffine<A>& affine) {
     table_.set(channel, {affine.slope, affine.mean_grad, affine.rest, affine.scale});
   }
-  void repeat(int64_t begin, int64_t end, int64_t channels) { table_.repeat(begin, end, channels); }
+  void repeat(int64_t begin, int64_t end) { table_.repeat(begin, end); }
   GradAffineArrays arrays(int64_t first, bool frozen) const {
     return {frozen ? nullptr : table_.member(0, first), table_.member(1, first), table_.member(2, first),
             table_.member(3, first), table_.plane()};

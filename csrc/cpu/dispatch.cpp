@@ -29,12 +29,12 @@ bool has_avx512() {
 Choice choose() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
-      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
-      {"avx512", has_avx512(), avx512::kernels},
-      // Every processor with AVX2 has F16C, which clang 14 cannot ask for.
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::kernels},
+    {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
+    {"avx512", has_avx512(), avx512::kernels},
+    // Every processor with AVX2 has F16C, which clang 14 cannot ask for.
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::kernels},
 #endif
-      {"portable", true, portable::kernels},
+    {"portable", true, portable::kernels},
   };
   const char* wanted = std::getenv("FASTBN_CPU");
   Choice choice{};

@@ -30,11 +30,11 @@ class Statistician {
         partition_(partition),
         table_(kernels(params.dtype)),
         pivots_(size_t(partition.entries())),
-        totals_(partition, params.layout.channels, in_double(params)) {}
+        totals_(partition, in_double(params)) {}
 
   void prepare(int64_t begin, int64_t end) {
     table_.pivots(params_.input, params_.layout, begin, end, pivots_.data());
-    repeat_columns(pivots_.data(), partition_.entries(), begin, end, params_.layout.channels);
+    repeat_columns(pivots_.data(), partition_, begin, end);
   }
 
   void reduce(int64_t i, Look look) {
@@ -84,7 +84,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   const Kernels& table = kernels(params.dtype);
   const Partition partition(layout, params.dtype);
   const bool batch = params.statistics == Statistics::batch;
-  AffineTable<A> affine(partition.entries(), partition.in_columns() ? table.column_planes : 1);
+  AffineTable<A> affine(partition, table.column_planes);
   std::optional<Statistician<A>> statistician;
   if (batch) statistician.emplace(params, partition);
 
@@ -128,7 +128,7 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
   };
   auto finish = [&](int64_t begin, int64_t end) {
     for_each_chunk(begin, end, finish_chunk);
-    affine.repeat(begin, end, layout.channels);
+    affine.repeat(begin, end);
   };
   const int64_t bytes = layout.numel() * element_size(params.dtype);
   const bool past_caches = prepare_outputs({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
@@ -139,9 +139,9 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, block, mask_block);
   };
   if (batch)
-    run_phases(partition, layout.channels, threads, *statistician, finish, apply);
+    run_phases(partition, threads, *statistician, finish, apply);
   else
-    run_last_phase(partition, layout.channels, threads, finish, apply);
+    run_last_phase(partition, threads, finish, apply);
 }
 
 template <class A>
@@ -155,8 +155,7 @@ void channel_stats_as(const ForwardParams& params, const Threads& threads) {
       params.var[c] = moments.var();
     }
   };
-  run_phases(partition, params.layout.channels, threads, statistician, finish,
-             [](const Block&, const MaskBlock&, int64_t) {});
+  run_phases(partition, threads, statistician, finish, [](const Block&, const MaskBlock&, int64_t) {});
 }
 
 }  // namespace

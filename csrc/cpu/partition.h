@@ -54,6 +54,7 @@ class Partition {
   int64_t blocks() const { return blocks_; }
 
   int64_t elements() const { return layout_.numel(); }
+  int64_t channels() const { return layout_.channels; }
 
   // Partial results a block, two numbers each: of its columns, or its channels.
   int64_t width() const { return width_; }

@@ -20,11 +20,11 @@ constexpr int64_t least_count_in_float = 256;
 // The sums of a reduction: partial ones, block by block, then their totals, a pair a channel.
 class Totals {
  public:
-  Totals(const Partition& partition, int64_t channels, bool in_double)
+  Totals(const Partition& partition, bool in_double)
       : partition_(partition),
         in_double_(in_double),
         partials_(size_t(2 * partition.partials())),
-        totals_(size_t(2 * channels)) {}
+        totals_(size_t(2 * partition.channels())) {}
 
   bool in_double(Look look) const { return in_double_ || look == Look::second; }
 
@@ -80,9 +80,8 @@ void run_apply(const Partition& partition, const Threads& threads, Apply&& apply
 
 // finish(begin, end), of all channels, then apply.
 template <class Finish, class Apply>
-void run_last_phase(const Partition& partition, int64_t channels, const Threads& threads, Finish&& finish,
-                    Apply&& apply) {
-  threads.for_each_range(channels, channels_a_thread, finish);
+void run_last_phase(const Partition& partition, const Threads& threads, Finish&& finish, Apply&& apply) {
+  threads.for_each_range(partition.channels(), channels_a_thread, finish);
   run_apply(partition, threads, apply);
 }
 
@@ -90,9 +89,9 @@ void run_last_phase(const Partition& partition, int64_t channels, const Threads&
 // apply as above. Where merge says no to a first look, the channels' blocks are reduced and merged again. A group of
 // channels that one thread has to itself goes through all phases while it is cached, last block first.
 template <class Reduction, class Finish, class Apply>
-void run_phases(const Partition& partition, int64_t channels, const Threads& threads, Reduction& reduction,
-                Finish&& finish, Apply&& apply) {
-  const int64_t grain = grain_of(partition, partition.blocks());
+void run_phases(const Partition& partition, const Threads& threads, Reduction& reduction, Finish&& finish,
+                Apply&& apply) {
+  const int64_t grain = grain_of(partition, partition.blocks()), channels = partition.channels();
   if (partition.groups() >= 4 * threads.count) {
     const int64_t per_group = partition.per_group();
     threads.for_each(partition.groups(), std::max<int64_t>(1, grain / per_group), [&](int64_t group) {
@@ -120,7 +119,7 @@ void run_phases(const Partition& partition, int64_t channels, const Threads& thr
       threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::second); });
       reduction.merge(0, channels, Look::second);
     }
-    run_last_phase(partition, channels, threads, finish, apply);
+    run_last_phase(partition, threads, finish, apply);
   }
 }
 

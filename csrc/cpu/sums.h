@@ -153,7 +153,7 @@ FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A
 template <class T, class Terms, class Add>
 FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Block& block, Add&& add) {
   using A = acc_t<T>;
-  // Additions wait for one another; half of the registers hold what they add to.
+  // Additions wait for one another, so four registers of a sum take turns; half of all registers hold what they add to.
   constexpr int chains = std::min<int>(4 / parts, register_count / 2 * register_bytes / int(sizeof(Terms)));
   WideSums<A> total;
   Terms terms[chains];

@@ -149,29 +149,21 @@ FASTBN_INLINE Vec<A> select(const Mask<A>& mask, const Vec<A>& yes, const Vec<A>
                           no);
 }
 
-// a < b ? a : b and a > b ? a : b, which are b where one is NaN. As such they take two instructions on x86, where there
-// is one.
-FASTBN_INLINE Vec<float> least(const Vec<float>& a, const Vec<float>& b) {
+// a < b ? a : b and a > b ? a : b, which are b where one is NaN: on x86 one instruction, which g++ does not find in the
+// two of a comparison and a selection.
+// clang-format off
 #if defined(__AVX512F__)
-  return by_parts<Vec<float>>(
-      [](auto x, auto y) FASTBN_INLINE_LAMBDA { return (Floats)_mm512_min_ps((__m512)x, (__m512)y); }, a, b);
+FASTBN_INLINE Floats least_lanes(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+FASTBN_INLINE Floats most_lanes(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
-  return by_parts<Vec<float>>(
-      [](auto x, auto y) FASTBN_INLINE_LAMBDA { return (Floats)_mm256_min_ps((__m256)x, (__m256)y); }, a, b);
+FASTBN_INLINE Floats least_lanes(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+FASTBN_INLINE Floats most_lanes(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
-  return select(a < b, a, b);
+FASTBN_INLINE Floats least_lanes(Floats a, Floats b) { return select_lanes(a < b, a, b); }
+FASTBN_INLINE Floats most_lanes(Floats a, Floats b) { return select_lanes(a > b, a, b); }
 #endif
-}
-FASTBN_INLINE Vec<float> most(const Vec<float>& a, const Vec<float>& b) {
-#if defined(__AVX512F__)
-  return by_parts<Vec<float>>(
-      [](auto x, auto y) FASTBN_INLINE_LAMBDA { return (Floats)_mm512_max_ps((__m512)x, (__m512)y); }, a, b);
-#elif defined(__AVX2__)
-  return by_parts<Vec<float>>(
-      [](auto x, auto y) FASTBN_INLINE_LAMBDA { return (Floats)_mm256_max_ps((__m256)x, (__m256)y); }, a, b);
-#else
-  return select(a > b, a, b);
-#endif
-}
+FASTBN_INLINE Vec<float> least(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = least_lanes(a.part[i], b.part[i]); return a; }
+FASTBN_INLINE Vec<float> most(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = most_lanes(a.part[i], b.part[i]); return a; }
+// clang-format on
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -43,7 +43,8 @@ template <class T>
 FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
   const int64_t first = column / 8, last = (column + lanes.first + lanes.count - 1) / 8;
   uint64_t bits = row[first];
-  for (int i = 1; i <= (Vec<acc_t<T>>::lanes + 6) / 8; ++i)  // the most further bytes, from the last bit of the first
+  // As many further bytes as the lanes can reach from a byte's last bit: a bound that g++ unrolls by.
+  for (int i = 1; i <= (Vec<acc_t<T>>::lanes + 6) / 8; ++i)
     if (first + i <= last) bits |= uint64_t(row[first + i]) << 8 * i;
   return from_bits<T>(bits >> column % 8);
 }

@@ -20,7 +20,7 @@ struct MaskRows {
 };
 
 // The three ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
-// of that, the position, x and grad_out; x is read only if `needs_input`.
+// of that, the position, x and where grad_out lies; x is read only if `needs_input`.
 template <class T, bool per_column>
 struct GradOut {
   using V = Vec<acc_t<T>>;
@@ -31,23 +31,24 @@ struct GradOut {
     return true;
   }
   template <class Lanes>
-  FASTBN_INLINE V grad_z(bool, int64_t, int64_t, Lanes, V, V grad) const {
-    return grad;
+  FASTBN_INLINE V grad_z(bool, int64_t, int64_t, Lanes lanes, V, const T* grad_out) const {
+    return load(grad_out, lanes);
   }
 };
 
-template <class T, bool per_column>
+template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;
   MaskRows mask;
-  Activation activation;
 
-  FASTBN_INLINE MaskedGrad(MaskRows mask, Activation activation) : mask(mask), activation(activation) {}
+  FASTBN_INLINE explicit MaskedGrad(MaskRows mask) : mask(mask) {}
 
   template <class Lanes>
-  FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, V grad) const {
-    const auto upper = load_bits<T>(mask.bits + row * mask.stride, column, lanes);
-    return activation_backward_masked(activation, upper, grad);
+  FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, const T* grad_out) const {
+    const uint64_t upper = load_bits(mask.bits + row * mask.stride, column, lanes);
+    if constexpr (leaks)
+      return activation_backward_masked(Activation::leaky_relu, from_bits<T>(upper), load(grad_out, lanes));
+    return load_where(upper, grad_out, lanes);
   }
 };
 
@@ -65,17 +66,19 @@ struct RecomputedGrad {
     return affine_at<per_column, T>(affine, column, lanes);
   }
   template <class Lanes>
-  FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x, V grad) const {
+  FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x,
+                         const T* grad_out) const {
     V z = prepared.apply(x);
     if (residual) z = z + load(residual.at(row * row_stride + column), lanes);
-    return differentiate<known>(activation, z, grad);
+    return differentiate<known>(activation, z, load(grad_out, lanes));
   }
 };
 
 template <class T, bool per_column, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, int64_t ahead, Use&& use) {
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
-  if (mask.bits) return use(MaskedGrad<T, per_column>{mask, args.activation});
+  if (mask.bits && args.activation == Activation::leaky_relu) return use(MaskedGrad<T, per_column, true>(mask));
+  if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask));
   const InputRows<T> residual(args.residual, block, ahead);
   auto recompute = [&]<Known known>() FASTBN_INLINE_LAMBDA {
     use(RecomputedGrad<T, per_column, known>{args.affine, residual, block.row_stride, args.activation});
@@ -121,7 +124,7 @@ void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, 
             const int64_t at = row * block.row_stride + column;
             // Other lanes than the row's new ones add 0 * (pivot - pivot).
             const V x = keep(lanes, load(input.at(at), lanes), pivot);
-            const V grad_z = source.grad_z(prepared, row, column, lanes, x, load(grad_out.at(at), lanes));
+            const V grad_z = source.grad_z(prepared, row, column, lanes, x, grad_out.at(at));
             terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
           });
     });
@@ -150,7 +153,7 @@ void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, C
           [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * block.row_stride + column;
             const V x = load(input.at(at), lanes);
-            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out.at(at), lanes));
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
             terms.template add_weighted<T>(grad_z, x - at_column.pivot);
           });
     });
@@ -194,7 +197,7 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
             const int64_t at = row * block.row_stride + column;
             V x(0);
             if constexpr (needs_input || source.needs_input) x = load(input.at(at), lanes);
-            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, load(grad_out.at(at), lanes));
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
             if (grad_residual) grad_residual.store(at, grad_z, lanes);
             if (grad_input) grad_input.store(at, gradient(at_column.coefficients, grad_z, x), lanes);
           });

@@ -12,9 +12,9 @@ namespace fastbn::cpu::FASTBN_ISA {
 // A vector's bits of a row. Vectors of fewer than eight lanes share a byte with their neighbours, and the first of them
 // starts it.
 template <class T, class Lanes>
-FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, const Mask<acc_t<T>>& mask) {
+FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, uint64_t bits) {
   constexpr int all = Vec<acc_t<T>>::lanes;
-  const uint64_t bits = to_bits<T>(mask) >> lanes.first & ((uint64_t(1) << lanes.count) - 1);
+  bits = bits >> lanes.first & ((uint64_t(1) << lanes.count) - 1);
   column += lanes.first;
   if constexpr (all < 8) {
     const uint8_t part = uint8_t(bits << column % 8);
@@ -27,26 +27,26 @@ FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, const M
 }
 
 template <class T>
-FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
+FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
   constexpr int all = Vec<acc_t<T>>::lanes;
   if constexpr (all > 8) {  // as above
     uint32_t bits = 0;
     std::memcpy(&bits, row + column / 8, all / 8);
-    return from_bits<T>(bits);
+    return bits;
   } else {
     uint32_t bits = row[column / 8];
     if (all < 8) bits >>= column % 8;
-    return from_bits<T>(bits);
+    return bits;
   }
 }
 template <class T>
-FASTBN_INLINE Mask<acc_t<T>> load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
+FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
   const int64_t first = column / 8, last = (column + lanes.first + lanes.count - 1) / 8;
   uint64_t bits = row[first];
   // As many further bytes as the lanes can reach from a byte's last bit: a bound that g++ unrolls by.
   for (int i = 1; i <= (Vec<acc_t<T>>::lanes + 6) / 8; ++i)
     if (first + i <= last) bits |= uint64_t(row[first + i]) << 8 * i;
-  return from_bits<T>(bits >> column % 8);
+  return bits >> column % 8;
 }
 
 // Rows of at most 64 elements, which is several runs.

@@ -63,11 +63,12 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
           V z = affine.apply(load(input.at(at), lanes));
           if constexpr (!plain) {
             if (residual) z = z + load(residual.at(at), lanes);
-            if (mask)
-              store_bits<T>(mask + row * mask_stride, column, lanes,
-                            activation_is_upper(known == Known::relu ? Activation::relu : args.activation, z));
           }
-          output.store(at, activate<known>(args.activation, z), lanes);
+          const V y = activate<known>(args.activation, z);
+          if (!plain && mask)
+            store_bits<T>(mask + row * mask_stride, column, lanes,
+                          known == Known::relu ? relu_bits<T>(y) : to_bits<T>(activation_is_upper(args.activation, z)));
+          output.store(at, y, lanes);
         });
   };
   const bool plain = !residual && !mask;

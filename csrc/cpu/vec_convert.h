@@ -262,4 +262,13 @@ FASTBN_INLINE Words pack_interleaved([[maybe_unused]] const Vec<float>& x) {
 #endif
 }
 
+// Bits of what relu made, y: 1 where it is not 0, nor, as bfloat16, rounds to it.
+template <class T>
+FASTBN_INLINE uint64_t relu_bits(const Vec<acc_t<T>>& y) {
+#if defined(__AVX512F__)
+  if constexpr (interleaved<T>) return _mm512_test_epi16_mask((__m512i)pack_interleaved(y), _mm512_set1_epi16(0x7fff));
+#endif
+  return to_bits<T>(!(y <= Vec<acc_t<T>>(0)));
+}
+
 }  // namespace fastbn::cpu::FASTBN_ISA

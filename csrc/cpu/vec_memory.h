@@ -125,6 +125,18 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
 #endif
 }
 
+// Elements whose bits are 1; others are 0.
+template <class T, template <class> class Lanes>
+FASTBN_INLINE Vec<acc_t<T>> load_where(uint64_t bits, const T* source, Lanes<T> lanes) {
+#if defined(__AVX512F__)
+  if constexpr (interleaved<T>) {
+    if constexpr (!std::is_same_v<Lanes<T>, AllLanes<T>>) bits &= lanes.bits();
+    return unpack_interleaved((Words)_mm512_maskz_loadu_epi16(__mmask32(bits), source));
+  }
+#endif
+  return select(from_bits<T>(bits), load(source, lanes), Vec<acc_t<T>>(0));
+}
+
 template <class T>
 FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {

@@ -29,6 +29,7 @@ class Backward {
         partition_(params.layout, params.dtype),
         pivots_(size_t(partition_.entries())),
         affine_(partition_, table_.column_planes),
+        relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
         grad_affine_(partition_, table_.column_planes) {}
 
   void run() {
@@ -95,13 +96,16 @@ class Backward {
       params_.weight.load_or(first, channels, 1, weight);
       params_.bias.load_or(first, channels, 0, bias);
       const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
-      for (int64_t i = 0; i < channels; ++i)
-        affine_.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]));
+      Affine<A> affine[chunk_channels];
+      for (int64_t i = 0; i < channels; ++i) affine[i] = Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]);
+      for (int64_t i = 0; i < channels; ++i) affine_.set(first + i, affine[i]);
+      if constexpr (std::is_same_v<A, float>) relu_.set(first, channels, affine);
       for (int64_t i = 0; i < channels; ++i)
         pivots_[size_t(first + i)] = A(std::is_same_v<A, double> ? mean[i] : grad_pivot_of(mean[i], inv_std[i]));
     });
     affine_.repeat(begin, end);
     repeat_columns(pivots_.data(), partition_, begin, end);
+    relu_.repeat(begin, end);
   }
 
   void reduce(int64_t i, Look look) {
@@ -123,10 +127,17 @@ class Backward {
     run_phases(partition_, threads_, *this, finish, apply);
   }
 
+  // Whether x alone says what relu's derivative is. Where statistics are frozen, a NaN does not make all z of its
+  // channel NaN, and intervals do not tell.
+  static bool compares(const BackwardParams& params) {
+    return params.activation == Activation::relu && !params.mask && !params.residual &&
+           params.statistics != Statistics::running;
+  }
+
   GradArgs args_from(int64_t first, bool frozen) const {
     return {params_.grad_out,   params_.input,          params_.residual,      params_.mask,
             params_.activation, pivots_.data() + first, affine_.arrays(first), grad_affine_.arrays(first, frozen),
-            params_.grad_input, params_.grad_residual,  past_caches_};
+            params_.grad_input, params_.grad_residual,  past_caches_,          relu_.arrays(first)};
   }
 
   void sums(int64_t first, int64_t channels, double* sum_grad, double* sum_grad_xhat) {
@@ -145,6 +156,7 @@ class Backward {
   Partition partition_;
   std::vector<A> pivots_;
   AffineTable<A> affine_;
+  ReluIntervalTable relu_;
   GradAffineTable<A> grad_affine_;
   std::optional<Totals> totals_;
   bool past_caches_ = false;

@@ -12,10 +12,6 @@
 
 namespace fastbn::cpu {
 
-// What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
-// compilers vectorise (an estimate).
-constexpr int64_t chunk_channels = 64;
-
 // visit(first, count) over [begin, end).
 template <class Visit>
 void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
@@ -83,6 +79,35 @@ class AffineTable {
 
  private:
   CoefficientTable<A, 3> table_;
+};
+
+// Empty where relu_intervals is null.
+class ReluIntervalTable {
+ public:
+  ReluIntervalTable(const Partition& partition, decltype(Kernels::relu_intervals) relu_intervals)
+      : partition_(partition), relu_intervals_(relu_intervals) {
+    if (!relu_intervals_) return;
+    first_.resize(size_t(partition.entries() + relu_slack));
+    span_.resize(first_.size());
+  }
+
+  void set(int64_t first, int64_t channels, const Affine<float>* affine) {
+    if (relu_intervals_) relu_intervals_(affine, channels, &first_[size_t(first)], &span_[size_t(first)]);
+  }
+  void repeat(int64_t begin, int64_t end) {
+    if (!relu_intervals_) return;
+    repeat_columns(first_.data(), partition_, begin, end);
+    repeat_columns(span_.data(), partition_, begin, end);
+  }
+  ReluIntervals arrays(int64_t first) const {
+    if (!relu_intervals_) return {};
+    return {first_.data() + first, span_.data() + first};
+  }
+
+ private:
+  const Partition& partition_;
+  decltype(Kernels::relu_intervals) relu_intervals_;
+  std::vector<uint16_t> first_, span_;
 };
 
 template <class A>

@@ -6,6 +6,7 @@
 #include "cpu/loops.h"
 #include "cpu/mask_bits.h"
 #include "cpu/normalize.h"
+#include "cpu/relu_interval.h"
 #include "cpu/sums.h"
 #include "cpu/vec_math.h"
 #include "cpu/vec_memory.h"
@@ -19,7 +20,7 @@ struct MaskRows {
   int64_t stride;
 };
 
-// The three ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
+// The four ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
 // of that, the position, x and where grad_out lies; x is read only if `needs_input`.
 template <class T, bool per_column>
 struct GradOut {
@@ -52,6 +53,26 @@ struct MaskedGrad : GradOut<T, per_column> {
   }
 };
 
+// Of relu, from x alone.
+template <class T, bool per_column>
+struct IntervalGrad {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool needs_input = false;
+  ReluIntervals intervals;
+  const T* input;
+  int64_t row_stride;
+
+  template <class Lanes>
+  FASTBN_INLINE Intervals prepare(int64_t column, Lanes) const {
+    return intervals_at<per_column>(intervals, column);
+  }
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(const Intervals& prepared, int64_t row, int64_t column, Lanes lanes, V,
+                         const T* grad_out) const {
+    return load_inside(prepared, input + row * row_stride + column, grad_out, lanes);
+  }
+};
+
 template <class T, bool per_column, Known known>
 struct RecomputedGrad {
   using V = Vec<acc_t<T>>;
@@ -79,6 +100,12 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows 
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
   if (mask.bits && args.activation == Activation::leaky_relu) return use(MaskedGrad<T, per_column, true>(mask));
   if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask));
+  if constexpr (interleaved<T>) {
+    if (args.relu.first) {
+      const T* input = static_cast<const T*>(args.input) + block.offset;
+      return use(IntervalGrad<T, per_column>{args.relu, input, block.row_stride});
+    }
+  }
   const InputRows<T> residual(args.residual, block, ahead);
   auto recompute = [&]<Known known>() FASTBN_INLINE_LAMBDA {
     use(RecomputedGrad<T, per_column, known>{args.affine, residual, block.row_stride, args.activation});

@@ -2,15 +2,25 @@
 // function outside it that were not inlined could be taken by the linker for machines without those instructions.
 #include "cpu/gradient.h"
 #include "cpu/normalize.h"
+#include "cpu/relu_interval.h"
 #include "cpu/sums.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
+
+template <class T>
+constexpr auto relu_intervals_of() -> decltype(Kernels::relu_intervals) {
+  if constexpr (interleaved<T>)
+    return relu_intervals<T>;
+  else
+    return nullptr;
+}
 
 template <class T>
 constexpr Kernels table{
     streamed_bytes_a_thread,
     interleaved<T> ? 2 : 1,
     pivots<T>,
+    relu_intervals_of<T>(),
     channel_sums<T, Terms<T>>,
     column_sums<T, Terms<T>>,
     channel_sums<T, WideSums<acc_t<T>>>,

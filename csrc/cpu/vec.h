@@ -53,9 +53,14 @@ template <>
 struct NativeVectors<uint32_t> {
   typedef uint32_t Values __attribute__((vector_size(register_bytes)));
 };
+template <>
+struct NativeVectors<uint16_t> {
+  typedef uint16_t Values __attribute__((vector_size(register_bytes)));
+};
 using Floats = NativeVectors<float>::Values;
 using Doubles = NativeVectors<double>::Values;
 using Words = NativeVectors<uint32_t>::Values;
+using Shorts = NativeVectors<uint16_t>::Values;
 
 // Only FASTBN_INLINE functions take these and Vec and Mask, so no calling convention for wide vectors is involved.
 // AVX-512 has registers of bits for masks, elsewhere all bits of a lane say yes or no.

@@ -61,6 +61,24 @@ FASTBN_INLINE void copy_some(T* target, const T* source, int count) {
   }
 }
 
+// A register of bfloat16 as they are stored; those beyond a row shorter than that are 0.
+FASTBN_INLINE Words load_register(const bfloat16* source, AllLanes<bfloat16>) {
+  Words stored;
+  std::memcpy(&stored, source, sizeof(stored));
+  return stored;
+}
+FASTBN_INLINE Words load_register(const bfloat16* source, EndLanes<bfloat16> lanes) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_loadu_epi16(__mmask32(lanes.bits()), source);
+#else
+  if (lanes.overlaps()) return load_register(source, AllLanes<bfloat16>{});
+  constexpr int all = register_bytes / int(sizeof(bfloat16));
+  bfloat16 lane[all] = {};
+  copy_some<all>(lane, source, lanes.count);
+  return load_register(lane, AllLanes<bfloat16>{});
+#endif
+}
+
 // Elements of T, or what belongs to each in an array of acc_t<T>, in the order of T.
 template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
@@ -70,9 +88,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
     for (int i = 0; i < parts; ++i) std::memcpy(&x.part[i], source + i * V::part_lanes, register_bytes);
     return to_order_of<T>(x);
   } else if constexpr (interleaved<T>) {
-    Words stored;
-    std::memcpy(&stored, source, sizeof(stored));
-    return unpack_interleaved(stored);
+    return unpack_interleaved(load_register(source, AllLanes<T>{}));
   } else {
     for (int i = 0; i < parts; ++i) {
       Halves stored;
@@ -99,13 +115,12 @@ template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
 #if defined(__AVX512F__)
   using V = Vec<acc_t<T>>;
-  const uint32_t bits = lanes.bits();
   if constexpr (sizeof(Source) == 2 && interleaved<T>) {
-    return unpack_interleaved((Words)_mm512_maskz_loadu_epi16(__mmask32(bits), source));
+    return unpack_interleaved(load_register(source, lanes));
   } else {
     V x;
     for (int i = 0; i < parts; ++i) {
-      const uint32_t part_bits = bits >> i * V::part_lanes;
+      const uint32_t part_bits = lanes.bits() >> i * V::part_lanes;
       const Source* part = source + i * V::part_lanes;
       if constexpr (sizeof(Source) == 2)
         x.part[i] = unpack<T>((Halves)_mm256_maskz_loadu_epi16(__mmask16(part_bits), part));

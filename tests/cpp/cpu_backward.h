@@ -141,4 +141,49 @@ struct BackwardTest {
   static double sum_bound(double absolute_sum) { return arithmetic<T> * (1 + absolute_sum); }
 };
 
+// grad_z of relu and its sums are the same bits from batch statistics, where some types compare x with a threshold, and
+// from frozen ones, where all recompute z: of every finite bfloat16, for thresholds of either sign, next to and at
+// zero, beyond all elements, and none.
+template <class T>
+void test_relu_thresholds() {
+  const Channels c = {
+      .mean = {0, 0, 0.3, 0.3, -2, -2, 1, 1, 5, 5, 0, 0, 0, 0, 0, 0, 0, 1e5, NAN, 0, 0.5, 0.5},
+      .inv_std = {1,    1,    1.7, 1.7, 0.6, 0.6, 0.7, 0.7, 1e-30, 1e30, 1e-44,
+                  1e-3, 1e-3, 1,   1,   1,   1,   1,   1,   NAN,   1e37, 1e37},
+      .weight = {1, -1, 1, -1, 1, -1, 1, 1, 1, -1, 1, 1, 1, -1, 0, 0, 0, 1, 1, 1, 1, -1},
+      .bias = {0, 0, 0, 0, -3, -3, 0.7000001, 0.6999999, 1e30, 1, 0, 3e38, -3e38, 3e38, 1, -1, 0, 0.1, 0, 0, -1, -1}};
+  const int64_t channels = int64_t(c.mean.size()), patterns = 65536;
+  for (const Layout& layout : {Layout{1, channels, patterns}, Layout{patterns, channels, 1}}) {
+    const Tensor<T> input(layout.numel()), grad_out = random_tensor<T>(layout.numel(), 4, 0.25);
+    for (int64_t i = 0; i < layout.numel(); ++i) {
+      const uint32_t bits = uint32_t(layout.inner > 1 ? i % patterns : i / channels) << 16;
+      const float x = bit_cast<float>(bits);
+      input.data()[i] = from_acc<T>(acc_t<T>(std::isfinite(x) ? x : 1));
+    }
+    const Tensor<double> mean = tensor_of<double>(c.mean, 0), inv_std = tensor_of<double>(c.inv_std, 0);
+    const Tensor<Parameter<T>> weight = tensor_of<Parameter<T>>(c.weight, 0), bias = tensor_of<Parameter<T>>(c.bias, 0);
+    auto run = [&](Statistics statistics) {
+      const Backward<T> out{Tensor<T>(layout.numel()), Tensor<T>(layout.numel()), Tensor<Parameter<T>>(channels),
+                            Tensor<Parameter<T>>(channels)};
+      BackwardParams p;
+      p.layout = layout;
+      p.dtype = dtype_of<T>;
+      p.activation = Activation::relu;
+      p.statistics = statistics;
+      p.grad_out = grad_out.data();
+      p.input = input.data();
+      p.weight = vector_if(true, weight);
+      p.bias = vector_if(true, bias);
+      p.mean = mean.data();
+      p.inv_std = inv_std.data();
+      p.grad_residual = out.grad_residual.data();
+      p.grad_weight = vector_if(true, out.grad_weight);
+      p.grad_bias = vector_if(true, out.grad_bias);
+      cpu::backward(p, {1, run_in_order});
+      return out;
+    };
+    CHECK(run(Statistics::batch) == run(Statistics::running));
+  }
+}
+
 }  // namespace fastbn::test

@@ -19,6 +19,10 @@ bool resolves(const Sums& sums) {
          (std::fabs(sums.second) >= 1e-25 || sums.second == 0);
 }
 
+// Finding a channel's interval takes as long as it saves for some 50 elements: backward of bfloat16 is 0.88 times as
+// fast with it for 32x4096, 1.0 for 256x84 (EPYC 9004).
+constexpr int64_t least_count_compared = 64;
+
 template <class A>
 class Backward {
  public:
@@ -127,11 +131,11 @@ class Backward {
     run_phases(partition_, threads_, *this, finish, apply);
   }
 
-  // Whether x alone says what relu's derivative is. Where statistics are frozen, a NaN does not make all z of its
-  // channel NaN, and intervals do not tell.
+  // Whether x alone is to say what relu's derivative is. Of a NaN it does not; but statistics other than frozen ones
+  // are taken to be of this input too, and so NaN with it.
   static bool compares(const BackwardParams& params) {
     return params.activation == Activation::relu && !params.mask && !params.residual &&
-           params.statistics != Statistics::running;
+           params.statistics != Statistics::running && params.layout.count() >= least_count_compared;
   }
 
   GradArgs args_from(int64_t first, bool frozen) const {

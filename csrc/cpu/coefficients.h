@@ -12,6 +12,10 @@
 
 namespace fastbn::cpu {
 
+// What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
+// compilers vectorise (an estimate).
+constexpr int64_t chunk_channels = 64;
+
 // visit(first, count) over [begin, end).
 template <class Visit>
 void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
@@ -84,10 +88,10 @@ class AffineTable {
 // Empty where relu_intervals is null.
 class ReluIntervalTable {
  public:
-  ReluIntervalTable(const Partition& partition, decltype(Kernels::relu_intervals) relu_intervals)
+  ReluIntervalTable(const Partition& partition, FindReluIntervals* relu_intervals)
       : partition_(partition), relu_intervals_(relu_intervals) {
     if (!relu_intervals_) return;
-    first_.resize(size_t(partition.entries() + relu_slack));
+    first_.resize(size_t(partition.entries()));
     span_.resize(first_.size());
   }
 
@@ -106,7 +110,7 @@ class ReluIntervalTable {
 
  private:
   const Partition& partition_;
-  decltype(Kernels::relu_intervals) relu_intervals_;
+  FindReluIntervals* relu_intervals_;
   std::vector<uint16_t> first_, span_;
 };
 

@@ -1,5 +1,6 @@
 // The loops of backward: sums of grad_z and of grad_z * (x - pivot), and the gradient of the input made with them.
-// grad_z is grad_out times the activation's derivative, known from the mask or from z, which is recomputed.
+// grad_z is grad_out times the activation's derivative, known from the mask, from x alone, or from z, which is
+// recomputed.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -21,7 +22,7 @@ struct MaskRows {
 };
 
 // The four ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
-// of that, the position, x and where grad_out lies; x is read only if `needs_input`.
+// of that, the position, x and where grad_out lies; the argument x has a value only if `needs_input`.
 template <class T, bool per_column>
 struct GradOut {
   using V = Vec<acc_t<T>>;
@@ -63,8 +64,8 @@ struct IntervalGrad {
   int64_t row_stride;
 
   template <class Lanes>
-  FASTBN_INLINE Intervals prepare(int64_t column, Lanes) const {
-    return intervals_at<per_column>(intervals, column);
+  FASTBN_INLINE Intervals prepare(int64_t column, Lanes lanes) const {
+    return intervals_at<per_column>(intervals, column, lanes);
   }
   template <class Lanes>
   FASTBN_INLINE V grad_z(const Intervals& prepared, int64_t row, int64_t column, Lanes lanes, V,

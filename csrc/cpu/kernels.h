@@ -58,6 +58,8 @@ struct ReluIntervals {
   const uint16_t* span = nullptr;
 };
 
+using FindReluIntervals = void(const Affine<float>* affine, int64_t channels, uint16_t* first, uint16_t* span);
+
 struct NormalizeArgs {
   const void* input;
   const void* residual;
@@ -80,7 +82,7 @@ struct GradArgs {
   void* grad_input;
   void* grad_residual;
   bool past_caches;         // how to store these two
-  ReluIntervals relu = {};  // instead of `affine`, of kernels that have them
+  ReluIntervals relu = {};  // instead of recomputing z, of kernels that have them
 };
 
 // Partial results of a block: plain sums, so that merging is adding.
@@ -95,12 +97,6 @@ struct ColumnSums {
   double* second;
 };
 
-// What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
-// compilers vectorise (an estimate).
-constexpr int64_t chunk_channels = 64;
-
-constexpr int64_t relu_slack = 32;  // elements of the longest register
-
 // Sums are added to what is there.
 struct Kernels {
   // How much an op has to touch for stores past the caches to pay.
@@ -109,9 +105,8 @@ struct Kernels {
   int column_planes;
   // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
-  // Of at most chunk_channels channels, from their coefficients; null where loops do not use intervals, which they read
-  // in columns up to relu_slack entries beyond the last.
-  void (*relu_intervals)(const Affine<float>* affine, int64_t channels, uint16_t* first, uint16_t* span);
+  // From coefficients of so many channels; null where loops do not use intervals.
+  FindReluIntervals* relu_intervals;
   // About pivots, an acc_t<T> a channel or column.
   void (*channel_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);
   void (*column_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);

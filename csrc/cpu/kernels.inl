@@ -8,19 +8,11 @@
 namespace fastbn::cpu::FASTBN_ISA {
 
 template <class T>
-constexpr auto relu_intervals_of() -> decltype(Kernels::relu_intervals) {
-  if constexpr (interleaved<T>)
-    return relu_intervals<T>;
-  else
-    return nullptr;
-}
-
-template <class T>
 constexpr Kernels table{
     streamed_bytes_a_thread,
     interleaved<T> ? 2 : 1,
     pivots<T>,
-    relu_intervals_of<T>(),
+    interleaved<T> ? relu_intervals : nullptr,
     channel_sums<T, Terms<T>>,
     column_sums<T, Terms<T>>,
     channel_sums<T, WideSums<acc_t<T>>>,

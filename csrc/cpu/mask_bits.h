@@ -9,6 +9,16 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
+// Mask bits of relu from what it made, y: !(y <= 0), and as bfloat16 in pairs of AVX-512 registers whether y is another
+// number than 0 as it is stored, which the smallest are not.
+template <class T>
+FASTBN_INLINE uint64_t relu_bits(const Vec<acc_t<T>>& y) {
+#if defined(__AVX512F__)
+  if constexpr (interleaved<T>) return _mm512_test_epi16_mask((__m512i)pack_interleaved(y), _mm512_set1_epi16(0x7fff));
+#endif
+  return to_bits<T>(!(y <= Vec<acc_t<T>>(0)));
+}
+
 // A vector's bits of a row. Vectors of fewer than eight lanes share a byte with their neighbours, and the first of them
 // starts it.
 template <class T, class Lanes>

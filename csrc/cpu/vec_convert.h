@@ -130,7 +130,9 @@ FASTBN_INLINE uint64_t to_bits(const Mask<acc_t<T>>& mask) {
     const __m512i even = _mm512_maskz_set1_epi32(mask.part[0], 0x8000);
     return _mm512_movepi16_mask(_mm512_mask_or_epi32(even, mask.part[1], even, _mm512_set1_epi32(int(0x80000000))));
   } else {
-    return mask.part[0];
+    uint64_t bits = 0;
+    for (int i = 0; i < parts; ++i) bits |= uint64_t(mask.part[i]) << i * Vec<acc_t<T>>::part_lanes;
+    return bits;
   }
 #elif defined(__AVX2__)
   if constexpr (interleaved<T>) {
@@ -159,7 +161,7 @@ FASTBN_INLINE Mask<acc_t<T>> from_bits(uint64_t bits) {
     mask.part[0] = _mm512_test_epi32_mask(words, _mm512_set1_epi32(1));
     mask.part[1] = _mm512_movepi32_mask(words);
   } else {
-    mask.part[0] = Native(bits);
+    for (int i = 0; i < parts; ++i) mask.part[i] = Native(bits >> i * Vec<acc_t<T>>::part_lanes);
   }
 #else
   using Lane = std::conditional_t<sizeof(acc_t<T>) == 4, int32_t, int64_t>;
@@ -260,15 +262,6 @@ FASTBN_INLINE Words pack_interleaved([[maybe_unused]] const Vec<float>& x) {
 #else
   return Words{};  // others do not interleave
 #endif
-}
-
-// Bits of what relu made, y: 1 where it is not 0, nor, as bfloat16, rounds to it.
-template <class T>
-FASTBN_INLINE uint64_t relu_bits(const Vec<acc_t<T>>& y) {
-#if defined(__AVX512F__)
-  if constexpr (interleaved<T>) return _mm512_test_epi16_mask((__m512i)pack_interleaved(y), _mm512_set1_epi16(0x7fff));
-#endif
-  return to_bits<T>(!(y <= Vec<acc_t<T>>(0)));
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/vec.h"
 
@@ -125,15 +126,12 @@ __attribute__((noinline)) void differentiate_called(Activation activation, const
                                        : activation_backward(Activation::gelu, z, grad);
 }
 
-// -0 stays -0, as torch has it.
-FASTBN_INLINE Vec<float> relu(const Vec<float>& z) { return most(Vec<float>(0), z); }
-FASTBN_INLINE Vec<double> relu(const Vec<double>& z) { return select(z < Vec<double>(0), Vec<double>(0), z); }
-
 // activation(z), and grad * activation'(z); `known` is that of the activation.
 template <Known known, class A>
 FASTBN_INLINE Vec<A> activate(Activation activation, Vec<A> z) {
   if constexpr (known == Known::none) return z;
-  if constexpr (known == Known::relu) return relu(z);
+  if constexpr (known == Known::relu && std::is_same_v<A, float>) return most(Vec<A>(0), z);  // one instruction
+  if constexpr (known == Known::relu) return activation_forward(Activation::relu, z);
   if constexpr (known == Known::silu) return activation_forward(Activation::silu, z);
   if constexpr (known == Known::called) activate_called(activation, z);
   if constexpr (known != Known::uncurved) return z;

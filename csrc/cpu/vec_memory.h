@@ -61,19 +61,23 @@ FASTBN_INLINE void copy_some(T* target, const T* source, int count) {
   }
 }
 
-// A register of bfloat16 as they are stored; those beyond a row shorter than that are 0.
-FASTBN_INLINE Words load_register(const bfloat16* source, AllLanes<bfloat16>) {
+// A register of elements of two bytes as they are stored; those beyond a row shorter than that are 0.
+template <class Source>
+FASTBN_INLINE Words load_register(const Source* source, AllLanes<bfloat16>) {
+  static_assert(sizeof(Source) == 2);
   Words stored;
   std::memcpy(&stored, source, sizeof(stored));
   return stored;
 }
-FASTBN_INLINE Words load_register(const bfloat16* source, EndLanes<bfloat16> lanes) {
+template <class Source>
+FASTBN_INLINE Words load_register(const Source* source, EndLanes<bfloat16> lanes) {
 #if defined(__AVX512F__)
+  static_assert(sizeof(Source) == 2);
   return (Words)_mm512_maskz_loadu_epi16(__mmask32(lanes.bits()), source);
 #else
   if (lanes.overlaps()) return load_register(source, AllLanes<bfloat16>{});
-  constexpr int all = register_bytes / int(sizeof(bfloat16));
-  bfloat16 lane[all] = {};
+  constexpr int all = register_bytes / int(sizeof(Source));
+  Source lane[all] = {};
   copy_some<all>(lane, source, lanes.count);
   return load_register(lane, AllLanes<bfloat16>{});
 #endif
@@ -113,11 +117,11 @@ FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, in
 // The lanes beyond a row shorter than a vector are 0.
 template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
-#if defined(__AVX512F__)
   using V = Vec<acc_t<T>>;
   if constexpr (sizeof(Source) == 2 && interleaved<T>) {
     return unpack_interleaved(load_register(source, lanes));
   } else {
+#if defined(__AVX512F__)
     V x;
     for (int i = 0; i < parts; ++i) {
       const uint32_t part_bits = lanes.bits() >> i * V::part_lanes;
@@ -130,14 +134,13 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
         x.part[i] = (Doubles)_mm512_maskz_loadu_pd(__mmask8(part_bits), part);
     }
     return to_order_of<T>(x);
-  }
 #else
-  constexpr int all = Vec<acc_t<T>>::lanes;
-  if (lanes.overlaps()) return load(source, AllLanes<T>{});
-  Source lane[all] = {};
-  copy_some<all>(lane, source, lanes.count);
-  return load(lane, AllLanes<T>{});
+    if (lanes.overlaps()) return load(source, AllLanes<T>{});
+    Source lane[V::lanes] = {};
+    copy_some<V::lanes>(lane, source, lanes.count);
+    return load(lane, AllLanes<T>{});
 #endif
+  }
 }
 
 // Elements whose bits are 1; others are 0.

@@ -44,7 +44,7 @@ FASTBN_INLINE F normal_cdf(F z) {
 template <class F>
 FASTBN_INLINE F activation_forward(Activation activation, F z) {
   switch (activation) {
-    case Activation::relu: return select(z <= F(0), F(0), z);
+    case Activation::relu: return select(z < F(0), F(0), z);
     case Activation::leaky_relu: return select(z > F(0), z, z * F(leaky_slope));
     case Activation::relu6: return select(z <= F(0), F(0), select(z >= F(6), F(6), z));
     case Activation::elu: return select(z <= F(0), expm1(z), z);

@@ -85,7 +85,7 @@ class AffineTable {
   CoefficientTable<A, 3> table_;
 };
 
-// Empty where relu_intervals is null.
+// Intervals of x on which relu's derivative is 1; none where relu_intervals is null.
 class ReluIntervalTable {
  public:
   ReluIntervalTable(const Partition& partition, FindReluIntervals* relu_intervals)

@@ -38,6 +38,7 @@ struct GradOut {
   }
 };
 
+// Where nothing leaks through the mask, elements that it hides need not be loaded.
 template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;

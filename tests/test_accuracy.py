@@ -71,6 +71,8 @@ def test_gradients_of_vectors_where_terms_cancel(dtype, channels, layout):
 
 
 def _stock(x, grad_out, weight, bias, mean, var):
+    if x.is_cuda:  # cuDNN takes unaligned tensors and then reads them as if they were aligned
+        x, grad_out = (t.clone() for t in (x, grad_out))
     x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
     mean, var = mean.clone(), var.clone()
     y = torch.batch_norm(x, weight, bias, mean, var, True, MOMENTUM, EPS, torch.backends.cudnn.enabled)

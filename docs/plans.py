@@ -22,20 +22,20 @@ HEAD = """\
 # CUDA plans for ResNet-50
 
 What `fastbn.explain(x, direction, device="h200")` answers for the activations of ResNet-50 in bfloat16, written by
-`python docs/plans.py > docs/plans.md`. These are the planner's predictions, not measurements; `design.md` says what the
-plans are.
+`python docs/plans.py > docs/plans.md`: the plans that the planner expects to be the fastest. `design.md` says what they
+are, and what was measured of them.
 
 A cell is the schedule, then blocks, `x` and a cluster's size where there are clusters, and the kilobytes of shared
 memory of a block. **R** is `resident`, **C** `cooperative`: both read the input once forward, input and grad_out once
-backward, and write once, in one launch. `r` after it: the kernel is `row_blocks`, else `channel_blocks`. A percentage
-is the part of a slice that the chip holds where it does not hold all; the rest is read again, from L2 or, where S is
-given, so much of the tensor from memory.
+backward, and write once, in one launch. **T** is two phases, in three launches, which read twice. `r` after it: the
+kernel is `row_blocks`, else `channel_blocks`. A percentage is the part of a slice that the chip holds where it does not
+hold all; the rest is read again, from L2 or, where S is given, so much of the tensor from memory.
 """
 
 
 def cell(x: torch.Tensor, direction: str) -> str:
     plan = fastbn.explain(x, direction, device="h200")
-    schedule = {"resident": "R", "cooperative": "C"}[plan.kernel.split("_")[0]]
+    schedule = {"resident": "R", "cooperative": "C"}.get(plan.kernel.split("_")[0], "T")
     rows = "r" if plan.kernel.endswith("row_blocks") else ""
     cluster = f"x{plan.cluster}" if plan.cluster > 1 else ""
     part = re.search(r"keeps (\d+%)", plan.reason)

@@ -126,6 +126,7 @@ def _cuda_plan(input, direction, index, residual, training, limits, reason) -> P
         limits=limits,
     )
     kept = plan.pop("kept")
+    plan.pop("slice_channels")
     if kept < 1:
         reason += f"; keeps {kept:.0%} of a slice on chip and reads the rest again, from L2 as far as that holds it"
     if not plan.pop("vectorized"):

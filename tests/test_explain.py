@@ -165,6 +165,6 @@ def test_explain_names_the_largest_shared_memory_of_the_launches():
 
 
 def test_explain_says_what_is_read_again():
-    """132 blocks of 256 threads keep 48 octets each, of 802816 rows of two octets."""
-    plan = fastbn.explain(_meta(128, 64, 112, 112, memory_format=torch.channels_last), device="h200")
-    assert "keeps 50% of a slice on chip and reads the rest again, from L2" in plan.reason
+    """132 blocks of 256 threads keep 16 octets each of two tensors, of 401408 rows of eight octets."""
+    plan = fastbn.explain(_meta(128, 64, 56, 56, memory_format=torch.channels_last), "backward", device="h200")
+    assert "keeps 17% of a slice on chip and reads the rest again, from L2" in plan.reason

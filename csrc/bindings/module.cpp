@@ -92,6 +92,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   result["cluster"] = chosen.cluster;
   result["blocks"] = chosen.groups * chosen.splits;
   result["threads"] = chosen.threads;
+  result["slice_channels"] = chosen.slice_channels;
   result["shared_bytes"] = chosen.shared_bytes;
   result["vectorized"] = chosen.vectorized;
   result["kept"] = chosen.kept;

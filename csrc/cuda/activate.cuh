@@ -43,6 +43,18 @@ FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[octet], A 
   });
 }
 
+// Whether an activation is so short that several octets of it are unrolled side by side; the others are called one
+// octet at a time.
+FASTBN_DEVICE bool is_simple(Activation activation) {
+  return activation == Activation::none || activation == Activation::relu;
+}
+
+// The constant true or false that is_simple comes to: use(constant) is compiled for both, and each for its own.
+template <class Use>
+FASTBN_DEVICE void with_simplicity(Activation activation, Use use) {
+  is_simple(activation) ? use(std::true_type()) : use(std::false_type());
+}
+
 template <class A>
 FASTBN_DEVICE void activate(Activation activation, A (&z)[octet]) {
   map_activation(activation, z, z, [](auto constant, A z, A) { return activation_forward(constant.value, z); });

@@ -39,6 +39,18 @@ FASTBN_DEVICE T anew(T value) {
   return value;
 }
 
+// The larger of two, of which the second is a number; NaN where the first is.
+FASTBN_DEVICE float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a < b ? b : a;
+#endif
+}
+FASTBN_DEVICE double max_or_nan(double a, double b) { return a < b ? b : a; }
+
 // Dynamic shared memory: one array a block, whatever T, aligned to 16 bytes.
 template <class T>
 FASTBN_DEVICE T* shared_memory() {
@@ -126,6 +138,12 @@ FASTBN_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same where nothing was written that others read: no write is waited for.
+FASTBN_DEVICE void sync_cluster_after_reads() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Where block `rank` of the cluster keeps what lies at `own` here. That block must not have returned yet.
 template <class T>
 FASTBN_DEVICE T* cluster_shared(T* own, int rank) {
@@ -139,6 +157,7 @@ FASTBN_DEVICE T* cluster_shared(T* own, int rank) {
 FASTBN_DEVICE int cluster_rank() { return 0; }
 FASTBN_DEVICE int cluster_blocks() { return 1; }
 FASTBN_DEVICE void sync_cluster() { __syncthreads(); }
+FASTBN_DEVICE void sync_cluster_after_reads() { __syncthreads(); }
 
 template <class T>
 FASTBN_DEVICE T* cluster_shared(T* own, int) {
@@ -198,18 +217,6 @@ FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
       : "memory");
 }
 
-// The same of what is not needed again: its lines are the first to leave L2.
-FASTBN_DEVICE void copy_async16_last(void* shared, const void* global) {
-  asm volatile(
-      "{\n"
-      "  .reg .b64 policy;\n"
-      "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "  cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n"
-      "}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "l"(__cvta_generic_to_global(global))
-      : "memory");
-}
-
 FASTBN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most the kPending latest groups of this thread are still under way.
@@ -223,8 +230,6 @@ FASTBN_DEVICE void copy_async_wait() {
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
   *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
 }
-
-FASTBN_DEVICE void copy_async16_last(void* shared, const void* global) { copy_async16(shared, global); }
 
 FASTBN_DEVICE void copy_async_commit() {}
 

@@ -1,5 +1,5 @@
-// The sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about the rounded mean, which
-// is corrected to xhat once a channel.
+// The two sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about a number near the
+// mean, which is corrected to xhat once a channel.
 #pragma once
 
 #include "cuda/grad_z.cuh"
@@ -7,41 +7,72 @@
 
 namespace fastbn::cuda {
 
-// Merged as MomentsSum is, but that these only add.
-struct GradSums {
-  double grad = 0;
-  double shifted = 0;
+// What recomputes z, and the pivot of the sums. Only float32 shows how x - pivot was rounded: float64 is too fine for
+// it, and elements of half types are rounded by far more themselves.
+template <class T>
+struct SumCoefficients {
+  using A = acc_t<T>;
+  static constexpr bool has_pivot = sizeof(T) == sizeof(float);
 
-  static FASTBN_DEVICE GradSums about(const GradSums&) { return {}; }
-  FASTBN_DEVICE void add(const GradSums& part) { *this = {grad + part.grad, shifted + part.shifted}; }
-  FASTBN_DEVICE void join(const GradSums& other) { add(other); }
-  FASTBN_DEVICE GradSums result() const { return *this; }
+  Affine<A> affine;
+  float float_pivot;
+
+  FASTBN_DEVICE A pivot() const { return has_pivot ? A(float_pivot) : affine.pivot; }
 };
 
-// Over a block's share. each(use) calls use(step, item, number) for its octets, with items of grad_z; also(step, grad)
-// gets what they come to; keep(channel, sums) is called by one thread for each channel of the slice. Where the items
-// have no x, `shifted` means nothing.
-template <class T, class Walk, class Each, class Also, class Keep>
-FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::channels>& memory, const GradZ<T>& grad_z,
-                                   const Affine<acc_t<T>> (&affine)[Walk::channels], Each each, Also also, Keep keep) {
-  using A = acc_t<T>;
-  sum_octets<A>(memory, each, [&](const Step& step, const auto& item, A(&grad)[octet], A(&product)[octet]) {
-    grad_z.compute(item, affine, grad);
-    also(step, grad);
-    FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) {
-      grad[i] = i < step.count ? grad[i] : A(0);
-      product[i] = grad[i] * (item.x[i] - affine[i % Walk::channels].pivot);
-    }
-  });
-  reduce_totals(walk, memory,
-                [&](int channel, double grad, double shifted) { keep(channel, GradSums{grad, shifted}); });
+// A number near the mean about which float32 terms are exact; the mean itself where that is a float, so that a constant
+// channel has no terms at all.
+FASTBN_DEVICE float float_pivot_of(double mean, double inv_std) {
+  return double(float(mean)) == mean ? float(mean) : float(grad_pivot_of(mean, inv_std));
 }
 
-FASTBN_DEVICE double sum_grad_xhat(const BackwardParams& params, int64_t channel, const GradSums& sums) {
+template <class T>
+FASTBN_DEVICE SumCoefficients<T> sum_coefficients(const BackwardParams& params, int64_t channel) {
+  return {affine_of<acc_t<T>>(params, channel), float_pivot_of(params.mean[channel], params.inv_std[channel])};
+}
+
+FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel) {
   const double mean = params.mean[channel];
-  const double pivot = params.dtype == DType::float64 ? mean : double(float(mean));
-  return sum_grad_xhat_of(sums.grad, sums.shifted, pivot, mean, params.inv_std[channel]);
+  switch (params.dtype) {
+    case DType::float64: return mean;
+    case DType::float32: return float_pivot_of(mean, params.inv_std[channel]);
+    default: return float(mean);
+  }
+}
+
+// Over a block's share. each(simple, use) calls use(step, item) for its octets, with items of grad_z, and with
+// what grad_z.with_simplicity says; also(step, grad) gets what they come to; keep(channel, sums) is called by one
+// thread for each channel of the slice. Where the items have no x, the second sum means nothing.
+template <class T, class Walk, class Each, class Also, class Keep>
+FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
+                                   const GradZ<T, Walk::whole>& grad_z,
+                                   const SumCoefficients<T> (&coefficients)[Walk::channels], Each each, Also also,
+                                   Keep keep) {
+  using A = acc_t<T>;
+  Affine<A> affine[Walk::channels];
+  FASTBN_UNROLL
+  for (int i = 0; i < Walk::channels; ++i) affine[i] = coefficients[i].affine;
+  grad_z.with_simplicity([&](auto simple) {
+    sum_octets<T, A>(
+        memory, [&](auto use) { each(simple, use); },
+        [&](const Step& step, const auto& item, A(&sum)[octet], A(&shifted)[octet]) {
+          A grad[octet];
+          grad_z.template compute<simple.value>(item, affine, grad);
+          also(step, grad);
+          FASTBN_UNROLL
+          for (int i = 0; i < octet; ++i) {
+            if (!Walk::whole && i >= step.count) grad[i] = 0;
+            sum[i] += grad[i];
+            shifted[i] += grad[i] * (item.x[i] - coefficients[i % Walk::channels].pivot());
+          }
+        });
+  });
+  reduce_totals(walk, memory, keep);
+}
+
+FASTBN_DEVICE double sum_grad_xhat(const BackwardParams& params, int64_t channel, const Sums& sums) {
+  return sum_grad_xhat_of(sums.first, sums.second, pivot_of_sums(params, channel), params.mean[channel],
+                          params.inv_std[channel]);
 }
 
 // Writes what is wanted of a channel's sums over all of its elements.

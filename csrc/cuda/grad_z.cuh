@@ -12,7 +12,7 @@
 
 namespace fastbn::cuda {
 
-template <class T>
+template <class T, bool whole>
 class GradZ {
  public:
   using A = acc_t<T>;
@@ -21,6 +21,7 @@ class GradZ {
     Octet<T> x, grad_out, residual;
     uint8_t mask;
   };
+  static constexpr int bytes_in_flight = 2 * sizeof(Octet<T>);  // of an item, but for a residual
 
   // needs_x: whether the caller uses x for more than z. Holds on to the parameters, which are the kernel's.
   FASTBN_DEVICE GradZ(const BackwardParams& params, const Plan& plan, bool needs_x)
@@ -32,52 +33,77 @@ class GradZ {
   }
 
   FASTBN_DEVICE Item load(const Step& step) const {
-    Item item = {};
-    item.grad_out = load_octet(at(params_.grad_out, step), step.count, vectorized_);
-    if (reads_input_) item.x = load_octet(at(params_.input, step), step.count, vectorized_);
-    if (reads_residual_) item.residual = load_octet(at(params_.residual, step), step.count, vectorized_);
-    if (masked_) item.mask = params_.mask[step.mask_byte];
+    Item item;
+    item.grad_out = load_octet<whole>(at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) item.x = load_octet<whole>(at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) item.residual = load_octet<whole>(at(params_.residual, step), step.count, vectorized_);
+    item.mask = load_mask(step);
     return item;
   }
 
-  FASTBN_DEVICE const uint8_t* mask() const { return masked_ ? params_.mask : nullptr; }
-
-  // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
-  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int place, bool is_last) const {
-    slab.fetch(place, 0, at(params_.grad_out, step), step.count, vectorized_, is_last);
-    if (reads_input_) slab.fetch(place, 1, at(params_.input, step), step.count, vectorized_, is_last);
-    if (reads_residual_) slab.fetch(place, 2, at(params_.residual, step), step.count, vectorized_, is_last);
+  FASTBN_DEVICE uint8_t load_mask(const Step& step) const {
+    return masked_ ? params_.mask[whole ? step.offset / octet : params_.layout.mask_byte(step.offset)] : 0;
   }
 
-  FASTBN_DEVICE Item load(const Slab<T>& slab, int place, uint8_t mask) const {
-    Item item = {};
-    item.grad_out = slab.load(place, 0);
-    if (reads_input_) item.x = slab.load(place, 1);
-    if (reads_residual_) item.residual = slab.load(place, 2);
+  // Calls use(constant), true where the derivative is as short as is_simple says: of such an activation, or from a
+  // mask.
+  template <class Use>
+  FASTBN_DEVICE void with_simplicity(Use use) const {
+    if constexpr (!has_simple_loops) {
+      use(std::false_type());
+    } else {
+      masked_ || is_simple(params_.activation) ? use(std::true_type()) : use(std::false_type());
+    }
+  }
+
+  // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
+  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int place) const {
+    slab.template fetch<whole>(place, 0, at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) slab.template fetch<whole>(place, 1, at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) slab.template fetch<whole>(place, 2, at(params_.residual, step), step.count, vectorized_);
+  }
+
+  FASTBN_DEVICE Item load(const Slab<T>& slab, uint8_t mask) const {
+    Item item;
+    item.grad_out = slab.load(0);
+    if (reads_input_) item.x = slab.load(1);
+    if (reads_residual_) item.residual = slab.load(2);
     item.mask = mask;
     return item;
   }
 
-  template <int channels>
+  // simple: what with_simplicity says.
+  template <bool simple, int channels>
   FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[octet]) const {
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) grad[i] = item.grad_out[i];
-    if (masked_) {
+    if ((simple || !has_simple_loops) && masked_) {
       FASTBN_UNROLL
       for (int i = 0; i < octet; ++i) {
         grad[i] = activation_backward_masked(params_.activation, (item.mask >> i & 1) != 0, grad[i]);
       }
       return;
     }
+    if (simple && params_.activation == Activation::none) return;
     A z[octet];
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) {
-      z[i] = affine[i % channels].apply(item.x[i]) + (reads_residual_ ? item.residual[i] : A(0));
+    for (int i = 0; i < octet; ++i) z[i] = affine[i % channels].apply(item.x[i]);
+    if (reads_residual_) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) z[i] += item.residual[i];
     }
-    activate_backward(params_.activation, z, grad);
+    if constexpr (simple) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) grad[i] = activation_backward(Activation::relu, z[i], grad[i]);
+    } else {
+      activate_backward(params_.activation, z, grad);
+    }
   }
 
  private:
+  // What goes element by element, and float64, are not worth another loop and its registers.
+  static constexpr bool has_simple_loops = whole && sizeof(A) < sizeof(double);
+
   static FASTBN_DEVICE const T* at(const void* tensor, const Step& step) {
     return static_cast<const T*>(tensor) + step.offset;
   }

@@ -12,8 +12,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
   constexpr int channels = Walk::channels;
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
   const bool frozen = !params.sum_grad;  // or only grad_residual is wanted
-  const GradZ<T> grad_z(params, plan, params.grad_input && !frozen);
-  const InputGrad<T> input_grad(params, plan, frozen);
+  const GradZ<T, Walk::whole> grad_z(params, plan, params.grad_input && !frozen);
+  const InputGrad<T, Walk::whole> input_grad(params, plan, frozen);
 
   GradCoefficients<A> both[channels];
   share_coefficients(
@@ -26,15 +26,19 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
       },
       both);
 
-  for_each_octet(
-      walk, [&](const Step& step, int) { return grad_z.load(step); },
-      [&](const Step& step, const auto& item, int) { input_grad(step, grad_z, item, both); });
+  grad_z.with_simplicity([&](auto simple) {
+    for_each_octet<simple.value ? octets_in_flight<GradZ<T, Walk::whole>::bytes_in_flight> : 1>(
+        walk, [&](const Step& step) { return grad_z.load(step); },
+        [&](const Step& step, const auto& item) {
+          input_grad.template operator()<simple.value>(step, grad_z, item, both);
+        });
+  });
 }
 
 }  // namespace
 
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream) {
-  return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
     return device::launch(&input_grad_kernel<T, Walk>, last_pass_shape(plan, sizeof(GradCoefficients<acc_t<T>>)),
                           stream, params, plan);
   });

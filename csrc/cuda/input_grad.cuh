@@ -16,7 +16,7 @@ struct GradCoefficients {
 
 // grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
 // grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.
-template <class T>
+template <class T, bool whole>
 class InputGrad {
  public:
   using A = acc_t<T>;
@@ -27,34 +27,36 @@ class InputGrad {
         frozen_(frozen),
         vectorized_(plan.vectorized) {}
 
-  template <int channels>
-  FASTBN_DEVICE void operator()(const Step& step, const GradZ<T>& grad_z, const typename GradZ<T>::Item& item,
+  // simple: what grad_z.with_simplicity says.
+  template <bool simple, int channels>
+  FASTBN_DEVICE void operator()(const Step& step, const GradZ<T, whole>& grad_z,
+                                const typename GradZ<T, whole>::Item& item,
                                 const GradCoefficients<A> (&coefficients)[channels]) const {
     Affine<A> affine[channels];
     FASTBN_UNROLL
     for (int i = 0; i < channels; ++i) affine[i] = coefficients[i].affine;
     A grad[octet];
-    grad_z.compute(item, affine, grad);
-    if (grad_residual_) store_octet(grad_residual_ + step.offset, step.count, vectorized_, grad);
+    grad_z.template compute<simple>(item, affine, grad);
+    if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad);
     if (!grad_input_) return;
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
       const GradAffine<A> g = coefficients[i % channels].grad();
       grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
     }
-    store_octet(grad_input_ + step.offset, step.count, vectorized_, grad);
+    store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
 
   // From grad_z, where the statistics are frozen.
-  template <int channels>
+  template <int channels, class Coefficients>
   FASTBN_DEVICE void store_frozen(const Step& step, const A (&grad_z)[octet],
-                                  const Affine<A> (&affine)[channels]) const {
-    if (grad_residual_) store_octet(grad_residual_ + step.offset, step.count, vectorized_, grad_z);
+                                  const Coefficients (&coefficients)[channels]) const {
+    if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad_z);
     if (!grad_input_) return;
     A grad[octet];
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) grad[i] = grad_z[i] * affine[i % channels].scale;
-    store_octet(grad_input_ + step.offset, step.count, vectorized_, grad);
+    for (int i = 0; i < octet; ++i) grad[i] = grad_z[i] * coefficients[i % channels].affine.scale;
+    store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
 
  private:

@@ -1,8 +1,8 @@
 // The ops as launches: one by a one-pass plan; by a two-phase plan reduce, finish, then a second pass over the
 // elements.
-#include "cuda/grad_sums.cuh"
 #include "cuda/launch.h"
 #include "cuda/passes.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/rendezvous.cuh"
 
 namespace fastbn::cuda {
@@ -21,8 +21,7 @@ struct Workspace {
 }  // namespace
 
 int64_t workspace_bytes(const Plan& plan, const Layout& layout) {
-  static_assert(sizeof(GradSums) <= sizeof(Moments));
-  constexpr int64_t partial = sizeof(Moments), number = sizeof(double);
+  constexpr int64_t partial = sizeof(Sums), number = sizeof(double);
   if (plan.schedule == Schedule::resident) return 0;
   if (plan.schedule == Schedule::cooperative) {
     return plan.groups * (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.slice_channels);
@@ -36,7 +35,7 @@ cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* me
   params.inv_std = nullptr;
   params.running_mean = params.running_var = {};
   params.num_batches_tracked = nullptr;
-  auto* partials = static_cast<Moments*>(Workspace(memory, params.layout).partials);
+  auto* partials = static_cast<Sums*>(Workspace(memory, params.layout).partials);
   const cudaError_t error = launch_moments(params, plan, partials, stream);
   return error != cudaSuccess ? error : launch_finish_moments(params, plan, partials, stream);
 }
@@ -51,7 +50,7 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
     if (!params.mean) params.mean = workspace.first;
     if (!params.inv_std) params.inv_std = workspace.second;
     params.var = nullptr;
-    auto* partials = static_cast<Moments*>(workspace.partials);
+    auto* partials = static_cast<Sums*>(workspace.partials);
     cudaError_t error = launch_moments(params, plan, partials, stream);
     if (error == cudaSuccess) error = launch_finish_moments(params, plan, partials, stream);
     if (error != cudaSuccess) return error;
@@ -63,7 +62,7 @@ cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memor
   if (!is_runnable(plan, given.layout) || is_one_pass(plan)) return cudaErrorInvalidValue;
   BackwardParams params = given;
   params.grad_weight = params.grad_bias = {};
-  auto* partials = static_cast<GradSums*>(Workspace(memory, params.layout).partials);
+  auto* partials = static_cast<Sums*>(Workspace(memory, params.layout).partials);
   const cudaError_t error = launch_grad_sums(params, plan, partials, stream);
   return error != cudaSuccess ? error : launch_finish_grad_sums(params, plan, partials, stream);
 }
@@ -84,7 +83,7 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
         params.sum_grad = workspace.first;
         params.sum_grad_xhat = workspace.second;
       }
-      auto* partials = static_cast<GradSums*>(workspace.partials);
+      auto* partials = static_cast<Sums*>(workspace.partials);
       cudaError_t error = launch_grad_sums(params, plan, partials, stream);
       if (error == cudaSuccess) error = launch_finish_grad_sums(params, plan, partials, stream);
       if (error != cudaSuccess || !batch) return error;  // frozen, all is done

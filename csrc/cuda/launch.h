@@ -10,7 +10,7 @@
 
 namespace fastbn::cuda {
 
-// What `workspace` must hold, for any function below; nothing for resident plans. Aligned to 8 bytes.
+// What `workspace` must hold, for any function below; nothing for resident plans. Aligned to 16 bytes.
 int64_t workspace_bytes(const Plan& plan, const Layout& layout);
 
 // batch: statistics, running averages, output. running or given: output in one launch; with running, mean and inv_std

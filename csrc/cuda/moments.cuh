@@ -1,7 +1,6 @@
-// The statistics of a block's share of its channels, and what becomes of a channel's once they are merged. Each thread
-// sums d and d*d about the first element it meets, so that nothing cancels in float32. In float64, where an element of
-// the channel is as good a pivot as another, its sums move to the block's pivot and add up without a division; blocks
-// likewise. Where float sums overflow, or meet inf or NaN, the block starts again in double.
+// The sums that the statistics of a channel come from, of d and d * d about a pivot, and what becomes of them. The
+// pivot is an element of the channel, the same to all threads and blocks, so that parts of the sums add up. Where float
+// sums overflow, or meet inf or NaN, the block starts again in double.
 #pragma once
 
 #include "cuda/loop.cuh"
@@ -13,82 +12,54 @@
 
 namespace fastbn::cuda {
 
-// Sums in A the octets that load(step, number) gives, once each; peek(step) gives the first one beforehand.
-// keep(channel, moments) is called by one thread for each channel of the slice. Returns whether all came out finite.
-template <class A, class Walk, class Peek, class Load, class Keep>
-FASTBN_DEVICE bool sum_moments(const Layout& layout, const Plan& plan, const Walk& walk,
-                               const ReduceMemory<Walk::channels>& memory, Peek peek, Load load, Keep keep) {
-  constexpr int channels = Walk::channels;
-  A pivot[channels] = {};
-  const Step first = walk.step();
-  if (first.count > 0) {
-    const auto x = peek(first);
-    FASTBN_UNROLL
-    for (int i = 0; i < channels; ++i) {
-      const A value = i < first.count ? A(x[i]) : A(0);
-      pivot[i] = value - value == 0 ? value : A(0);  // about an infinite pivot every sum would be NaN
-    }
-  }
+// The median of a channel's first, middle and last element: an outlier only where two of them are. One that is inf or
+// NaN counts as 0, for about it every sum would be NaN.
+FASTBN_DEVICE double pivot_of(const ForwardParams& params, int64_t channel) {
+  const Layout& layout = params.layout;
+  if (layout.numel() == 0) return 0;
+  const ChannelVector input{const_cast<void*>(params.input), params.dtype};
+  const auto at = [&](int64_t outer, int64_t inner) {
+    const double value = input.load((outer * layout.channels + channel) * layout.inner + inner);
+    return value - value == 0 ? value : 0.0;
+  };
+  const double a = at(0, 0), b = at(layout.outer / 2, layout.inner / 2), c = at(layout.outer - 1, layout.inner - 1);
+  const double low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c < high ? c : high;
+}
 
-  int64_t elements = 0;  // of each of the thread's channels, but that its last octet may have fewer
-  int last = 0;
-  const auto each = [&](auto use) { for_each_octet(walk, load, use); };
-  sum_octets<A>(memory, each, [&](const Step& step, const auto& x, A(&d)[octet], A(&d_squared)[octet]) {
+FASTBN_DEVICE Moments moments_of(const Layout& layout, double pivot, const Sums& sums) {
+  return layout.count() > 0 ? Moments::from_shifted(double(layout.count()), pivot, sums.first, sums.second) : Moments{};
+}
+
+// Sums in A the octets for which each(use) calls use(step, x), once each. keep(channel, sums) is called by one thread
+// for each channel of the slice. Returns whether all came out finite.
+template <class T, class A, class Walk, class Each, class Keep>
+FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
+                               const acc_t<T> (&pivot)[Walk::channels], Each each, Keep keep) {
+  sum_octets<T, A>(memory, each, [&](const Step& step, const auto& x, A(&sum)[octet], A(&squares)[octet]) {
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
-      d[i] = i < step.count ? A(x[i]) - pivot[i % channels] : A(0);
-      d_squared[i] = d[i] * d[i];
+      const A d = Walk::whole || i < step.count ? A(x[i]) - A(pivot[i % Walk::channels]) : A(0);
+      sum[i] += d;
+      squares[i] += d * d;
     }
-    elements += channels == 1 ? step.count : 1;
-    last = step.count;
   });
-
-  // The median of three is an outlier only where two are.
-  double* const pivots = static_cast<double*>(memory.scratch);
-  for (int n = 0; n < Walk::witnesses; ++n) {
-    if (!walk.is_witness(n)) continue;
-    walk.for_each_channel([&](int i, int channel, bool is_first) {
-      if (is_first) pivots[Walk::witnesses * channel + n] = double(pivot[i]);
-    });
-  }
-  const auto block_pivot = [&](int channel) {
-    const double* const p = pivots + Walk::witnesses * channel;
-    const double a = p[0], b = p[1], c = p[2];
-    const double low = a < b ? a : b, high = a < b ? b : a;
-    return c < low ? low : c < high ? c : high;
-  };
-  device::sync_block();
-  if (elements > 0) {
-    walk.for_each_channel([&](int i, int channel, bool) {
-      double& sum = memory.first[i * most_threads + device::thread_index()];
-      double& squares = memory.second[i * most_threads + device::thread_index()];
-      const double moved = double(pivot[i]) - block_pivot(channel);
-      const double count = double(elements - (channels > 1 && i >= last));
-      squares += moved * (2 * sum + count * moved);
-      sum += count * moved;
-    });
-  }
-
   bool finite = true;
-  reduce_totals(walk, memory, [&](int channel, double sum, double squares) {
-    const double count = double(elements_of(plan, layout, walk.split));
-    Moments moments;
-    if (count > 0) moments = Moments::from_shifted(count, block_pivot(channel), sum, squares);
-    keep(channel, moments);
-    finite = finite && moments.is_finite();
+  reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
+    keep(channel, sums);
+    finite = finite && sums.second - sums.second == 0;  // else no sum of d is inf or NaN
   });
   return block_agrees(finite, memory.votes);
 }
 
-// The same in float32, and in float64, by load_again(step, number), where that is not enough.
-template <class T, class Walk, class Peek, class Load, class LoadAgain, class Keep>
-FASTBN_DEVICE void block_moments(const Layout& layout, const Plan& plan, const Walk& walk,
-                                 const ReduceMemory<Walk::channels>& memory, Peek peek, Load load, LoadAgain load_again,
-                                 Keep keep) {
-  const bool finite = sum_moments<acc_t<T>>(layout, plan, walk, memory, peek, load, keep);
-  if constexpr (sizeof(acc_t<T>) < sizeof(double)) {
-    const auto peek_again = [&](const Step& step) { return load_again(step, 0); };
-    if (!finite) sum_moments<double>(layout, plan, walk, memory, peek_again, load_again, keep);
+// Over a block's share, by each(use), and in float64, by each_again(use), where float32 is not enough.
+template <class T, class Walk, class Each, class EachAgain, class Keep>
+FASTBN_DEVICE void block_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
+                                 const acc_t<T> (&pivot)[Walk::channels], Each each, EachAgain each_again, Keep keep) {
+  using A = acc_t<T>;
+  const bool finite = sum_moments<T, A>(walk, memory, pivot, each, keep);
+  if constexpr (sizeof(A) < sizeof(double)) {
+    if (!finite) sum_moments<T, double>(walk, memory, pivot, each_again, keep);
   }
 }
 

@@ -1,6 +1,7 @@
 // The last pass of the two-phase plans, and the only one of evaluation.
 #include "cuda/normalize.cuh"
 #include "cuda/passes.cuh"
+#include "math/moments.h"
 
 namespace fastbn::cuda {
 namespace {
@@ -15,11 +16,11 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows != (sizeof(T) == sizeof(double)) ? 3 : least_blocks)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? 2 : least_blocks)
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);
-  const Normalize<T> normalize(params, plan);
+  const Normalize<T, Walk::whole> normalize(params, plan);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
 
   const bool saves = params.statistics == Statistics::running && walk.split == 0;
@@ -37,18 +38,23 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows != (sizeof(T
   struct Item {
     Octet<T> x, residual;
   };
-  for_each_octet(
-      walk,
-      [&](const Step& step, int) {
-        return Item{load_octet(input + step.offset, step.count, plan.vectorized), normalize.load_residual(step)};
-      },
-      [&](const Step& step, const Item& item, int) { normalize(step, item.x, item.residual, affine); });
+  with_simplicity(params.activation, [&](auto simple) {
+    for_each_octet<simple.value && Walk::whole ? octets_in_flight<sizeof(Octet<T>)> : 1>(
+        walk,
+        [&](const Step& step) {
+          const auto x = load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+          return Item{x, normalize.load_residual(step)};
+        },
+        [&](const Step& step, const Item& item) {
+          normalize.template operator()<simple.value>(step, item.x, item.residual, affine);
+        });
+  });
 }
 
 }  // namespace
 
 cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
-  return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
     return device::launch(&normalize_kernel<T, Walk>, last_pass_shape(plan, sizeof(Affine<acc_t<T>>)), stream, params,
                           plan);
   });

@@ -1,6 +1,8 @@
 // The last step of a forward pass over an octet, which every schedule ends with.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/activate.cuh"
 #include "cuda/octet.cuh"
 #include "cuda/walk.cuh"
@@ -10,7 +12,7 @@
 namespace fastbn::cuda {
 
 // output = activation((x - mean) * inv_std * weight + bias + residual), with a bit an element for backward where asked.
-template <class T>
+template <class T, bool whole>
 class Normalize {
  public:
   using A = acc_t<T>;
@@ -18,15 +20,22 @@ class Normalize {
   FASTBN_DEVICE Normalize(const ForwardParams& params, const Plan& plan)
       : residual_(static_cast<const T*>(params.residual)),
         output_(static_cast<T*>(params.output)),
+        layout_(params.layout),
         mask_(params.mask),
         activation_(params.activation),
+        least_(params.activation == Activation::relu ? A(0) : -INFINITY),
         vectorized_(plan.vectorized) {}
 
+  FASTBN_DEVICE Activation activation() const { return activation_; }
+
   FASTBN_DEVICE Octet<T> load_residual(const Step& step) const {
-    return residual_ ? load_octet(residual_ + step.offset, step.count, vectorized_) : Octet<T>{};
+    Octet<T> residual;  // which stays what it is, and is not used, where there is none
+    if (residual_) residual = load_octet<whole>(residual_ + step.offset, step.count, vectorized_);
+    return residual;
   }
 
-  template <int channels>
+  // simple: what is_simple says of the activation.
+  template <bool simple, int channels>
   FASTBN_DEVICE void operator()(const Step& step, const Octet<T>& x, const Octet<T>& residual,
                                 const Affine<A> (&affine)[channels]) const {
     A z[octet];
@@ -36,16 +45,26 @@ class Normalize {
       FASTBN_UNROLL
       for (int i = 0; i < octet; ++i) z[i] += residual[i];
     }
-    if (mask_) mask_[step.mask_byte] = mask_of(activation_, z, step.count);
-    activate(activation_, z);
-    store_octet(output_ + step.offset, step.count, vectorized_, z);
+    if (mask_) {
+      mask_[whole ? step.offset / octet : layout_.mask_byte(step.offset)] =
+          mask_of(simple ? Activation::relu : activation_, z, whole ? octet : step.count);
+    }
+    if constexpr (simple) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) z[i] = device::max_or_nan(z[i], least_);
+    } else {
+      activate(activation_, z);
+    }
+    store_octet<whole>(output_ + step.offset, step.count, vectorized_, z);
   }
 
  private:
   const T* residual_;
   T* output_;
+  const Layout& layout_;
   uint8_t* mask_;
   Activation activation_;
+  A least_;  // of a simple activation
   bool vectorized_;
 };
 

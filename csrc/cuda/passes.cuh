@@ -8,23 +8,22 @@
 
 #include "cuda/device.cuh"
 #include "cuda/walk.cuh"
-#include "math/moments.h"
 #include "math/params.h"
 #include "math/plan.h"
 
 namespace fastbn::cuda {
 
-struct GradSums;
+struct Sums;
 
 // Partials lie as [splits, channels].
-cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Moments* partials, cudaStream_t stream);
-cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Moments* partials,
+cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
+cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
                                   cudaStream_t stream);
 cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
 
-cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, GradSums* partials, cudaStream_t stream);
+cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
 // Writes sum_grad, sum_grad_xhat, grad_weight and grad_bias where they are not null.
-cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const GradSums* partials,
+cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
                                     cudaStream_t stream);
 // The statistics are frozen where sum_grad is null; a null count is the layout's.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
@@ -36,12 +35,16 @@ cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& pla
 cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
                                      cudaStream_t stream);
 
-// Calls run.operator()<T, Walk>() for the dtype and the plan's kernel.
+// Calls run.operator()<T, Walk>() for the dtype and the plan's walk.
 template <class Run>
-cudaError_t dispatch(DType dtype, const Plan& plan, Run run) {
+cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run run) {
+  const auto with_kernel = [&]<class T, bool whole>() {
+    return plan.kernel == Kernel::row_blocks ? run.template operator()<T, Walk<Kernel::row_blocks, whole>>()
+                                             : run.template operator()<T, Walk<Kernel::channel_blocks, whole>>();
+  };
   const auto with_walk = [&]<class T>() {
-    return plan.kernel == Kernel::row_blocks ? run.template operator()<T, Walk<Kernel::row_blocks>>()
-                                             : run.template operator()<T, Walk<Kernel::channel_blocks>>();
+    return walks_whole_octets(plan, layout) ? with_kernel.template operator()<T, true>()
+                                            : with_kernel.template operator()<T, false>();
   };
   switch (dtype) {
     case DType::float32: return with_walk.template operator()<float>();
@@ -57,8 +60,9 @@ inline bool is_runnable(const Plan& plan, const Layout& layout) {
   const bool threads = plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
   const bool rows = plan.kernel == Kernel::channel_blocks || plan.width == plan.fold * layout.channels * layout.inner;
   // Places that come round do so in whole stages.
-  const bool places = !is_one_pass(plan) || plan.slots >= slots_for(layout, plan, plan.splits) ||
-                      (plan.kernel == Kernel::row_blocks && plan.slots > 0 && plan.slots % copy_stages == 0);
+  const bool places =
+      !is_one_pass(plan) || plan.slots >= slots_for(layout, plan, plan.splits) ||
+      (plan.kernel == Kernel::row_blocks && plan.slots > 0 && plan.slots == copy_stages * plan.slots_a_stage);
   return threads && rows && places && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
 }
 

@@ -8,15 +8,18 @@
 
 namespace fastbn::cuda {
 
-// Octets between promotions of a running sum to double: its error is that of 64 steps, however large the tensor.
-constexpr int octets_a_promotion = 64;
+// Octets between promotions of a running sum to double, which bound its error however large the tensor. The elements of
+// half types are rounded so much more than their sums that these may take longer.
+template <class T>
+constexpr int octets_a_promotion = sizeof(T) == 2 ? 64 : 8;
 
-// n sums of type A; an octet of terms goes to the eight of them, or all into the only one. The promoted totals are
-// seldom touched and lie in shared memory, n of them, most_threads apart: in registers they would halve the occupancy.
+// n sums of type A; each of the eight terms of an octet has a running sum of its own, and they are all of the only sum
+// or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, most_threads apart: in
+// registers they would halve the occupancy.
 template <class A, int n>
 struct LongSum {
   static_assert(n == 1 || n == octet);
-  A recent[n] = {};
+  A recent[octet] = {};
   double* total;
 
   FASTBN_DEVICE explicit LongSum(double* totals) : total(totals + device::thread_index()) {
@@ -24,23 +27,17 @@ struct LongSum {
     for (int i = 0; i < n; ++i) total[i * most_threads] = 0;
   }
 
-  FASTBN_DEVICE void add(const A (&term)[octet]) {
-    if constexpr (n == 1) {
-      recent[0] += ((term[0] + term[1]) + (term[2] + term[3])) + ((term[4] + term[5]) + (term[6] + term[7]));
-    } else {
-      FASTBN_UNROLL
-      for (int i = 0; i < n; ++i) recent[i] += term[i];
-    }
-  }
-
   FASTBN_DEVICE void promote() {
-    FASTBN_KEEP_LOOP
-    for (int i = 0; i < n; ++i) total[i * most_threads] += double(pick(recent, i));
+    if constexpr (n == 1) {
+      const auto& r = recent;
+      total[0] += double(((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])));
+    } else {
+      FASTBN_KEEP_LOOP
+      for (int i = 0; i < n; ++i) total[i * most_threads] += double(pick(recent, i));
+    }
     FASTBN_UNROLL
-    for (int i = 0; i < n; ++i) recent[i] = 0;
+    for (int i = 0; i < octet; ++i) recent[i] = 0;
   }
-
-  FASTBN_DEVICE double promoted(int i) const { return total[i * most_threads]; }
 };
 
 // Where a reducing pass keeps the totals of its two sums, and what lies behind them for everything else.
@@ -52,18 +49,15 @@ struct ReduceMemory {
   void* scratch = votes + most_threads / device::kWarp;
 };
 
-// Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item, number);
-// terms(step, item, first, second) says what an octet adds.
-template <class A, int channels, class Each, class Terms>
-FASTBN_DEVICE void sum_octets(const ReduceMemory<channels>& memory, Each each, Terms terms) {
+// Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item);
+// add(step, item, first, second) adds to the running sums what an octet comes to.
+template <class T, class A, int channels, class Each, class Add>
+FASTBN_DEVICE void sum_octets(const ReduceMemory<channels>& memory, Each each, Add add) {
   LongSum<A, channels> first(memory.first), second(memory.second);
   int octets = 0;
-  each([&](const Step& step, const auto& item, int) {
-    A to_first[octet], to_second[octet];
-    terms(step, item, to_first, to_second);
-    first.add(to_first);
-    second.add(to_second);
-    if (++octets == octets_a_promotion) {
+  each([&](const Step& step, const auto& item) {
+    add(step, item, first.recent, second.recent);
+    if (++octets == octets_a_promotion<T>) {
       octets = 0;
       first.promote();
       second.promote();
@@ -87,7 +81,14 @@ FASTBN_DEVICE void by_teams(int channels, Work work) {
   }
 }
 
-// Adds up the totals of all threads; keep(channel, first, second) is called by one thread a channel of the slice.
+// The two sums of a channel over some of its elements: of forward, those of d and d * d about the channel's pivot.
+struct alignas(16) Sums {
+  double first = 0, second = 0;
+
+  FASTBN_DEVICE void add(const Sums& part) { *this = {first + part.first, second + part.second}; }
+};
+
+// Adds up the totals of all threads; keep(channel, sums) is called by one thread a channel of the slice.
 template <class Walk, class Keep>
 FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Keep keep) {
   device::sync_block();
@@ -101,18 +102,28 @@ FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::chan
       first += device::shuffle_xor(first, delta);
       second += device::shuffle_xor(second, delta);
     }
-    if (exists && lane == 0) keep(channel, first, second);
+    if (exists && lane == 0) keep(channel, Sums{first, second});
   });
 }
 
-// The sum over load(k) for k < count, by the lanes of a team, which all get it. A Sum is about a part, adds parts and
-// joins other Sums about the same one.
-template <class Sum, class Load>
-FASTBN_DEVICE auto merge_parts(int count, int lane, int team, Load load) {
-  Sum sum = Sum::about(load(0));
-  for (int k = lane; k < count; k += team) sum.add(load(k));
-  for (int delta = team / 2; delta > 0; delta /= 2) sum.join(device::shuffle_xor(sum, delta));
-  return sum.result();
+// The sum over load(k) for k < count, by the lanes of a team, which all get it. Some loads are under way at a time.
+template <class Load>
+FASTBN_DEVICE Sums merge_parts(int count, int lane, int team, Load load) {
+  constexpr int batch = 4;
+  Sums sums;
+  int k = lane;
+  FASTBN_KEEP_LOOP
+  for (; k + (batch - 1) * team < count; k += batch * team) {
+    Sums parts[batch];
+    FASTBN_UNROLL
+    for (int i = 0; i < batch; ++i) parts[i] = load(k + i * team);
+    FASTBN_UNROLL
+    for (int i = 0; i < batch; ++i) sums.add(parts[i]);
+  }
+  FASTBN_KEEP_LOOP
+  for (; k < count; k += team) sums.add(load(k));
+  for (int delta = team / 2; delta > 0; delta /= 2) sums.add(device::shuffle_xor(sums, delta));
+  return sums;
 }
 
 // Whether a condition holds in all threads of the block, which all learn it. All are then behind what they did before.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/reduce.cuh"
 #include "math/plan.h"
 
 namespace fastbn::cuda {
@@ -11,13 +12,12 @@ namespace fastbn::cuda {
 // Each group's counter has a cache line to itself.
 constexpr int64_t counter_words = 32;
 
-template <class Part>
 class Rendezvous {
  public:
   // shared: two buffers of the slice's channels. workspace: of cooperative plans, a counter a group and then, for each
   // buffer, group and block, the channels. Holds on to the plan: that lies in the kernel's parameters.
   FASTBN_DEVICE Rendezvous(const Plan& plan, void* shared, void* workspace)
-      : plan_(plan), shared_(static_cast<Part*>(shared)), workspace_(static_cast<uint32_t*>(workspace)) {}
+      : plan_(plan), shared_(static_cast<Sums*>(shared)), workspace_(static_cast<uint32_t*>(workspace)) {}
 
   // Once, before the first slice.
   FASTBN_DEVICE void open() const {
@@ -33,7 +33,7 @@ class Rendezvous {
   FASTBN_DEVICE bool leads() const { return block() % plan_.splits == 0; }
 
   // Where this block's part of a channel of the slice belongs.
-  FASTBN_DEVICE Part& own(int channel) const {
+  FASTBN_DEVICE Sums& own(int channel) const {
     return cooperative() ? at(block(), channel, slices_) : shared_buffer(slices_)[channel];
   }
 
@@ -42,21 +42,28 @@ class Rendezvous {
     ++slices_;
     if (cooperative()) {
       device::sync_blocks(counter(), plan_.splits, slices_);
-    } else {
+    } else if (plan_.cluster > 1) {
       device::sync_cluster();
+    } else {
+      device::sync_block();
     }
   }
 
-  // After meet: what block `rank` of the slice had.
-  FASTBN_DEVICE Part part(int rank, int channel) const {
+  // After meet: the sums of all blocks of the slice, by the lanes of a team, which all get them.
+  FASTBN_DEVICE Sums merged(int channel, int lane, int team) const {
     const int met = slices_ - 1;
-    return cooperative() ? at(block() / plan_.splits * plan_.splits + rank, channel, met)
-                         : *device::cluster_shared(shared_buffer(met) + channel, rank);
+    if (cooperative()) {
+      const Sums* const parts = &at(block() / plan_.splits * plan_.splits, channel, met);
+      return merge_parts(plan_.splits, lane, team, [&](int rank) { return parts[rank * plan_.slice_channels]; });
+    }
+    Sums* const own = shared_buffer(met) + channel;
+    if (plan_.cluster == 1) return *own;
+    return merge_parts(plan_.cluster, lane, team, [&](int rank) { return *device::cluster_shared(own, rank); });
   }
 
   // Once, after the last slice: others of the cluster may still read this block's shared memory.
   FASTBN_DEVICE void leave() const {
-    if (!cooperative()) device::sync_cluster();
+    if (plan_.cluster > 1) device::sync_cluster_after_reads();
   }
 
  private:
@@ -66,15 +73,15 @@ class Rendezvous {
 
   FASTBN_DEVICE uint32_t* counter() const { return workspace_ + block() / plan_.splits * counter_words; }
 
-  FASTBN_DEVICE Part* shared_buffer(int slice) const { return shared_ + slice % 2 * plan_.slice_channels; }
+  FASTBN_DEVICE Sums* shared_buffer(int slice) const { return shared_ + slice % 2 * plan_.slice_channels; }
 
-  FASTBN_DEVICE Part& at(int block, int channel, int slice) const {
-    Part* const parts = reinterpret_cast<Part*>(workspace_ + plan_.groups * counter_words);
+  FASTBN_DEVICE Sums& at(int block, int channel, int slice) const {
+    Sums* const parts = reinterpret_cast<Sums*>(workspace_ + plan_.groups * counter_words);
     return parts[(int64_t(slice % 2) * plan_.groups * plan_.splits + block) * plan_.slice_channels + channel];
   }
 
   const Plan& plan_;
-  Part* shared_;
+  Sums* shared_;
   uint32_t* workspace_;
   int slices_ = 0;
 };

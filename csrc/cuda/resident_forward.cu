@@ -9,6 +9,12 @@
 namespace fastbn::cuda {
 namespace {
 
+// Of a channel of the slice, loaded while its elements are on their way. Its moments take its place.
+struct Prepared {
+  double pivot, weight, bias;
+};
+static_assert(sizeof(Prepared) == sizeof(Moments));
+
 template <class T, class Walk>
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false)))
     resident_forward_kernel(ForwardParams params, Plan plan, void* workspace) {
@@ -17,50 +23,72 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
   char* const exchange = device::shared_memory<char>() + parts.totals + parts.votes + parts.scratch;
   auto* const coefficients = reinterpret_cast<Affine<A>*>(exchange + parts.exchange);
   Slab<T> slab(exchange + parts.exchange + parts.coefficients, plan);
-  Rendezvous<Moments> rendezvous(plan, exchange, workspace);
+  Rendezvous rendezvous(plan, exchange, workspace);
 
   const T* input = static_cast<const T*>(params.input);
-  const auto fetch = [&](const Step& step, int place, bool is_last) {
-    slab.fetch(place, 0, input + step.offset, step.count, plan.vectorized, is_last);
+  const auto fetch = [&](const Step& step, int place) {
+    slab.template fetch<Walk::whole>(place, 0, input + step.offset, step.count, plan.vectorized);
   };
   const Batches batches(params);
   const int64_t batch = batches.number();
 
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
+    const ReduceMemory<Walk::channels> memory;
+    auto* const prepared = static_cast<Prepared*>(memory.scratch);
+    auto* const merged = static_cast<Moments*>(memory.scratch);
+    for_each_own_channel(walk, [&](int channel, int64_t c) {
+      prepared[channel] = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
+    });
+    device::sync_block();
+    A pivot[Walk::channels];
+    walk.for_each_channel([&](int i, int channel) { pivot[i] = A(prepared[channel].pivot); });
+
     block_moments<T>(
-        params.layout, plan, walk, ReduceMemory<Walk::channels>(),
-        [&](const Step&) { return slab.load(slab.await(), 0); },
-        [&](const Step& step, int visit) {
-          const Octet<T> x = slab.load(slab.await(), 0);
-          slab.after_sums(walk, step, visit, fetch);
-          return x;
+        walk, memory, pivot,
+        [&](auto use) {
+          for_each_kept<Walk::by_rows ? 1 : octets_together(sizeof(T))>(
+              walk, slab, [](const Step&) { return Nothing(); },
+              [&](const Step& step, Nothing) { use(step, slab.load(0)); },
+              [&](const Step& step, int visit) { slab.after_sums(walk, step, visit, fetch); });
         },
-        [&](const Step& step, int) { return load_octet(input + step.offset, step.count, plan.vectorized); },
-        [&](int channel, const Moments& moments) { rendezvous.own(channel) = moments; });
+        [&](auto use) {
+          for_each_octet<1>(
+              walk,
+              [&](const Step& step) {
+                return load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+              },
+              use);
+        },
+        [&](int channel, const Sums& sums) { rendezvous.own(channel) = sums; });
     rendezvous.meet();
     if (is_first) batches.count();
 
     by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
-      const Moments moments =
-          merge_parts<MomentsSum>(plan.splits, lane, team, [&](int rank) { return rendezvous.part(rank, channel); });
+      const Sums sums = rendezvous.merged(channel, lane, team);
       if (!exists || lane != 0) return;
-      const int c = walk.slice_channel + channel;
-      if (rendezvous.leads()) save_statistics(params, c, moments, device::anew(batch));
-      coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps),
-                                              params.weight.load_or(c, 1), params.bias.load_or(c, 0));
+      const auto [pivot, weight, bias] = prepared[channel];
+      const Moments moments = moments_of(params.layout, pivot, sums);
+      coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps), weight, bias);
+      merged[channel] = moments;
     });
     device::sync_block();
+    if (rendezvous.leads()) {
+      for_each_own_channel(
+          walk, [&](int channel, int64_t c) { save_statistics(params, c, merged[channel], device::anew(batch)); });
+    }
     Affine<A> affine[Walk::channels];
     take_coefficients(walk, coefficients, affine);
 
-    const Normalize<T> normalize(params, plan);
-    slab.begin_last_pass();
-    for_each_octet<many_in_flight>(
-        KeptFirst(walk), [&](const Step& step, int) { return normalize.load_residual(step); },
-        [&](const Step& step, const Octet<T>& residual, int visit) {
-          normalize(step, slab.load(slab.await(), 0), residual, affine);
-          slab.after_output(walk, step, visit, fetch);
-        });
+    const Normalize<T, Walk::whole> normalize(params, plan);
+    slab.begin_last_pass(walk);
+    with_simplicity(params.activation, [&](auto simple) {
+      for_each_kept<simple.value && !Walk::by_rows ? octets_together(sizeof(T)) : 1>(
+          KeptFirst(walk), slab, [&](const Step& step) { return normalize.load_residual(step); },
+          [&](const Step& step, const Octet<T>& residual) {
+            normalize.template operator()<simple.value>(step, slab.load(0), residual, affine);
+          },
+          [&](const Step& step, int visit) { slab.after_output(walk, step, visit, fetch); });
+    });
   });
 }
 
@@ -68,7 +96,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
 
 cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
                                     cudaStream_t stream) {
-  return dispatch(params.dtype, plan, [&]<class T, class Walk>() {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
     return device::launch(&resident_forward_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan,
                           workspace);
   });

@@ -10,8 +10,8 @@ namespace fastbn::cuda {
 
 // Calls work(walk, is_first) for each slice; work visits every octet twice and hands its place on by slab.after_sums
 // and slab.after_output.
-template <class Walk, class T, class Part, class Fetch, class Work>
-FASTBN_DEVICE void for_each_slice(const Layout& layout, const Plan& plan, Slab<T>& slab, Rendezvous<Part>& rendezvous,
+template <class Walk, class T, class Fetch, class Work>
+FASTBN_DEVICE void for_each_slice(const Layout& layout, const Plan& plan, Slab<T>& slab, Rendezvous& rendezvous,
                                   Fetch fetch, Work work) {
   FASTBN_KEEP_LOOP
   while (true) {

@@ -53,7 +53,7 @@ struct GradAffine {
 // pivot is exact for all but the least x: rounding x - mean shifts all terms of sum(grad_z * (x - mean)) alike, which
 // shows where they cancel. The mean itself where that is no number. By bits and an addition that rounds, since libm's
 // functions for it take 28 instead of 4 us for 2048 channels (EPYC 7003).
-inline double grad_pivot_of(double mean, double inv_std) {
+FASTBN_INLINE double grad_pivot_of(double mean, double inv_std) {
   const double steps = bit_cast<double>(bit_cast<uint64_t>(32 * inv_std) & 0xfff0000000000000u);  // a power of 2
   const double scaled = mean * steps, rounds_to_integer = 0x1.8p52;
   const double pivot = ((scaled + rounds_to_integer) - rounds_to_integer) / steps;

@@ -1,5 +1,5 @@
-// Count, mean and sum of squared deviations of a set of values, merged as Chan, Golub & LeVeque (1979) do; and what is
-// made of them once a channel: variance, inv_std, running statistics. All float64, whatever the elements were.
+// Count, mean and sum of squared deviations of a channel, from sums about a pivot; and what is made of them: variance,
+// inv_std, running statistics. All float64, whatever the elements were.
 #pragma once
 
 #include <cmath>
@@ -21,38 +21,10 @@ struct Moments {
     return {count, pivot + offset, m2 < 0 ? 0 : m2};
   }
 
-  FASTBN_INLINE bool is_finite() const { return mean - mean == 0 && m2 - m2 == 0; }
-
   FASTBN_INLINE double var() const { return m2 / count; }
 
   // n / (n - 1) of torch's running_var; 0/0 at one element, as there.
   FASTBN_INLINE double unbiased_var() const { return m2 / (count - 1); }
-};
-
-// The merged moments of many parts: sums about the mean of one of them, which is the formula of Chan et al. without a
-// division a part.
-struct MomentsSum {
-  double pivot = 0, count = 0, sum = 0, squares = 0;
-
-  static FASTBN_INLINE MomentsSum about(const Moments& one) { return {one.mean - one.mean == 0 ? one.mean : 0}; }
-
-  FASTBN_INLINE void add(const Moments& part) {
-    const double d = part.mean - pivot;
-    count += part.count;
-    sum += part.count * d;
-    squares += part.m2 + part.count * d * d;
-  }
-
-  // With another about the same one.
-  FASTBN_INLINE void join(const MomentsSum& other) {
-    count += other.count;
-    sum += other.sum;
-    squares += other.squares;
-  }
-
-  FASTBN_INLINE Moments result() const {
-    return count > 0 ? Moments::from_shifted(count, pivot, sum, squares) : Moments{};
-  }
 };
 
 FASTBN_INLINE double inv_std_of(double var, double eps) { return 1 / ::sqrt(var + eps); }

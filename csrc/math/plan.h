@@ -49,8 +49,10 @@ struct Request {
 // Kernels walk runs in octets: eight elements, the unit of the mask and at least one 16-byte access.
 constexpr int octet = 8;
 
-// Stages in which copies that were begun together are awaited. Estimate: the first sums begin when a quarter is there.
+// Stages in which copies that were begun together are awaited, the first sums when a quarter is there; and the octets
+// of a stage that a thread may take side by side, of which stages are whole multiples.
 constexpr int copy_stages = 4;
+FASTBN_INLINE constexpr int octets_together(int64_t element_size) { return element_size == 2 ? 2 : 1; }
 
 // A block's; the totals of its threads lie so far apart in shared memory whether or not it has as many.
 constexpr int most_threads = 256;
@@ -86,6 +88,7 @@ struct Plan {
   bool vectorized = true;  // every octet is whole and 16-byte aligned
   int cluster = 1;
   int slots = 0;             // octets of each tensor that a thread has places for (one-pass)
+  int slots_a_stage = 0;     // that are awaited at once
   int tensors = 0;           // that are kept: input; or grad_out, input, residual (one-pass)
   double kept = 1;           // share of a slice that these are; the rest is read again (one-pass)
   double from_memory = 0;    // share of a slice that is read again and that L2 will not hold
@@ -97,7 +100,11 @@ struct Plan {
   // Octets of a run of channel_blocks.
   FASTBN_INLINE int64_t octets(const Layout& layout) const { return (layout.inner + octet - 1) / octet; }
 
-  FASTBN_INLINE int slots_a_stage() const { return (slots + copy_stages - 1) / copy_stages; }
+  void set_slots(int64_t count, int64_t element_size) {
+    const int64_t together = octets_together(element_size), unit = copy_stages * together;
+    slots = static_cast<int>(count);
+    slots_a_stage = static_cast<int>((count + unit - 1) / unit * together);
+  }
 
   // What the blocks of a slice share: rows, or the octets of all runs of a channel.
   FASTBN_INLINE int64_t places(const Layout& layout) const {
@@ -117,22 +124,6 @@ struct Share {
     end = begin + each < places ? begin + each : places;
   }
 };
-
-// Elements of one channel in a block's share.
-FASTBN_INLINE int64_t elements_of(const Plan& plan, const Layout& layout, int64_t split) {
-  const Share share(plan.places(layout), plan.splits, split);
-  if (share.begin == share.end) return 0;
-  if (plan.kernel == Kernel::row_blocks) {
-    const int64_t end = share.end * plan.fold;
-    return ((end < layout.outer ? end : layout.outer) - share.begin * plan.fold) * layout.inner;
-  }
-  const int64_t octets = plan.octets(layout);
-  const auto before = [&](int64_t place) {
-    const int64_t in_run = place % octets * octet;
-    return place / octets * layout.inner + (in_run < layout.inner ? in_run : layout.inner);
-  };
-  return before(share.end) - before(share.begin);
-}
 
 inline void add_traffic(const Request& request, Plan& plan) {
   const bool activated = request.activation != Activation::none;
@@ -170,7 +161,7 @@ inline void add_traffic(const Request& request, Plan& plan) {
 struct SharedMemory {
   int64_t totals = 0;
   int64_t votes = 0;    // a word a warp
-  int64_t scratch = 0;  // three numbers of each of the slice's channels: pivots of the sums, or an Affine
+  int64_t scratch = 0;  // four numbers of each of the slice's channels: what sums need of it, or its moments
   // Of one-pass plans:
   int64_t exchange = 0;      // the block's sums of each of its channels, for its cluster
   int64_t coefficients = 0;  // made from all sums while others may still read `exchange`
@@ -186,9 +177,9 @@ FASTBN_INLINE SharedMemory shared_memory_of(const Plan& plan, bool backward, int
   SharedMemory parts;
   parts.totals = 2 * (plan.kernel == Kernel::row_blocks ? octet : 1) * int64_t(most_threads) * 8;
   parts.votes = most_threads / 32 * 4;
-  parts.scratch = whole(channels * 3 * 8);
+  parts.scratch = channels * 4 * 8;
   if (is_one_pass(plan)) {
-    parts.exchange = plan.schedule == Schedule::resident ? whole(2 * channels * 24) : 0;
+    parts.exchange = plan.schedule == Schedule::resident ? 2 * channels * 16 : 0;
     parts.coefficients = whole(backward ? both : affine);
     parts.slab = int64_t(plan.slots) * plan.tensors * plan.threads * octet_bytes;
   }
@@ -274,7 +265,7 @@ inline bool keep_on_chip(const Request& request, Schedule schedule, int blocks, 
   plan.cluster = schedule == Schedule::resident ? blocks : 1;
   plan.groups = plan.slices;
   plan.tensors = request.direction == Direction::forward ? 1 : 2 + reads_residual;
-  plan.slots = static_cast<int>(std::min<int64_t>(slots, 1 << 20));
+  plan.set_slots(std::min<int64_t>(slots, 1 << 20), element_size(request.dtype));
   add_shared_bytes(request, plan);
   return plan.shared_bytes <= most_bytes;
 }
@@ -310,7 +301,8 @@ inline bool keep_part_on_grid(const Request& request, const DeviceLimits& limits
   const int64_t slot_bytes = int64_t(plan.tensors) * plan.threads * octet * bytes;
   const int64_t in_all = slots_for(request.layout, plan, blocks);
   const int64_t room = (most_bytes - (plan.shared_bytes - plan.slots * slot_bytes)) / slot_bytes;
-  plan.slots = static_cast<int>(room / copy_stages * copy_stages);  // whole stages, for they come round
+  const int64_t unit = copy_stages * octets_together(bytes);
+  plan.set_slots(room / unit * unit, bytes);  // whole stages, for they come round
   if (plan.slots <= 0 || in_all > (1 << 20)) return false;
   plan.groups = 1;
   plan.kept = double(plan.slots) / double(in_all);
@@ -322,35 +314,66 @@ inline bool keep_part_on_grid(const Request& request, const DeviceLimits& limits
   return plan.splits > 1;
 }
 
-// Microseconds that a plan may take: its traffic, at the bandwidth of the multiprocessors that have blocks, its
-// launches and its barriers. Only for choosing among plans; all constants are estimates for an H200.
-inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
-  constexpr double bytes_a_us = 4.3e6, us_a_launch = 2, us_a_barrier = 3, us_a_wave = 0.5, blocks_of_two_phases = 8;
-  constexpr double l2_cost = 0.5;  // of a byte from L2, in bytes from memory
-  // A block that has its multiprocessor to itself does not load while it sums and stores.
-  constexpr double alone = 0.8;
+// Of a slice of rows: memory hands out pairs of sectors. 256 x 401408 bfloat16 in backward: slices of 32 bytes
+// move 1.04 GB where 0.62 would do (H200, by counters).
+constexpr int64_t narrowest_bytes = 64;
+
+// Blocks of a one-pass plan that share a multiprocessor, and how often one makes room for the next.
+struct Occupancy {
+  double together, rounds;
+};
+
+inline Occupancy occupancy_of(const Request& request, const DeviceLimits& limits, const Plan& plan) {
   const double sms = limits.sm_count, blocks = double(plan.groups) * plan.splits;
-  const double from_l2 = (1 - plan.kept - plan.from_memory) * plan.tensors;
-  const double traffic = (plan.tensor_reads + plan.tensor_writes + l2_cost * from_l2) * double(request.layout.numel()) *
-                         double(element_size(request.dtype));
-  const double launches = us_a_launch * plan.launches;
   if (plan.schedule == Schedule::cooperative) {
-    const double together = std::ceil(blocks / sms), rounds = std::ceil(double(plan.slices) / double(plan.groups));
-    const double busy = blocks / (sms * together) * double(plan.slices) / (rounds * double(plan.groups));
-    // While one group waits, another that shares its multiprocessors loads and stores. One more barrier is the grid's.
-    const double waits = together > 1 && plan.groups > 1 ? 1 : rounds;
-    return traffic / (bytes_a_us * busy) + us_a_barrier * (waits + 1) + launches;
+    return {std::ceil(blocks / sms), std::ceil(double(plan.slices) / double(plan.groups))};
   }
-  const bool resident = plan.schedule == Schedule::resident;
   const bool backward = request.direction == Direction::backward;
   const int64_t most = blocks_together(int64_t(element_size(request.dtype)), plan.kernel, backward);
   const int64_t room = (limits.shared_bytes_per_block + reserved) / (plan.shared_bytes + reserved);
-  const double together = resident ? double(std::min(most, room)) : blocks_of_two_phases;
-  const double waves = std::ceil(blocks / (sms * together));
-  // Of the multiprocessors over all waves; a wave that leaves each one some block leaves none idle.
-  const double busy = std::min(1.0, blocks / (sms * (waves - 1 + 1 / together) * together));
-  const double starts = resident ? us_a_wave * (waves - 1) : 0;
-  return traffic / (bytes_a_us * busy * (resident && together < 2 ? alone : 1)) + starts + launches;
+  const double together = double(std::min(most, room));
+  // Clusters of four and more do not fill the groups of multiprocessors that they must lie in: an H200 takes 14 of 16
+  // blocks at a time, and 28 of 8, where it has 132 multiprocessors.
+  const double reached = plan.cluster <= 2 ? sms : std::max(1.0, std::floor(sms * 7 / 8 / plan.cluster)) * plan.cluster;
+  return {std::min(together, std::ceil(blocks / reached)), std::ceil(blocks / (reached * together))};
+}
+
+// Microseconds that a plan may take. Only for choosing among plans. The constants are fitted to the times of all plans
+// for 512 cases on an H200 (bench/results/h200-plans.csv): what they choose takes 1.03 times as long as the best plan,
+// as a geometric mean over the cases.
+inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
+  constexpr double bytes_a_us = 4.3e6, us_of_two_phases = 16, two_phases = 1.15;
+  constexpr double us_a_launch = 2, us_a_grid_barrier = 2.5;
+  // Of a slice: its barriers and all that is done once a channel; of a block of a cluster; of bringing together the
+  // sums of a channel's elements in a row; and of merging 256 sums of other blocks.
+  constexpr double us_a_slice[] = {4, 4.5}, us_a_cluster = 2, us_an_element = 0.003, us_of_merging = 0.18;
+  constexpr double us_a_kilobyte[] = {0.043, 0.052};  // that a multiprocessor moves, by kernel
+  // What a block that has its multiprocessor to itself, and rows that are read by pieces of 64 bytes, take longer.
+  constexpr double alone = 1.16, narrow = 1.3;
+  // Of slices that are kept in part.
+  constexpr double us_a_part = 14, part = 1.16, narrow_part = 1.35, l2_cost = 0.9;
+
+  const bool rows = plan.kernel == Kernel::row_blocks, cooperative = plan.schedule == Schedule::cooperative;
+  const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
+  const double tensor_us = double(request.layout.numel()) * double(element_size(request.dtype)) / bytes_a_us;
+  const double memory_us = (plan.tensor_reads + plan.tensor_writes) * tensor_us;
+  if (!is_one_pass(plan)) return us_of_two_phases + two_phases * memory_us;
+
+  const auto [together, rounds] = occupancy_of(request, limits, plan);
+  const double start = us_a_launch + (cooperative ? us_a_grid_barrier : 0);
+  const bool is_narrow = rows && request.layout.inner == 1 && plan.slices > 1 &&
+                         int64_t(plan.groups) * plan.lanes * octet_bytes <= narrowest_bytes;
+  if (plan.kept < 1) {
+    const double l2_us = plan.tensors * (1 - plan.kept - plan.from_memory) * tensor_us;
+    return start + rounds * us_a_part + part * (is_narrow ? narrow_part : 1) * memory_us + l2_cost * l2_us;
+  }
+  const double kilobytes =
+      1e-3 * plan.slots * plan.threads * double(octet_bytes) * (plan.tensors + plan.tensor_writes) * together;
+  double slice = us_a_slice[rows] + (plan.cluster > 1 ? us_a_cluster : 0) +
+                 kilobytes * us_a_kilobyte[rows] * (together == 1 && !rows ? alone : 1) * (is_narrow ? narrow : 1);
+  if (rows) slice += us_an_element * double(plan.fold * plan.lanes * octet) / plan.slice_channels;
+  if (cooperative) slice += us_of_merging * plan.splits * plan.slice_channels * together / 256;
+  return start + rounds * slice;
 }
 
 // The plan, among all slices and clusters or grids that fit on chip and this two-phase one, that is predicted to be the
@@ -365,20 +388,20 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
     const double us = predicted_us(request, limits, tried);
     if (us < best_us) best = tried, best_us = us;
   };
-  // A slice of rows is at most a cache line wide, for more is not more coalesced, and at least a sector, for less would
-  // read every byte more than once.
   const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
   const bool any_width = two_phase.kernel == Kernel::row_blocks && request.layout.inner == 1 && two_phase.fold == 1;
-  int least = two_phase.lanes, widest = two_phase.lanes;
-  while (any_width && least > 1 && least / 2 * octet_bytes >= 32) least /= 2;
-  while (any_width && widest > 1 && widest * octet_bytes > 128) widest /= 2;
+  int least = two_phase.lanes;
+  while (any_width && least > 1 && least / 2 * octet_bytes >= narrowest_bytes) least /= 2;
   const bool backward = request.direction == Direction::backward;
   const int most_together = !request.cooperative
                                 ? 0
                                 : std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)),
                                                                                  two_phase.kernel, backward));
+  // Keeping a part and reading the rest again takes 0.93 of the time of two phases in backward of half types (geometric
+  // mean of 38 cases on an H200), but 1.4 times that of float32, 1.2 with a residual, and 1.1 in forward with one.
+  const bool parts_pay = backward && element_size(request.dtype) == 2 && !request.residual && !request.masked;
   const auto for_each_slice = [&](auto use) {
-    for (int lanes = widest; lanes >= least && lanes >= 1; lanes /= 2) {
+    for (int lanes = two_phase.lanes; lanes >= least; lanes /= 2) {
       Plan sliced = two_phase;
       if (any_width) slice_rows(request.layout, lanes, sliced);
       use(sliced);
@@ -393,13 +416,8 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
     for (int together = 1; together <= most_together; ++together) {
       Plan tried = sliced;
       if (keep_on_grid(request, limits, together, tried)) consider(tried);
-    }
-  });
-  if (is_one_pass(best)) return best;
-  for_each_slice([&](const Plan& sliced) {
-    for (int together = 1; together <= most_together; ++together) {
-      Plan tried = sliced;
-      if (keep_part_on_grid(request, limits, together, tried)) consider(tried);
+      tried = sliced;
+      if (parts_pay && keep_part_on_grid(request, limits, together, tried)) consider(tried);
     }
   });
   return best;
@@ -415,8 +433,8 @@ inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
   Plan plan = choose_walk(request);
   plan.slices = std::max(plan.slices, 1);
   plan.groups = plan.slices;
-  // Estimate: eight blocks of 256 threads an SM hide the latency of a streaming kernel.
-  const int64_t wanted_blocks = int64_t(limits.sm_count) * 8;
+  // Of two-phase plans on a multiprocessor: as many as its registers hold, or two waves of that.
+  const int64_t wanted_blocks = int64_t(limits.sm_count) * (plan.kernel == Kernel::row_blocks ? 4 : 8);
   // Estimate: a split under four steps is not worth its block.
   const int64_t most_splits = std::clamp<int64_t>(slots_for(request.layout, plan, 1) / 4, 1, 1024);
   plan.splits = static_cast<int>(std::clamp<int64_t>(wanted_blocks / plan.slices, 1, most_splits));

@@ -61,6 +61,20 @@ FASTBN_INLINE float to_acc(float16 value) {
 #endif
 }
 
+// Of two half-precision elements in a word.
+template <class T>
+FASTBN_INLINE float lower_to_acc(uint32_t word) {
+  return to_acc(T{uint16_t(word)});
+}
+template <class T>
+FASTBN_INLINE float upper_to_acc(uint32_t word) {
+  return to_acc(T{uint16_t(word >> 16)});
+}
+template <>
+FASTBN_INLINE float upper_to_acc<bfloat16>(uint32_t word) {
+  return bit_cast<float>(word & 0xffff0000u);
+}
+
 template <class T, class A>
 FASTBN_INLINE T from_acc(A value) {
   return T(value);

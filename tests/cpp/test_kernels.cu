@@ -77,14 +77,15 @@ const Shape shapes[] = {
     {{5, 600, 1}, 64, 2, 1, 0, 2},
     // The same with places for a part: most octets, half of them, few; blocks and threads with fewer than others.
     {{300, 24, 1}, 32, 2, 0, 0, 1, 16},
-    {{300, 24, 1}, 32, 2, 1, 0, 1, 8},
-    {{300, 24, 1}, 32, 2, 0, 0, 1, 4},
-    {{101, 264, 1}, 64, 3, 0, 0, 1, 12},
-    {{101, 600, 1}, 64, 2, 0, 0, 2, 4},
-    {{101, 600, 1}, 64, 2, 0, 0, 1, 4},
-    {{500, 16, 1}, 32, 4, 0, 0, 1, 4},
-    {{45, 16, 49}, 64, 2, 0, 0, 1, 8},
-    {{2003, 3, 1}, 32, 3, 0, 0, 1, 8},
+    {{600, 24, 1}, 32, 2, 1, 0, 1, 16},
+    {{1200, 24, 1}, 32, 2, 0, 0, 1, 16},
+    {{101, 264, 1}, 64, 3, 0, 0, 1, 8},
+    {{101, 600, 1}, 64, 2, 0, 0, 2, 8},
+    {{101, 600, 1}, 32, 2, 0, 0, 1, 16},
+    {{1500, 16, 1}, 32, 4, 0, 0, 1, 16},
+    {{45, 16, 49}, 64, 2, 0, 0, 1, 16},
+    {{5003, 3, 1}, 32, 3, 0, 0, 1, 16},
+    {{4000, 3, 1}, 32, 3, 0, 0, 1, 16},
     // The planner's own cooperative grids: two groups; one; one that keeps a part.
     {.layout = {40, 2, 200}, .groups = 2, .sms = 4},
     {.layout = {600, 24, 1}, .groups = 1, .sms = 3},
@@ -128,7 +129,7 @@ Plan plan_of(const Shape& shape, bool masked) {
     if (shape.groups) plan.groups = std::min(shape.groups, plan.slices);
     if (shape.slots) {
       CHECK(shape.slots < plan.slots || masked);
-      plan.slots = shape.slots;
+      plan.set_slots(shape.slots, sizeof(T));
     }
   }
   return plan;

@@ -162,8 +162,6 @@ void copy_async16(void* shared, const void* global, const Location& where) {
   machine.current->copies.push_back({shared, global, machine.current->committed});
 }
 
-void copy_async16_last(void* shared, const void* global, const Location& where) { copy_async16(shared, global, where); }
-
 void copy_async_commit() { ++machine.current->committed; }
 
 }  // namespace fastbn::device

@@ -30,6 +30,7 @@ int cluster_blocks();
 
 void sync_block(const Location& where = Location::current());
 void sync_cluster(const Location& where = Location::current());
+inline void sync_cluster_after_reads(const Location& where = Location::current()) { sync_cluster(where); }
 void sync_grid(const Location& where = Location::current());
 void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where = Location::current());
 void thread_fence(const Location& where = Location::current());
@@ -100,13 +101,17 @@ void store16_streaming(T* to, const Vector16<T>& value, const Location& where = 
   store16(to, value, where);
 }
 
+template <class A>
+A max_or_nan(A a, A b) {
+  return a < b ? b : a;
+}
+
 template <class T>
 T anew(T value) {
   return value;
 }
 
 void copy_async16(void* shared, const void* global, const Location& where = Location::current());
-void copy_async16_last(void* shared, const void* global, const Location& where = Location::current());
 void copy_async_commit();
 
 template <int kPending>
@@ -117,7 +122,8 @@ void copy_async_wait() {
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t, std::type_identity_t<P>... params) {
   auto body = [&] { kernel(params...); };
-  return emulator::run(shape, [](void* argument) { (*static_cast<decltype(body)*>(argument))(); }, &body);
+  return emulator::run(
+      shape, [](void* argument) { (*static_cast<decltype(body)*>(argument))(); }, &body);
 }
 
 }  // namespace fastbn::device

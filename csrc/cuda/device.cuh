@@ -39,7 +39,7 @@ FASTBN_DEVICE T anew(T value) {
   return value;
 }
 
-// The larger of two, of which the second is a number; NaN where the first is.
+// The larger of two, of which the second is a number; NaN where the first is; of two zeros, +0.
 FASTBN_DEVICE float max_or_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float result;

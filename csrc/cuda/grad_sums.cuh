@@ -28,7 +28,8 @@ FASTBN_DEVICE float float_pivot_of(double mean, double inv_std) {
 
 template <class T>
 FASTBN_DEVICE SumCoefficients<T> sum_coefficients(const BackwardParams& params, int64_t channel) {
-  return {affine_of<acc_t<T>>(params, channel), float_pivot_of(params.mean[channel], params.inv_std[channel])};
+  const float pivot = SumCoefficients<T>::has_pivot ? float_pivot_of(params.mean[channel], params.inv_std[channel]) : 0;
+  return {affine_of<acc_t<T>>(params, channel), pivot};
 }
 
 FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel) {

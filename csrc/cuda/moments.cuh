@@ -12,19 +12,25 @@
 
 namespace fastbn::cuda {
 
-// The median of a channel's first, middle and last element: an outlier only where two of them are. One that is inf or
-// NaN counts as 0, for about it every sum would be NaN.
+// The median of five elements of a channel, spread over it and off its ends: an outlier only where three of them are.
+// One that is inf or NaN counts as 0, for about it every sum would be NaN.
 FASTBN_DEVICE double pivot_of(const ForwardParams& params, int64_t channel) {
+  constexpr int samples = 5;
   const Layout& layout = params.layout;
   if (layout.numel() == 0) return 0;
   const ChannelVector input{const_cast<void*>(params.input), params.dtype};
-  const auto at = [&](int64_t outer, int64_t inner) {
+  double x[samples];
+  FASTBN_UNROLL
+  for (int i = 0; i < samples; ++i) {
+    const int64_t outer = layout.outer * (2 * i + 1) / (2 * samples),
+                  inner = layout.inner * (2 * i + 1) / (2 * samples);
     const double value = input.load((outer * layout.channels + channel) * layout.inner + inner);
-    return value - value == 0 ? value : 0.0;
-  };
-  const double a = at(0, 0), b = at(layout.outer / 2, layout.inner / 2), c = at(layout.outer - 1, layout.inner - 1);
-  const double low = a < b ? a : b, high = a < b ? b : a;
-  return c < low ? low : c < high ? c : high;
+    x[i] = value - value == 0 ? value : 0;
+  }
+  const auto least = [](double a, double b) { return a < b ? a : b; };
+  const auto most = [](double a, double b) { return a < b ? b : a; };
+  const double low = most(least(x[0], x[1]), least(x[2], x[3])), high = least(most(x[0], x[1]), most(x[2], x[3]));
+  return most(least(low, high), least(most(low, high), x[4]));
 }
 
 FASTBN_DEVICE Moments moments_of(const Layout& layout, double pivot, const Sums& sums) {

@@ -26,8 +26,6 @@ class Normalize {
         least_(params.activation == Activation::relu ? A(0) : -INFINITY),
         vectorized_(plan.vectorized) {}
 
-  FASTBN_DEVICE Activation activation() const { return activation_; }
-
   FASTBN_DEVICE Octet<T> load_residual(const Step& step) const {
     Octet<T> residual;  // which stays what it is, and is not used, where there is none
     if (residual_) residual = load_octet<whole>(residual_ + step.offset, step.count, vectorized_);

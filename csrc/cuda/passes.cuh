@@ -59,10 +59,12 @@ cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run ru
 inline bool is_runnable(const Plan& plan, const Layout& layout) {
   const bool threads = plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
   const bool rows = plan.kernel == Kernel::channel_blocks || plan.width == plan.fold * layout.channels * layout.inner;
-  // Places that come round do so in whole stages.
-  const bool places =
-      !is_one_pass(plan) || plan.slots >= slots_for(layout, plan, plan.splits) ||
-      (plan.kernel == Kernel::row_blocks && plan.slots > 0 && plan.slots == copy_stages * plan.slots_a_stage);
+  // Places that come round do so in whole stages, and threads take octets of a stage side by side.
+  const bool all_kept = plan.slots >= slots_for(layout, plan, plan.splits);
+  const bool stages =
+      plan.slots > 0 && plan.slots <= copy_stages * plan.slots_a_stage &&
+      (all_kept || (plan.kernel == Kernel::row_blocks && plan.slots == copy_stages * plan.slots_a_stage));
+  const bool places = !is_one_pass(plan) || stages;
   return threads && rows && places && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
 }
 

@@ -9,9 +9,9 @@
 namespace fastbn::cuda {
 
 // Octets between promotions of a running sum to double, which bound its error however large the tensor. The elements of
-// half types are rounded so much more than their sums that these may take longer.
+// half types are rounded so much more than their sums that these may take longer, and float64 needs none.
 template <class T>
-constexpr int octets_a_promotion = sizeof(T) == 2 ? 64 : 8;
+constexpr int octets_a_promotion = sizeof(T) == sizeof(float) ? 8 : 64;
 
 // n sums of type A; each of the eight terms of an octet has a running sum of its own, and they are all of the only sum
 // or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, most_threads apart: in

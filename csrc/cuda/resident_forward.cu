@@ -9,11 +9,13 @@
 namespace fastbn::cuda {
 namespace {
 
-// Of a channel of the slice, loaded while its elements are on their way. Its moments take its place.
-struct Prepared {
-  double pivot, weight, bias;
+// What is known of a channel of the slice: what was loaded while its elements were on their way, then its moments.
+union Channel {
+  struct {
+    double pivot, weight, bias;
+  } prepared;
+  Moments moments;
 };
-static_assert(sizeof(Prepared) == sizeof(Moments));
 
 template <class T, class Walk>
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false)))
@@ -34,14 +36,13 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
 
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
     const ReduceMemory<Walk::channels> memory;
-    auto* const prepared = static_cast<Prepared*>(memory.scratch);
-    auto* const merged = static_cast<Moments*>(memory.scratch);
+    auto* const known = static_cast<Channel*>(memory.scratch);
     for_each_own_channel(walk, [&](int channel, int64_t c) {
-      prepared[channel] = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
+      known[channel].prepared = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
     });
     device::sync_block();
     A pivot[Walk::channels];
-    walk.for_each_channel([&](int i, int channel) { pivot[i] = A(prepared[channel].pivot); });
+    walk.for_each_channel([&](int i, int channel) { pivot[i] = A(known[channel].prepared.pivot); });
 
     block_moments<T>(
         walk, memory, pivot,
@@ -66,15 +67,16 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
       const Sums sums = rendezvous.merged(channel, lane, team);
       if (!exists || lane != 0) return;
-      const auto [pivot, weight, bias] = prepared[channel];
+      const auto [pivot, weight, bias] = known[channel].prepared;
       const Moments moments = moments_of(params.layout, pivot, sums);
       coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps), weight, bias);
-      merged[channel] = moments;
+      known[channel].moments = moments;
     });
     device::sync_block();
     if (rendezvous.leads()) {
-      for_each_own_channel(
-          walk, [&](int channel, int64_t c) { save_statistics(params, c, merged[channel], device::anew(batch)); });
+      for_each_own_channel(walk, [&](int channel, int64_t c) {
+        save_statistics(params, c, known[channel].moments, device::anew(batch));
+      });
     }
     Affine<A> affine[Walk::channels];
     take_coefficients(walk, coefficients, affine);

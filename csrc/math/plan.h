@@ -20,15 +20,20 @@ struct DeviceLimits {
   int64_t shared_bytes_per_block;
   int max_cluster;
   int64_t l2_bytes;
-  int most_together = 2;  // blocks of a cooperative plan on one multiprocessor
+  double bytes_a_us = 4.3e6;  // that a copy moves, read and written; an H200's where a device does not tell
+  int grid_sms = 0;           // multiprocessors that a cooperative plan may count on; 0: all
+  int most_together = 2;      // blocks of it on one multiprocessor
+
+  int sms_of_grid() const { return grid_sms > 0 && grid_sms < sm_count ? grid_sms : sm_count; }
 };
 
-// From NVIDIA's data sheets and programming guide; at run time the device itself is asked.
+// From NVIDIA's data sheets and programming guide, with 7/8 of the bandwidth, which is what a copy reaches on an H200;
+// at run time the device itself is asked.
 inline constexpr DeviceLimits known_devices[] = {
-    {"a100", 108, 166912, 1, int64_t(40) << 20},
-    {"h100", 132, 232448, 16, int64_t(50) << 20},
-    {"h200", 132, 232448, 16, int64_t(60) << 20},
-    {"b200", 148, 232448, 16, int64_t(126) << 20},
+    {"a100", 108, 166912, 1, int64_t(40) << 20, 1.36e6},
+    {"h100", 132, 232448, 16, int64_t(50) << 20, 2.93e6},
+    {"h200", 132, 232448, 16, int64_t(60) << 20, 4.3e6},
+    {"b200", 148, 232448, 16, int64_t(126) << 20, 7e6},
 };
 
 enum class Direction { forward, eval, backward, frozen_backward };
@@ -276,7 +281,7 @@ constexpr int64_t reserved = 1024;  // of a block's shared memory, by the system
 // whether there is one.
 inline bool keep_on_grid(const Request& request, const DeviceLimits& limits, int together, Plan& plan) {
   const int64_t most_bytes = (limits.shared_bytes_per_block + reserved) / together - reserved;
-  const int blocks = limits.sm_count * together;
+  const int blocks = limits.sms_of_grid() * together;
   keep_on_chip(request, Schedule::cooperative, blocks, most_bytes, plan);
   const int64_t slot_bytes = int64_t(plan.tensors) * plan.threads * octet * int64_t(element_size(request.dtype));
   const int64_t slots = (most_bytes - (plan.shared_bytes - plan.slots * slot_bytes)) / slot_bytes;
@@ -295,7 +300,7 @@ inline bool keep_on_grid(const Request& request, const DeviceLimits& limits, int
 inline bool keep_part_on_grid(const Request& request, const DeviceLimits& limits, int together, Plan& plan) {
   if (plan.kernel != Kernel::row_blocks) return false;
   const int64_t most_bytes = (limits.shared_bytes_per_block + reserved) / together - reserved;
-  const int blocks = limits.sm_count * together;
+  const int blocks = limits.sms_of_grid() * together;
   if (keep_on_chip(request, Schedule::cooperative, blocks, most_bytes, plan)) return false;
   const int64_t bytes = int64_t(element_size(request.dtype));
   const int64_t slot_bytes = int64_t(plan.tensors) * plan.threads * octet * bytes;
@@ -326,7 +331,7 @@ struct Occupancy {
 inline Occupancy occupancy_of(const Request& request, const DeviceLimits& limits, const Plan& plan) {
   const double sms = limits.sm_count, blocks = double(plan.groups) * plan.splits;
   if (plan.schedule == Schedule::cooperative) {
-    return {std::ceil(blocks / sms), std::ceil(double(plan.slices) / double(plan.groups))};
+    return {std::ceil(blocks / limits.sms_of_grid()), std::ceil(double(plan.slices) / double(plan.groups))};
   }
   const bool backward = request.direction == Direction::backward;
   const int64_t most = blocks_together(int64_t(element_size(request.dtype)), plan.kernel, backward);
@@ -342,12 +347,13 @@ inline Occupancy occupancy_of(const Request& request, const DeviceLimits& limits
 // for 512 cases on an H200 (bench/results/h200-plans.csv): what they choose takes 1.03 times as long as the best plan,
 // as a geometric mean over the cases.
 inline double predicted_us(const Request& request, const DeviceLimits& limits, const Plan& plan) {
-  constexpr double bytes_a_us = 4.3e6, us_of_two_phases = 16, two_phases = 1.15;
+  constexpr double us_of_two_phases = 16, two_phases = 1.15;
   constexpr double us_a_launch = 2, us_a_grid_barrier = 2.5;
   // Of a slice: its barriers and all that is done once a channel; of a block of a cluster; of bringing together the
   // sums of a channel's elements in a row; and of merging 256 sums of other blocks.
   constexpr double us_a_slice[] = {4, 4.5}, us_a_cluster = 2, us_an_element = 0.003, us_of_merging = 0.18;
-  constexpr double us_a_kilobyte[] = {0.043, 0.052};  // that a multiprocessor moves, by kernel
+  // That a multiprocessor moves, by kernel; estimate: where memory is slower, not much faster than that.
+  constexpr double us_a_kilobyte[] = {0.043, 0.052}, at_least = 1.1;
   // What a block that has its multiprocessor to itself, and rows that are read by pieces of 64 bytes, take longer.
   constexpr double alone = 1.16, narrow = 1.3;
   // Of slices that are kept in part.
@@ -355,7 +361,7 @@ inline double predicted_us(const Request& request, const DeviceLimits& limits, c
 
   const bool rows = plan.kernel == Kernel::row_blocks, cooperative = plan.schedule == Schedule::cooperative;
   const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
-  const double tensor_us = double(request.layout.numel()) * double(element_size(request.dtype)) / bytes_a_us;
+  const double tensor_us = double(request.layout.numel()) * double(element_size(request.dtype)) / limits.bytes_a_us;
   const double memory_us = (plan.tensor_reads + plan.tensor_writes) * tensor_us;
   if (!is_one_pass(plan)) return us_of_two_phases + two_phases * memory_us;
 
@@ -369,15 +375,17 @@ inline double predicted_us(const Request& request, const DeviceLimits& limits, c
   }
   const double kilobytes =
       1e-3 * plan.slots * plan.threads * double(octet_bytes) * (plan.tensors + plan.tensor_writes) * together;
+  const double us_of_memory = 1e3 * limits.sm_count / limits.bytes_a_us;  // a kilobyte's, if all have work
   double slice = us_a_slice[rows] + (plan.cluster > 1 ? us_a_cluster : 0) +
-                 kilobytes * us_a_kilobyte[rows] * (together == 1 && !rows ? alone : 1) * (is_narrow ? narrow : 1);
+                 kilobytes * std::max(us_a_kilobyte[rows], at_least * us_of_memory) *
+                     (together == 1 && !rows ? alone : 1) * (is_narrow ? narrow : 1);
   if (rows) slice += us_an_element * double(plan.fold * plan.lanes * octet) / plan.slice_channels;
   if (cooperative) slice += us_of_merging * plan.splits * plan.slice_channels * together / 256;
   return start + rounds * slice;
 }
 
-// The plan, among all slices and clusters or grids that fit on chip and this two-phase one, that is predicted to be the
-// fastest; of equals the one with the widest slice and the smallest cluster. Where none fits, a part may be kept.
+// The plan, among all slices, clusters and grids that fit on chip, grids that keep a part, and this two-phase one, that
+// is predicted to be the fastest; of equals the one with the widest slice and the smallest cluster.
 inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
   const bool sums = request.direction == Direction::forward || request.direction == Direction::backward;
   if (!sums || !request.fused || request.layout.numel() == 0) return two_phase;

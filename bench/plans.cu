@@ -52,7 +52,7 @@ std::vector<Layout> make_layouts() {
   return layouts;
 }
 
-// All that `fastest` compares, and two-phase plans with other numbers of blocks.
+// All one-pass plans, and two-phase plans with several numbers of blocks.
 std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
   Request request = given;
   if (request.direction == Direction::forward) {  // as choose_plan has it
@@ -73,28 +73,7 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
     add_shared_bytes(request, plan);
     keep(plan);
   }
-  const bool any_width = walk.kernel == Kernel::row_blocks && request.layout.inner == 1 && walk.fold == 1;
-  const bool backward = request.direction == Direction::backward;
-  const int together =
-      std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)), walk.kernel, backward));
-  const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
-  for (int lanes = walk.lanes; lanes == walk.lanes || (any_width && lanes * octet_bytes >= narrowest_bytes);
-       lanes /= 2) {
-    Plan sliced = walk;
-    if (any_width) slice_rows(request.layout, lanes, sliced);
-    for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
-      Plan plan = sliced;
-      if (keep_on_chip(request, Schedule::resident, cluster, limits.shared_bytes_per_block, plan)) keep(plan);
-      if (plan.slots == 1) break;
-    }
-    for (int blocks = 1; blocks <= together; ++blocks) {
-      Plan plan = sliced;
-      if (keep_on_grid(request, limits, blocks, plan)) keep(plan);
-      plan = sliced;
-      if (keep_part_on_grid(request, limits, blocks, plan)) keep(plan);
-    }
-    if (lanes == 1) break;
-  }
+  for_each_one_pass_plan(request, limits, walk, true, keep);
   return plans;
 }
 

@@ -6,7 +6,7 @@ from fastbn import _C
 
 
 def set_max_sms(count: int | None) -> None:
-    """Plan for at most `count` multiprocessors of a GPU, or for all of them with None, which is how it begins.
+    """Let cooperative plans take at most `count` multiprocessors of a GPU, or all with None, which is how it begins.
 
     A cooperative plan holds the multiprocessors that it has until it is done; with fewer of them, communication (NCCL)
     can run at the same time. Holds for the process, from the next call on; `explain` plans by it too. Results may

@@ -160,7 +160,7 @@ def test_gpus_that_a_build_runs_on(capability, architectures, expected):
 def test_explain_names_the_largest_shared_memory_of_the_launches():
     plan = fastbn.explain(_meta(128, 3, 1024, 1024), device="h200")
     assert plan.kernel == "channel_blocks"
-    # Two totals of each thread's channel, a vote a warp, and three numbers of the channel in multiples of 16 bytes.
+    # Two totals of each thread's channel, a vote a warp, and four numbers of the channel.
     assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 32
 
 

@@ -118,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_limits", &device_limits, "The limits of a CUDA device that is here, by its index.");
   m.def(
       "set_max_sms", [](std::optional<int> count) { max_sms = count.value_or(std::numeric_limits<int>::max()); },
-      "Plans count on at most so many multiprocessors; None for all.", py::arg("count").none(true));
+      "Cooperative plans count on at most so many multiprocessors; None for all.", py::arg("count").none(true));
   m.def("plan", &plan, "The CUDA plan for a tensor's sizes and strides; traffic in units of one activation tensor.",
         py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),
         py::arg("activation"), py::arg("residual"), py::arg("aligned"), py::arg("limits"));

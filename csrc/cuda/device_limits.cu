@@ -27,7 +27,7 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   if (error != cudaSuccess) return error;
   // Two transfers a clock; 7/8 of that is what a copy reaches on an H200. Not all devices tell.
   const double kilohertz = attribute(cudaDevAttrMemoryClockRate), bits = attribute(cudaDevAttrGlobalMemoryBusWidth);
-  if (error != cudaSuccess) error = cudaGetLastError(), error = cudaSuccess;
+  if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
   if (kilohertz * bits > 0) asked.bytes_a_us = kilohertz * 1e-3 * 2 * bits / 8 * 7 / 8;
   asked.max_cluster = device::largest_cluster(&probe_kernel, most_threads, asked.shared_bytes_per_block);
   *limits = asked;

@@ -384,49 +384,48 @@ inline double predicted_us(const Request& request, const DeviceLimits& limits, c
   return start + rounds * slice;
 }
 
-// The plan, among all slices, clusters and grids that fit on chip, grids that keep a part, and this two-phase one, that
-// is predicted to be the fastest; of equals the one with the widest slice and the smallest cluster.
-inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
-  const bool sums = request.direction == Direction::forward || request.direction == Direction::backward;
-  if (!sums || !request.fused || request.layout.numel() == 0) return two_phase;
-  Plan best = two_phase;
-  double best_us = predicted_us(request, limits, best);
-  const auto consider = [&](Plan tried) {
-    add_traffic(request, tried);
-    const double us = predicted_us(request, limits, tried);
-    if (us < best_us) best = tried, best_us = us;
-  };
-  const int64_t octet_bytes = octet * int64_t(element_size(request.dtype));
-  const bool any_width = two_phase.kernel == Kernel::row_blocks && request.layout.inner == 1 && two_phase.fold == 1;
-  int least = two_phase.lanes;
-  while (any_width && least > 1 && least / 2 * octet_bytes >= narrowest_bytes) least /= 2;
+// Calls use(plan) for the one-pass plans of a walk: all slices, clusters and grids that fit on chip, and with `parts`
+// also grids that keep a part; the widest slices and the smallest clusters first. Their traffic is not counted yet.
+template <class Use>
+void for_each_one_pass_plan(const Request& request, const DeviceLimits& limits, const Plan& walk, bool parts, Use use) {
+  const int64_t bytes = int64_t(element_size(request.dtype));
+  const bool any_width = walk.kernel == Kernel::row_blocks && request.layout.inner == 1 && walk.fold == 1;
+  int least = walk.lanes;
+  while (any_width && least > 1 && least / 2 * octet * bytes >= narrowest_bytes) least /= 2;
   const bool backward = request.direction == Direction::backward;
-  const int most_together = !request.cooperative
-                                ? 0
-                                : std::min(limits.most_together, blocks_together(int64_t(element_size(request.dtype)),
-                                                                                 two_phase.kernel, backward));
-  // Keeping a part and reading the rest again takes 0.93 of the time of two phases in backward of half types (geometric
-  // mean of 38 cases on an H200), but 1.4 times that of float32, 1.2 with a residual, and 1.1 in forward with one.
-  const bool parts_pay = backward && element_size(request.dtype) == 2 && !request.residual && !request.masked;
-  const auto for_each_slice = [&](auto use) {
-    for (int lanes = two_phase.lanes; lanes >= least; lanes /= 2) {
-      Plan sliced = two_phase;
-      if (any_width) slice_rows(request.layout, lanes, sliced);
-      use(sliced);
-    }
-  };
-  for_each_slice([&](const Plan& sliced) {
+  const int most_together =
+      request.cooperative ? std::min(limits.most_together, blocks_together(bytes, walk.kernel, backward)) : 0;
+  for (int lanes = walk.lanes; lanes >= least; lanes /= 2) {
+    Plan sliced = walk;
+    if (any_width) slice_rows(request.layout, lanes, sliced);
     for (int cluster = 1; cluster <= limits.max_cluster; cluster *= 2) {
       Plan tried = sliced;
-      if (keep_on_chip(request, Schedule::resident, cluster, limits.shared_bytes_per_block, tried)) consider(tried);
+      if (keep_on_chip(request, Schedule::resident, cluster, limits.shared_bytes_per_block, tried)) use(tried);
       if (tried.slots == 1) break;
     }
     for (int together = 1; together <= most_together; ++together) {
       Plan tried = sliced;
-      if (keep_on_grid(request, limits, together, tried)) consider(tried);
+      if (keep_on_grid(request, limits, together, tried)) use(tried);
       tried = sliced;
-      if (parts_pay && keep_part_on_grid(request, limits, together, tried)) consider(tried);
+      if (parts && keep_part_on_grid(request, limits, together, tried)) use(tried);
     }
+  }
+}
+
+// The plan, among the one-pass plans and this two-phase one, that is predicted to be the fastest; of equals the first.
+inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
+  const bool sums = request.direction == Direction::forward || request.direction == Direction::backward;
+  if (!sums || !request.fused || request.layout.numel() == 0) return two_phase;
+  // Keeping a part and reading the rest again takes 0.93 of the time of two phases in backward of half types (geometric
+  // mean of 38 cases on an H200), but 1.4 times that of float32, 1.2 with a residual, and 1.1 in forward with one.
+  const bool parts_pay = request.direction == Direction::backward && element_size(request.dtype) == 2 &&
+                         !request.residual && !request.masked;
+  Plan best = two_phase;
+  double best_us = predicted_us(request, limits, best);
+  for_each_one_pass_plan(request, limits, two_phase, parts_pay, [&](Plan tried) {
+    add_traffic(request, tried);
+    const double us = predicted_us(request, limits, tried);
+    if (us < best_us) best = tried, best_us = us;
   });
   return best;
 }

@@ -62,7 +62,7 @@ def explain(
     index = activation_index(activation)
     limits = None if device is None else _C.named_device(device)
     reason = _ops.why_torch_must_see(input) or _ops.why_unsupported(
-        input, *_statistics(input, training), None, None, None, training, eps=1e-5
+        input, *_statistics(input, training), None, None, None, training, momentum=0.1, eps=1e-5
     )
     if reason is not None:
         backend = None

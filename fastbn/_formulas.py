@@ -92,22 +92,33 @@ def runs_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple
     return False, outer * channels, inner
 
 
+def mask_shape(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
+    """[rows, ceil(C / 8)] where a run goes over the channels, else [N, C, ceil(run / 8)]: it tells the layout."""
+    over_channels, runs, run = runs_of(shape, memory_format)
+    width = (run + 7) // 8
+    if over_channels:
+        return runs, width
+    return (1, 1, width) if shape[1] == 1 else (shape[0], shape[1], width)
+
+
 def pack_mask(upper: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Bits of a bool tensor (N, C, *): uint8 [runs, ceil(run / 8)], element i of a run in bit i % 8 of byte i / 8."""
-    over_channels, runs, run = runs_of(tuple(upper.shape), memory_format)
+    """Bits of a bool tensor (N, C, *): uint8 of `mask_shape`, element i of a run in bit i % 8 of byte i / 8."""
+    shape = tuple(upper.shape)
+    over_channels, runs, run = runs_of(shape, memory_format)
     bits = (upper.movedim(1, -1) if over_channels else upper).reshape(runs, run)
     width = (run + 7) // 8
     bits = F.pad(bits.to(torch.uint8), (0, width * 8 - run)).view(runs, width, 8)
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=upper.device)
-    return (bits * weights).sum(-1, dtype=torch.uint8)
+    return (bits * weights).sum(-1, dtype=torch.uint8).view(mask_shape(shape, memory_format))
 
 
-def unpack_mask(mask: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
-    """The inverse of `pack_mask`: bool of the shape given."""
+def unpack_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_mask`: bool of the shape given, whatever memory format it was packed in."""
     shape = tuple(shape)
-    over_channels, _, run = runs_of(shape, memory_format)
+    over_channels = mask.dim() == 2
+    run = shape[1] if over_channels else math.prod(shape) // math.prod(mask.shape[:2]) if mask.numel() else 0
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :run].bool()
+    bits = ((mask.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :run].bool()
     if over_channels:
         return bits.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return bits.reshape(shape)
@@ -195,7 +206,7 @@ def backward_formula(
     here, so that derivatives of the result know how they depend on x. `mask` is a constant. The gradients of input and
     residual have the dtype of x, those of weight and bias the dtype of weight (else bias, else x).
     """
-    upper = None if mask is None else unpack_mask(mask, x.shape, suggest_memory_format(x))
+    upper = None if mask is None else unpack_mask(mask, x.shape)
     g, x_, r = grad_out.to(dtype), x.to(dtype), None if residual is None else residual.to(dtype)
     w, b = (None if t is None else t.to(dtype) for t in (weight, bias))
     batch_stats = mean is None

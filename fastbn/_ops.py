@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastbn import _formulas, reference
@@ -93,21 +96,36 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     return False
 
 
-def why_torch_must_see(input: Tensor) -> str | None:
-    """Why torch's own batch_norm has to run, whatever the kernels could do: something looks through it."""
+def why_torch_must_see(input: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why torch's own batch_norm has to run, whatever the kernels could do: something looks through it, or refuses it.
+
+    tensors: the other operands, residual and num_batches_tracked included.
+    """
     # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
     if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "functorch transforms differentiate and batch torch's own batch_norm"
     if forward_ad._current_level >= 0:
         return "forward-mode AD has its formula for torch's own batch_norm"
-    if not torch.compiler.is_compiling() and input.is_inference() and torch.is_grad_enabled():
-        return "inference tensors cannot be saved for backward, which torch says before it moves the buffers"
+    if has_torch_function_variadic(input, *tensors) and _is_overridden(input, *tensors):
+        return "a __torch_function__ override knows torch.nn.functional.batch_norm"
+    if not torch.compiler.is_compiling():
+        for tensor in (input, *tensors):
+            if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                return "torch says before it moves the buffers that it cannot save or update inference tensors"
     if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
     # Not is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles.
     if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
     return None
+
+
+def _is_overridden(*tensors: Tensor | None) -> bool:
+    """Whether a subclass or a mode may implement batch_norm. torch.set_default_device is a mode too, and does not."""
+    plain = Tensor.__torch_function__, Parameter.__torch_function__
+    if any(type(t).__torch_function__ not in plain for t in tensors if t is not None):
+        return True
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def saves_mask(backend: str, input: Tensor) -> bool:
@@ -136,18 +154,31 @@ def why_unsupported(
     bias: Tensor | None,
     num_batches_tracked: Tensor | None,
     training: bool,
+    momentum: float | None,
     eps: float,
 ) -> str | None:
     """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
     return why_refused(
         input, running_mean, running_var, weight, bias, num_batches_tracked if training else None
-    ) or why_left_to_torch(input, running_mean, running_var, training, eps)
+    ) or why_left_to_torch(input, running_mean, running_var, training, momentum, eps)
 
 
 def why_left_to_torch(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
 ) -> str | None:
     """The part of `why_unsupported` that the ops do not refuse themselves."""
+    numbers = float, int
+    if (
+        type(training) is not bool
+        or not isinstance(eps, numbers)
+        or not (momentum is None or isinstance(momentum, numbers))
+    ):
+        return "training is not a bool, or momentum or eps no Python number"
     if not eps > 0:
         return "eps is not positive"
     if running_mean is None or running_var is None:
@@ -215,8 +246,8 @@ def _output(input: Tensor) -> Tensor:
 def _mask(input: Tensor, activation: int, wanted: bool) -> Tensor:
     if not (wanted and is_piecewise_linear(activation)):
         return input.new_empty(0, dtype=torch.uint8)
-    _, runs, run = _formulas.runs_of(tuple(input.shape), _formulas.suggest_memory_format(input))
-    return input.new_empty(runs, (run + 7) // 8, dtype=torch.uint8)
+    shape = _formulas.mask_shape(tuple(input.shape), _formulas.suggest_memory_format(input))
+    return input.new_empty(shape, dtype=torch.uint8)
 
 
 def _check_devices(input: Tensor, *tensors: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fastbn import _formulas, _ops
 from fastbn._activations import is_piecewise_linear
@@ -68,30 +69,41 @@ class BatchNormFunction(torch.autograd.Function):
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked
         needs_input_data = batch_stats or recomputes or ctx.needs_input_grad[2]
-        ctx.save_for_backward(
+        operands = (
             input if needs_input_data else None,
             residual if recomputes else None,
+            mask if masked else None,
             weight,
             bias if recomputes else None,
             mean,
             inv_std,
-            mask if masked else None,
         )
+        # Tensors alone: what walks a graph takes saved_tensors for tensors.
+        ctx.save_for_backward(*[t for t in operands if t is not None])
+        ctx.is_saved = [t is not None for t in operands]
         ctx.options = batch_stats, eps, activation, backend
-        ctx.memory_format = None if needs_input_data else _formulas.suggest_memory_format(input)
+        # Hooks on saved tensors may give back other strides. The traced shapes of a compiled graph do not ask.
+        compiling = torch.compiler.is_compiling()
+        ctx.strides = None if compiling or not needs_input_data or input.is_contiguous() else input.stride()
+        ctx.input = None if needs_input_data else (input.shape, input.dtype, _formulas.suggest_memory_format(input))
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        input, residual, weight, bias, mean, inv_std, mask = ctx.saved_tensors
+        saved = iter(ctx.saved_tensors)
+        operands = [next(saved) if is_saved else None for is_saved in ctx.is_saved]
+        input, residual, mask, weight, bias, mean, inv_std = operands
         need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
         batch_stats, eps, activation, backend = ctx.options
-        if input is None:  # only its shape and format matter
-            input = grad_out.detach().contiguous(memory_format=ctx.memory_format)
+        differentiable = torch.is_grad_enabled()
+        if input is None:
+            input = _stand_in(grad_out, *ctx.input, differentiable)
+        elif not torch.compiler.is_compiling():
+            input = _with_strides(input, ctx.strides)
         if weight is None and bias is None and ctx.bias_dtype is not None:  # only its dtype matters: its gradient's
             bias = mean.new_empty(mean.shape, dtype=ctx.bias_dtype)
-        if torch.is_grad_enabled():
+        if differentiable:
             stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
             grads = _differentiable_backward(grad_out, input, residual, mask, weight, bias, activation, stats)
         else:
@@ -137,6 +149,25 @@ def _apply(input, residual, weight, bias, rest) -> Tensor:
     # What left a functorch transform that is over.
     tensors = [t if t is None else _unwrap_if_dead(t) for t in (input, residual, weight, bias)]
     return _apply_below_transforms(*tensors, rest)
+
+
+def _with_strides(saved: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """A saved input with the strides of forward (None: contiguous), or at least in their memory format."""
+    if saved.is_contiguous() if strides is None else saved.stride() == strides:
+        return saved
+    if strides is None:
+        return saved.contiguous()
+    forward = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")
+    return saved.contiguous(memory_format=_formulas.suggest_memory_format(forward))
+
+
+def _stand_in(grad_out: Tensor, shape, dtype, memory_format, differentiable: bool) -> Tensor:
+    """In the place of an input of which only shape, dtype and format matter: grad_out, which costs no memory."""
+    if differentiable:  # not a second use of grad_out
+        return torch.zeros((), dtype=dtype, device=grad_out.device).expand(shape)
+    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad_out):
+        return grad_out  # is_grads_batched: its strides cannot be asked for, and are not those that the op gets
+    return grad_out.contiguous(memory_format=memory_format)
 
 
 def _differentiable_backward(grad_out, input, residual, mask, weight, bias, activation, stats):

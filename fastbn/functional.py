@@ -50,7 +50,9 @@ def batch_norm(
     operands = (input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps, index)
     if backend is None and type(input) is Tensor and not torch.compiler.is_compiling():
         # The ops look at every operand anyway: asking first, why they would refuse, takes 3 us.
-        reason = _ops.why_torch_must_see(input) or _ops.why_left_to_torch(input, *statistics, training, eps)
+        reason = _ops.why_torch_must_see(*operands[:7]) or _ops.why_left_to_torch(
+            input, *statistics, training, momentum, eps
+        )
         if reason is None:
             backend = _ops.backend_of(input)
         if backend is not None:
@@ -60,18 +62,16 @@ def batch_norm(
                 if _ops.why_refused(input, *statistics, weight, bias, num_batches_tracked) is None:
                     raise
         return _torch_batch_norm(*operands)
-    tensors = (input, *statistics, weight, bias, num_batches_tracked)
+    tensors, numbers = (input, *statistics, weight, bias, num_batches_tracked), (training, momentum, eps)
     if backend is None:
-        backend = _choose_backend(*tensors, training, eps)
+        backend = "torch" if _ops.why_torch_must_see(*operands[:7]) else _choose_backend(*tensors, *numbers)
     elif backend != "torch":
-        _check_backend(backend, *tensors, training, eps)
+        _check_backend(backend, *tensors, *numbers)
     return _torch_batch_norm(*operands) if backend == "torch" else autograd.batch_norm(*operands, backend)
 
 
 def _choose_backend(input, *rest) -> str:
-    if _ops.why_torch_must_see(input) is not None or _ops.why_unsupported(input, *rest) is not None:
-        return "torch"
-    return _ops.backend_of(input) or "torch"
+    return "torch" if _ops.why_unsupported(input, *rest) else _ops.backend_of(input) or "torch"
 
 
 def _check_backend(backend: str, input: Tensor, *rest) -> None:
@@ -96,6 +96,8 @@ def _torch_batch_norm(
     factor = momentum
     if momentum is None:
         factor = 1.0 / float(num_batches_tracked + 1) if counts else 0.0
+    if counts and not torch.compiler.is_compiling() and num_batches_tracked.is_inference():
+        num_batches_tracked.add_(0)  # raises what counting would raise after the averages had moved
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
     if counts:  # after batch_norm, which may raise
         num_batches_tracked.add_(1)

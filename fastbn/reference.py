@@ -131,7 +131,7 @@ def normalize(input, residual, weight, bias, mean, inv_std, activation, save_mas
 
 def _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
     """grad_z, xhat and the sums over each channel of grad_z and of grad_z * xhat, all float64."""
-    upper = None if mask is None else unpack_mask(mask, input.shape, suggest_memory_format(input))
+    upper = None if mask is None else unpack_mask(mask, input.shape)
     g, x, r, w, b = _double(grad_out, input, residual, weight, bias)
     grad_z = grad_z_of(g, x, r, upper, w, b, mean, inv_std, activation)
     xhat = (x - wide(x, mean)) * wide(x, inv_std)

@@ -35,6 +35,8 @@ CALLS = {
     "no_mean_in_train": (_zeros(3, 4), None, FOUR, {"training": True}),
     "no_var_in_train": (_zeros(3, 4), FOUR, None, {"training": True}),
     "stats_require_grad": (_zeros(3, 4), _zeros(4).requires_grad_(), FOUR, {"training": True}),
+    "var_requires_grad": (_zeros(3, 4), FOUR, _zeros(4).requires_grad_(), {"training": True}),
+    "var_requires_grad_eval": (_zeros(3, 4), FOUR, _zeros(4).requires_grad_(), {}),
     "integers": (_zeros(3, 4, dtype=torch.int32), FOUR, FOUR, {}),
     "integers_train": (_zeros(3, 4, dtype=torch.int32), FOUR, FOUR, {"training": True}),
     "no_channels": (_zeros(3, 0), _zeros(0), _zeros(0), {}),
@@ -59,6 +61,21 @@ CALLS = {
         FOUR,
         {"weight": _zeros(4, dtype=torch.bfloat16), "training": True},
     ),
+    "momentum_text": (_zeros(3, 4), FOUR, FOUR, {"training": True, "momentum": "0.1"}),
+    "momentum_text_eval": (_zeros(3, 4), FOUR, FOUR, {"momentum": "0.1"}),
+    "momentum_list": (_zeros(3, 4), FOUR, FOUR, {"training": True, "momentum": [0.1]}),
+    "momentum_complex": (_zeros(3, 4), FOUR, FOUR, {"training": True, "momentum": 1j}),
+    "momentum_int": (normal(3, 4).float(), FOUR, FOUR, {"training": True, "momentum": 1}),
+    "momentum_bool": (normal(3, 4).float(), FOUR, FOUR, {"training": True, "momentum": True}),
+    "momentum_tensor": (normal(3, 4).float(), FOUR, FOUR, {"training": True, "momentum": torch.tensor(0.5)}),
+    "momentum_vector": (normal(3, 4).float(), FOUR, FOUR, {"training": True, "momentum": FOUR}),
+    "training_int": (_zeros(3, 4), FOUR, FOUR, {"training": 1}),
+    "training_zero": (_zeros(3, 4), FOUR, FOUR, {"training": 0}),
+    "training_none": (_zeros(3, 4), FOUR, FOUR, {"training": None}),
+    "training_text": (_zeros(3, 4), FOUR, FOUR, {"training": "yes"}),
+    "eps_text": (_zeros(3, 4), FOUR, FOUR, {"training": True, "eps": "1e-5"}),
+    "eps_none": (_zeros(3, 4), FOUR, FOUR, {"eps": None}),
+    "eps_int": (normal(3, 4).float(), FOUR, FOUR, {"eps": 1}),
     "complex": (_zeros(3, 4, dtype=torch.complex64), FOUR, FOUR, {"training": True}),
 }
 
@@ -152,6 +169,15 @@ def test_a_backend_that_cannot(backend, input, reason):
         fastbn.functional.batch_norm(input, None, None, training=True, backend=backend)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("trained", [0, 1], ids=["running_mean", "running_var"])
+def test_a_backend_cannot_differentiate_running_statistics(trained, training):
+    statistics = [torch.zeros(4), torch.ones(4)]
+    statistics[trained].requires_grad_()
+    with pytest.raises(ValueError, match="cannot take this call: running statistics require a gradient"):
+        fastbn.functional.batch_norm(_zeros(3, 4), *statistics, training=training, backend="cpu")
+
+
 def _arguments(**changed):
     """Of batch_norm_train, in order, right but for what is named."""
     right = {
@@ -241,7 +267,10 @@ def test_ops_check_what_backward_is_given():
     for changed, message in (
         ({0: _zeros(3, 4)}, "expected grad_out of shape [3, 4, 2], got [3, 4]"),
         ({0: x.double()}, "expected grad_out of dtype Float, got Double"),
-        ({3: torch.zeros(12, 2, dtype=torch.uint8)}, "expected contiguous mask of dtype Byte and shape [12, 1], got"),
+        (
+            {3: torch.zeros(3, 4, 2, dtype=torch.uint8)},
+            "expected contiguous mask of dtype Byte and shape [3, 4, 1], got",
+        ),
         ({6: stats.float()}, "expected contiguous mean of dtype Double and shape [4], got Float of shape [4]"),
         ({7: stats[:3]}, "expected contiguous inv_std of dtype Double and shape [4], got Double of shape [3]"),
     ):

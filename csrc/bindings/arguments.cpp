@@ -72,6 +72,15 @@ std::string shape_of(const Tensor& tensor) {
 
 const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
 
+Tensor make_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+OptionalTensor make_contiguous(const OptionalTensor& tensor) {
+  if (!tensor) return std::nullopt;
+  return make_contiguous(*tensor);
+}
+
 DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::float32;
@@ -149,13 +158,36 @@ int64_t* Operands::counter(const char* name, const OptionalTensor& tensor) const
   return static_cast<int64_t*>(tensor->data_ptr());
 }
 
+int64_t Operands::mask_sizes(int64_t (&sizes)[3]) const {
+  const bool rows = layout_.channels_are_innermost();
+  sizes[0] = layout_.outer;
+  if (!rows) sizes[1] = layout_.channels;
+  sizes[rows ? 1 : 2] = layout_.mask_bytes_per_run();
+  return rows ? 2 : 3;
+}
+
+void Operands::follow_mask(const OptionalTensor& tensor) {
+  if (!tensor) return;
+  const bool rows = tensor->dim() == 2;
+  if (rows == layout_.channels_are_innermost() || (rows && input_.dim() < 4)) return;
+  format_ = rows ? MemoryFormat::channels_last : MemoryFormat::contiguous;
+  layout_ = layout_of(input_.sizes().data(), input_.dim(), format_);
+  input_ = make_dense(input_, format_);
+}
+
 const uint8_t* Operands::mask(const OptionalTensor& tensor) const {
   if (!tensor) return nullptr;
   check_device("mask", *tensor);
-  if (tensor->scalar_type() != ScalarType::Byte || tensor->dim() != 2 || tensor->size(0) != layout_.runs() ||
-      tensor->size(1) != layout_.mask_bytes_per_run() || !tensor->is_contiguous())
-    fail(op_, "expected contiguous mask of dtype Byte and shape [", layout_.runs(), ", ", layout_.mask_bytes_per_run(),
-         "], got ", name_of(tensor->scalar_type()), " of shape ", shape_of(*tensor));
+  int64_t sizes[3];
+  const int64_t dim = mask_sizes(sizes);
+  bool fits = tensor->scalar_type() == ScalarType::Byte && tensor->dim() == dim && tensor->is_contiguous();
+  for (int64_t d = 0; fits && d < dim; ++d) fits = tensor->size(d) == sizes[d];
+  if (!fits) {
+    std::string shape = "[" + std::to_string(sizes[0]);
+    for (int64_t d = 1; d < dim; ++d) shape += ", " + std::to_string(sizes[d]);
+    fail(op_, "expected contiguous mask of dtype Byte and shape ", shape, "], got ", name_of(tensor->scalar_type()),
+         " of shape ", shape_of(*tensor));
+  }
   return static_cast<const uint8_t*>(tensor->data_ptr());
 }
 
@@ -170,8 +202,9 @@ Tensor Operands::empty_like_input() const {
 }
 
 Tensor Operands::empty_mask() const {
-  const int64_t sizes[] = {layout_.runs(), layout_.mask_bytes_per_run()};
-  return new_empty(input_, {sizes, 2}, ScalarType::Byte);
+  int64_t sizes[3];
+  const size_t dim = mask_sizes(sizes);
+  return new_empty(input_, {sizes, dim}, ScalarType::Byte);
 }
 
 Tensor Operands::empty(int64_t size, ScalarType type) const {

@@ -24,6 +24,10 @@ template <class... Parts>
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType type);
 
+// The tensor itself where it is contiguous.
+Tensor make_contiguous(const Tensor& tensor);
+OptionalTensor make_contiguous(const OptionalTensor& tensor);
+
 // float32, float64, bfloat16 or float16.
 DType dtype_of(const char* op, const char* name, const Tensor& tensor);
 
@@ -53,6 +57,9 @@ class Operands {
   // The number of batches: int64, one element, on the input's device.
   int64_t* counter(const char* name, const OptionalTensor& tensor) const;
 
+  // Takes format and layout from the mask, which a forward wrote: between it and backward a hook on saved tensors may
+  // have changed the strides of the input.
+  void follow_mask(const OptionalTensor& tensor);
   const uint8_t* mask(const OptionalTensor& tensor) const;
   Activation activation(int64_t index) const;
 
@@ -63,6 +70,9 @@ class Operands {
 
  private:
   void check_device(const char* name, const Tensor& tensor) const;
+  // Of a mask: [outer, ceil(channels / 8)] where channels are innermost, else [outer, channels, ceil(inner / 8)], so that
+  // the number of dimensions tells which. Returns it.
+  int64_t mask_sizes(int64_t (&sizes)[3]) const;
 
   const char* op_;
   MemoryFormat format_;

@@ -198,20 +198,30 @@ struct Ops {
     return {forward.output, mean, inv_std, forward.mask};
   }
 
-  // What the backward ops share.
+  // What the backward ops share; keeps what its pointers point to alive. What forward saved comes in any strides: hooks
+  // on saved tensors may change them.
   struct Backward {
     Operands& operands;
     Tensor grad_out;
-    OptionalTensor residual;
+    OptionalTensor residual, mask, weight, bias;
+    Tensor mean, inv_std;
     BackwardParams params;
 
     Backward(Operands& operands, const Tensor& grad_out_argument, const OptionalTensor& residual_argument,
-             const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-             const Tensor& inv_std, int64_t activation)
-        : operands(operands), grad_out(operands.dense("grad_out", grad_out_argument)) {
+             const OptionalTensor& mask_argument, const OptionalTensor& weight_argument,
+             const OptionalTensor& bias_argument, const Tensor& mean_argument, const Tensor& inv_std_argument,
+             int64_t activation)
+        : operands(operands),
+          mask(make_contiguous(mask_argument)),
+          weight(make_contiguous(weight_argument)),
+          bias(make_contiguous(bias_argument)),
+          mean(make_contiguous(mean_argument)),
+          inv_std(make_contiguous(inv_std_argument)) {
+      params.activation = operands.activation(activation);
+      if (is_piecewise_linear(params.activation)) operands.follow_mask(mask);
+      grad_out = operands.dense("grad_out", grad_out_argument);
       params.layout = operands.layout();
       params.dtype = operands.dtype();
-      params.activation = operands.activation(activation);
       params.weight = operands.channel_vector("weight", weight);
       params.bias = operands.channel_vector("bias", bias);
       params.mean = operands.channel_float64("mean", mean);

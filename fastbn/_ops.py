@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +100,7 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 def why_torch_must_see(input: Tensor, *tensors: Tensor | None) -> str | None:
     """Why torch's own batch_norm has to run, whatever the kernels could do: something looks through it, or refuses it.
 
-    tensors: the other operands, residual and num_batches_tracked included.
+    tensors: the other operands.
     """
     # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
     if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
@@ -108,16 +109,20 @@ def why_torch_must_see(input: Tensor, *tensors: Tensor | None) -> str | None:
         return "forward-mode AD has its formula for torch's own batch_norm"
     if has_torch_function_variadic(input, *tensors) and _is_overridden(input, *tensors):
         return "a __torch_function__ override knows torch.nn.functional.batch_norm"
-    if not torch.compiler.is_compiling():
-        for tensor in (input, *tensors):
-            if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
-                return "torch says before it moves the buffers that it cannot save or update inference tensors"
     if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
     # Not is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles.
     if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
     return None
+
+
+def cannot_be_saved(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one is an inference tensor, which torch's batch_norm refuses to save before it moves the buffers."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_inference():
+            return True
+    return False
 
 
 def _is_overridden(*tensors: Tensor | None) -> bool:
@@ -160,18 +165,22 @@ def why_unsupported(
     """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
     return why_refused(
         input, running_mean, running_var, weight, bias, num_batches_tracked if training else None
-    ) or why_left_to_torch(input, running_mean, running_var, training, momentum, eps)
+    ) or why_left_to_torch(input, running_mean, running_var, num_batches_tracked, training, momentum, eps)
 
 
 def why_left_to_torch(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     training: bool,
     momentum: float | None,
     eps: float,
 ) -> str | None:
     """The part of `why_unsupported` that the ops do not refuse themselves."""
+    if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
+        if not torch.is_inference_mode_enabled():
+            return "num_batches_tracked is an inference tensor, which torch refuses to update"
     numbers = float, int
     if (
         type(training) is not bool

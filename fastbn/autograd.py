@@ -146,6 +146,8 @@ def _apply(input, residual, weight, bias, rest) -> Tensor:
     """BatchNormFunction.apply, but in eager mode what of it then matters: the rest takes 1.4 us."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return BatchNormFunction.apply(input, residual, weight, bias, rest)
+    if _ops.cannot_be_saved((input, residual, weight, bias, rest[0], rest[1])):
+        raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # What left a functorch transform that is over.
     tensors = [t if t is None else _unwrap_if_dead(t) for t in (input, residual, weight, bias)]
     return _apply_below_transforms(*tensors, rest)

@@ -50,8 +50,8 @@ def batch_norm(
     operands = (input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps, index)
     if backend is None and type(input) is Tensor and not torch.compiler.is_compiling():
         # The ops look at every operand anyway: asking first, why they would refuse, takes 3 us.
-        reason = _ops.why_torch_must_see(*operands[:7]) or _ops.why_left_to_torch(
-            input, *statistics, training, momentum, eps
+        reason = _ops.why_torch_must_see(*operands[:6]) or _ops.why_left_to_torch(
+            input, *statistics, num_batches_tracked, training, momentum, eps
         )
         if reason is None:
             backend = _ops.backend_of(input)
@@ -59,12 +59,13 @@ def batch_norm(
             try:
                 return autograd.batch_norm(*operands, backend)
             except RuntimeError:
-                if _ops.why_refused(input, *statistics, weight, bias, num_batches_tracked) is None:
+                refused = _ops.why_refused(input, *statistics, weight, bias, num_batches_tracked)
+                if refused is None and not _ops.cannot_be_saved(operands[:6]):
                     raise
         return _torch_batch_norm(*operands)
     tensors, numbers = (input, *statistics, weight, bias, num_batches_tracked), (training, momentum, eps)
     if backend is None:
-        backend = "torch" if _ops.why_torch_must_see(*operands[:7]) else _choose_backend(*tensors, *numbers)
+        backend = "torch" if _ops.why_torch_must_see(*operands[:6]) else _choose_backend(*tensors, *numbers)
     elif backend != "torch":
         _check_backend(backend, *tensors, *numbers)
     return _torch_batch_norm(*operands) if backend == "torch" else autograd.batch_norm(*operands, backend)

@@ -69,40 +69,53 @@ class BatchNormFunction(torch.autograd.Function):
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked
         needs_input_data = batch_stats or recomputes or ctx.needs_input_grad[2]
-        operands = (
-            input if needs_input_data else None,
-            residual if recomputes else None,
-            mask if masked else None,
-            weight,
-            bias if recomputes else None,
-            mean,
-            inv_std,
+        # Tensors alone, since what walks a graph takes saved_tensors for tensors; backward takes them off the end.
+        saved = [mean, inv_std]
+        if weight is not None:
+            saved.append(weight)
+        if needs_input_data:
+            saved.append(input)
+        if masked:
+            saved.append(mask)
+        if recomputes:
+            saved += [t for t in (bias, residual) if t is not None]
+        ctx.save_for_backward(*saved)
+        # Hooks on saved tensors may give back other strides. Compiled graphs are traced for those of forward.
+        keeps_strides = input.is_contiguous() or torch.compiler.is_compiling()
+        ctx.options = (
+            (batch_stats, eps, activation, backend),
+            (
+                needs_input_data,
+                masked,
+                weight is not None,
+                recomputes and bias is not None,
+                recomputes and residual is not None,
+            ),
+            None if keeps_strides else input.stride(),
+            None if needs_input_data else (input.shape, input.dtype, _formulas.suggest_memory_format(input)),
+            None if bias is None else bias.dtype,
         )
-        # Tensors alone: what walks a graph takes saved_tensors for tensors.
-        ctx.save_for_backward(*[t for t in operands if t is not None])
-        ctx.is_saved = [t is not None for t in operands]
-        ctx.options = batch_stats, eps, activation, backend
-        # Hooks on saved tensors may give back other strides. The traced shapes of a compiled graph do not ask.
-        compiling = torch.compiler.is_compiling()
-        ctx.strides = None if compiling or not needs_input_data or input.is_contiguous() else input.stride()
-        ctx.input = None if needs_input_data else (input.shape, input.dtype, _formulas.suggest_memory_format(input))
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        saved = iter(ctx.saved_tensors)
-        operands = [next(saved) if is_saved else None for is_saved in ctx.is_saved]
-        input, residual, mask, weight, bias, mean, inv_std = operands
+        (batch_stats, eps, activation, backend), is_saved, strides, absent_input, bias_dtype = ctx.options
+        has_input, has_mask, has_weight, has_bias, has_residual = is_saved
+        take = list(ctx.saved_tensors).pop
+        residual = take() if has_residual else None
+        bias = take() if has_bias else None
+        mask = take() if has_mask else None
+        input = take() if has_input else None
+        weight = take() if has_weight else None
+        inv_std, mean = take(), take()
         need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
-        batch_stats, eps, activation, backend = ctx.options
         differentiable = torch.is_grad_enabled()
-        if input is None:
-            input = _stand_in(grad_out, *ctx.input, differentiable)
-        elif not torch.compiler.is_compiling():
-            input = _with_strides(input, ctx.strides)
-        if weight is None and bias is None and ctx.bias_dtype is not None:  # only its dtype matters: its gradient's
-            bias = mean.new_empty(mean.shape, dtype=ctx.bias_dtype)
+        if not has_input:
+            input = _stand_in(grad_out, *absent_input, differentiable)
+        elif not (input.is_contiguous() if strides is None else input.stride() == strides):
+            input = _with_strides(input, strides)
+        if weight is None and bias is None and bias_dtype is not None:  # only its dtype matters: its gradient's
+            bias = mean.new_empty(mean.shape, dtype=bias_dtype)
         if differentiable:
             stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
             grads = _differentiable_backward(grad_out, input, residual, mask, weight, bias, activation, stats)
@@ -154,8 +167,8 @@ def _apply(input, residual, weight, bias, rest) -> Tensor:
 
 
 def _with_strides(saved: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """A saved input with the strides of forward (None: contiguous), or at least in their memory format."""
-    if saved.is_contiguous() if strides is None else saved.stride() == strides:
+    """A saved input in the memory format that those strides of forward are of (None: contiguous)."""
+    if torch.compiler.is_compiling():
         return saved
     if strides is None:
         return saved.contiguous()

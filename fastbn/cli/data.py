@@ -1,12 +1,14 @@
 """The images that the demo trains on: Fashion-MNIST from its four IDX files, or scikit-learn's digits."""
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from fastbn.cli.errors import CommandError, require
+from fastbn.cli.errors import CommandError, reason, require
 from fastbn.cli.idx import find_idx, read_idx
 
 SIDE, CLASSES = 28, 10
@@ -31,9 +33,15 @@ def load_idx_directory(directory: Path) -> Dataset:
 
     Raises CommandError where a file is missing or is not what its name says, or where images and labels do not match.
     """
-    if not directory.is_dir():
-        raise CommandError(f"--data: expected a directory, got {directory}")
-    return Dataset(directory.resolve().name, *_part(directory, "train"), *_part(directory, "t10k"))
+    try:
+        is_directory, why = stat.S_ISDIR(directory.stat().st_mode), "a file"
+    except OSError as error:
+        is_directory, why = False, reason(error)
+    if not is_directory:
+        raise CommandError(f"--data: expected a directory, got {directory}: {why}")
+    # The name is printed, drawn and written: it may hold bytes that are no text.
+    name = os.fsencode(directory.resolve().name).decode(errors="replace")
+    return Dataset(name, *_part(directory, "train"), *_part(directory, "t10k"))
 
 
 def load_digits(seed: int) -> Dataset:
@@ -52,12 +60,18 @@ def load_digits(seed: int) -> Dataset:
 def _part(directory, part):
     images_path = find_idx(directory, f"{part}-images-idx3-ubyte")
     labels_path = find_idx(directory, f"{part}-labels-idx1-ubyte")
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if images.shape[1:] != (SIDE, SIDE):
-        got = " x ".join(map(str, images.shape[1:]))
-        raise CommandError(f"{images_path}: expected images of {SIDE} x {SIDE} pixels, got {got}")
-    if len(images) != len(labels):
-        raise CommandError(f"{labels_path}: expected {len(images)} labels, one an image, got {len(labels)}")
+
+    def check_images(sizes):
+        if sizes[1:] != (SIDE, SIDE):
+            got = " x ".join(map(str, sizes[1:]))
+            raise CommandError(f"{images_path}: expected images of {SIDE} x {SIDE} pixels, got {got}")
+
+    def check_labels(sizes):
+        if sizes != (len(images),):
+            raise CommandError(f"{labels_path}: expected {len(images)} labels, one an image, got {sizes[0]}")
+
+    images = read_idx(images_path, 3, check_images)
+    labels = read_idx(labels_path, 1, check_labels)
     if labels.max() >= CLASSES:
         raise CommandError(f"{labels_path}: expected labels from 0 to {CLASSES - 1}, got {labels.max()}")
     return images.unsqueeze(1), labels.long()

@@ -1,4 +1,4 @@
-"""What a command says when it cannot do its work: one sentence and exit status 2, no traceback."""
+"""What a command says when it cannot do its work: one sentence and an exit status, no traceback."""
 
 import importlib
 
@@ -9,7 +9,20 @@ _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
 class CommandError(Exception):
-    """A failure that the user can put right; the message says what was expected and what was got."""
+    """Misuse, which the user can put right; the message says what was expected and what was got."""
+
+    status = 2
+
+
+class RunError(CommandError):
+    """A failure of a command that was used rightly."""
+
+    status = 1
+
+
+def reason(error: OSError) -> str:
+    """What the system says, in words: without number and path."""
+    return error.strerror or str(error)
 
 
 def require(command: str, *names: str):

@@ -1,16 +1,26 @@
 """The command `fastbn`: one file a subcommand, each with `add_arguments(parser)` and `run(args) -> int`."""
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 
 from fastbn.cli import bench, demo, info, verify
-from fastbn.cli.errors import CommandError
+from fastbn.cli.errors import CommandError, reason
 
 _COMMANDS = {"info": info, "verify": verify, "bench": bench, "demo": demo}
 
 
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file=None):
+        # argparse's own ignores that it cannot be written.
+        print(self.format_help(), end="", file=file)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastbn", description="BatchNorm for PyTorch with fused kernels.")
+    """The parser of the whole command line; each subcommand's arguments hold its function as `run`."""
+    parser = _Parser(prog="fastbn", description="BatchNorm for PyTorch with fused kernels.")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         sub = commands.add_parser(name, help=command.SUMMARY, description=command.__doc__)
@@ -22,12 +32,47 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand with `argv` (None: the process's own arguments).
 
-    Returns the exit status: 0 for success, 1 where a check failed, 2 where the command could not do its work. argparse
-    itself exits with SystemExit(2) on arguments that it does not know.
+    Returns the exit status: 0 for success; 1 where a check or the command itself failed; 2 for misuse, which is
+    arguments or files that the command cannot use; 130 for an interrupt; 141 where nobody reads the output any more.
+    argparse itself exits with SystemExit(2) on arguments that it refuses.
     """
-    args = build_parser().parse_args(argv)
+    _prepare_streams()
     try:
-        return args.run(args)
+        try:
+            args = build_parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where a failure can be told, and not as the interpreter exits
     except CommandError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _end(error.status, str(error))
+    except KeyboardInterrupt:
+        return _end(130, "Interrupted.")
+    except BrokenPipeError:
+        return _end(141)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "  # stdout and stderr have no name
+        return _end(1, f"fastbn: {where}{reason(error)}")
+
+
+def _prepare_streams():
+    """Point closed streams at the null device, and escape characters that the encoding of stdout lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _end(status: int, message: str | None = None) -> int:
+    """Print `message` on stderr and empty both streams, whatever state they are in. Returns `status`."""
+    with contextlib.suppress(OSError):
+        if message is not None:
+            print(message, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # As it exits the interpreter would try again to write what the stream still holds.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status

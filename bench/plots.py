@@ -74,9 +74,11 @@ def save_all(results: Results, directory: Path) -> list[Path]:
     Raises CommandError where matplotlib is not installed.
     """
     paths = []
-    for name, figure in {**bandwidth(results), **speedup(results), **growth(results)}.items():
-        paths.append(directory / f"{name}.png")
-        figure.savefig(paths[-1])
+    # Names of machines and cases are no formulas, whatever they hold.
+    with require("bench", "matplotlib").rc_context({"text.parse_math": False}):
+        for name, figure in {**bandwidth(results), **speedup(results), **growth(results)}.items():
+            paths.append(directory / f"{name}.png")
+            figure.savefig(paths[-1])
     return paths
 
 

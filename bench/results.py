@@ -9,11 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 FORMAT = "fastbn bench 1"
 SCHEMA = Path(__file__).with_name("results.schema.json")
+# A hundred times the largest run.
+MAX_BYTES = 2**28
+# From 0 to 1.
+Share = typing.NewType("Share", float)
+# One of DTYPES; files are named after it.
+Dtype = typing.NewType("Dtype", str)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Subject:
     case: str
     shape: tuple[int, ...]
     layout: str
-    dtype: str
+    dtype: Dtype
     op: str
     implementation: str
     kernel: str
@@ -90,10 +100,10 @@ class NetworkStep(Times):
     source: str
     batch: int
     image_size: int
-    dtype: str
+    dtype: Dtype
     layout: str
     implementation: str
-    norm_share: float | None
+    norm_share: Share | None
     first_loss: float
     peak_bytes: int | None
     speedup_over: dict[str, float]
@@ -116,7 +126,7 @@ class Refusal:
     """
 
     case: str
-    dtype: str
+    dtype: Dtype
     op: str
     implementation: str
     wrong: bool
@@ -152,10 +162,19 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all: a reader, or an interrupt, never sees half of it."""
-        content = {"format": FORMAT, **dataclasses.asdict(self)}
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(_dump(content))
-        os.replace(partial, path)
+        partial = partial_path(path)
+        try:
+            partial.write_text(_dump({"format": FORMAT, **dataclasses.asdict(self)}))
+            os.replace(partial, os.path.realpath(path))
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def partial_path(path: Path) -> Path:
+    """The file that `Results.save` writes before it becomes `path`, beside the file that a link points to."""
+    path = Path(os.path.realpath(path))
+    return path.parent / f"{path.name}.partial"
 
 
 _RECORDS = {
@@ -165,6 +184,11 @@ _RECORDS = {
     "networks": NetworkStep,
     "refusals": Refusal,
 }
+# No measurement is beyond, and nothing that tables and plots make of such numbers overflows.
+_MIN, _MAX = 1e-18, 1e18
+# What tables and plots rely on.
+_MACHINE = {"device": str | None, "gpu": dict | None, "datasheet_gb_per_s": float | None, "modified": bool | None}
+_GPU = {"capability": str, "memory_bytes": int, "l2_bytes": int, "sm_count": int}
 
 
 def _dump(content: dict) -> str:
@@ -187,16 +211,57 @@ def _rounded(value):
 
 def load(path: Path) -> Results:
     """Read a file that `Results.save` wrote. Raises OSError, or ValueError where it is not one."""
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes of JSON, got more")
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # raises on half of a surrogate pair, which none can print
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
     got = content.pop("format", None) if isinstance(content, dict) else None
     if got != FORMAT:
-        raise ValueError(f"{path}: expected the format {FORMAT!r}, got {got!r}")
+        raise ValueError(f"{path}: expected the format {FORMAT!r}, got {reprlib.repr(got)}")
     try:
         for key, record in _RECORDS.items():
-            content[key] = [record(**item) for item in content[key]]
-        return Results(**content)
-    except (KeyError, TypeError) as error:
+            _check(key, content[key], list)
+            content[key] = [_checked(record(**item)) for item in content[key]]
+        results = _checked(Results(**content))
+        for key, hint in _MACHINE.items():
+            _check(f"machine: {key}", results.machine.get(key), hint)
+        gpu = results.machine.get("gpu")
+        for key, hint in _GPU.items() if gpu is not None else ():
+            _check(f"machine: gpu: {key}", gpu.get(key), hint)
+        return results
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected the fields of {FORMAT!r}: {error}") from None
+
+
+def _checked(record):
+    for name, hint in typing.get_type_hints(type(record)).items():
+        _check(name, getattr(record, name), hint)
+    return record
+
+
+def _check(name: str, value: object, hint: object) -> None:
+    if not _is(value, hint):
+        raise ValueError(f"{name} is {reprlib.repr(value)}")
+
+
+def _is(value: object, hint: object) -> bool:
+    """Whether a field of type `hint` may hold `value`. Numbers are finite; only integers may be 0."""
+    kind, of = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):  # the latter is what | makes of a NewType
+        return any(_is(value, each) for each in of)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is(each, of[1]) for each in value.values())
+    if kind is list:
+        return isinstance(value, list) and all(_is(each, of[0]) for each in value)
+    if kind is tuple:  # a shape
+        return isinstance(value, tuple) and len(value) >= 2 and all(_is(each, of[0]) for each in value)
+    if hint in (int, float, Share):
+        if not isinstance(value, int if hint is int else (int, float)) or isinstance(value, bool):
+            return False
+        return (_MIN if hint is float else 0) <= value <= (1 if hint is Share else _MAX)
+    return value in DTYPES if hint is Dtype else isinstance(value, hint)

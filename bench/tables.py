@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 from bench.implementations import AGAIN, FASTBN, STOCK
 from bench.operations import MODES
-from bench.results import Measurement, Results
+from bench.results import DTYPES, Measurement, Results
 from fastbn.cli.text import table
 
 # A case below it counts as slower: nearer to 1 the noise of a run decides.
 SLOWER = 0.97
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def op_order(op: str) -> tuple:
 
 
 def dtype_order(dtype: str) -> tuple:
-    return _DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES), dtype
+    return DTYPES.index(dtype) if dtype in DTYPES else len(DTYPES), dtype
 
 
 def significant(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from bench import compare, tables
 from bench.implementations import AGAIN, FASTBN, Implementation, implementations
 from bench.machine import describe, machine
 from bench.network import CONVERT, FUSED, NetworkCase
-from bench.results import Results, load
+from bench.results import Results, load, partial_path
 from bench.runner import Runner, Step
 from bench.timer import Budget
 from bench.workloads import Workload, call_suite, dtype_name, suite
-from fastbn.cli.errors import CommandError, device, require
+from fastbn.cli.arguments import check_directory, check_file
+from fastbn.cli.errors import CommandError, RunError, device, reason, require
 
 # The CPU suite has to end within a quarter of an hour; its ratios are noisier for it.
 SECONDS = {"quick": 0.15, "cpu": 0.08, "gpu": 0.15}
@@ -34,6 +36,7 @@ NETWORKS = {
     "gpu": tuple(NetworkCase(batch, image_size=224) for batch in (32, 128, 256)),
 }
 PARTS = ("layers", "calls", "networks")
+REPORT = "report.md"
 
 
 def run(args) -> int:
@@ -42,12 +45,14 @@ def run(args) -> int:
     interrupted = False
     if args.load:
         results = _load("--load", args.load)
+        _check_outputs(args)
     else:
         runner, steps = _plan(args)
         results = runner.results
         if args.list:
             print("\n".join(step.name for step in steps))
             return 0
+        _check_outputs(args)
         print(describe(results.machine), flush=True)
         interrupted = _measure(steps, results, args.json, args.time_limit)
         if old is not None and not interrupted:
@@ -68,9 +73,25 @@ def run(args) -> int:
     return 130 if interrupted else int(wrong or regressed)
 
 
+def _check_outputs(args) -> None:
+    """Find what cannot be written before anything is measured for it."""
+    if args.json:
+        check_file("--json", args.json, partial_path(args.json))
+    if args.plots:
+        require("bench", "matplotlib")
+        plots = Path(os.path.realpath(args.plots))
+        if args.json and Path(os.path.realpath(args.json)) in (plots, *plots.parents):
+            raise CommandError(f"--plots: expected a directory that is not below --json's file, got {args.plots}")
+        check_directory("--plots", args.plots, REPORT)
+
+
 def _plan(args) -> tuple[Runner, list[Step]]:
     """A runner with empty results, and the steps that fill them."""
-    where = device({"cpu": "cpu", "gpu": "cuda"}.get(args.suite) or args.device or _fastest_device())
+    of_suite = {"cpu": "cpu", "gpu": "cuda"}.get(args.suite)
+    if of_suite and args.device not in (of_suite, None):
+        raise CommandError(f"--device: expected {of_suite} or none for the {args.suite} suite, got {args.device}")
+    where = device(of_suite or args.device or _fastest_device())
+    _check_patterns(args)
     rivals = _rivals(args, where)
     filters = {name: getattr(args, name) for name in ("case", "op", "shape", "dtype", "layout", "implementation")}
     parts = args.part or list(PARTS)
@@ -112,6 +133,28 @@ def _rivals(args, where: torch.device) -> list[Implementation]:
     return rivals
 
 
+def _check_patterns(args) -> None:
+    """Refuse patterns of one option that nothing in the suite fits, whatever the other options leave of it."""
+    workloads = [*suite(args.suite), *call_suite()]
+    known = {
+        "case": {name for workload in workloads for name in (workload.case.name, workload.group)}
+        | {str(case) for case in NETWORKS[args.suite]},
+        "op": {str(workload.operation) for workload in workloads},
+        "shape": {_shape_name(workload) for workload in workloads},
+        "dtype": {dtype_name(workload.dtype) for workload in workloads},
+        "layout": {workload.case.layout for workload in workloads},
+    }
+    for option, names in known.items():
+        patterns = getattr(args, option)
+        if not any(_fits(name, patterns) for name in names):
+            got = ",".join(patterns)
+            raise CommandError(f"--{option}: expected patterns that some case fits, got {got}: see fastbn bench --list")
+
+
+def _shape_name(workload: Workload) -> str:
+    return "x".join(map(str, workload.case.shape))
+
+
 def _selected(workloads: Sequence[Workload], args) -> list[Workload]:
     # Whoever asks for torch.compile by name gets it for every case.
     compiled = args.implementation != ["*"]
@@ -120,7 +163,7 @@ def _selected(workloads: Sequence[Workload], args) -> list[Workload]:
         for workload in workloads
         if (_fits(workload.case.name, args.case) or _fits(workload.group, args.case))
         and _fits(str(workload.operation), args.op)
-        and _fits("x".join(map(str, workload.case.shape)), args.shape)
+        and _fits(_shape_name(workload), args.shape)
         and _fits(dtype_name(workload.dtype), args.dtype)
         and _fits(workload.case.layout, args.layout)
     ]
@@ -188,16 +231,15 @@ def _report(results: Results) -> list[str]:
 
 
 def _plot(results: Results, directory: Path) -> None:
-    require("bench", "matplotlib")
     from bench import plots, report
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
         paths = plots.save_all(results, directory)
-        report.write(results, paths, directory / "report.md")
+        report.write(results, paths, directory / REPORT)
     except OSError as error:
-        raise CommandError(f"--plots: cannot write to {directory}: {error.strerror or error}") from None
-    print(f"\nSaved {', '.join(path.name for path in paths)} and report.md in {directory}.")
+        raise RunError(f"--plots: cannot write to {directory}: {reason(error)}") from None
+    print(f"\nSaved {', '.join(path.name for path in paths)} and {REPORT} in {directory}.")
 
 
 def _save(results: Results, path: Path) -> None:
@@ -205,13 +247,13 @@ def _save(results: Results, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         results.save(path)
     except OSError as error:
-        raise CommandError(f"--json: cannot write {path}: {error.strerror or error}") from None
+        raise RunError(f"--json: cannot write {path}: {reason(error)}") from None
 
 
 def _load(option: str, path: Path) -> Results:
     try:
         return load(path)
     except OSError as error:
-        raise CommandError(f"{option}: cannot read {path}: {error.strerror}") from None
+        raise CommandError(f"{option}: cannot read {path}: {reason(error)}") from None
     except ValueError as error:
         raise CommandError(f"{option}: {error}") from None

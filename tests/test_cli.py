@@ -63,7 +63,7 @@ WHOLE = idx_bytes(torch.zeros(2, 3, 5, dtype=torch.uint8))
         ("x", b"", "expected an IDX header of 16 bytes, got a file of 0 bytes"),
         ("x", WHOLE[:15], "expected an IDX header of 16 bytes, got a file of 15 bytes"),
         ("x", WHOLE[:-1], r"expected 30 bytes of data \(2 x 3 x 5\), got 29"),
-        ("x", WHOLE + b"\0", r"expected 30 bytes of data \(2 x 3 x 5\), got 31"),
+        ("x", WHOLE + b"\0", r"expected 30 bytes of data \(2 x 3 x 5\), got more"),
         ("x", idx_bytes(torch.zeros(20)), "expected magic number 0x00000803 .* got 0x00000801"),
         ("x", idx_bytes(torch.zeros(2, 3, 5), 0x0D), "expected magic number 0x00000803 .* got 0x00000d03"),
         ("x", gzip.compress(WHOLE, mtime=0), "expected magic number 0x00000803 .* got 0x1f8b0800"),
@@ -288,8 +288,3 @@ def test_usage_errors(arguments, capsys):
         main(arguments)
     assert end.value.code == 2
     assert "usage: fastbn" in capsys.readouterr().err
-
-
-def test_batch_of_one(capsys):
-    assert main(["demo", "--batch-size", "1"]) == 2
-    assert "--batch-size: expected at least 2, got 1" in capsys.readouterr().err

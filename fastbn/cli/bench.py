@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import fastbn
+from fastbn.cli.arguments import number, path, patterns
 from fastbn.cli.errors import CommandError
 
 SUMMARY = "time fastbn and its rivals on this machine"
+
+# In seconds. Nobody waits longer, and every sum of such times is finite.
+DAY, WEEK = 86400, 604800
 
 _NOTE = """\
 PATTERNs are shell-style (*, ?, [...]), and several are separated by commas. An operation is a mode (train,
@@ -39,16 +43,19 @@ def add_arguments(parser):
         ("layout", "contiguous, channels_last or channels_last_3d"),
         ("implementation", "implementations: torch, compile, compile-max-autotune, onednn, fastbn"),
     ):
-        what.add_argument(f"--{name}", type=_patterns, default=["*"], metavar="PATTERN", help=f"only these {of}")
+        what.add_argument(f"--{name}", type=patterns, default=["*"], metavar="PATTERN", help=f"only these {of}")
     what.add_argument(
         "--device", choices=["cpu", "cuda"], help="for the quick suite (default: cuda where there is one)"
     )
     what.add_argument("--list", action="store_true", help="name what would be measured, and end")
     how = parser.add_argument_group("how")
     seconds = "for each implementation of a case (default: 0.15, in the cpu suite 0.08)"
-    how.add_argument("--seconds", type=float, help=seconds)
+    how.add_argument("--seconds", type=number(DAY), help=seconds)
     how.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="measure no longer; the most telling come first"
+        "--time-limit",
+        type=number(WEEK, or_zero=True),
+        metavar="SECONDS",
+        help="measure no longer; the most telling come first",
     )
     how.add_argument(
         "--against-itself",
@@ -56,18 +63,14 @@ def add_arguments(parser):
         help="time a second instance of each implementation too: their ratio is what noise makes of 1",
     )
     out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write all records")
-    out.add_argument("--plots", type=Path, metavar="DIR", help="write plots, and report.md, which holds them too")
-    out.add_argument("--load", type=Path, metavar="FILE", help="take the records of FILE instead of measuring")
-    out.add_argument("--compare", type=Path, metavar="OLD", help="compare with the records of OLD, regressions first")
+    out.add_argument("--json", type=path, metavar="FILE", help="write all records")
+    out.add_argument("--plots", type=path, metavar="DIR", help="write plots, and report.md, which holds them too")
+    out.add_argument("--load", type=path, metavar="FILE", help="take the records of FILE instead of measuring")
+    out.add_argument("--compare", type=path, metavar="OLD", help="compare with the records of OLD, regressions first")
 
 
 def run(args) -> int:
     return _command().run(args)
-
-
-def _patterns(text):
-    return [pattern.strip() for pattern in text.split(",")]
 
 
 def _command():

@@ -45,7 +45,8 @@ def save_curves(path: Path, title: str, loss: dict[str, list[float]], accuracy: 
     panels[0].set(ylabel="training loss (mean cross-entropy of the epoch)", title="Training loss", ylim=(0, None))
     panels[1].set(ylabel="test images classified correctly", title="Test accuracy", ylim=(0, 1))
     panels[1].yaxis.set_major_formatter(PercentFormatter(1))
-    figure.suptitle(title, fontsize=12)
+    # It holds the name of a folder, in which a $ begins no formula.
+    figure.suptitle(title, fontsize=12, parse_math=False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=4)
     figure.savefig(path)

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import torch
 
+from fastbn.cli.arguments import check_directory, integer, number, path
 from fastbn.cli.data import Dataset, load_digits, load_idx_directory
-from fastbn.cli.errors import CommandError, device, require
+from fastbn.cli.errors import CommandError, RunError, device, reason, require
 from fastbn.cli.lenet import FASTBN, PLAIN, STOCK, Experiment
 from fastbn.cli.text import table
 
 SUMMARY = "train LeNet without BatchNorm, with torch.nn's and with fastbn's"
+
+CURVES, RESULTS = "curves.png", "results.json"
+# NumPy's, which splits the digits.
+MAX_SEED = 2**32 - 1
+# SGD multiplies by it in the parameters' type.
+MAX_LR = torch.finfo(torch.float32).max
 
 _EPOCHS = {"idx": 10, "digits": 30}
 _BOUNDED = [
@@ -40,7 +47,7 @@ def add_arguments(parser):
     parser.epilog = _NOTE
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="directory of Fashion-MNIST's (or MNIST's) four IDX files {train,t10k}-{images-idx3,labels-idx1}-ubyte, "
         "each with or without .gz (default: the digits that scikit-learn bundles, scaled up to 28x28)",
@@ -48,51 +55,42 @@ def add_arguments(parser):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
     parser.add_argument(
         "--epochs",
-        type=_positive(int),
+        type=integer(1),
         metavar="N",
         help=f"default: {_EPOCHS['idx']} with --data, {_EPOCHS['digits']} without, since an epoch is then 6 steps",
     )
-    parser.add_argument("--batch-size", type=_positive(int), default=256, metavar="N", help="default: 256")
-    parser.add_argument("--lr", type=_positive(float), default=1.0, help="SGD's learning rate (default: 1.0)")
-    parser.add_argument("--seed", type=int, default=0, help="of initialisation, order and split (default: 0)")
+    parser.add_argument(
+        "--batch-size",
+        type=integer(2),
+        default=256,
+        metavar="N",
+        help="at least 2, for one image has no statistics (default: 256)",
+    )
+    parser.add_argument("--lr", type=number(MAX_LR), default=1.0, help="SGD's learning rate (default: 1.0)")
+    parser.add_argument(
+        "--seed", type=integer(0, MAX_SEED), default=0, help="of initialisation, order and split (default: 0)"
+    )
     where = "where curves.png and results.json go (default: demo)"
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help=where)
+    parser.add_argument("--out", type=path, default=Path("demo"), metavar="DIR", help=where)
 
 
 def run(args) -> int:
-    if args.batch_size < 2:
-        raise CommandError(f"--batch-size: expected at least 2, got {args.batch_size}: one image has no statistics")
     where = device(args.device)
     progress = require("demo", "matplotlib", "tqdm").tqdm
+    check_directory("--out", args.out, RESULTS, CURVES)
     data = load_idx_directory(args.data) if args.data else load_digits(args.seed)
     epochs = args.epochs or _EPOCHS["idx" if args.data else "digits"]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out: expected a directory that can be made, got {args.out}: {error.strerror}") from None
 
     experiment = Experiment(data, where, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
     if experiment.steps == 0:
         raise CommandError(f"expected at least 2 training images, got {len(data.train_labels)}")
     print(_headline(data, where, args))
-    _train(experiment, epochs, progress)
+    _train(experiment, epochs, args.lr, progress)
 
     results = _results(experiment, args, epochs)
     print("\n" + "\n".join(_report(results)))
     _save(args.out, data, results)
     return 0 if results["verdict"]["agree"] else 1
-
-
-def _positive(number):
-    def parse(text):
-        value = number(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    # argparse names the type in its message.
-    parse.__name__ = f"positive {number.__name__}"
-    return parse
 
 
 def _headline(data: Dataset, where, args):
@@ -101,7 +99,7 @@ def _headline(data: Dataset, where, args):
     return f"{data.name}: {sizes}; batch {args.batch_size}, SGD lr {args.lr:g}, seed {args.seed}, on {name}\n"
 
 
-def _train(experiment, epochs, progress):
+def _train(experiment, epochs, lr, progress):
     names = list(experiment.runs)
     print(f"{'':5}  {'training loss':^34}  {'test accuracy':^34}")
     print("  ".join(["epoch", *(f"{name:>10}" for name in names * 2)]))
@@ -114,6 +112,11 @@ def _train(experiment, epochs, progress):
         losses = [f"{run.loss[-1]:10.4f}" for run in experiment.runs.values()]
         accuracies = [f"{run.accuracy[-1]:10.2%}" for run in experiment.runs.values()]
         print("  ".join([f"{epoch:5}", *losses, *accuracies]), flush=True)
+        # With fastbn's alone the verdict deals.
+        diverged = [name for name in (PLAIN, STOCK) if not math.isfinite(experiment.runs[name].loss[-1])]
+        if diverged:
+            got = f"{experiment.runs[diverged[0]].loss[-1]} of {diverged[0]} after epoch {epoch}"
+            raise RunError(f"expected a finite loss, got {got}: choose a smaller --lr than {lr:g}")
 
 
 def _results(experiment, args, epochs):
@@ -197,8 +200,9 @@ def _save(out, data, results):
     settings = results["settings"]
     title = f"LeNet with sigmoids on {data.name}: batch {settings['batch_size']}, SGD lr {settings['lr']:g}"
     try:
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        save_curves(out / "curves.png", title, results["loss"], results["accuracy"])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        save_curves(out / CURVES, title, results["loss"], results["accuracy"])
     except OSError as error:
-        raise CommandError(f"--out: cannot write to {out}: {error.strerror or error}") from None
-    print(f"Saved {out / 'curves.png'} and {out / 'results.json'}.")
+        raise RunError(f"--out: cannot write to {out}: {reason(error)}") from None
+    print(f"Saved {out / CURVES} and {out / RESULTS}.")

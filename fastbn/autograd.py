@@ -118,7 +118,10 @@ class BatchNormFunction(torch.autograd.Function):
             bias = mean.new_empty(mean.shape, dtype=bias_dtype)
         if differentiable:
             stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
-            grads = _differentiable_backward(grad_out, input, residual, mask, weight, bias, activation, stats)
+            memory_format = absent_input[2] if absent_input else _formulas.suggest_memory_format(input)
+            grads = _differentiable_backward(
+                grad_out, input, residual, mask, weight, bias, activation, stats, memory_format
+            )
         else:
             # Without an activation the gradient of the residual is grad_out itself.
             kernel_residual = need_residual and activation != 0
@@ -185,6 +188,12 @@ def _stand_in(grad_out: Tensor, shape, dtype, memory_format, differentiable: boo
     return grad_out.contiguous(memory_format=memory_format)
 
 
-def _differentiable_backward(grad_out, input, residual, mask, weight, bias, activation, stats):
+def _differentiable_backward(
+    grad_out, input, residual, mask, weight, bias, activation, stats, memory_format
+) -> tuple[Tensor, ...]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return _formulas.backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
+    grads = _formulas.backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
+    grad_input, *others = grads
+    if not is_legacy_batchedtensor(grad_input):  # of which formats cannot be asked
+        grad_input = grad_input.contiguous(memory_format=memory_format)
+    return grad_input, *others

@@ -136,6 +136,19 @@ def test_create_graph_gives_the_same_first_derivative(dtype):
     torch.testing.assert_close(*grads, atol=16 * torch.finfo(torch.float32).eps * 100, rtol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("trains_affine", [True, False], ids=["affine", "frozen_affine"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_create_graph_keeps_the_memory_format(memory_format, training, trains_affine):
+    """The input's, whatever the format of grad_out."""
+    x = normal(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+    layer = fastbn.BatchNorm2d(3, dtype=torch.float64).train(training).requires_grad_(trains_affine)
+    for other in (torch.contiguous_format, torch.channels_last):
+        grad_out = normal(2, 3, 4, 5, seed=1).contiguous(memory_format=other)
+        (grad,) = torch.autograd.grad(layer(x), x, grad_out, create_graph=True)
+        assert grad.is_contiguous(memory_format=memory_format)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_hessian_vector_products(activation):
     x, v = normal(3, 4, 5), normal(3, 4, 5, seed=1)

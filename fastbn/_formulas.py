@@ -70,16 +70,30 @@ def masked_backward(grad_out: Tensor, upper: Tensor, index: int) -> Tensor:
 
 
 def suggest_memory_format(x: Tensor) -> torch.memory_format:
-    """ATen's Tensor.suggest_memory_format: the format of output and gradients."""
+    """The format of output and gradients.
+
+    A tensor that is dense in exactly one format has that format. For all others the answer is that of ATen's
+    Tensor.suggest_memory_format, which depends on the strides of dimensions of size 1 too.
+    """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if x.dim() not in formats or x.stride(1) == 0:
+    if x.dim() not in formats:
         return torch.contiguous_format
+    if _has_strides_of_channels_last(x):
+        return formats[x.dim()]
+    last = x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous()
+    return formats[x.dim()] if last else torch.contiguous_format
+
+
+def _has_strides_of_channels_last(x: Tensor) -> bool:
+    """Check the strides up to gaps. Those of a contiguous tensor do not count, where sizes of 1 make them fit too."""
+    if x.stride(1) == 0:
+        return False
     least = 0
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
         if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
-            return torch.contiguous_format
-        least = x.stride(d) * max(x.size(d), 1)
-    return formats[x.dim()]
+            return False
+        least = x.stride(d) * x.size(d)
+    return True
 
 
 def runs_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[bool, int, int]:

@@ -33,31 +33,39 @@ struct Layout {
 
 enum class MemoryFormat { contiguous, channels_last };
 
-// What torch's Tensor.suggest_memory_format answers, with channels_last standing for channels_last_3d too: are the
-// strides those of channels_last, up to gaps, and not also those of an ambiguous contiguous tensor?
-inline MemoryFormat suggest_memory_format(const int64_t* sizes, const int64_t* strides, int64_t dim) {
-  if ((dim != 4 && dim != 5) || strides[1] == 0) return MemoryFormat::contiguous;
-  int64_t least = 0;
-  for (int64_t k = 0; k < dim; ++k) {
-    const int64_t d = k == 0 ? 1 : (k == dim - 1 ? 0 : dim - k);  // channels, then space from the last, then batch
-    if (sizes[d] == 0 || strides[d] < least) return MemoryFormat::contiguous;
-    if (d == 0 && least == strides[1]) return MemoryFormat::contiguous;
-    least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
-  }
-  return MemoryFormat::channels_last;
-}
+// Returns the k-th dimension in memory order of channels_last, innermost first: channels, space from the last, batch.
+inline int64_t channels_last_dim(int64_t k, int64_t dim) { return k == 0 ? 1 : (k == dim - 1 ? 0 : dim - k); }
 
-// Whether a tensor is dense in a format (strides of dimensions of size 1 do not matter).
+// Returns whether a tensor is dense in a format, as torch's is_contiguous(memory_format) does: strides of dimensions of
+// size 1 do not matter, and an empty tensor is dense in every format.
 inline bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dim, MemoryFormat format) {
   int64_t expected = 1;
+  bool dense = true;
   for (int64_t k = 0; k < dim; ++k) {
-    int64_t d = dim - 1 - k;
-    if (format == MemoryFormat::channels_last) d = k == 0 ? 1 : (k == dim - 1 ? 0 : dim - k);
+    const int64_t d = format == MemoryFormat::channels_last ? channels_last_dim(k, dim) : dim - 1 - k;
     if (sizes[d] == 0) return true;
-    if (sizes[d] != 1 && strides[d] != expected) return false;
+    dense &= sizes[d] == 1 || strides[d] == expected;
     expected *= sizes[d];
   }
-  return true;
+  return dense;
+}
+
+// Returns the format of output and gradients; channels_last stands for channels_last_3d too. A tensor that is dense in
+// exactly one format has that format. For all others the answer is that of torch's Tensor.suggest_memory_format, which
+// checks whether the strides are those of channels_last, up to gaps, and not also those of a contiguous tensor.
+inline MemoryFormat suggest_memory_format(const int64_t* sizes, const int64_t* strides, int64_t dim) {
+  if (dim != 4 && dim != 5) return MemoryFormat::contiguous;
+  int64_t least = 0;
+  bool last = strides[1] != 0;
+  for (int64_t k = 0; k < dim && last; ++k) {
+    const int64_t d = channels_last_dim(k, dim);
+    last = sizes[d] != 0 && strides[d] >= least && !(d == 0 && least == strides[1]);
+    least = strides[d] * sizes[d];
+  }
+  // torch's answer depends on the strides of dimensions of size 1, which are arbitrary.
+  last = last || (is_dense(sizes, strides, dim, MemoryFormat::channels_last) &&
+                  !is_dense(sizes, strides, dim, MemoryFormat::contiguous));
+  return last ? MemoryFormat::channels_last : MemoryFormat::contiguous;
 }
 
 inline Layout layout_of(const int64_t* sizes, int64_t dim, MemoryFormat format) {

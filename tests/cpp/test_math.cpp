@@ -115,6 +115,17 @@ void test_layouts() {
   CHECK(is_dense(sizes, last, 4, MemoryFormat::channels_last));
   CHECK(!is_dense(sizes, transposed, 4, MemoryFormat::contiguous));
 
+  // The stride of a dimension of size 1 says nothing where the others do; of an ambiguous tensor it decides.
+  const int64_t column[] = {2, 3, 4, 1}, odd[] = {12, 1, 3, 1}, gaps[] = {24, 1, 6, 1}, pixel[] = {2, 3, 1, 1};
+  const int64_t ambiguous[] = {3, 1, 1, 1}, ambiguous_last[] = {3, 1, 3, 3};
+  CHECK(suggest_memory_format(column, odd, 4) == MemoryFormat::channels_last);
+  CHECK(suggest_memory_format(column, gaps, 4) == MemoryFormat::contiguous);
+  CHECK(suggest_memory_format(pixel, ambiguous, 4) == MemoryFormat::contiguous);
+  CHECK(suggest_memory_format(pixel, ambiguous_last, 4) == MemoryFormat::channels_last);
+  const int64_t empty[] = {2, 3, 0, 5};
+  CHECK(suggest_memory_format(empty, last, 4) == MemoryFormat::contiguous);
+  CHECK(is_dense(empty, transposed, 4, MemoryFormat::contiguous));
+
   const Layout nchw = layout_of(sizes, 4, MemoryFormat::contiguous);
   CHECK(nchw.runs() == 6 && nchw.run() == 20 && nchw.mask_bytes_per_run() == 3 && nchw.count() == 40);
   const Layout nhwc = layout_of(sizes, 4, MemoryFormat::channels_last);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from fastbn import _formulas, _ops
+from fastbn import _errors, _formulas, _ops
 from fastbn._activations import is_piecewise_linear
 
 
@@ -27,20 +27,24 @@ def batch_norm(input: Tensor, residual: Tensor | None, weight: Tensor | None, bi
     have them (docs/design.md). `batch_stats` chooses between the statistics of the batch and the running ones,
     `activation` is an index, `backend` a name that `fastbn._ops.namespace` knows.
     """
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return _apply(input, residual, weight, bias, rest)
-    running_mean, running_var, _, batch_stats, _, eps, activation, backend = rest
-    if batch_stats:
-        return _forward(input, residual, weight, bias, rest, save_mask=False)[0]
-    with _below_autograd():
-        return _ops.namespace(backend).batch_norm_eval(
-            input, residual, weight, bias, running_mean, running_var, eps, activation
-        )
+    try:
+        if torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            return _apply(input, residual, weight, bias, rest)
+        running_mean, running_var, _, batch_stats, _, eps, activation, backend = rest
+        if batch_stats:
+            return _forward(input, residual, weight, bias, rest, save_mask=False)[0]
+        with _below_autograd():
+            return _ops.namespace(backend).batch_norm_eval(
+                input, residual, weight, bias, running_mean, running_var, eps, activation
+            )
+    except RuntimeError as error:
+        _errors.raise_of_torch(error)
+        raise
 
 
 def _forward(input, residual, weight, bias, rest, *, save_mask: bool):
@@ -125,23 +129,27 @@ class BatchNormFunction(torch.autograd.Function):
         else:
             # Without an activation the gradient of the residual is grad_out itself.
             kernel_residual = need_residual and activation != 0
-            with _below_autograd():
-                grads = _ops.namespace(backend).batch_norm_backward(
-                    grad_out,
-                    input,
-                    residual,
-                    mask,
-                    weight,
-                    bias,
-                    mean,
-                    inv_std,
-                    batch_stats,
-                    activation,
-                    need_input,
-                    need_weight,
-                    need_bias,
-                    kernel_residual,
-                )
+            try:
+                with _below_autograd():
+                    grads = _ops.namespace(backend).batch_norm_backward(
+                        grad_out,
+                        input,
+                        residual,
+                        mask,
+                        weight,
+                        bias,
+                        mean,
+                        inv_std,
+                        batch_stats,
+                        activation,
+                        need_input,
+                        need_weight,
+                        need_bias,
+                        kernel_residual,
+                    )
+            except RuntimeError as error:
+                _errors.raise_of_torch(error)
+                raise
         grad_input, grad_weight, grad_bias, grad_residual = grads
         if activation == 0:
             grad_residual = grad_out

@@ -9,27 +9,10 @@ torch::headeronly::MemoryFormat torch_format(MemoryFormat format, int64_t dim) {
   return dim == 5 ? Torch::ChannelsLast3d : Torch::ChannelsLast;
 }
 
-Tensor make_dense(const Tensor& tensor, MemoryFormat format) {
-  if (is_dense(tensor.sizes().data(), tensor.strides().data(), tensor.dim(), format)) return tensor;
-  return torch::stable::contiguous(tensor, torch_format(format, tensor.dim()));
-}
-
-int32_t shim_type(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
-
 int32_t device_type(const Tensor& tensor) {
   int32_t type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
-}
-
-// aten::new_empty by its C function: torch::stable::empty, which looks the op up by name and boxes its arguments on the
-// heap, takes twice as long (0.65 against 0.32 us).
-Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  int32_t dtype = shim_type(type);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), int64_t(sizes.size()), &dtype, nullptr,
-                                                   nullptr, 0, nullptr, &handle));
-  return Tensor(handle);
 }
 
 // A fresh contiguous tensor as a dense one of another format: new_empty has no such argument.
@@ -47,12 +30,6 @@ Tensor in_format(const Tensor& fresh, MemoryFormat format) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(fresh.get(), dim, sizes.data(), strides, 0, &handle));
   return Tensor(handle);
-}
-
-std::string device_name(const Tensor& tensor) {
-  const auto device = tensor.device();
-  if (device.is_cpu()) return "cpu";
-  return (device.is_cuda() ? "cuda:" : "device ") + std::to_string(int(device.index()));
 }
 
 bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -98,7 +75,14 @@ Operands::Operands(const char* op, const Tensor& input) : op_(op), dtype_(dtype_
   if (input.size(1) == 0) fail(op, "expected input of at least one channel, got shape ", shape_of(input));
   format_ = suggest_memory_format(input.sizes().data(), input.strides().data(), dim);
   layout_ = layout_of(input.sizes().data(), dim, format_);
-  input_ = make_dense(input, format_);
+  input_ = make_dense(input);
+}
+
+Tensor Operands::make_dense(const Tensor& tensor) const {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t dim = int64_t(sizes.size());
+  if (is_dense(sizes.data(), strides.data(), dim, format_)) return tensor;
+  return dense_copy(tensor, torch_format(format_, dim));
 }
 
 void Operands::check_device(const char* name, const Tensor& tensor) const {
@@ -112,7 +96,7 @@ Tensor Operands::dense(const char* name, const Tensor& tensor) const {
     fail(op_, "expected ", name, " of shape ", shape_of(input_), ", got ", shape_of(tensor));
   if (tensor.scalar_type() != input_.scalar_type())
     fail(op_, "expected ", name, " of dtype ", name_of(input_.scalar_type()), ", got ", name_of(tensor.scalar_type()));
-  return make_dense(tensor, format_);
+  return make_dense(tensor);
 }
 
 OptionalTensor Operands::dense(const char* name, const OptionalTensor& tensor) const {
@@ -138,7 +122,7 @@ ChannelVector Operands::channel_vector(const char* name, const OptionalTensor& t
     first_vector_ = name;
     vector_type_ = type;
   }
-  return {tensor->data_ptr(), dtype_of(op_, name, *tensor)};
+  return {data_of(*tensor), dtype_of(op_, name, *tensor)};
 }
 
 double* Operands::float64_vector(const char* name, const Tensor& tensor, int64_t size) const {
@@ -146,7 +130,7 @@ double* Operands::float64_vector(const char* name, const Tensor& tensor, int64_t
   if (tensor.scalar_type() != ScalarType::Double || tensor.numel() != size || !tensor.is_contiguous())
     fail(op_, "expected contiguous ", name, " of dtype Double and shape [", size, "], got ",
          name_of(tensor.scalar_type()), " of shape ", shape_of(tensor));
-  return static_cast<double*>(tensor.data_ptr());
+  return static_cast<double*>(data_of(tensor));
 }
 
 int64_t* Operands::counter(const char* name, const OptionalTensor& tensor) const {
@@ -155,7 +139,7 @@ int64_t* Operands::counter(const char* name, const OptionalTensor& tensor) const
   if (tensor->scalar_type() != ScalarType::Long || tensor->numel() != 1)
     fail(op_, "expected ", name, " of dtype Long and one element, got ", name_of(tensor->scalar_type()), " of shape ",
          shape_of(*tensor));
-  return static_cast<int64_t*>(tensor->data_ptr());
+  return static_cast<int64_t*>(data_of(*tensor));
 }
 
 int64_t Operands::mask_sizes(int64_t (&sizes)[3]) const {
@@ -188,7 +172,7 @@ const uint8_t* Operands::mask(const OptionalTensor& tensor) const {
     fail(op_, "expected contiguous mask of dtype Byte and shape ", shape, "], got ", name_of(tensor->scalar_type()),
          " of shape ", shape_of(*tensor));
   }
-  return static_cast<const uint8_t*>(tensor->data_ptr());
+  return static_cast<const uint8_t*>(tensor->const_data_ptr());
 }
 
 Activation Operands::activation(int64_t index) const {

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/memory.h"
 #include "bindings/stable.h"
 #include "math/activation.h"
 #include "math/layout.h"
@@ -69,6 +70,7 @@ class Operands {
   Tensor nothing(ScalarType type) const { return empty(0, type); }
 
  private:
+  Tensor make_dense(const Tensor& tensor) const;
   void check_device(const char* name, const Tensor& tensor) const;
   // Of a mask: [outer, ceil(channels / 8)] where channels are innermost, else [outer, channels, ceil(inner / 8)], so that
   // the number of dimensions tells which. Returns it.

@@ -1,4 +1,6 @@
 // The ops on CPU tensors, on torch's threads.
+#include <new>
+
 #include "bindings/ops.h"
 #include "cpu/launch.h"
 
@@ -10,13 +12,25 @@ void run_on_torch_threads(int64_t count, int64_t grain, void (*task)(int64_t, in
 }
 
 struct CpuBackend {
+  const char* op;
   cpu::Threads threads{int(torch::stable::get_num_threads()), run_on_torch_threads};
 
-  explicit CpuBackend(const Operands&) {}
-  void forward(const ForwardParams& params) { cpu::forward(params, threads); }
-  void channel_stats(const ForwardParams& params) { cpu::channel_stats(params, threads); }
-  void backward(const BackwardParams& params) { cpu::backward(params, threads); }
-  void grad_sums(const BackwardParams& params) { cpu::grad_sums(params, threads); }
+  explicit CpuBackend(const Operands& operands) : op(operands.op()) {}
+  void forward(const ForwardParams& params) { run(cpu::forward, params); }
+  void channel_stats(const ForwardParams& params) { run(cpu::channel_stats, params); }
+  void backward(const BackwardParams& params) { run(cpu::backward, params); }
+  void grad_sums(const BackwardParams& params) { run(cpu::grad_sums, params); }
+
+  // Runs a launcher, which allocates a workspace of a few numbers per channel before it writes anything. A failure has
+  // the type and the words by which tools recognise torch's CPU allocator, not Python's MemoryError.
+  template <class Launcher, class Params>
+  void run(Launcher launcher, const Params& params) {
+    try {
+      launcher(params, threads);
+    } catch (const std::bad_alloc&) {
+      fail(op, "DefaultCPUAllocator: can't allocate memory for the workspace of ", params.layout.channels, " channels");
+    }
+  }
 };
 
 }  // namespace

@@ -73,7 +73,7 @@ struct Ops {
     ForwardParams params;
     params.layout = operands.layout();
     params.dtype = operands.dtype();
-    params.input = operands.input().data_ptr();
+    params.input = operands.input().const_data_ptr();
     params.mean = static_cast<double*>(mean.data_ptr());
     params.var = static_cast<double*>(var.data_ptr());
     Backend(operands).channel_stats(params);
@@ -161,8 +161,8 @@ struct Ops {
       params.activation = operands.activation(activation);
       params.weight = operands.channel_vector("weight", weight);
       params.bias = operands.channel_vector("bias", bias);
-      params.input = operands.input().data_ptr();
-      params.residual = residual ? residual->data_ptr() : nullptr;
+      params.input = operands.input().const_data_ptr();
+      params.residual = residual ? residual->const_data_ptr() : nullptr;
     }
 
     void normalize_by(const Tensor& running_mean, const Tensor& running_var, double eps) {
@@ -226,13 +226,13 @@ struct Ops {
       params.bias = operands.channel_vector("bias", bias);
       params.mean = operands.channel_float64("mean", mean);
       params.inv_std = operands.channel_float64("inv_std", inv_std);
-      params.grad_out = grad_out.data_ptr();
-      params.input = operands.input().data_ptr();
+      params.grad_out = grad_out.const_data_ptr();
+      params.input = operands.input().const_data_ptr();
       if (params.activation == Activation::none) return;
       if (is_piecewise_linear(params.activation)) params.mask = operands.mask(mask);
       if (params.mask) return;
       residual = operands.dense("residual", residual_argument);
-      params.residual = residual ? residual->data_ptr() : nullptr;
+      params.residual = residual ? residual->const_data_ptr() : nullptr;
     }
 
     Two allocate(bool need_input, bool need_residual) {

@@ -26,7 +26,7 @@ def _sources(folder: Path) -> list[str]:
         if not wrapper.exists() or wrapper.read_text() != text:
             wrapper.write_text(text)
         wrapped.append(wrapper)
-    bindings = [ROOT / "csrc" / "bindings" / name for name in ("schemas.cpp", "arguments.cpp")]
+    bindings = [ROOT / "csrc" / "bindings" / name for name in ("schemas.cpp", "arguments.cpp", "memory.cpp")]
     emulator = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
     return [str(path) for path in [*wrapped, *bindings, *emulator, ROOT / "tests" / "emulator" / "binding" / "ops.cpp"]]
 

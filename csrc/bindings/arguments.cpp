@@ -49,15 +49,6 @@ std::string shape_of(const Tensor& tensor) {
 
 const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
 
-Tensor make_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-OptionalTensor make_contiguous(const OptionalTensor& tensor) {
-  if (!tensor) return std::nullopt;
-  return make_contiguous(*tensor);
-}
-
 DType dtype_of(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::float32;
@@ -75,14 +66,41 @@ Operands::Operands(const char* op, const Tensor& input) : op_(op), dtype_(dtype_
   if (input.size(1) == 0) fail(op, "expected input of at least one channel, got shape ", shape_of(input));
   format_ = suggest_memory_format(input.sizes().data(), input.strides().data(), dim);
   layout_ = layout_of(input.sizes().data(), dim, format_);
-  input_ = make_dense(input);
+  input_ = make_dense("input", input);
 }
 
-Tensor Operands::make_dense(const Tensor& tensor) const {
+Tensor Operands::make_dense(const char* name, const Tensor& tensor) const {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const int64_t dim = int64_t(sizes.size());
+  check_storage(name, tensor, extent_of(sizes.data(), strides.data(), dim), element_size(dtype_));
   if (is_dense(sizes.data(), strides.data(), dim, format_)) return tensor;
   return dense_copy(tensor, torch_format(format_, dim));
+}
+
+Tensor Operands::contiguous(const char* name, const Tensor& tensor) const {
+  if (tensor.is_contiguous()) return tensor;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t extent = extent_of(sizes.data(), strides.data(), int64_t(sizes.size()));
+  check_storage(name, tensor, extent, int64_t(aoti_torch_dtype_element_size(shim_type(tensor.scalar_type()))));
+  return dense_copy(tensor, torch::headeronly::MemoryFormat::Contiguous);
+}
+
+OptionalTensor Operands::contiguous(const char* name, const OptionalTensor& tensor) const {
+  if (!tensor) return std::nullopt;
+  return contiguous(name, *tensor);
+}
+
+// Refuses a tensor whose storage was freed or truncated, as FSDP does with parameters: its address would be null, which
+// the kernels take for "not given", or they would read past its end. `extent` is the number of elements from the first
+// to the last.
+void Operands::check_storage(const char* name, const Tensor& tensor, int64_t extent, int64_t element_size) const {
+  int64_t offset, size;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &size));
+  const int64_t expected = extent ? (offset + extent) * element_size : 0;
+  if (size < expected)
+    fail(op_, "expected ", name, " with a storage of at least ", expected, " bytes, got ", size,
+         ". The tensor has a non-zero number of elements, but its data is not allocated yet.");
 }
 
 void Operands::check_device(const char* name, const Tensor& tensor) const {
@@ -96,7 +114,7 @@ Tensor Operands::dense(const char* name, const Tensor& tensor) const {
     fail(op_, "expected ", name, " of shape ", shape_of(input_), ", got ", shape_of(tensor));
   if (tensor.scalar_type() != input_.scalar_type())
     fail(op_, "expected ", name, " of dtype ", name_of(input_.scalar_type()), ", got ", name_of(tensor.scalar_type()));
-  return make_dense(tensor);
+  return make_dense(name, tensor);
 }
 
 OptionalTensor Operands::dense(const char* name, const OptionalTensor& tensor) const {
@@ -122,7 +140,9 @@ ChannelVector Operands::channel_vector(const char* name, const OptionalTensor& t
     first_vector_ = name;
     vector_type_ = type;
   }
-  return {data_of(*tensor), dtype_of(op_, name, *tensor)};
+  const DType dtype = dtype_of(op_, name, *tensor);
+  check_storage(name, *tensor, layout_.channels, element_size(dtype));
+  return {data_of(*tensor), dtype};
 }
 
 double* Operands::float64_vector(const char* name, const Tensor& tensor, int64_t size) const {
@@ -130,6 +150,7 @@ double* Operands::float64_vector(const char* name, const Tensor& tensor, int64_t
   if (tensor.scalar_type() != ScalarType::Double || tensor.numel() != size || !tensor.is_contiguous())
     fail(op_, "expected contiguous ", name, " of dtype Double and shape [", size, "], got ",
          name_of(tensor.scalar_type()), " of shape ", shape_of(tensor));
+  check_storage(name, tensor, size, sizeof(double));
   return static_cast<double*>(data_of(tensor));
 }
 
@@ -139,6 +160,7 @@ int64_t* Operands::counter(const char* name, const OptionalTensor& tensor) const
   if (tensor->scalar_type() != ScalarType::Long || tensor->numel() != 1)
     fail(op_, "expected ", name, " of dtype Long and one element, got ", name_of(tensor->scalar_type()), " of shape ",
          shape_of(*tensor));
+  check_storage(name, *tensor, 1, sizeof(int64_t));
   return static_cast<int64_t*>(data_of(*tensor));
 }
 
@@ -156,7 +178,7 @@ void Operands::follow_mask(const OptionalTensor& tensor) {
   if (rows == layout_.channels_are_innermost() || (rows && input_.dim() < 4)) return;
   format_ = rows ? MemoryFormat::channels_last : MemoryFormat::contiguous;
   layout_ = layout_of(input_.sizes().data(), input_.dim(), format_);
-  input_ = make_dense(input_, format_);
+  input_ = make_dense("input", input_);
 }
 
 const uint8_t* Operands::mask(const OptionalTensor& tensor) const {
@@ -172,6 +194,7 @@ const uint8_t* Operands::mask(const OptionalTensor& tensor) const {
     fail(op_, "expected contiguous mask of dtype Byte and shape ", shape, "], got ", name_of(tensor->scalar_type()),
          " of shape ", shape_of(*tensor));
   }
+  check_storage("mask", *tensor, tensor->numel(), 1);
   return static_cast<const uint8_t*>(tensor->const_data_ptr());
 }
 

@@ -25,10 +25,6 @@ template <class... Parts>
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType type);
 
-// The tensor itself where it is contiguous.
-Tensor make_contiguous(const Tensor& tensor);
-OptionalTensor make_contiguous(const OptionalTensor& tensor);
-
 // float32, float64, bfloat16 or float16.
 DType dtype_of(const char* op, const char* name, const Tensor& tensor);
 
@@ -45,6 +41,10 @@ class Operands {
   // Dense in the input's format; a copy where the caller's is not.
   Tensor dense(const char* name, const Tensor& tensor) const;
   OptionalTensor dense(const char* name, const OptionalTensor& tensor) const;
+
+  // The tensor itself where it is contiguous, else a copy.
+  Tensor contiguous(const char* name, const Tensor& tensor) const;
+  OptionalTensor contiguous(const char* name, const OptionalTensor& tensor) const;
 
   // A parameter or running statistic of shape [C]: the dtype of the input, or float32 beside a half type; all alike.
   ChannelVector channel_vector(const char* name, const OptionalTensor& tensor);
@@ -70,11 +70,12 @@ class Operands {
   Tensor nothing(ScalarType type) const { return empty(0, type); }
 
  private:
-  Tensor make_dense(const Tensor& tensor) const;
+  Tensor make_dense(const char* name, const Tensor& tensor) const;
   void check_device(const char* name, const Tensor& tensor) const;
   // Of a mask: [outer, ceil(channels / 8)] where channels are innermost, else [outer, channels, ceil(inner / 8)], so that
   // the number of dimensions tells which. Returns it.
   int64_t mask_sizes(int64_t (&sizes)[3]) const;
+  void check_storage(const char* name, const Tensor& tensor, int64_t extent, int64_t element_size) const;
 
   const char* op_;
   MemoryFormat format_;

@@ -212,11 +212,11 @@ struct Ops {
              const OptionalTensor& bias_argument, const Tensor& mean_argument, const Tensor& inv_std_argument,
              int64_t activation)
         : operands(operands),
-          mask(make_contiguous(mask_argument)),
-          weight(make_contiguous(weight_argument)),
-          bias(make_contiguous(bias_argument)),
-          mean(make_contiguous(mean_argument)),
-          inv_std(make_contiguous(inv_std_argument)) {
+          mask(operands.contiguous("mask", mask_argument)),
+          weight(operands.contiguous("weight", weight_argument)),
+          bias(operands.contiguous("bias", bias_argument)),
+          mean(operands.contiguous("mean", mean_argument)),
+          inv_std(operands.contiguous("inv_std", inv_std_argument)) {
       params.activation = operands.activation(activation);
       if (is_piecewise_linear(params.activation)) operands.follow_mask(mask);
       grad_out = operands.dense("grad_out", grad_out_argument);

@@ -68,6 +68,16 @@ inline MemoryFormat suggest_memory_format(const int64_t* sizes, const int64_t* s
   return last ? MemoryFormat::channels_last : MemoryFormat::contiguous;
 }
 
+// Returns the number of elements from the first to the last of a strided tensor, gaps included.
+inline int64_t extent_of(const int64_t* sizes, const int64_t* strides, int64_t dim) {
+  int64_t extent = 1;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] == 0) return 0;
+    extent += (sizes[d] - 1) * strides[d];
+  }
+  return extent;
+}
+
 inline Layout layout_of(const int64_t* sizes, int64_t dim, MemoryFormat format) {
   int64_t space = 1;
   for (int64_t d = 2; d < dim; ++d) space *= sizes[d];

@@ -125,6 +125,8 @@ void test_layouts() {
   const int64_t empty[] = {2, 3, 0, 5};
   CHECK(suggest_memory_format(empty, last, 4) == MemoryFormat::contiguous);
   CHECK(is_dense(empty, transposed, 4, MemoryFormat::contiguous));
+  CHECK(extent_of(sizes, last, 4) == 120 && extent_of(column, gaps, 4) == 24 + 2 + 18 + 1);
+  CHECK(extent_of(empty, last, 4) == 0);
 
   const Layout nchw = layout_of(sizes, 4, MemoryFormat::contiguous);
   CHECK(nchw.runs() == 6 && nchw.run() == 20 && nchw.mask_bytes_per_run() == 3 && nchw.count() == 40);

@@ -187,4 +187,31 @@ inline void test_relu_thresholds() {
   }
 }
 
+// A NaN takes relu's upper branch, whatever its sign and its weight's, also where statistics are frozen and so not NaN:
+// grad_out passes, bit for bit, and its sums are those of all elements.
+template <class T>
+void test_relu_passes_gradients_of_nan() {
+  constexpr int64_t channels = 4, count = 128;
+  const Tensor<double> mean = tensor_of<double>({0, 0, 0.5, 0.5}, 0), inv_std = tensor_of<double>({1, 1, 2, 2}, 0);
+  const Tensor<Parameter<T>> weight = tensor_of<Parameter<T>>({1, -1, 1, -1}, 0);
+  for (const Layout& layout : {Layout{1, channels, count}, Layout{count, channels, 1}}) {
+    const Tensor<T> grad_out = random_tensor<T>(layout.numel(), 5, 0.25), made(layout.numel());
+    Tensor<T> input(layout.numel());  // all bits are 1, which is a NaN with a sign
+    for (int64_t i = 0; i < layout.numel(); i += 3) input.data()[i] = from_acc<T>(acc_t<T>(NAN));
+    BackwardParams p;
+    p.layout = layout;
+    p.dtype = dtype_of<T>;
+    p.activation = Activation::relu;
+    p.statistics = Statistics::running;
+    p.grad_out = grad_out.data();
+    p.input = input.data();
+    p.weight = vector_if(true, weight);
+    p.mean = mean.data();
+    p.inv_std = inv_std.data();
+    p.grad_residual = made.data();
+    cpu::backward(p, {1, run_in_order});
+    CHECK(same_bits(made, grad_out));
+  }
+}
+
 }  // namespace fastbn::test

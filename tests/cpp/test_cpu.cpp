@@ -127,6 +127,7 @@ void test_ways_through_memory() {
 template <class T>
 void test_type(const char* name) {
   test_ways_through_memory<T>();
+  test_relu_passes_gradients_of_nan<T>();
   int index = 0;
   for (const Layout& layout : layouts) {
     ++index;

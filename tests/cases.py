@@ -130,6 +130,8 @@ CASES = (
     make_case("resnet", 16, 256, 7, 7, layout="channels_last"),
     make_case("video", 2, 24, 4, 14, 14, layout="channels_last_3d"),
     make_case("mlp", 512, 300),
+    make_case("panels", 2, 8201),
+    make_case("panels", 2, 8201, 2, 3, layout="channels_last"),
     make_case("steep", 4, 16, 40, 40, data="offset"),
     make_case("steep", 4, 16, 40, 40, layout="channels_last", data="offset"),
     make_case("beyond_int32", 3, 2, 2**15, 11003, large=True),

@@ -33,6 +33,10 @@ CASES = _cases(
     ((2, 500, 7, 7), "contiguous"),
     ((2, 500, 7, 7), "channels_last"),
     ((2, 24, 4, 14, 14), "channels_last_3d"),
+    # Few, wide rows: panels of channels, the last of one channel, of less than a vector, or with a tail.
+    ((2, 98_305), "contiguous"),
+    ((16, 20_483), "contiguous"),
+    ((1, 16_421, 3, 3), "channels_last"),
 )
 
 

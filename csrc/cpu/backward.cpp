@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/output.h"
+#include "cpu/panels.h"
 #include "cpu/phases.h"
 
 namespace fastbn::cpu {
@@ -26,22 +27,19 @@ constexpr int64_t least_count_compared = 64;
 template <class A>
 class Backward {
  public:
-  Backward(const BackwardParams& params, const Threads& threads)
+  // Of the first `channels`.
+  Backward(const BackwardParams& params, int64_t channels, const Threads& threads)
       : params_(params),
         threads_(threads),
         table_(kernels(params.dtype)),
-        partition_(params.layout, params.dtype),
+        partition_(params.layout, params.dtype, channels),
         pivots_(size_t(partition_.entries())),
         affine_(partition_, table_.column_planes),
         relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
         grad_affine_(partition_, table_.column_planes) {}
 
-  void run() {
-    const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
-    const int64_t tensors =
-        2 + (params_.residual != nullptr) + (params_.grad_input != nullptr) + (params_.grad_residual != nullptr);
-    past_caches_ = prepare_outputs({params_.grad_input, params_.grad_residual}, bytes, tensors * bytes,
-                                   table_.streamed_bytes_a_thread * threads_.count);
+  void run(bool past_caches) {
+    past_caches_ = past_caches;
     const bool frozen = params_.statistics == Statistics::running;
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
@@ -166,6 +164,25 @@ class Backward {
   bool past_caches_ = false;
 };
 
+template <class A>
+void backward_as(const BackwardParams& params, const Threads& threads) {
+  const int64_t bytes = params.layout.numel() * element_size(params.dtype);
+  const int64_t tensors =
+      2 + (params.residual != nullptr) + (params.grad_input != nullptr) + (params.grad_residual != nullptr);
+  const bool past_caches = prepare_outputs({params.grad_input, params.grad_residual}, bytes, tensors * bytes,
+                                           kernels(params.dtype).streamed_bytes_a_thread * threads.count);
+  for_each_panel(params, threads, [&](const BackwardParams& panel, int64_t channels, const Threads& its_threads) {
+    Backward<A>(panel, channels, its_threads).run(past_caches);
+  });
+}
+
+template <class A>
+void grad_sums_as(const BackwardParams& params, const Threads& threads) {
+  for_each_panel(params, threads, [](const BackwardParams& panel, int64_t channels, const Threads& its_threads) {
+    Backward<A>(panel, channels, its_threads).run_sums();
+  });
+}
+
 // What sums over no elements are.
 void write_zeros(const BackwardParams& params) {
   for (int64_t c = 0; c < params.layout.channels; ++c) {
@@ -180,18 +197,18 @@ void backward(const BackwardParams& params, const Threads& threads) {
   if (params.layout.count() == 0)
     write_zeros(params);
   else if (params.dtype == DType::float64)
-    Backward<double>(params, threads).run();
+    backward_as<double>(params, threads);
   else
-    Backward<float>(params, threads).run();
+    backward_as<float>(params, threads);
 }
 
 void grad_sums(const BackwardParams& params, const Threads& threads) {
   if (params.layout.count() == 0)
     for (int64_t c = 0; c < params.layout.channels; ++c) params.sum_grad[c] = params.sum_grad_xhat[c] = 0;
   else if (params.dtype == DType::float64)
-    Backward<double>(params, threads).run_sums();
+    grad_sums_as<double>(params, threads);
   else
-    Backward<float>(params, threads).run_sums();
+    grad_sums_as<float>(params, threads);
 }
 
 }  // namespace fastbn::cpu

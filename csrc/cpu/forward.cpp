@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/output.h"
+#include "cpu/panels.h"
 #include "cpu/phases.h"
 #include "math/moments.h"
 
@@ -78,22 +79,16 @@ void update_running(const ChannelVector& running, int64_t first, int64_t count, 
   running.store(first, count, values);
 }
 
+// Of the first `channels`, where `factor` is what the batch counts for in the running statistics.
 template <class A>
-void forward_as(const ForwardParams& params, const Threads& threads) {
-  const Layout& layout = params.layout;
+void forward_channels(const ForwardParams& params, int64_t channels, const Threads& threads, double factor,
+                      bool past_caches) {
   const Kernels& table = kernels(params.dtype);
-  const Partition partition(layout, params.dtype);
+  const Partition partition(params.layout, params.dtype, channels);
   const bool batch = params.statistics == Statistics::batch;
   AffineTable<A> affine(partition, table.column_planes);
   std::optional<Statistician<A>> statistician;
   if (batch) statistician.emplace(params, partition);
-
-  double factor = 0;
-  if (batch) {
-    if (params.num_batches_tracked) ++*params.num_batches_tracked;
-    factor = averaging_factor(params.has_momentum, params.momentum,
-                              params.num_batches_tracked ? *params.num_batches_tracked : 0);
-  }
 
   auto finish_chunk = [&](int64_t first, int64_t count) {
     double mean[chunk_channels], inv_std[chunk_channels], var[chunk_channels];
@@ -130,9 +125,6 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
     for_each_chunk(begin, end, finish_chunk);
     affine.repeat(begin, end);
   };
-  const int64_t bytes = layout.numel() * element_size(params.dtype);
-  const bool past_caches = prepare_outputs({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
-                                           table.streamed_bytes_a_thread * threads.count);
   auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
     const NormalizeArgs args{params.input,      params.residual,        params.output, params.mask,
                              params.activation, affine.arrays(channel), past_caches};
@@ -145,8 +137,24 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
 }
 
 template <class A>
-void channel_stats_as(const ForwardParams& params, const Threads& threads) {
-  const Partition partition(params.layout, params.dtype);
+void forward_as(const ForwardParams& params, const Threads& threads) {
+  double factor = 0;
+  if (params.statistics == Statistics::batch) {
+    if (params.num_batches_tracked) ++*params.num_batches_tracked;
+    factor = averaging_factor(params.has_momentum, params.momentum,
+                              params.num_batches_tracked ? *params.num_batches_tracked : 0);
+  }
+  const int64_t bytes = params.layout.numel() * element_size(params.dtype);
+  const bool past_caches = prepare_outputs({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
+                                           kernels(params.dtype).streamed_bytes_a_thread * threads.count);
+  for_each_panel(params, threads, [&](const ForwardParams& panel, int64_t channels, const Threads& its_threads) {
+    forward_channels<A>(panel, channels, its_threads, factor, past_caches);
+  });
+}
+
+template <class A>
+void channel_stats_of(const ForwardParams& params, int64_t channels, const Threads& threads) {
+  const Partition partition(params.layout, params.dtype, channels);
   Statistician<A> statistician(params, partition);
   auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -156,6 +164,11 @@ void channel_stats_as(const ForwardParams& params, const Threads& threads) {
     }
   };
   run_phases(partition, threads, statistician, finish, [](const Block&, const MaskBlock&, int64_t) {});
+}
+
+template <class A>
+void channel_stats_as(const ForwardParams& params, const Threads& threads) {
+  for_each_panel(params, threads, channel_stats_of<A>);
 }
 
 }  // namespace

@@ -18,19 +18,22 @@ constexpr int64_t least_far_bytes = int64_t(2) << 20, longest_far_row = 2048;
 
 class Partition {
  public:
-  Partition(const Layout& layout, DType dtype) : layout_(layout), in_columns_(layout.channels_are_innermost()) {
+  // Of the first `channels` of a tensor's channels, which are all or, of few rows, a panel (panels.h).
+  Partition(const Layout& layout, DType dtype, int64_t channels)
+      : layout_(layout), channels_(channels), in_columns_(layout.channels_are_innermost()) {
     const int64_t bytes = layout.numel() * element_size(dtype);
     if (in_columns_) {
       // Rows of few channels are taken several at once, so that vectors are full; their bits fit in a word.
       group_ = std::max<int64_t>(1, 64 / layout.channels);
-      width_ = group_ * layout.channels;
+      width_ = group_ * channels;
+      row_stride_ = group_ * layout.channels;
       rows_ = layout.outer / group_;
       rest_ = (layout.outer - rows_ * group_) * layout.channels;
       // 16 blocks share out evenly: 16x512x7x7 on two threads is 10 % faster than in 7. More cost more to merge than
       // they gain: 4096x512 bfloat16 is 25 % slower in 128 than in 32.
-      rows_per_block_ = std::max<int64_t>(std::min(65536 / width_, rows_ / 16), 16);
+      rows_per_block_ = std::max<int64_t>(std::min(65536 / row_stride_, rows_ / 16), 16);
       blocks_ = (rows_ + rows_per_block_ - 1) / rows_per_block_ + (rest_ > 0);
-      far_ = bytes >= least_far_bytes && width_ * element_size(dtype) <= longest_far_row;
+      far_ = bytes >= least_far_bytes && row_stride_ * element_size(dtype) <= longest_far_row;
     } else {
       // Channels of short runs are taken several at once, so that an image's part of a block is long, but no more than
       // stay in a core's cache: training takes 333 instead of 469 us for 16x2048x7x7 bfloat16 (two threads of a Xeon).
@@ -53,15 +56,15 @@ class Partition {
   bool in_columns() const { return in_columns_; }
   int64_t blocks() const { return blocks_; }
 
-  int64_t elements() const { return layout_.numel(); }
-  int64_t channels() const { return layout_.channels; }
+  int64_t elements() const { return layout_.count() * channels_; }
+  int64_t channels() const { return channels_; }
 
   // Partial results a block, two numbers each: of its columns, or its channels.
   int64_t width() const { return width_; }
   int64_t partials() const { return blocks_ * width_; }
 
   // Entries of a table of coefficients: one a channel, or where channels are columns, one a column.
-  int64_t entries() const { return in_columns_ ? width_ : layout_.channels; }
+  int64_t entries() const { return in_columns_ ? width_ : channels_; }
 
   // Where channels have runs, those of a group share their blocks, which are [group * per_group, (group + 1) *
   // per_group).
@@ -74,8 +77,8 @@ class Partition {
   Block block(int64_t index) const {
     if (in_columns_) {
       const int64_t first = index * rows_per_block_;
-      if (first >= rows_) return {rows_ * width_, 1, width_, rest_};
-      return {first * width_, std::min(rows_per_block_, rows_ - first), width_, width_, 0, 1, far_};
+      if (first >= rows_) return {rows_ * row_stride_, 1, row_stride_, rest_};
+      return {first * row_stride_, std::min(rows_per_block_, rows_ - first), row_stride_, width_, 0, 1, far_};
     }
     const int64_t channel = first_channel(index), part = index % per_group_;
     const int64_t first = part / pieces_ * rows_per_block_, column = part % pieces_ * piece_;
@@ -153,7 +156,7 @@ class Partition {
     for (int64_t i = 0; i < blocks_; ++i) {
       const ColumnSums sums = column_sums(i, partials);
       const int64_t cols = i + 1 == blocks_ && rest_ > 0 ? rest_ : width_;
-      for (int64_t j = 0; j < cols; j += layout_.channels) {
+      for (int64_t j = 0; j < cols; j += channels_) {
         for (int64_t c = begin; c < end; ++c) totals.first[c] += sums.first[j + c];
         for (int64_t c = begin; c < end; ++c) totals.second[c] += sums.second[j + c];
       }
@@ -166,9 +169,10 @@ class Partition {
   }
 
   Layout layout_;
+  int64_t channels_;
   bool in_columns_, far_ = false;
   int64_t width_ = 0, rows_per_block_ = 0, blocks_ = 0;
-  int64_t group_ = 1, rows_ = 0, rest_ = 0;                      // in columns
+  int64_t group_ = 1, row_stride_ = 0, rows_ = 0, rest_ = 0;     // in columns
   int64_t piece_ = 0, pieces_ = 0, per_group_ = 0, groups_ = 0;  // in channels
   int64_t channels_per_image_block_ = 0;
 };

@@ -1,6 +1,8 @@
 // The CPU backend against the definitions in double: every leaf loop of the instruction set that FASTBN_CPU names, on
 // memory of exactly the elements; and the same bits whatever the number of threads and the order of their work.
+#include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <string>
 
 #include "check.h"
@@ -52,7 +54,58 @@ const Layout layouts[] = {
     {19, 1009, 1},
     {307, 65, 1},
     {23131, 3, 1},  // blocks of more rows than have their masks gathered at once
+    // Few, wide rows, cut into panels; the last of one channel, less than a vector, or with a tail.
+    {1, 8193, 1},
+    {2, 8197, 1},
+    {16, 4133, 1},
+    {64, 1029, 1},
 };
+
+// Each op gives several times as many items to share out as there are threads, whenever it gives any.
+int64_t min_items;
+
+void run_counted(int64_t count, int64_t, Task task, void* context) {
+  min_items = std::min(min_items, count);
+  task(0, count, context);
+}
+
+template <class T>
+void test_few_wide_rows_are_shared_out() {
+  const cpu::Threads threads{2, run_counted};
+  for (const Layout& layout : {Layout{2, 40000, 1}, Layout{16, 20000, 1}, Layout{64, 5000, 1}}) {
+    const Case<T> a(layout, 0);
+    const BackwardTest<T> backward(a, Activation::relu, variants[0], false);
+    const Tensor<T> made(layout.numel());
+    Doubles first(layout.channels), second(layout.channels);
+    auto check = [](auto&& run) {
+      min_items = std::numeric_limits<int64_t>::max();
+      run();
+      CHECK(min_items >= 8 && min_items < std::numeric_limits<int64_t>::max());
+    };
+    for (Statistics statistics : {Statistics::batch, Statistics::running, Statistics::given}) {
+      const Channels c = a.channels(variants[0], statistics);
+      check([&] { run_forward(a, c, statistics, Activation::relu, variants[0], threads); });
+      BackwardParams p = backward.params();
+      p.statistics = statistics;
+      p.grad_input = made.data();
+      p.sum_grad = backward.sum_grad.data();
+      p.sum_grad_xhat = backward.sum_grad_xhat.data();
+      p.count = backward.count.data();
+      check([&] { cpu::backward(p, threads); });
+    }
+    ForwardParams stats;
+    stats.layout = layout;
+    stats.dtype = dtype_of<T>;
+    stats.input = a.input.data();
+    stats.mean = first.data();
+    stats.var = second.data();
+    check([&] { cpu::channel_stats(stats, threads); });
+    BackwardParams sums = backward.params();
+    sums.sum_grad = first.data();
+    sums.sum_grad_xhat = second.data();
+    check([&] { cpu::grad_sums(sums, threads); });
+  }
+}
 
 bool is_small(const Layout& layout) { return layout.numel() < 5000; }
 
@@ -127,6 +180,7 @@ void test_ways_through_memory() {
 template <class T>
 void test_type(const char* name) {
   test_ways_through_memory<T>();
+  test_few_wide_rows_are_shared_out<T>();
   test_relu_passes_gradients_of_nan<T>();
   int index = 0;
   for (const Layout& layout : layouts) {

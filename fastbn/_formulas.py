@@ -25,8 +25,8 @@ def activation(z: Tensor, index: int) -> Tensor:
 def activation_backward(grad_out: Tensor, z: Tensor, index: int) -> Tensor:
     """grad_out * activation'(z), differentiable in both.
 
-    The branches at the boundaries and at NaN are those of torch's scalar `*_backward` kernels. Where the derivative is
-    0 the result is 0 whatever grad_out is.
+    The branches at the boundaries are those of torch's `*_backward` kernels, and at NaN those of the vectorised ones
+    for CPUs. Where the derivative is 0 the result is 0 whatever grad_out is.
     """
     name = ACTIVATIONS[index]
     if name == "none":
@@ -35,14 +35,14 @@ def activation_backward(grad_out: Tensor, z: Tensor, index: int) -> Tensor:
         return masked_backward(grad_out, is_upper(z, index), index)
     if name == "elu":
         # exp of the unused branch would overflow, and its inf would make the second derivative NaN.
-        return torch.where(z <= 0, grad_out * torch.where(z <= 0, z, 0.0).exp(), grad_out)
+        return torch.where(z > 0, grad_out, grad_out * torch.where(z > 0, 0.0, z).exp())
     if name == "silu":
         s = torch.sigmoid(z)
         return grad_out * (s * (1 + z * (1 - s)))
     if name == "gelu":
         density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
         return grad_out * (0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density)
-    ramp = torch.where(z < 3, grad_out * (z / 3 + 0.5), grad_out)  # hardswish
+    ramp = torch.where(z >= 3, grad_out, grad_out * (z / 3 + 0.5))  # hardswish
     return torch.where(z <= -3, torch.zeros_like(ramp), ramp)
 
 
@@ -59,7 +59,7 @@ def is_upper(z: Tensor, index: int) -> Tensor:
     if name == "leaky_relu":
         return z > 0
     if name == "relu6":
-        return ~((z <= 0) | (z >= 6))
+        return (z > 0) & (z < 6)
     raise ValueError(f"mask: expected a piecewise linear activation, got {name!r}")
 
 

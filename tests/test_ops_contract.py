@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbn import reference
-from fastbn._activations import ACTIVATIONS
+from fastbn._activations import ACTIVATIONS, is_piecewise_linear
 from tests import cases
 
 EPS = 1e-5
@@ -75,6 +75,54 @@ def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
     if name not in ("elu", "hardswish"):
         mask = ops.namespace.normalize(x, None, None, None, m, s, index, True)[1]
         assert torch.equal(mask.cpu(), reference.pack_mask(reference.is_upper(z, index), torch.contiguous_format))
+
+
+# grad_z over grad_out where z is NaN: what torch's vectorised CPU kernels make of it.
+AT_NAN = dict.fromkeys(ACTIVATIONS, float("nan")) | {"none": 1.0, "relu": 1.0, "leaky_relu": 0.01, "relu6": 0.0}
+
+
+@pytest.mark.parametrize("source", ["input", "residual"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_nan_has_the_derivative_of_torchs_vectors(ops, name, dtype, source):
+    """Frozen statistics, from z itself and through the mask.
+
+    So many elements a channel that the CPU would not recompute relu's derivative if statistics were those of the data.
+    """
+    for shape in ((72, 9), (2, 9, 40), (72, 16), (2, 16, 40)):
+        _check_derivatives_at_nan(ops, ACTIVATIONS.index(name), dtype, source, shape)
+
+
+def _check_derivatives_at_nan(ops, index, dtype, source, shape):
+    """With NaNs of either sign under weights of either sign."""
+    channels = shape[1]
+    generator = torch.Generator().manual_seed(0)
+    nan = torch.rand(shape, generator=generator) < 0.3
+    negative = torch.rand(shape, generator=generator) < 0.5
+    values = {name: torch.randn(shape, generator=generator).to(dtype) for name in ("input", "residual")}
+    values[source][nan] = float("nan")
+    bits = values[source].view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    bits[nan & negative] ^= torch.iinfo(bits.dtype).min  # arithmetic may lose the sign of a NaN
+    x, residual = (t.to(ops.device) for t in values.values())
+    weight = torch.where(torch.arange(channels) % 2 == 0, 1.5, -1.5).to(ops.device, dtype)
+    bias = torch.zeros_like(weight)
+    mean, inv_std = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+    mean, inv_std = mean.to(ops.device), inv_std.to(ops.device)
+    grad_out = torch.full_like(x, 2.0)
+    options = (weight, bias, mean, inv_std, False, index, True, False, False, True)
+    results = []
+    if source == "input":
+        results.append(ops.namespace.batch_norm_backward(grad_out, x, None, None, *options))
+    results.append(ops.namespace.batch_norm_backward(grad_out, x, residual, None, *options))
+    if is_piecewise_linear(index):
+        mask = ops.namespace.normalize(x, residual, weight, bias, mean, inv_std, index, True)[1]
+        results.append(ops.namespace.batch_norm_backward(grad_out, x, None, mask, *options))
+    expected = torch.full((int(nan.sum()),), 2 * AT_NAN[ACTIVATIONS[index]]).to(dtype)
+    for grad_input, _, _, grad_residual in results:
+        assert not grad_residual.cpu()[~nan].isnan().any()
+        torch.testing.assert_close(grad_residual.cpu()[nan], expected, equal_nan=True, rtol=1e-2, atol=0)
+        scaled = grad_residual.cpu() * weight.cpu().view(-1, *[1] * (len(shape) - 2))
+        torch.testing.assert_close(grad_input.cpu()[nan], scaled[nan], equal_nan=True, rtol=1e-2, atol=0)
 
 
 def test_a_zero_derivative_stops_an_infinite_gradient(ops):

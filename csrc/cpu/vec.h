@@ -116,7 +116,7 @@ template <class A> FASTBN_INLINE Vec<A> operator/(Vec<A> a, const Vec<A>& b) { f
 template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a) { for (auto& values : a.part) values = -values; return a; }
 template <class A> FASTBN_INLINE Vec<A> operator<<(Vec<A> a, int bits) { for (auto& values : a.part) values = values << bits; return a; }
 template <class A> FASTBN_INLINE Vec<A> operator>>(Vec<A> a, int bits) { for (auto& values : a.part) values = values >> bits; return a; }
-template <class A> FASTBN_INLINE Mask<A> operator|(Mask<A> a, const Mask<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] |= b.part[i]; return a; }
+template <class A> FASTBN_INLINE Mask<A> operator&(Mask<A> a, const Mask<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] &= b.part[i]; return a; }
 template <class A> FASTBN_INLINE Mask<A> operator^(Mask<A> a, const Mask<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] ^= b.part[i]; return a; }
 template <class A> FASTBN_INLINE Mask<A> operator!(Mask<A> a) { for (auto& lanes : a.part) lanes = typename Mask<A>::Native(~lanes); return a; }
 #if defined(__AVX512F__)

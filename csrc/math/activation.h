@@ -1,4 +1,5 @@
-// The eight activations and their derivatives, with the branches that torch takes at the boundaries and at NaN.
+// The eight activations and their derivatives, with the branches that torch takes at the boundaries, and at NaN those of
+// its vectorised loops for CPUs: comparisons are written so that a NaN takes the branch that is meant for it.
 // F is float, double, or a vector of either that has the same operators and `select`, `exp`, `expm1`, `erf`.
 #pragma once
 
@@ -61,10 +62,10 @@ FASTBN_INLINE F activation_forward(Activation activation, F z) {
 
 // True where a piecewise linear activation takes its upper branch.
 template <class F>
-FASTBN_INLINE auto activation_is_upper(Activation activation, F z) {
+FASTBN_INLINE auto activation_is_upper(Activation activation, F z) -> decltype(z > F(0)) {
   switch (activation) {
     case Activation::relu: return !(z <= F(0));
-    case Activation::relu6: return !((z <= F(0)) | (z >= F(6)));
+    case Activation::relu6: return (z > F(0)) & (z < F(6));
     default: return z > F(0);
   }
 }
@@ -82,7 +83,7 @@ FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
     case Activation::relu:
     case Activation::leaky_relu:
     case Activation::relu6: return activation_backward_masked(activation, activation_is_upper(activation, z), grad_out);
-    case Activation::elu: return select(z <= F(0), grad_out * exp(z), grad_out);
+    case Activation::elu: return select(z > F(0), grad_out, grad_out * exp(z));
     case Activation::silu: {
       const F s = sigmoid(z);
       return grad_out * (s * (F(1) + z * (F(1) - s)));
@@ -92,7 +93,7 @@ FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
       return grad_out * (normal_cdf(z) + z * density);
     }
     case Activation::hardswish:
-      return select(z <= F(-3), F(0), select(z < F(3), grad_out * (z * F(1.0 / 3) + F(0.5)), grad_out));
+      return select(z <= F(-3), F(0), select(z >= F(3), grad_out, grad_out * (z * F(1.0 / 3) + F(0.5))));
     default: return grad_out;
   }
 }

@@ -135,6 +135,28 @@ def test_a_zero_derivative_stops_an_infinite_gradient(ops):
     assert grads[3].tolist() == [[0.0, float("inf")]]
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 7, 7), (2, 65, 7, 7), (3, 7, 16, 32), (2, 130, 1, 2), (1, 41, 28, 28)], ids=str
+)
+def test_no_channel_is_left_out(ops, shape, channels_last):
+    """Channels are handled in groups: whole ones, and what is left over, or nothing."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2))
+    weight, bias = (torch.arange(shape[1]) % 5 + 1.0 for _ in range(2))
+    results = []
+    for namespace, device in ((ops.namespace, ops.device), (reference, torch.device("cpu"))):
+        x_, g_, w, b = (t.to(device) for t in (x, g, weight, bias))
+        output, mean, inv_std, _ = namespace.batch_norm_train(x_, None, w, b, None, None, None, 0.1, EPS, 0, False)
+        grads = namespace.batch_norm_backward(g_, x_, None, None, w, b, mean, inv_std, True, 0, *[True] * 3, False)
+        evaluated = namespace.batch_norm_eval(x_, None, w, b, b, w, EPS, 0)
+        results.append([t.cpu() for t in (output, mean, inv_std, *grads[:3], evaluated)])
+    # Wide on purpose: test_ops holds the values.
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_inputs_are_left_alone(ops):
     tensors = [torch.randn(3, 4, 5, 6, device=ops.device) for _ in range(3)]
     weight, bias = torch.randn(2, 4, device=ops.device)

@@ -1,0 +1,281 @@
+"""Plants the faults of mutants.toml, each in a copy of the tree, and reports which of the selected tests notice.
+
+A mutant is killed by a test that fails with it and passes without it. One that does not compile, or whose old text is
+not in the tree, is an error of the list. The checkout is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tests.mutation.mutants import GROUPS, ROOT, Mutant, Selection, load
+
+BUILD = {
+    "extension": ["setup.py", "-q", "build_ext", "--inplace"],
+    "emulator": ["-c", "from tests.emulator import build; build.load()"],
+}
+SECONDS_OF_A_BUILD = 3600
+EVERY_TEST = Selection(tuple(BUILD), ("tests",))
+
+
+@dataclass
+class Result:
+    mutant: Mutant
+    outcome: str = "survived"  # or "killed", "killed once", "error"
+    functions: list[str] = field(default_factory=list)
+    implementations: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    message: str = ""
+
+    def add(self, places: set[tuple[str, str]]) -> None:
+        self.functions = sorted({*self.functions, *(function for function, _ in places)})
+        self.implementations = sorted({*self.implementations, *(name for _, name in places if name)})
+        if self.functions:
+            self.outcome = "killed once" if len(self.functions) == 1 else "killed"
+
+
+class TreeError(Exception):
+    """What makes it pointless to go on with a copy of the tree."""
+
+
+class Tree:
+    """One worker's copy: `folder/pristine`, built, and `folder/tree`, made anew from it for each mutant.
+
+    Times of files are copied too, so that a build sees nothing to do but the mutant, and both lie at one path when they
+    are built, for ninja knows files by their whole names.
+    """
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self.path, self.pristine = folder / "tree", folder / "pristine"
+        self.log = folder / "log.txt"
+        # Files of the same size and second are the same to Python's cache of compiled modules.
+        self.environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "FASTBN_CUDA": "0", "PYTHONPATH": "."}
+        self.environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // jobs)))
+
+    def prepare(self, builds: set[str]) -> None:
+        """Brings the copy up to date with the checkout and builds it."""
+        if self.pristine.exists():
+            self.restore()
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        files = {Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+        if "extension" not in builds:  # what the checkout's own tests run on
+            files |= {path.relative_to(ROOT) for path in (ROOT / "fastbn").glob("_C*.so")}
+        for path in files:
+            target, content = self.path / path, (ROOT / path).read_bytes()
+            if not target.exists() or target.read_bytes() != content:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+        for kept in [path for folder in ("fastbn", "csrc", "tests") for path in (self.path / folder).rglob("*")]:
+            if kept.is_file() and kept.suffix != ".so" and kept.relative_to(self.path) not in files:
+                kept.unlink()
+        for what in sorted(builds):
+            if not self.build(what):
+                raise TreeError(f"the tree without a mutant does not build ({what}): see {self.log}")
+        if self.python(["-c", "import fastbn"], 600) != 0:
+            raise TreeError(f"fastbn does not load: expected it built in the checkout, see {self.log}")
+        shutil.rmtree(self.pristine, ignore_errors=True)
+        shutil.copytree(self.path, self.pristine)
+
+    def restore(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.copytree(self.pristine, self.path)
+
+    def python(self, arguments: list[str], seconds: float) -> int | None:
+        """The return code of Python in the tree, or None where it took longer and was ended with all its children."""
+        with self.log.open("ab") as log:
+            command = [sys.executable, *arguments]
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command, cwd=self.path, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                return process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+    def build(self, what: str) -> bool:
+        return self.python(BUILD[what], SECONDS_OF_A_BUILD) == 0
+
+    def failures(self, arguments: str, enough: int, seconds: float) -> set[tuple[str, str]]:
+        """(test function, implementation) of what one run of pytest saw fail; a hang or crash is a function's name."""
+        report = self.path.parent / "failures.json"
+        report.write_text("")
+        options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "tests.mutation.plugin"]
+        options += [f"--failures={report}", f"--enough={enough}"]
+        code = self.python(["-m", "pytest", *options, *shlex.split(arguments)], seconds)
+        places = {tuple(json.loads(line)) for line in report.read_text().splitlines()}
+        arguments = " ".join(arguments.split())
+        if code is None:
+            places.add((f"{arguments} (takes longer than {seconds:.0f} s)", ""))
+        elif code == 5:
+            raise TreeError(f"pytest found no test of {arguments!r}")
+        elif code not in (0, 1, 2) or (code and not places):
+            places.add((f"{arguments} (pytest ends with {code})", ""))
+        return places
+
+
+class Baseline:
+    """What fails without a mutant, by selection: found once, by whoever needs it first."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.lock = threading.Lock()
+        self.failures: dict[str, set[tuple[str, str]]] = {}
+
+    def of(self, arguments: str, tree: Tree) -> set[tuple[str, str]]:
+        with self.lock:
+            if arguments not in self.failures:
+                start = time.monotonic()
+                self.failures[arguments] = tree.failures(arguments, 0, 4 * self.seconds)
+                say(f"without a mutant: {arguments} ({time.monotonic() - start:.0f} s)")
+                for function, implementation in sorted(self.failures[arguments]):
+                    say(f"  fails already, and so kills nothing: {function} {implementation}")
+            return self.failures[arguments]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def try_mutant(
+    mutant: Mutant, selection: Selection, tree: Tree, baseline: Baseline, options: argparse.Namespace
+) -> Result:
+    tree.restore()
+    expected = {arguments: baseline.of(arguments, tree) for arguments in selection.tests}
+    result, start = Result(mutant), time.monotonic()
+    target = tree.path / mutant.path
+    try:
+        target.write_text(mutant.apply(target.read_text()))
+    except (OSError, ValueError) as error:
+        return Result(mutant, "error", message=str(error))
+    for what in selection.builds if mutant.path.startswith("csrc/") else ():
+        if not tree.build(what):
+            return Result(mutant, "error", message=f"does not build ({what}): see {tree.log}")
+    for arguments in selection.tests:
+        if len(result.functions) < options.enough:
+            left_out = shlex.join(f"--deselect={function}" for function, _ in expected[arguments])
+            failed = tree.failures(f"{arguments} {left_out}", options.enough, options.timeout)
+            result.add(failed - expected[arguments])
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def line_of(result: Result) -> str:
+    by = result.message
+    if result.functions:
+        names = [function.rsplit("/", 1)[-1] for function in result.functions]
+        by = f"{len(names)}: {', '.join(names)}"
+        by += f" [{', '.join(result.implementations)}]" if result.implementations else ""
+    return f"{result.mutant.name:44} {result.outcome:11} {result.seconds:6.0f} s  {by}"
+
+
+def print_table(results: list[Result], tests: dict[str, Selection], enough: int) -> None:
+    print(f"\nTests were selected, and left out once {enough} functions of them had failed:")
+    for name in sorted({result.mutant.tests for result in results}):
+        print(f"  {name}: " + "; ".join(" ".join(arguments.split()) for arguments in tests[name].tests))
+    for group in GROUPS:
+        of_group = [result for result in results if result.mutant.group == group]
+        if of_group:
+            print(f"\n{group}")
+        for result in of_group:
+            print(f"  {line_of(result)}")
+            print(f"  {'':44} {result.mutant.path}: {result.mutant.why}")
+    counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in OUTCOMES}
+    print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+
+
+OUTCOMES = ("killed", "killed once", "survived", "error")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the mutants and plant none")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
+    parser.add_argument("--group", nargs="+", choices=GROUPS, help="mutants of these parts of the tree")
+    parser.add_argument("--all-tests", action="store_true", help="ask every test, not those selected for the mutant")
+    parser.add_argument(
+        "--enough",
+        type=int,
+        default=2,
+        help="failing test functions after which a mutant is done with (default 2)",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time, each in a copy of its own (default 1)")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for a run of pytest (default 900)")
+    parser.add_argument("--folder", type=Path, help="where the copies go and stay, built; else a temporary folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    mutants, selections = load()
+    if unknown := set(options.only or ()) - {mutant.name for mutant in mutants}:
+        raise SystemExit(f"--only: expected names that --list prints, got {', '.join(sorted(unknown))}")
+    chosen = [
+        mutant
+        for mutant in mutants
+        if (not options.only or mutant.name in options.only) and (not options.group or mutant.group in options.group)
+    ]
+    if options.list:
+        for mutant in chosen:
+            print(f"{mutant.name:44} {mutant.path}: {mutant.why}")
+        return 0
+    if options.all_tests:
+        selections = dict.fromkeys(selections, EVERY_TEST)
+    builds = {what for mutant in chosen if mutant.path.startswith("csrc/") for what in selections[mutant.tests].builds}
+    with tempfile.TemporaryDirectory(prefix="fastbn-mutation-") as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        trees: queue.Queue[Tree] = queue.Queue()
+        for worker in range(options.jobs):
+            (folder / str(worker)).mkdir(parents=True, exist_ok=True)
+            tree = Tree(folder / str(worker), options.jobs)
+            try:
+                tree.prepare(builds)
+            except TreeError as error:
+                raise SystemExit(f"{error}\n{tree.log.read_text()[-2000:]}") from None
+            trees.put(tree)
+        baseline = Baseline(options.timeout)
+
+        def run(mutant: Mutant) -> Result:
+            tree = trees.get()
+            try:
+                result = try_mutant(mutant, selections[mutant.tests], tree, baseline, options)
+            except TreeError as error:
+                result = Result(mutant, "error", message=str(error))
+            finally:
+                trees.put(tree)
+            say(line_of(result))
+            return result
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results = list(pool.map(run, chosen))
+    print_table(results, selections, options.enough)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    return int(any(result.outcome in ("survived", "error") for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

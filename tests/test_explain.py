@@ -82,6 +82,25 @@ def test_cpu_tensors(shape, kernel, direction, training):
     assert plan.threads == torch.get_num_threads() and "C++ kernels" in plan.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic_of_cpu_tensors(dtype):
+    """Counted by hand: backward reads grad_out, input and a mask twice, and writes two gradients."""
+    x = torch.empty(4, 8, 5, 5, dtype=dtype)
+    bit = 1 / (8 * x.element_size())
+    for direction, training, activation, residual, expected in (
+        ("forward", True, "relu", True, (3, 1 + bit)),
+        ("forward", False, "silu", True, (2, 1)),
+        ("forward", True, None, False, (2, 1)),
+        ("backward", True, "relu", True, (2 * (2 + bit), 2)),
+        ("backward", True, "silu", True, (2 * 3, 2)),
+        ("backward", True, None, True, (2 * 2, 1)),
+        ("backward", False, "relu", True, (1 + bit, 2)),
+        ("backward", False, None, True, (1, 1)),
+    ):
+        plan = fastbn.explain(x, direction, activation=activation, residual=residual, training=training)
+        assert (plan.tensor_reads, plan.tensor_writes) == expected, (direction, training, activation)
+
+
 @pytest.mark.parametrize(
     "x,training,reason",
     [

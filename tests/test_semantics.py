@@ -93,6 +93,14 @@ def test_a_counter_of_another_dtype_counts(momentum, dtype):
     assert_same_buffers(fast, stock)
 
 
+@pytest.mark.parametrize("backend", [None, "cpu", "reference", "torch"])
+def test_a_counter_given_in_evaluation_stays(backend):
+    counter, mean, var = torch.tensor(3), normal(5), normal(5, seed=1).square()
+    options = {"momentum": None, "num_batches_tracked": counter, "backend": backend}
+    fastbn.functional.batch_norm(normal(3, 5), mean, var, **options)
+    assert counter.item() == 3
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [(0, 5, 4, 6), (3, 5, 0, 6)], ids=str)

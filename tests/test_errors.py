@@ -147,6 +147,20 @@ def test_input_of_another_device():
     assert fast.num_batches_tracked.item() == 0
 
 
+def test_an_error_of_a_hook_is_not_taken_for_a_refusal_of_the_op():
+    """Which torch's batch_norm would answer for: then the hook would be asked once more."""
+    asked = []
+
+    def refuse(tensor):
+        asked.append(tensor)
+        raise RuntimeError("nowhere to keep it")
+
+    with torch.autograd.graph.saved_tensors_hooks(refuse, lambda tensor: tensor):
+        with pytest.raises(RuntimeError, match="nowhere to keep it"):
+            FAST[2](5)(normal(3, 5, 4, 6, dtype=torch.float32).requires_grad_())
+    assert len(asked) == 1
+
+
 def test_names_that_do_not_exist():
     x = normal(3, 4)
     with pytest.raises(ValueError, match="activation: expected one of none, relu, .*, got 'tanh'"):

@@ -1,7 +1,7 @@
 """Plants the faults of mutants.toml, each in a copy of the tree, and reports which of the selected tests notice.
 
-A mutant is killed by a test that fails with it and passes without it. One that does not compile, or whose old text is
-not in the tree, is an error of the list. The checkout is only read.
+A mutant is killed by a test that fails with it and passes without it, which is looked at in the end. One that does
+not compile, or whose old text is not in the tree, is an error of the list. The checkout is only read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -32,20 +31,29 @@ SECONDS_OF_A_BUILD = 3600
 EVERY_TEST = Selection(tuple(BUILD), ("tests",))
 
 
+@dataclass(frozen=True)
+class Failure:
+    function: str  # or what a crash, a hang or a file that does not load is called
+    implementation: str = ""
+    test: str = ""  # with its parameters; "" where there is none to run again
+
+
 @dataclass
 class Result:
     mutant: Mutant
     outcome: str = "survived"  # or "killed", "killed once", "error"
+    failures: list[Failure] = field(default_factory=list)
     functions: list[str] = field(default_factory=list)
     implementations: list[str] = field(default_factory=list)
     seconds: float = 0.0
     message: str = ""
 
-    def add(self, places: set[tuple[str, str]]) -> None:
-        self.functions = sorted({*self.functions, *(function for function, _ in places)})
-        self.implementations = sorted({*self.implementations, *(name for _, name in places if name)})
-        if self.functions:
-            self.outcome = "killed once" if len(self.functions) == 1 else "killed"
+    def settle(self) -> None:
+        """Sums up the failures, but for an error."""
+        self.functions = sorted({failure.function for failure in self.failures})
+        self.implementations = sorted({failure.implementation for failure in self.failures} - {""})
+        if self.outcome != "error":
+            self.outcome = {0: "survived", 1: "killed once"}.get(len(self.functions), "killed")
 
 
 class TreeError(Exception):
@@ -118,53 +126,30 @@ class Tree:
     def build(self, what: str) -> bool:
         return self.python(BUILD[what], SECONDS_OF_A_BUILD) == 0
 
-    def failures(self, arguments: str, enough: int, seconds: float) -> set[tuple[str, str]]:
-        """(test function, implementation) of what one run of pytest saw fail; a hang or crash is a function's name."""
+    def failures(self, arguments: list[str], enough: int, seconds: float) -> list[Failure]:
+        """What one run of pytest saw fail."""
         report = self.path.parent / "failures.json"
         report.write_text("")
         options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "tests.mutation.plugin"]
         options += [f"--failures={report}", f"--enough={enough}"]
-        code = self.python(["-m", "pytest", *options, *shlex.split(arguments)], seconds)
-        places = {tuple(json.loads(line)) for line in report.read_text().splitlines()}
-        arguments = " ".join(arguments.split())
+        code = self.python(["-m", "pytest", *options, *arguments], seconds)
+        failures = [Failure(*json.loads(line)) for line in report.read_text().splitlines()]
         if code is None:
-            places.add((f"{arguments} (takes longer than {seconds:.0f} s)", ""))
+            failures.append(Failure(f"takes longer than {seconds:.0f} s"))
         elif code == 5:
-            raise TreeError(f"pytest found no test of {arguments!r}")
-        elif code not in (0, 1, 2) or (code and not places):
-            places.add((f"{arguments} (pytest ends with {code})", ""))
-        return places
-
-
-class Baseline:
-    """What fails without a mutant, by selection: found once, by whoever needs it first."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.lock = threading.Lock()
-        self.failures: dict[str, set[tuple[str, str]]] = {}
-
-    def of(self, arguments: str, tree: Tree) -> set[tuple[str, str]]:
-        with self.lock:
-            if arguments not in self.failures:
-                start = time.monotonic()
-                self.failures[arguments] = tree.failures(arguments, 0, 4 * self.seconds)
-                say(f"without a mutant: {arguments} ({time.monotonic() - start:.0f} s)")
-                for function, implementation in sorted(self.failures[arguments]):
-                    say(f"  fails already, and so kills nothing: {function} {implementation}")
-            return self.failures[arguments]
+            raise TreeError(f"pytest found no test of {shlex.join(arguments)}")
+        elif code not in (0, 1, 2) or (code and not failures):
+            failures.append(Failure(f"pytest ends with {code}"))
+        return failures
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def try_mutant(
-    mutant: Mutant, selection: Selection, tree: Tree, baseline: Baseline, options: argparse.Namespace
-) -> Result:
-    tree.restore()
-    expected = {arguments: baseline.of(arguments, tree) for arguments in selection.tests}
+def try_mutant(mutant: Mutant, selection: Selection, tree: Tree, options: argparse.Namespace) -> Result:
     result, start = Result(mutant), time.monotonic()
+    tree.restore()
     target = tree.path / mutant.path
     try:
         target.write_text(mutant.apply(target.read_text()))
@@ -175,11 +160,24 @@ def try_mutant(
             return Result(mutant, "error", message=f"does not build ({what}): see {tree.log}")
     for arguments in selection.tests:
         if len(result.functions) < options.enough:
-            left_out = shlex.join(f"--deselect={function}" for function, _ in expected[arguments])
-            failed = tree.failures(f"{arguments} {left_out}", options.enough, options.timeout)
-            result.add(failed - expected[arguments])
+            result.failures += tree.failures(shlex.split(arguments), options.enough, options.timeout)
+            result.settle()
     result.seconds = time.monotonic() - start
     return result
+
+
+def take_back_kills(results: list[Result], tree: Tree, seconds: float) -> None:
+    """Runs every test that killed a mutant without one. What fails there too has killed nothing."""
+    tests = sorted({failure.test for result in results for failure in result.failures if failure.test})
+    if not tests:
+        return
+    tree.restore()
+    fail_anyway = {failure.function for failure in tree.failures(tests, 0, seconds)}
+    for function in sorted(fail_anyway):
+        say(f"fails without a mutant, and so kills none: {function}")
+    for result in results:
+        result.failures = [failure for failure in result.failures if failure.function not in fail_anyway]
+        result.settle()
 
 
 def line_of(result: Result) -> str:
@@ -192,7 +190,7 @@ def line_of(result: Result) -> str:
 
 
 def print_table(results: list[Result], tests: dict[str, Selection], enough: int) -> None:
-    print(f"\nTests were selected, and left out once {enough} functions of them had failed:")
+    print(f"\nOnly selected tests were run, and no more of them once {enough} functions had failed:")
     for name in sorted({result.mutant.tests for result in results}):
         print(f"  {name}: " + "; ".join(" ".join(arguments.split()) for arguments in tests[name].tests))
     for group in GROUPS:
@@ -256,12 +254,11 @@ def main(arguments: list[str] | None = None) -> int:
             except TreeError as error:
                 raise SystemExit(f"{error}\n{tree.log.read_text()[-2000:]}") from None
             trees.put(tree)
-        baseline = Baseline(options.timeout)
 
         def run(mutant: Mutant) -> Result:
             tree = trees.get()
             try:
-                result = try_mutant(mutant, selections[mutant.tests], tree, baseline, options)
+                result = try_mutant(mutant, selections[mutant.tests], tree, options)
             except TreeError as error:
                 result = Result(mutant, "error", message=str(error))
             finally:
@@ -271,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         with ThreadPoolExecutor(options.jobs) as pool:
             results = list(pool.map(run, chosen))
+        take_back_kills(results, trees.get(), options.timeout)
     print_table(results, selections, options.enough)
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

@@ -33,11 +33,11 @@ class _Failures:
         self.path, self.enough = path, enough
         self.places: set[tuple[str, str]] = set()
 
-    def _write(self, function: str, implementation: str) -> None:
+    def _write(self, function: str, implementation: str, test: str = "") -> None:
         if (function, implementation) not in self.places:
             self.places.add((function, implementation))
             with self.path.open("a") as file:
-                print(json.dumps([function, implementation]), file=file)
+                print(json.dumps([function, implementation, test]), file=file)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -48,7 +48,7 @@ class _Failures:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
         report = yield
         if report.failed:
-            self._write(*_place(item))
+            self._write(*_place(item), item.nodeid)
             if self.enough and len({function for function, _ in self.places}) >= self.enough:
                 item.session.shouldstop = "enough functions failed"
         return report

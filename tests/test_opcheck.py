@@ -15,6 +15,8 @@ LAYOUTS = {
     "4d": cases.Case("4d", (3, 5, 4, 3)),
     "channels_last": cases.Case("channels_last", (3, 5, 4, 2), "channels_last"),
     "2d": cases.Case("2d", (9, 5)),
+    # Dense, but in neither format: outputs have other strides.
+    "transposed": cases.Case("transposed", (3, 5, 4, 2), "transposed"),
     "sliced": cases.Case("sliced", (3, 5, 4, 2), "sliced"),
     "empty": cases.Case("empty", (0, 5, 2, 2)),
 }
@@ -65,7 +67,15 @@ def _samples(case, dtype, param_dtype, residual, activation):
 
 
 # Each layout, and each option with a residual under both memory formats.
-SAMPLES = [("4d", 1), ("channels_last", 2), ("channels_last", 1), ("2d", 3), ("sliced", 2), ("empty", 0)]
+SAMPLES = [
+    ("4d", 1),
+    ("channels_last", 2),
+    ("channels_last", 1),
+    ("2d", 3),
+    ("transposed", 0),
+    ("sliced", 2),
+    ("empty", 0),
+]
 
 
 @pytest.mark.parametrize("layout,option", SAMPLES)

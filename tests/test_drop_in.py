@@ -180,13 +180,24 @@ def _override_in_instance(layer):
     layer.__dict__["weight"] = torch.full((4,), 3.0)
 
 
-def _negative_statistics(layer):
+def _negative_mean(layer):
     layer.running_mean = torch.zeros(4, dtype=torch.cfloat).conj().imag
+
+
+def _negative_variance(layer):
+    layer.running_var = torch.full((4,), -1j, dtype=torch.cfloat).conj().imag
 
 
 @pytest.mark.parametrize(
     "change",
-    [_delete_counter, _delete_statistics, _override_by_property, _override_in_instance, _negative_statistics],
+    [
+        _delete_counter,
+        _delete_statistics,
+        _override_by_property,
+        _override_in_instance,
+        _negative_mean,
+        _negative_variance,
+    ],
 )
 def test_tensors_that_are_missing_or_replaced_are_those_of_torch(change):
     x = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))

@@ -34,6 +34,13 @@ def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, d
     assert f"{plan.blocks} blocks of {plan.threads} threads" in str(plan)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_frozen_statistics_take_one_launch_without_sums(memory_format, direction):
+    plan = fastbn.explain(_meta(64, 256, 16, 16, memory_format=memory_format), direction, training=False, device="h200")
+    assert (plan.launches, plan.tensor_reads, plan.tensor_writes) == (1, 1, 1)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_traffic_of_a_residual_and_an_activation(direction, activation):

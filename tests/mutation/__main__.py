@@ -72,7 +72,8 @@ class Tree:
         self.log = folder / "log.txt"
         # Files of the same size and second are the same to Python's cache of compiled modules.
         self.environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "FASTBN_CUDA": "0", "PYTHONPATH": "."}
-        self.environment.setdefault("MAX_JOBS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        for threads in ("MAX_JOBS", "OMP_NUM_THREADS"):
+            self.environment.setdefault(threads, str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def prepare(self, builds: set[str]) -> None:
         """Brings the copy up to date with the checkout and builds it."""

@@ -227,6 +227,21 @@ def test_outliers_at_the_ends_do_not_spoil_the_variance(ops, outlier, dtype, cha
     torch.testing.assert_close(var.cpu(), expected, rtol=64 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squares_that_overflow_float32(ops, dtype, channels_last):
+    """In one channel of eight, and elsewhere not. 64 units: a sum's terms, with room."""
+    x = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 1e25
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    _, expected = reference.channel_stats(x.double())
+    _, var = ops.namespace.channel_stats(x.to(ops.device))
+    unfused = [None, None, None, None, None, None, 0.1, EPS, 0, False]
+    _, _, inv_std, _ = ops.namespace.batch_norm_train(x.to(ops.device), *unfused)
+    for actual, exact in ((var, expected), (inv_std, (expected + EPS).rsqrt())):
+        torch.testing.assert_close(actual.cpu(), exact, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_statistics_are_the_same_bits_with_and_without_a_mask(ops):
     # On a GPU three channels have octets of their own with a mask, which fastbn.functional then does not ask for.
     channels = 3 if ops.name in ("reference", "cpu") else 8

@@ -274,21 +274,3 @@ def test_backward(ops, setup, batch_stats):
         _check_elements(
             host, exact, allowed, *ops.namespace.input_grad(*arguments, *statistics, setup.activation, True)
         )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_long_slices_one_after_the_other(ops, dtype):
-    """Five octets a thread in a cooperative group of two blocks, which are not whole stages of its copies."""
-    case = cases.Case("long_slices", (2, 5, 10240))
-    x, grad_out = cases.make_input(case, dtype), cases.make_normal(case, dtype)
-    arguments = [None, None, None, None, None, None, 0.1, EPS, 0, False]
-    exact, mean, inv_std, _ = reference.batch_norm_train(x.double(), *arguments)
-    output = ops.namespace.batch_norm_train(x.to(ops.device), *arguments)[0]
-    # Of 20480 normal values none lies 6 standard deviations off.
-    assert_close_to_reference(output, exact, tolerance.forward_tolerance(dtype, case.count, 6), "output")
-    arguments = [None, None, None, None, mean, inv_std, True, 0, True, False, False, False]
-    exact = reference.batch_norm_backward(grad_out.double(), x.double(), *arguments)[0]
-    arguments[4:6] = mean.to(ops.device), inv_std.to(ops.device)
-    grad_input = ops.namespace.batch_norm_backward(grad_out.to(ops.device), x.to(ops.device), *arguments)[0]
-    allowed = tolerance.gradient_tolerance(dtype, case.count, 6 * inv_std.max())
-    assert_close_to_reference(grad_input, exact, allowed, "grad_input")

@@ -157,7 +157,35 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     pivot = x.detach().mean(dims)
     correction = (x - wide(x, pivot)).mean(dims)
     mean = pivot + torch.where(pivot.isinf(), 0.0, correction)  # an infinite mean stays infinite, as torch's does
-    return mean, (x - wide(x, mean)).square().mean(dims)
+    deviation = x - wide(x, mean)
+    return mean, (deviation - wide(x, deviation.mean(dims))).square().mean(dims)
+
+
+def _power_of_two_below(size: Tensor) -> Tensor:
+    """2^-n for a `size` in [2^(n-1), 2^n), so that their product is below 1; 1 for 0, inf and NaN. float64 [C]."""
+    size = torch.where(size.isfinite(), size, 0.0)
+    return torch.ldexp(torch.ones_like(size), -torch.frexp(size).exponent)
+
+
+def to_unit_scale(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, unit, eps of y): y is `x` less about its mean, times the power of two `unit` ([C], as eps is).
+
+    Variances of x leave the range of float32 long before the gradients do, those of y do not: its largest magnitude, or
+    the square root of its eps, is about 1. Derivatives take the shift and the unit for constants.
+    """
+    dims = reduced_dims(x)
+    with torch.no_grad():
+        # Not by one power of two: a mean far off would leave no digits of a small x, or x overflow.
+        largest = x.abs().amax(dims).double()
+        first = _power_of_two_below(largest.clamp(min=math.sqrt(eps))).clamp(2.0**-126, 2.0**126)
+        near = x * wide(x, first)
+        pivot = near.mean(dims)
+        pivot = torch.where(pivot.isfinite(), pivot, 0.0)
+        spread = (near - wide(x, pivot)).abs().amax(dims).double()
+        second = _power_of_two_below(torch.maximum(spread, first * math.sqrt(eps)))
+        unit = first * second
+    y = (x * wide(x, first) - wide(x, pivot)) * wide(x, second)
+    return y, unit, eps * unit.square()
 
 
 def unbiased(var: Tensor, count: int) -> Tensor:
@@ -224,7 +252,11 @@ def backward_formula(
     g, x_, r = grad_out.to(dtype), x.to(dtype), None if residual is None else residual.to(dtype)
     w, b = (None if t is None else t.to(dtype) for t in (weight, bias))
     batch_stats = mean is None
+    unit = None
     if batch_stats:
+        if x.numel():
+            x_, unit, eps = to_unit_scale(x_, eps)
+            eps = eps.to(dtype)
         m, var = moments(x_)
         s = (var + eps).rsqrt()
     else:
@@ -235,6 +267,7 @@ def backward_formula(
     sum_grad, sum_grad_xhat = grad_z.sum(dims), (grad_z * xhat).sum(dims)
     sums = (sum_grad, sum_grad_xhat, x.numel() // x.shape[1]) if batch_stats and x.numel() else None
     grad_x = input_gradient(grad_z, xhat, w, s, sums)
+    grad_x = grad_x if unit is None else grad_x * wide(x_, unit)
     per_channel = param_dtype(x, weight, bias)
     return grad_x.to(x.dtype), sum_grad_xhat.to(per_channel), sum_grad.to(per_channel), grad_z.to(x.dtype)
 

@@ -101,7 +101,10 @@ def batch_norm_train(
     mean, var = moments(x)
     _update_buffers(x, mean, var, running_mean, running_var, num_batches_tracked, momentum)
     inv_std = (var + eps).rsqrt()
-    output, mask = _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
+    # About the exact mean: what rounding it lost shows where it is far larger than the standard deviation.
+    x = x - wide(x, mean)
+    z = affine(x, r, w, b, x.mean(reduced_dims(x)), inv_std)
+    output, mask = _output(input, z, activation, save_mask)
     return output, mean, inv_std, mask
 
 

@@ -1,4 +1,5 @@
-"""One parity case: fastbn and torch.nn.functional on one device, each against float64 torch operations.
+"""One parity case: fastbn and torch.nn.functional on one device, each against float64 torch operations, or where it
+is float64 itself, against numpy.longdouble.
 
 Errors are largest absolute differences in ulp: the spacing of the quantity's dtype at the largest value it should have.
 """
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastbn.cli import extended
 from fastbn.functional import batch_norm
 
 EPS, MOMENTUM = 1e-5, 0.1
-# Two roundings to the output's dtype: a correct implementation may need them however exact its arithmetic.
-FLOOR_ULP = 2.0
+# Two roundings to the output's dtype: a correct implementation may need them however exact its arithmetic. float64 has
+# no wider type to be computed in, and so rounds at every step.
+FLOOR_ULP, FLOOR_ULP_FLOAT64 = 2.0, 4.0
 
 _FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -44,16 +47,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of one quantity in ulp; `scale` is the largest absolute value of the reference."""
+    """Errors of one quantity in ulp; `scale` is the largest absolute value expected, `floor` the least bound."""
 
     quantity: str
     fastbn: float
     stock: float
     scale: float
+    floor: float = FLOOR_ULP
 
     @property
     def bound(self) -> float:
-        return max(self.stock, FLOOR_ULP)
+        return max(self.stock, self.floor)
 
     @property
     def passed(self) -> bool:
@@ -69,6 +73,11 @@ def compare(case: Case, device: torch.device) -> Iterator[Comparison]:
     reference = _run(_compose, case, {k: v.double() for k, v in data.items()})
     del reference["z"]
     fast, stock = _run(_fastbn, case, data), _run(_stock, case, data)
+    if case.dtype == torch.float64:
+        for quantity, exact in _extend(case, data).items():
+            errors = (extended.error_in_ulp(got[quantity], exact) for got in (fast, stock))
+            yield Comparison(quantity, *errors, float(abs(exact).max()), FLOOR_ULP_FLOAT64)
+        return
     for quantity, expected in reference.items():
         scale = expected.abs().max().item()
         ulp = _ulp(stock[quantity].dtype, scale)
@@ -136,6 +145,26 @@ def _compose(case, input, weight, bias, running_mean, running_var, residual=None
     z = (input - per_channel(mean)) * per_channel(weight / (var + EPS).sqrt()) + per_channel(bias)
     z = z if residual is None else z + residual
     return {"z": z, "output": z.relu() if case.relu else z}
+
+
+def _extend(case, data):
+    """What `_run` makes of `_compose`, in longdouble."""
+    wide = {name: extended.wide(value) for name, value in data.items()}
+    x, weight, grad_z = wide["input"], wide["weight"], wide["grad_out"]
+    deviation, var, result = extended.deviations(x, wide["running_mean"]), wide["running_var"], {}
+    if case.training:
+        count = x.size // x.shape[1]
+        deviation, (mean, var) = extended.deviations(x), extended.statistics(x)
+        batch = {"running_mean": mean, "running_var": var * count / (count - 1)}
+        result = {name: extended.running(wide[name], value, MOMENTUM) for name, value in batch.items()}
+    inv_std = extended.inverse_std(var, EPS)
+    z = extended.normalize(deviation, weight, wide["bias"], inv_std) + wide.get("residual", 0)
+    if case.relu:
+        z, grad_z = z * (z > 0), grad_z * (z > 0)
+    gradients = extended.gradients(grad_z, deviation, weight, inv_std, case.training)
+    result = {"output": z, **result}
+    result |= {f"grad_{name}": value for name, value in zip(("input", "weight", "bias"), gradients, strict=True)}
+    return result | ({"grad_residual": grad_z} if case.residual else {})
 
 
 def _stock(case, input, weight, bias, running_mean, running_var, residual=None):

@@ -124,7 +124,9 @@ class Backward {
  private:
   template <class Finish, class Apply>
   void reduce_then(Finish&& finish, Apply&& apply) {
-    const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < least_count_in_float;
+    const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < least_count_in_float ||
+                           std::any_of(params_.inv_std, params_.inv_std + params_.layout.channels,
+                                       misses_vanished_products);
     totals_.emplace(partition_, in_double);
     run_phases(partition_, threads_, *this, finish, apply);
   }

@@ -19,7 +19,7 @@ namespace {
 // lies so near the mean that subtracting its share does not multiply their relative error by more than 8.
 bool resolves(const Sums& sums, double count) {
   const double m2 = sums.second - sums.first * sums.first / count;
-  return std::isfinite(sums.second) && sums.second <= 8 * m2 && (sums.second >= 1e-30 || sums.first == 0);
+  return std::isfinite(sums.second) && sums.second <= 8 * m2 && (sums.second >= 1e-30 || (sums.first == 0 && sums.second == 0));
 }
 
 // The reduction of a forward op: partial sums about an element of each channel, then their moments.
@@ -57,6 +57,13 @@ class Statistician {
                                  sums.second);
   }
 
+  // What rounding the mean lost, where elements show it.
+  double rest_of_mean(int64_t channel) const {
+    if constexpr (!std::is_same_v<A, double>) return 0;
+    return Moments::rest_of_mean(double(params_.layout.count()), double(pivots_[size_t(channel)]),
+                                 totals_.of_channel(channel).first);
+  }
+
  private:
   // Differences of halves and their squares have so few digits that float rounds little of however few.
   static bool in_double(const ForwardParams& params) {
@@ -91,12 +98,13 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
   if (batch) statistician.emplace(params, partition);
 
   auto finish_chunk = [&](int64_t first, int64_t count) {
-    double mean[chunk_channels], inv_std[chunk_channels], var[chunk_channels];
+    double mean[chunk_channels], inv_std[chunk_channels], var[chunk_channels], mean_rest[chunk_channels] = {};
     if (batch) {
       double unbiased_var[chunk_channels];
       for (int64_t i = 0; i < count; ++i) {
         const Moments moments = statistician->moments(first + i);
         mean[i] = moments.mean;
+        mean_rest[i] = statistician->rest_of_mean(first + i);
         var[i] = moments.var();
         unbiased_var[i] = moments.unbiased_var();
       }
@@ -119,7 +127,8 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
     double weight[chunk_channels], bias[chunk_channels];
     params.weight.load_or(first, count, 1, weight);
     params.bias.load_or(first, count, 0, bias);
-    for (int64_t i = 0; i < count; ++i) affine.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]));
+    for (int64_t i = 0; i < count; ++i)
+      affine.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i], mean_rest[i]));
   };
   auto finish = [&](int64_t begin, int64_t end) {
     for_each_chunk(begin, end, finish_chunk);

@@ -40,7 +40,7 @@ struct WideVec {
 };
 
 // The two sums of this file, lane by lane, in A: of at most `longest` terms, each addition of which rounds by 2^-24 of
-// the sum so far.
+// the sum so far, or 2^-53 where A is double.
 template <class A, int64_t most_terms>
 struct LaneSums {
   static constexpr int64_t longest = most_terms;
@@ -115,14 +115,17 @@ struct WideSums {
 // out, and of a mean it is a part of the standard deviation. Gradients and their products do cancel, and what is left
 // of their sum is measured by 2 ulp: those of bfloat16 still fit (0.5 ulp is the median, 1.5 the most of 150 tensors of
 // 8 channels, stock's median 1.7 to 11), those of float32 do not (0.8 and 3.9; stock's most is 2.5 for the same), not
-// even by twos, where a channel is alone (tests/test_accuracy.py: 4.8).
+// even by twos, where a channel is alone (tests/test_accuracy.py: 4.8). A sum in double as long as a block shows in
+// float64 results; sums of 16 terms, added up, do not.
 template <class T>
-using Terms = std::conditional_t<std::is_same_v<T, double>, WideSums<double>, LaneSums<float, 16>>;
+using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 16>, WideSums<acc_t<T>>>;
 template <class T>
-using GradTerms = std::conditional_t<std::is_same_v<T, bfloat16>, LaneSums<float, 8>, WideSums<acc_t<T>>>;
+using Terms = std::conditional_t<std::is_same_v<T, double>, DoubleTerms<T>, LaneSums<float, 16>>;
+template <class T>
+using GradTerms = std::conditional_t<std::is_same_v<T, bfloat16>, LaneSums<float, 8>, DoubleTerms<T>>;
 
-template <class T, int64_t most_terms>
-FASTBN_INLINE LaneSums<float, most_terms> in_memory_order(const LaneSums<float, most_terms>& sums) {
+template <class T, class A, int64_t most_terms>
+FASTBN_INLINE LaneSums<A, most_terms> in_memory_order(const LaneSums<A, most_terms>& sums) {
   return {from_order_of<T>(sums.first), from_order_of<T>(sums.second)};
 }
 template <class T>

@@ -32,6 +32,12 @@ class GradZ {
     reads_input_ = needs_z || needs_x;
   }
 
+  // Whether a sum(grad_z * (x - pivot)) of 0 is right for a channel, or not asked for, where sum(grad_z) is not 0.
+  FASTBN_DEVICE bool may_be_zero(int64_t channel) const {
+    return !reads_input_ || !misses_vanished_products(params_.inv_std[channel]);
+  }
+  FASTBN_DEVICE bool reads_input() const { return reads_input_; }
+
   FASTBN_DEVICE Item load(const Step& step) const {
     Item item;
     item.grad_out = load_octet<whole>(at(params_.grad_out, step), step.count, vectorized_);
@@ -39,6 +45,19 @@ class GradZ {
     if (reads_residual_) item.residual = load_octet<whole>(at(params_.residual, step), step.count, vectorized_);
     item.mask = load_mask(step);
     return item;
+  }
+
+  // One element's x, 0 where nobody reads it, and its grad_z.
+  FASTBN_DEVICE A load_x(const Step& step, int i) const {
+    return reads_input_ ? to_acc(at(params_.input, step)[i]) : A(0);
+  }
+  FASTBN_DEVICE A load_grad(const Step& step, int i, const Affine<A>& affine) const {
+    const A grad = to_acc(at(params_.grad_out, step)[i]);
+    if (masked_) return activation_backward_masked(params_.activation, bool(load_mask(step) >> i & 1), grad);
+    if (params_.activation == Activation::none) return grad;
+    A z = affine.apply(load_x(step, i));
+    if (reads_residual_) z += to_acc(at(params_.residual, step)[i]);
+    return activation_backward(params_.activation, z, grad);
   }
 
   FASTBN_DEVICE uint8_t load_mask(const Step& step) const {

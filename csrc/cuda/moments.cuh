@@ -1,6 +1,6 @@
 // The sums that the statistics of a channel come from, of d and d * d about a pivot, and what becomes of them. The
 // pivot is an element of the channel, the same to all threads and blocks, so that parts of the sums add up. Where float
-// sums overflow, or meet inf or NaN, the block starts again in double.
+// sums overflow, vanish, or meet inf or NaN, the block starts again in double.
 #pragma once
 
 #include "cuda/loop.cuh"
@@ -38,7 +38,7 @@ FASTBN_DEVICE Moments moments_of(const Layout& layout, double pivot, const Sums&
 }
 
 // Sums in A the octets for which each(use) calls use(step, x), once each. keep(channel, sums) is called by one thread
-// for each channel of the slice. Returns whether all came out finite.
+// for each channel of the slice. Returns whether float32 was enough for all.
 template <class T, class A, class Walk, class Each, class Keep>
 FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
                                const acc_t<T> (&pivot)[Walk::channels], Each each, Keep keep) {
@@ -50,12 +50,12 @@ FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channe
       squares[i] += d * d;
     }
   });
-  bool finite = true;
+  bool resolved = true;
   reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
     keep(channel, sums);
-    finite = finite && sums.second - sums.second == 0;  // else no sum of d is inf or NaN
+    resolved = resolved && resolves(sums, sums.first == 0);
   });
-  return block_agrees(finite, memory.votes);
+  return block_agrees(resolved, memory.votes);
 }
 
 // Over a block's share, by each(use), and in float64, by each_again(use), where float32 is not enough.
@@ -63,9 +63,9 @@ template <class T, class Walk, class Each, class EachAgain, class Keep>
 FASTBN_DEVICE void block_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
                                  const acc_t<T> (&pivot)[Walk::channels], Each each, EachAgain each_again, Keep keep) {
   using A = acc_t<T>;
-  const bool finite = sum_moments<T, A>(walk, memory, pivot, each, keep);
+  const bool resolved = sum_moments<T, A>(walk, memory, pivot, each, keep);
   if constexpr (sizeof(A) < sizeof(double)) {
-    if (!finite) sum_moments<T, double>(walk, memory, pivot, each_again, keep);
+    if (!resolved) sum_moments<T, double>(walk, memory, pivot, each_again, keep);
   }
 }
 

@@ -88,6 +88,13 @@ struct alignas(16) Sums {
   FASTBN_DEVICE void add(const Sums& part) { *this = {first + part.first, second + part.second}; }
 };
 
+// Says whether float32 sums of squares or products are as good as float64 ones: none overflowed, and those of numbers
+// other than 0 did not vanish. `is_exact_zero` says that a second sum of 0 is right.
+FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
+  const bool finite = sums.first - sums.first == 0 && sums.second - sums.second == 0;
+  return finite && (sums.second >= 1e-30 || sums.second <= -1e-30 || (sums.second == 0 && is_exact_zero));
+}
+
 // Adds up the totals of all threads; keep(channel, sums) is called by one thread a channel of the slice.
 template <class Walk, class Keep>
 FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Keep keep) {

@@ -139,6 +139,12 @@ class Walk {
     }
   }
 
+  // The channel that for_each_channel gives with i, where i is no constant.
+  FASTBN_DEVICE int channel_of(int i) const {
+    if constexpr (!by_rows) return 0;
+    return (device::thread_index() % plan_.lanes * octet + i) / static_cast<int>(layout_.inner) % plan_.slice_channels;
+  }
+
   // Calls use(thread, i) for this lane's part, among `team` that share the work, of all threads' i-th sums that belong
   // to a channel of the slice.
   template <class Use>

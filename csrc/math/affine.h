@@ -1,6 +1,7 @@
 // Per-channel coefficients of the normalisation and of its gradient, made once in float64 and rounded to the type that
 // elements are computed in. Pivots are the rounded means; what the rounding lost is added back per channel, so that
-// float32 elements with |mean| >> std keep their digits at no cost an element.
+// float32 elements with |mean| >> std keep their digits at no cost an element. No product of them leaves the range of
+// that type where the result does not, as long as weight * inv_std lies in it.
 #pragma once
 
 #include "math/macros.h"
@@ -8,15 +9,29 @@
 
 namespace fastbn {
 
+// Says whether float32 differences from the mean may overflow that those from 0 do not, and from 0 they lose three
+// digits at most: the data reach from one end of the range to the other.
+FASTBN_INLINE bool spans_the_range(double mean, double inv_std) {
+  const double size = mean < 0 ? -mean : mean;
+  return size > 0x1p100 && size * inv_std < 8;
+}
+
+// Returns what elements are taken about: the rounded mean, or 0 where differences from it could overflow.
+template <class A>
+FASTBN_INLINE A pivot_of_elements(double mean, double inv_std) {
+  return sizeof(A) < sizeof(double) && spans_the_range(mean, inv_std) ? A(0) : A(mean);
+}
+
 // z = (x - pivot) * scale + shift  =  (x - mean) * inv_std * weight + bias
 template <class A>
 struct Affine {
   A pivot, scale, shift;
 
-  static FASTBN_INLINE Affine make(double mean, double inv_std, double weight, double bias) {
-    const A pivot = A(mean);
+  // The mean is `mean` + `mean_rest`, the latter what rounding to float64 lost, where that is known.
+  static FASTBN_INLINE Affine make(double mean, double inv_std, double weight, double bias, double mean_rest = 0) {
+    const A pivot = pivot_of_elements<A>(mean, inv_std);
     const double scale = weight * inv_std;
-    return {pivot, A(scale), A(bias + (double(pivot) - mean) * scale)};
+    return {pivot, A(scale), A(bias + ((double(pivot) - mean) - mean_rest) * scale)};
   }
 
   template <class F>
@@ -26,39 +41,46 @@ struct Affine {
 };
 
 // grad_input = (grad_z - sum_grad / n - xhat * sum_grad_xhat / n) * weight * inv_std
-//            = (grad_z - mean_grad) * scale + ((x - pivot) * slope + rest)
-// The difference is taken first, so that a constant grad_out cancels before it is scaled.
+//            = ((grad_z - mean_grad) + (x - pivot) * slope) * scale + rest
+// The difference is taken first, so that a constant grad_out cancels before it is scaled. slope has one factor inv_std,
+// not two: the square of a standard deviation leaves the range of float32 at 1e19, long before the gradient does.
 template <class A>
 struct GradAffine {
   A pivot, slope, mean_grad, rest, scale;
 
   static FASTBN_INLINE GradAffine make(double mean, double inv_std, double weight, double sum_grad,
                                        double sum_grad_xhat, double count) {
-    const A pivot = A(mean);
+    const A pivot = pivot_of_elements<A>(mean, inv_std);
     const double exact_mean_grad = sum_grad / count;
     const A mean_grad = A(exact_mean_grad);
     const double scale = weight * inv_std;
-    const double slope = -scale * inv_std * (sum_grad_xhat / count);
-    const double rest = (double(pivot) - mean) * slope + (double(mean_grad) - exact_mean_grad) * scale;
+    const double slope = -inv_std * (sum_grad_xhat / count);
+    const double rest = ((double(pivot) - mean) * slope + (double(mean_grad) - exact_mean_grad)) * scale;
     return {pivot, A(slope), mean_grad, A(rest), A(scale)};
   }
 
   template <class F>
   FASTBN_INLINE F apply(F grad_z, F x) const {
-    return (grad_z - F(mean_grad)) * F(scale) + ((x - F(pivot)) * F(slope) + F(rest));
+    return ((grad_z - F(mean_grad)) + (x - F(pivot)) * F(slope)) * F(scale) + F(rest);
   }
 };
 
 // The multiple of about a sixteenth of a standard deviation that is nearest to the mean, of so few digits that x -
 // pivot is exact for all but the least x: rounding x - mean shifts all terms of sum(grad_z * (x - mean)) alike, which
-// shows where they cancel. The mean itself where that is no number. By bits and an addition that rounds, since libm's
-// functions for it take 28 instead of 4 us for 2048 channels (EPYC 7003).
+// shows where they cancel. The mean itself where that is no float32 number, and 0 as above. By bits and an addition
+// that rounds, since libm's functions for it take 28 instead of 4 us for 2048 channels (EPYC 7003).
 FASTBN_INLINE double grad_pivot_of(double mean, double inv_std) {
   const double steps = bit_cast<double>(bit_cast<uint64_t>(32 * inv_std) & 0xfff0000000000000u);  // a power of 2
   const double scaled = mean * steps, rounds_to_integer = 0x1.8p52;
   const double pivot = ((scaled + rounds_to_integer) - rounds_to_integer) / steps;
-  return scaled > -0x1p51 && scaled < 0x1p51 && steps > 0 ? pivot : mean;
+  if (spans_the_range(mean, inv_std)) return 0;
+  const bool is_float = pivot > -0x1.fffffep127 && pivot < 0x1.fffffep127;
+  return scaled > -0x1p51 && scaled < 0x1p51 && steps > 0 && is_float ? pivot : mean;
 }
+
+// Says whether products that vanish in float32, and are thus missing in sum(grad_z * (x - pivot)), are missed in what
+// becomes of it: not where they come to less than the least normal float32.
+FASTBN_INLINE bool misses_vanished_products(double inv_std) { return inv_std >= 0x1p20; }
 
 // sum(grad_z * xhat) from sums about a pivot.
 FASTBN_INLINE double sum_grad_xhat_of(double sum_grad, double sum_grad_shifted, double pivot, double mean,

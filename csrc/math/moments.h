@@ -21,6 +21,13 @@ struct Moments {
     return {count, pivot + offset, m2 < 0 ? 0 : m2};
   }
 
+  // Returns what rounding the mean of `from_shifted` to float64 lost. It shows in float64 elements alone.
+  static FASTBN_INLINE double rest_of_mean(double count, double pivot, double sum) {
+    const double offset = sum / count, mean = pivot + offset, added = mean - pivot;
+    const double rest = (pivot - (mean - added)) + (offset - added);
+    return rest - rest == 0 ? rest : 0;
+  }
+
   FASTBN_INLINE double var() const { return m2 / count; }
 
   // n / (n - 1) of torch's running_var; 0/0 at one element, as there.

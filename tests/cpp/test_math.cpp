@@ -88,6 +88,53 @@ void test_affine_keeps_the_rounding_of_the_mean() {
   CHECK(std::abs(double(grad.apply(3.0f, 10000.01f)) - (3 - 1 - xhat * 2) * inv_std) < 1e-3);
 }
 
+// The rounding of the mean of the gradients too, where all of them are nearly the same.
+void test_gradients_keep_the_rounding_of_their_mean() {
+  const double mean_grad = 300.30003, count = 8;
+  const auto grad = GradAffine<float>::make(0, 2, 1, mean_grad * count, 0, count);
+  CHECK(double(float(mean_grad)) != mean_grad);
+  for (float g : {300.3f, 300.29997f, 300.3003f})
+    CHECK(std::abs(double(grad.apply(g, 0.0f)) - (double(g) - mean_grad) * 2) < 1e-9);
+}
+
+// Squares of standard deviations leave the range of float, and differences from the mean do.
+void test_coefficients_at_the_ends_of_the_range() {
+  for (double std : {1e-30, 1e-21, 1e21, 1e30, 1e37}) {
+    for (double mean : {0.0, 100 * std}) {
+      const float x = float(mean + 1.5 * std), g = 0.75f;
+      const double xhat = (double(x) - mean) / std;
+      const auto affine = Affine<float>::make(mean, 1 / std, 2, 0.5);
+      CHECK(mean > 3e38 || std::abs(double(affine.apply(x)) - (xhat * 2 + 0.5)) < 1e-6);
+      const auto grad = GradAffine<float>::make(mean, 1 / std, 2, 1, 3, 4);
+      const double expected = (g - 0.25 - xhat * 0.75) * 2 / std;
+      CHECK(mean > 3e38 || std::abs(double(grad.apply(g, x)) - expected) < 1e-6 * 2 / std);
+    }
+  }
+  // 3 in 4 elements are the largest number, the others the least one.
+  const double largest = std::numeric_limits<float>::max(), mean = largest / 2;
+  const double inv_std = 2 / (std::sqrt(3.0) * largest);
+  const auto affine = Affine<float>::make(mean, inv_std, 1, 0);
+  CHECK(std::abs(double(affine.apply(float(largest))) - 0.57735027) < 1e-6);
+  CHECK(std::abs(double(affine.apply(float(-largest))) + 1.73205081) < 1e-6);
+  const auto grad = GradAffine<float>::make(mean, inv_std, 1, 0, 4, 4);
+  CHECK(std::abs(double(grad.apply(0.0f, float(-largest))) / (1.73205081 * inv_std) - 1) < 1e-6);
+  CHECK(grad_pivot_of(mean, inv_std) == 0 && grad_pivot_of(1, 1) == 1);
+  const double near_largest = 0.9999999 * largest, steps = grad_pivot_of(near_largest, 1e-30);
+  CHECK(std::isfinite(float(steps)) && grad_pivot_of(largest, 0.9e-37) <= largest);
+}
+
+void test_what_rounding_a_mean_loses() {
+  const double pivot = 1e6, sum = 1.0, count = 3;
+  const Moments moments = Moments::from_shifted(count, pivot, sum, 1);
+  const double rest = Moments::rest_of_mean(count, pivot, sum);
+  CHECK(moments.mean + rest == moments.mean && rest != 0);
+  CHECK((moments.mean - pivot) + rest == sum / count);
+  const auto affine = Affine<double>::make(moments.mean, 1e6, 1, 0, rest);
+  CHECK(std::abs(affine.apply(pivot) + 1e6 / 3) < 1e-10);
+  const double inf = std::numeric_limits<double>::infinity();
+  CHECK(Moments::rest_of_mean(2, 1, inf) == 0);
+}
+
 // Near the mean, and such that float differences from it are exact, of an x farther from zero than the mean.
 void test_gradient_pivots() {
   for (double inv_std : {1e-6, 0.3, 1.0, 1.7, 316.0, 1e9}) {
@@ -312,6 +359,9 @@ int main() {
   test_halves_round_to_nearest_even();
   test_moments();
   test_affine_keeps_the_rounding_of_the_mean();
+  test_gradients_keep_the_rounding_of_their_mean();
+  test_coefficients_at_the_ends_of_the_range();
+  test_what_rounding_a_mean_loses();
   test_gradient_pivots();
   test_layouts();
   test_two_phase_plans();

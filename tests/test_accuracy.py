@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastbn
 from fastbn import _ops, reference
 from tests import cases, implementations
 from tests.tolerance import assert_error_bound
@@ -68,6 +69,40 @@ def test_gradients_of_vectors_where_terms_cancel(dtype, channels, layout):
         stock = _stock(*tensors)
         for name, i in (("grad_weight", 4), ("grad_bias", 5)):
             assert_error_bound(actual[i], exact[i], stock[i], actual[i].dtype, f"{name}, seed {seed}")
+
+
+@pytest.mark.parametrize("layout", ["(N, C)", "(N, C, L)"])
+@pytest.mark.parametrize("ops", implementations.params("reference", "cpu"), indirect=True)
+def test_gradients_with_a_large_mean(ops, layout):
+    """The mean of the gradients is rounded to float32, and what that loses is given back.
+
+    It is as large as the gradients' differences. Not for CUDA, whose float32 sums lose as much before.
+    """
+    generator = torch.Generator().manual_seed(6)
+    # Multiples of 1/16, so that differences from the mean are exact.
+    x = (torch.randn(300, 5, generator=generator) * 16).round() / 16
+    grad_out = 300.3 + torch.randn(300, 5, generator=generator) * 1e-4
+    if layout == "(N, C, L)":
+        x, grad_out = (t.view(3, 100, 5).transpose(1, 2).contiguous() for t in (x, grad_out))
+    _, m, s, _ = reference.batch_norm_train(x, *[None] * 6, MOMENTUM, EPS, 0, False)
+    got, exact = (
+        namespace.batch_norm_backward(*tensors, *[None] * 4, m, s, True, 0, True, False, False, False)[0]
+        for namespace, tensors in ((ops.namespace, (grad_out, x)), (reference, (grad_out.double(), x.double())))
+    )
+    assert_error_bound(got, exact, exact, torch.float32, "grad_input")
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.7])
+def test_second_derivatives_know_eps(eps):
+    generator = torch.Generator().manual_seed(7)
+    x, grad_out, along = (torch.randn(6, 3, 4, generator=generator, dtype=torch.float64) * 0.3 for _ in range(3))
+    x.requires_grad_()
+    results = []
+    for batch_norm in (fastbn.functional.batch_norm, torch.nn.functional.batch_norm):
+        y = batch_norm(x, None, None, None, None, True, MOMENTUM, eps)
+        (grad,) = torch.autograd.grad(y, x, grad_out, create_graph=True)
+        results.append(torch.autograd.grad((grad * along).sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
 def _stock(x, grad_out, weight, bias, mean, var):

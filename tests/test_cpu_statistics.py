@@ -1,5 +1,5 @@
-"""The CPU adds up in float32 where that is good enough: statistics of data where it is not, and what training makes of
-float32 far from 0, for each instruction set and both kinds of layout."""
+"""The CPU adds up in float32 where that is good enough: statistics and gradients of data where it is not, what training
+makes of float32 far from 0, and what is rounded to bfloat16, for each instruction set and both kinds of layout."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
     data["pivot far off"] = (torch.where(sampled, 30.0, normal * 0.01), 1e-6)
     data["squares overflow"] = (normal * 1e25, 1e-6)
     data["squares vanish"] = (normal * 1e-25, 1e-6)
+    data["squares are subnormal"] = (normal * 1e-22, 1e-6)
     data["nearly infinite"] = (torch.sign(normal) * 3e38, 1e-6)
     one_bad = normal.clone()
     one_bad[3, 7, 5, 5] = torch.inf
@@ -71,6 +72,57 @@ def _training(batch_norm=fastbn.functional.batch_norm):
                 mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
                 y = batch_norm(x, mean, var, training=True, momentum=momentum, eps=EPS)
                 results[name, str(layout), momentum] = y, mean, var
+    return results
+
+
+# Of data, the standard deviation, and of gradients, such that products of both overflow or vanish in float32.
+PRODUCTS = {"ordinary": (1.0, 1.0), "overflow": (1e25, 1e15), "vanish": (1e-15, 1e-30), "are subnormal": (1e-12, 1e-29)}
+
+
+def _product_data():
+    """(input, grad_out) of bfloat16, by name."""
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda: torch.randn(10, CHANNELS, 10, 10, generator=generator)  # noqa: E731
+    return {name: ((normal() * std).bfloat16(), (normal() * grad).bfloat16()) for name, (std, grad) in PRODUCTS.items()}
+
+
+def _gradient_sums():
+    ops = _ops.namespace("cpu")
+    return {
+        (name, str(layout)): ops.grad_sums(
+            grad_out.contiguous(memory_format=layout),
+            x.contiguous(memory_format=layout),
+            *[None] * 4,
+            *_mean_and_inv_std(x),
+            0,
+        )
+        for name, (x, grad_out) in _product_data().items()
+        for layout in FORMATS
+    }
+
+
+def _mean_and_inv_std(x):
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    return mean, var.rsqrt()
+
+
+def _ties():
+    """bfloat16 numbers times factors of float32 whose products lie exactly between two bfloat16 numbers, and others."""
+    halves = torch.arange(-256, 257, dtype=torch.float32)  # exact in bfloat16
+    factors = 1 + torch.arange(1, 16, dtype=torch.float32) * 2**-8
+    return halves.bfloat16().repeat(len(factors), 1).t().contiguous(), factors
+
+
+def _rounded():
+    """The ties as an output and as a gradient, in rows and in columns, where a channel is one factor."""
+    ops = _ops.namespace("cpu")
+    x, factors = _ties()
+    zeros, ones = torch.zeros(len(factors), dtype=torch.float64), torch.ones(len(factors), dtype=torch.float64)
+    results = {}
+    for name, values in (("columns", x), ("rows", x.t().unsqueeze(0).contiguous())):
+        y = ops.normalize(values, None, factors, None, zeros, ones, 0, False)[0]
+        grad = ops.input_grad(values, values, None, None, factors, None, zeros, ones, None, None, None, 0, False)[0]
+        results[name] = [t if t.dim() == 2 else t[0].t() for t in (y, grad)]
     return results
 
 
@@ -123,3 +175,31 @@ def test_running_statistics_and_output_far_from_zero(instruction_set, tmp_path):
             error = ((buffer.double() - expected) / expected).abs().max().item()
             assert error <= 1e-6, f"{which}, {what}: relative error {error:.2g}"
         assert_error_bound(y, (x - mean) / (var + EPS).sqrt(), stock[name, layout, momentum][0], y.dtype, what)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_sums_of_products_that_float32_does_not_hold(instruction_set, tmp_path):
+    data = _product_data()
+    for (name, layout), sums in _with(instruction_set, "_gradient_sums", tmp_path / "sums.pt").items():
+        x, grad_out = (t.double() for t in data[name])
+        mean, inv_std = _mean_and_inv_std(x)
+        xhat = (x - mean.view(1, -1, 1, 1)) * inv_std.view(1, -1, 1, 1)
+        for which, actual, terms in zip(("grad", "grad * xhat"), sums, (grad_out, grad_out * xhat), strict=True):
+            error = (actual - terms.sum((0, 2, 3))).abs() / terms.square().sum((0, 2, 3)).sqrt()
+            assert error.max().item() <= 1e-6, f"sum of {which}, {name}, {layout}: relative error {error.max():.2g}"
+
+
+@pytest.mark.parametrize("which", ["output", "gradient"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_ties_are_rounded_to_even(instruction_set, which, tmp_path):
+    x, factors = _ties()
+    product = x.double() * factors
+    expected = product.float().bfloat16()
+    nearest = (expected.double() - product).abs()
+    assert torch.equal(product.float().double(), product)
+    # Half of the spacing of bfloat16 at the product, so that both neighbours are as near.
+    is_tie = (nearest > 0) & (nearest == torch.ldexp(torch.ones_like(product), torch.frexp(product).exponent - 9))
+    assert is_tie.sum() > 100
+    for layout, results in _with(instruction_set, "_rounded", tmp_path / "rounded.pt").items():
+        actual = results[("output", "gradient").index(which)]
+        assert torch.equal(actual, expected), f"{layout}: {int((actual != expected).sum())} of {actual.numel()} differ"

@@ -36,7 +36,9 @@ class Backward {
         pivots_(size_t(partition_.entries())),
         affine_(partition_, table_.column_planes),
         relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
-        grad_affine_(partition_, table_.column_planes) {}
+        grad_affine_(partition_, table_.column_planes),
+        is_far_(std::is_same_v<A, float> &&
+                std::any_of(params.inv_std, params.inv_std + params.layout.channels, is_far_from_one)) {}
 
   void run(bool past_caches) {
     past_caches_ = past_caches;
@@ -61,7 +63,8 @@ class Backward {
       const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
       for (int64_t i = 0; i < channels; ++i)
         grad_affine_.set(first + i,
-                         GradAffine<A>::make(mean[i], inv_std[i], weight[i], sum_grad[i], sum_grad_xhat[i], count));
+                         GradAffine<A>::make(mean[i], inv_std[i], weight[i], sum_grad[i], sum_grad_xhat[i], count,
+                                             is_far_));
     };
     auto finish = [&](int64_t begin, int64_t end) {
       for_each_chunk(begin, end, finish_chunk);
@@ -141,7 +144,8 @@ class Backward {
   GradArgs args_from(int64_t first, bool frozen) const {
     return {params_.grad_out,   params_.input,          params_.residual,      params_.mask,
             params_.activation, pivots_.data() + first, affine_.arrays(first), grad_affine_.arrays(first, frozen),
-            params_.grad_input, params_.grad_residual,  past_caches_,          relu_.arrays(first)};
+            params_.grad_input, params_.grad_residual,  past_caches_,          relu_.arrays(first),
+            is_far_};
   }
 
   void sums(int64_t first, int64_t channels, double* sum_grad, double* sum_grad_xhat) {
@@ -162,6 +166,7 @@ class Backward {
   AffineTable<A> affine_;
   ReluIntervalTable relu_;
   GradAffineTable<A> grad_affine_;
+  bool is_far_;  // any channel
   std::optional<Totals> totals_;
   bool past_caches_ = false;
 };

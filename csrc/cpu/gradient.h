@@ -231,12 +231,16 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
             if (grad_input) grad_input.store(at, gradient(at_column.coefficients, grad_z, x), lanes);
           });
     };
-    if (grad_input && arrays.slope)
-      loop(
-          std::true_type{},
-          [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(args, column, lanes); },
-          [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
+    auto coefficients = [&](int64_t column, auto lanes)
+                            FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(args, column, lanes); };
+    if (grad_input && arrays.slope && args.is_far && sizeof(A) < sizeof(double))
+      loop(std::true_type{}, coefficients, [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA {
+        return affine.apply_far(grad_z, x);
+      });
+    else if (grad_input && arrays.slope)
+      loop(std::true_type{}, coefficients, [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA {
+        return affine.apply(grad_z, x);
+      });
     else  // frozen statistics
       loop(
           std::false_type{},

@@ -83,6 +83,7 @@ struct GradArgs {
   void* grad_residual;
   bool past_caches;         // how to store these two
   ReluIntervals relu = {};  // instead of recomputing z, of kernels that have them
+  bool is_far = false;      // whether grad_affine is that of apply_far
 };
 
 // Partial results of a block: plain sums, so that merging is adding.

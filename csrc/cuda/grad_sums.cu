@@ -14,7 +14,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
   const ReduceMemory<Walk::channels> memory;
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
   const GradZ<T, Walk::whole> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
-  const InputGrad<T, Walk::whole> input_grad(params, plan, true);
+  const InputGrad<T, Walk::whole> input_grad(params, plan, true, false);
   SumCoefficients<T> coefficients[Walk::channels];
   share_coefficients(
       walk, memory.scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients);

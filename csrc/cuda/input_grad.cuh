@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/grad_z.cuh"
+#include "cuda/reduce.cuh"
 
 namespace fastbn::cuda {
 
@@ -21,10 +22,12 @@ class InputGrad {
  public:
   using A = acc_t<T>;
 
-  FASTBN_DEVICE InputGrad(const BackwardParams& params, const Plan& plan, bool frozen)
+  // is_far: what some_are_far says of the slice, by which its coefficients were made.
+  FASTBN_DEVICE InputGrad(const BackwardParams& params, const Plan& plan, bool frozen, bool is_far)
       : grad_input_(static_cast<T*>(params.grad_input)),
         grad_residual_(static_cast<T*>(params.grad_residual)),
         frozen_(frozen),
+        is_far_(is_far && sizeof(A) < sizeof(double)),
         vectorized_(plan.vectorized) {}
 
   // simple: what grad_z.with_simplicity says.
@@ -39,10 +42,15 @@ class InputGrad {
     grad_z.template compute<simple>(item, affine, grad);
     if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad);
     if (!grad_input_) return;
-    FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) {
-      const GradAffine<A> g = coefficients[i % channels].grad();
-      grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
+    if (is_far_) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) grad[i] = coefficients[i % channels].grad().apply_far(grad[i], item.x[i]);
+    } else {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) {
+        const GradAffine<A> g = coefficients[i % channels].grad();
+        grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
+      }
     }
     store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
@@ -62,14 +70,23 @@ class InputGrad {
  private:
   T* grad_input_;
   T* grad_residual_;
-  bool frozen_, vectorized_;
+  bool frozen_, is_far_, vectorized_;
 };
+
+// Whether the gradients of a slice are to be made by apply_far, which all threads of the block learn.
+template <class A, class Walk>
+FASTBN_DEVICE bool some_are_far(const BackwardParams& params, const Walk& walk, uint32_t* votes) {
+  if constexpr (sizeof(A) == sizeof(double)) return false;
+  bool near = true;
+  for_each_own_channel(walk, [&](int, int64_t c) { near = near && !is_far_from_one(params.inv_std[c]); });
+  return !block_agrees(near, votes);
+}
 
 template <class A>
 FASTBN_DEVICE GradCoefficients<A> grad_coefficients(const BackwardParams& params, int64_t channel, double sum_grad,
-                                                    double sum_grad_xhat, double count) {
+                                                    double sum_grad_xhat, double count, bool is_far) {
   const auto grad = GradAffine<A>::make(params.mean[channel], params.inv_std[channel],
-                                        params.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count);
+                                        params.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count, is_far);
   return {affine_of<A>(params, channel), grad.slope, grad.mean_grad, grad.rest};
 }
 

@@ -86,8 +86,8 @@ device::Launch sums_shape(const Plan& plan, bool backward) {
 }
 
 // A last pass over the elements, which needs only the coefficients of the block's channels.
-inline device::Launch last_pass_shape(const Plan& plan, int64_t bytes_a_channel) {
-  return grid_of(plan, bytes_a_channel * plan.slice_channels);
+inline device::Launch last_pass_shape(const Plan& plan, int64_t bytes_a_channel, int64_t more_bytes = 0) {
+  return grid_of(plan, bytes_a_channel * plan.slice_channels + more_bytes);
 }
 
 inline device::Launch finish_shape(const Layout& layout) {

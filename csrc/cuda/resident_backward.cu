@@ -30,6 +30,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
   const ReduceMemory<Walk::channels> memory;
   auto* const merged = reinterpret_cast<Merged*>(memory.first);
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool) {
+    const bool is_far = some_are_far<A>(params, walk, memory.votes);
     SumCoefficients<T> coefficients_of_sums[Walk::channels];
     share_coefficients(
         walk, memory.scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); },
@@ -51,7 +52,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
       const int c = walk.slice_channel + channel;
       const double xhat = sum_grad_xhat(params, c, sums);
       merged[channel] = {sums.first, xhat};
-      coefficients[channel] = grad_coefficients<A>(params, c, sums.first, xhat, double(params.layout.count()));
+      coefficients[channel] = grad_coefficients<A>(params, c, sums.first, xhat, double(params.layout.count()), is_far);
     });
     device::sync_block();
     if (rendezvous.leads()) {
@@ -62,7 +63,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     GradCoefficients<A> both[Walk::channels];
     take_coefficients(walk, coefficients, both);
 
-    const InputGrad<T, Walk::whole> input_grad(params, plan, false);
+    const InputGrad<T, Walk::whole> input_grad(params, plan, false, is_far);
     slab.begin_last_pass(walk);
     grad_z.with_simplicity([&](auto simple) {
       for_each_kept<simple.value && !Walk::by_rows ? octets_together(sizeof(T)) : 1>(

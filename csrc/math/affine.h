@@ -41,26 +41,33 @@ struct Affine {
 };
 
 // grad_input = (grad_z - sum_grad / n - xhat * sum_grad_xhat / n) * weight * inv_std
+//            = (grad_z - mean_grad) * scale + ((x - pivot) * slope + rest)
+// The difference is taken first, so that a constant grad_out cancels before it is scaled. slope has two factors inv_std,
+// whose product leaves the range of float32 at 1e19, long before the gradient does. Where inv_std is that far from 1,
 //            = ((grad_z - mean_grad) + (x - pivot) * slope) * scale + rest
-// The difference is taken first, so that a constant grad_out cancels before it is scaled. slope has one factor inv_std,
-// not two: the square of a standard deviation leaves the range of float32 at 1e19, long before the gradient does.
+// with one factor: as many operations, but one rounding more.
 template <class A>
 struct GradAffine {
   A pivot, slope, mean_grad, rest, scale;
 
   static FASTBN_INLINE GradAffine make(double mean, double inv_std, double weight, double sum_grad,
-                                       double sum_grad_xhat, double count) {
+                                       double sum_grad_xhat, double count, bool is_far = false) {
     const A pivot = pivot_of_elements<A>(mean, inv_std);
     const double exact_mean_grad = sum_grad / count;
     const A mean_grad = A(exact_mean_grad);
     const double scale = weight * inv_std;
-    const double slope = -inv_std * (sum_grad_xhat / count);
-    const double rest = ((double(pivot) - mean) * slope + (double(mean_grad) - exact_mean_grad)) * scale;
+    const double slope = (is_far ? -1 : -scale) * inv_std * (sum_grad_xhat / count);
+    const double rest =
+        (double(pivot) - mean) * slope * (is_far ? scale : 1) + (double(mean_grad) - exact_mean_grad) * scale;
     return {pivot, A(slope), mean_grad, A(rest), A(scale)};
   }
 
   template <class F>
   FASTBN_INLINE F apply(F grad_z, F x) const {
+    return (grad_z - F(mean_grad)) * F(scale) + ((x - F(pivot)) * F(slope) + F(rest));
+  }
+  template <class F>
+  FASTBN_INLINE F apply_far(F grad_z, F x) const {
     return ((grad_z - F(mean_grad)) + (x - F(pivot)) * F(slope)) * F(scale) + F(rest);
   }
 };
@@ -76,6 +83,12 @@ FASTBN_INLINE double grad_pivot_of(double mean, double inv_std) {
   if (spans_the_range(mean, inv_std)) return 0;
   const bool is_float = pivot > -0x1.fffffep127 && pivot < 0x1.fffffep127;
   return scaled > -0x1p51 && scaled < 0x1p51 && steps > 0 && is_float ? pivot : mean;
+}
+
+// Says whether a channel's gradient has to be made by `apply_far`. float64 never has to, nor do channels of inf or NaN,
+// whose gradient is NaN either way.
+FASTBN_INLINE bool is_far_from_one(double inv_std) {
+  return (inv_std > 0 && inv_std < 0x1p-20) || (inv_std > 0x1p20 && inv_std - inv_std == 0);
 }
 
 // Says whether products that vanish in float32, and are thus missing in sum(grad_z * (x - pivot)), are missed in what

@@ -105,9 +105,10 @@ void test_coefficients_at_the_ends_of_the_range() {
       const double xhat = (double(x) - mean) / std;
       const auto affine = Affine<float>::make(mean, 1 / std, 2, 0.5);
       CHECK(mean > 3e38 || std::abs(double(affine.apply(x)) - (xhat * 2 + 0.5)) < 1e-6);
-      const auto grad = GradAffine<float>::make(mean, 1 / std, 2, 1, 3, 4);
+      const auto grad = GradAffine<float>::make(mean, 1 / std, 2, 1, 3, 4, true);
       const double expected = (g - 0.25 - xhat * 0.75) * 2 / std;
-      CHECK(mean > 3e38 || std::abs(double(grad.apply(g, x)) - expected) < 1e-6 * 2 / std);
+      CHECK(mean > 3e38 || std::abs(double(grad.apply_far(g, x)) - expected) < 1e-6 * 2 / std);
+      CHECK(is_far_from_one(1 / std));
     }
   }
   // 3 in 4 elements are the largest number, the others the least one.
@@ -116,8 +117,9 @@ void test_coefficients_at_the_ends_of_the_range() {
   const auto affine = Affine<float>::make(mean, inv_std, 1, 0);
   CHECK(std::abs(double(affine.apply(float(largest))) - 0.57735027) < 1e-6);
   CHECK(std::abs(double(affine.apply(float(-largest))) + 1.73205081) < 1e-6);
-  const auto grad = GradAffine<float>::make(mean, inv_std, 1, 0, 4, 4);
-  CHECK(std::abs(double(grad.apply(0.0f, float(-largest))) / (1.73205081 * inv_std) - 1) < 1e-6);
+  const auto grad = GradAffine<float>::make(mean, inv_std, 1, 0, 4, 4, true);
+  CHECK(std::abs(double(grad.apply_far(0.0f, float(-largest))) / (1.73205081 * inv_std) - 1) < 1e-6);
+  for (double ordinary : {0.0, 1.0, 316.0, HUGE_VAL, double(NAN)}) CHECK(!is_far_from_one(ordinary));
   CHECK(grad_pivot_of(mean, inv_std) == 0 && grad_pivot_of(1, 1) == 1);
   const double near_largest = 0.9999999 * largest, steps = grad_pivot_of(near_largest, 1e-30);
   CHECK(std::isfinite(float(steps)) && grad_pivot_of(largest, 0.9e-37) <= largest);

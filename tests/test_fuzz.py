@@ -1,0 +1,122 @@
+"""Drawn calls agree with stock torch and with extended precision; and the fuzzer sees faults that are planted."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+import torch
+
+from fastbn import _ops
+from fastbn._activations import index as activation_index
+from tests.fuzz.case import Case, Layout
+from tests.fuzz.check import FaultyCase, check
+from tests.fuzz.run import run
+
+CASES = 500
+
+
+@pytest.mark.slow
+def test_drawn_cases(capsys, record_property):
+    seed = int(os.environ.get("FASTBN_FUZZ_SEED") or secrets.randbelow(2**32))
+    record_property("FASTBN_FUZZ_SEED", seed)
+    with capsys.disabled():
+        print(f"\nFASTBN_FUZZ_SEED={seed}")
+    summary = run(CASES, seed)
+    assert not summary.found, f"FASTBN_FUZZ_SEED={seed}\n{summary.text()}"
+
+
+def _wrong_momentum(op, *arguments):
+    *rest, momentum, eps, activation, save_mask = arguments
+    return op(*rest, momentum and 1.001 * momentum, eps, activation, save_mask)
+
+
+def _wrong_sign_of_silu(op, *arguments):
+    grad_input, *rest = op(*arguments)
+    return (-grad_input if arguments[9] == activation_index("silu") else grad_input), *rest
+
+
+def _always_contiguous(op, *arguments):
+    output, *rest = op(*arguments)
+    return output.contiguous(), *rest
+
+
+def _wrong_last_element(op, *arguments):
+    output, *rest = op(*arguments)
+    if output.dim() == 4 and output.numel() % 8:
+        output[-1, -1, -1, -1] = 0.5
+    return output, *rest
+
+
+def _depends_on_threads(op, *arguments):
+    grads = op(*arguments)
+    if grads[1].numel():
+        grads[1][0] *= 1 + torch.finfo(grads[1].dtype).eps * torch.get_num_threads()
+    return grads
+
+
+def _moves_the_counter_before_it_refuses(op, *arguments):
+    if arguments[6] is not None:
+        arguments[6].add_(1)
+    results = op(*arguments)
+    if arguments[6] is not None:
+        arguments[6].sub_(1)
+    return results
+
+
+def _bumps_the_version(op, *arguments):
+    if arguments[4] is not None:
+        torch._C._autograd._unsafe_set_version_counter((arguments[4],), (arguments[4]._version + 1,))
+    return op(*arguments)
+
+
+PLANTED = {
+    "wrong momentum": ("batch_norm_train", _wrong_momentum, "inexact: running_mean"),
+    "wrong sign": ("batch_norm_backward", _wrong_sign_of_silu, "inexact: gradient of input"),
+    "output format": ("batch_norm_train", _always_contiguous, "strides: output"),
+    "last element": ("batch_norm_train", _wrong_last_element, "inexact: output"),
+    "threads": ("batch_norm_backward", _depends_on_threads, "not reproducible: gradient of weight"),
+    "counter": ("batch_norm_train", _moves_the_counter_before_it_refuses, "changed: num_batches_tracked"),
+    "version": ("batch_norm_train", _bumps_the_version, "version: running_mean"),
+}
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    def plant(name: str) -> str:
+        op, wrong, kind = PLANTED[name]
+        right = getattr(_ops.namespace("cpu"), op)
+        monkeypatch.setattr(_ops.namespace("cpu"), op, lambda *arguments: wrong(right, *arguments))
+        return kind
+
+    return plant
+
+
+def _counts() -> dict[str, int]:
+    return {kind: found.count for kind, found in run(150, seed=0, max_numel=256, shrunk_kinds=0).found.items()}
+
+
+@pytest.fixture(scope="module")
+def without():
+    return _counts()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_faults_are_found(name, without, plant):
+    kind = plant(name)
+    assert _counts().get(kind, 0) > without.get(kind, 0)
+
+
+def test_a_fault_is_shrunk_and_its_code_shows_it(plant):
+    kind = plant("wrong momentum")
+    case = run(50, seed=0, max_numel=256, shrunk_kinds=1).found[kind].case
+    assert case.activation is None and case.layout == Layout()
+    with pytest.raises(FaultyCase, match=kind):
+        exec(case.code(), {})
+
+
+def test_the_simplest_cases():
+    assert check(Case()) == "agreed"
+    assert check(Case(shape=(1, 1))) == "refused by both"

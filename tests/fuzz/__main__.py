@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
+import contextlib
 import multiprocessing
 import secrets
 import sys
@@ -13,18 +13,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import torch
-
 from tests import implementations
-from tests.fuzz.run import Summary, run
+from tests.fuzz.run import Summary, run_alone
 
 PROCESSES = 2
-
-
-def _work(count: int, seed: int, implementation: str, progress: Path) -> Summary:
-    faulthandler.enable()
-    torch.set_num_threads(1)
-    return run(count, seed, implementation, before_case=lambda case: progress.write_text(case.code()))
 
 
 def main() -> int:
@@ -38,22 +30,22 @@ def main() -> int:
     begin = time.perf_counter()
     implementations.load(options.implementation)  # the emulator is built once
     total, died = Summary(), []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool,
-    ):
-        files = [Path(folder) / f"{i}.py" for i in range(PROCESSES)]
-        share = -(-options.cases // PROCESSES)
-        jobs = [pool.submit(_work, share, seed + i, options.implementation, files[i]) for i in range(PROCESSES)]
-        for job, file in zip(jobs, files, strict=True):
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        jobs = []
+        for i in range(PROCESSES):  # a pool each, so that none takes another with it when it dies
+            pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            file, share = folder / f"{i}.py", options.cases // PROCESSES + (i < options.cases % PROCESSES)
+            jobs.append((file, pool.submit(run_alone, share, seed + i, options.implementation, file)))
+        for file, job in jobs:
             try:
                 total.merge(job.result())
             except BrokenProcessPool:
                 died.append(file.read_text() if file.exists() else "(before the first case)")
     total.seconds = time.perf_counter() - begin
     print(total.text())
-    for code in died:  # one of them killed the pool, and so the other process
-        print("\nA PROCESS DIED in one of these cases\n" + code)
+    for code in died:
+        print(f"\nFAULT: the process died in\n{code}")
     return 1 if total.found or died else 0
 
 

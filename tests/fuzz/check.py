@@ -404,8 +404,7 @@ class _Examination:
         expected = {}
         allowed = tolerance.forward_tolerance(dtype, count, self.z_scale, self.steepness)
         expected["output"] = fwd.output, exact.wide(fwd.output, allowed.numpy())
-        if w["running_mean"] is not None and w["running_var"] is not None:
-            expected |= self._expected_buffers()
+        expected |= self._expected_buffers()
 
         largest = _largest(bwd.residual)
         element = tolerance.activation_tolerance(
@@ -446,7 +445,7 @@ class _Examination:
     def _expected_buffers(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         case, w, fwd, count = self.case, self.operands, self.exact, self.count
         if not case.training or w["input"].size == 0:
-            return {name: (w[name], np.zeros(1)) for name in ("running_mean", "running_var")}
+            return {name: (w[name], np.zeros(1)) for name in BUFFERS[:2] if w[name] is not None}
         factor = case.momentum or 0.0
         if case.momentum is None and w["num_batches_tracked"] is not None:
             factor = 1 / (w["num_batches_tracked"] + 1)
@@ -458,7 +457,9 @@ class _Examination:
             tolerance.variance_tolerance(case.torch_dtype, count, var, mean) * float(bessel),
         )
         expected = {}
-        for name, batch, off in zip(("running_mean", "running_var"), (fwd.mean, fwd.var * bessel), allowed):
+        for name, batch, off in zip(BUFFERS, (fwd.mean, fwd.var * bessel), allowed):
+            if w[name] is None:
+                continue
             value = (1 - factor) * w[name] + factor * batch
             off = abs(float(factor)) * off + tolerance.ulp(self.values.param_dtype, _magnitude(value))
             terms = _magnitude(np.abs((1 - factor) * w[name]) + np.abs(factor * batch))

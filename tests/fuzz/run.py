@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -146,7 +149,10 @@ def run(
         before_case(case)
         if emulated:
             build.load().set_seed(case.seed)
-        return examine(case)
+        try:
+            return examine(case)
+        except Exception as error:
+            return Report("none", [Fault(f"the fuzzer itself: {type(error).__name__}", traceback.format_exc())])
 
     with _unwritten_memory_is_nan():
         for batch, start in enumerate(range(0, count, BATCH)):
@@ -189,3 +195,10 @@ def _shrink(found: Found, drive: Callable, examined: Callable[[Case], Report]) -
 
     with contextlib.suppress(AssertionError, _OutOfTime):
         drive(test=shrinking, phases=(Phase.generate, Phase.shrink))
+
+
+def run_alone(count: int, seed: int, implementation: str, file: Path) -> Summary:
+    """`run` in a process of its own; `file` has the code of the case that is examined, should the process die."""
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    return run(count, seed, implementation, before_case=lambda case: file.write_text(case.code()))

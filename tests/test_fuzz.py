@@ -49,6 +49,11 @@ def _wrong_last_element(op, *arguments):
     return output, *rest
 
 
+def _a_few_ulp(op, *arguments):
+    output, *rest = op(*arguments)
+    return output * (1 + 8 * torch.finfo(output.dtype).eps), *rest
+
+
 def _depends_on_threads(op, *arguments):
     grads = op(*arguments)
     if grads[1].numel():
@@ -76,6 +81,7 @@ PLANTED = {
     "wrong sign": ("batch_norm_backward", _wrong_sign_of_silu, "inexact: gradient of input"),
     "output format": ("batch_norm_train", _always_contiguous, "strides: output"),
     "last element": ("batch_norm_train", _wrong_last_element, "inexact: output"),
+    "few ulp": ("batch_norm_train", _a_few_ulp, "worse than stock: output"),
     "threads": ("batch_norm_backward", _depends_on_threads, "not reproducible: gradient of weight"),
     "counter": ("batch_norm_train", _moves_the_counter_before_it_refuses, "changed: num_batches_tracked"),
     "version": ("batch_norm_train", _bumps_the_version, "version: running_mean"),

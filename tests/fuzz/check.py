@@ -21,6 +21,9 @@ from tests.fuzz.hooks import hooks
 # Where an activation's derivative jumps: rounding of z may take the other branch there.
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 MODULES = {2: 1, 3: 1, 4: 2, 5: 3}
+# Of the result's scale; and of the bound beside which a result has cancelled.
+ULPS = 4
+CANCELLING = 1000
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -490,6 +493,7 @@ class _Examination:
                 f"at {[int(i) for i in at]}: got {a[at]:.9g}, exact {right[at]:.17g}, stock {s[at]:.9g}, "
                 f"error {error[at]:.3g}, allowed {limit[at]:.3g}",
             )
+        self._compare_with_stock(name, actual.dtype, error, stock_error, right, allowed)
         lost = ~finite & exact_finite & stock_finite & ~overflows
         invented = finite & ~exact_finite & ~stock_finite
         both = ~finite & ~stock_finite & ~exact_finite
@@ -501,6 +505,23 @@ class _Examination:
                 at = np.unravel_index(np.argmax(places), right.shape)
                 text = f"at {[int(i) for i in at]}: got {a[at]}, stock {s[at]}, exact {right[at]:.9g}"
                 self.fault(check, name, f"{text}, and {int(places.sum())} of {places.size} like it")
+
+    def _compare_with_stock(self, name: str, dtype: torch.dtype, error, stock_error, right, allowed) -> None:
+        """The acceptance criterion, over the tensor: the error is at most stock's, or ULPS at the result's scale.
+
+        Not where terms cancel so far that the bound for one of them is many times the result's spacing: which of two
+        computations comes closer to such a result is chance.
+        """
+        known = np.isfinite(right) & np.isfinite(error) & np.isfinite(stock_error)
+        if self.torchs or not known.any():
+            return
+        scale = np.abs(right[known]).max()
+        spacing = float(tolerance.ulp(dtype, float(scale)))
+        if not np.broadcast_to(allowed, right.shape)[known].max() <= CANCELLING * spacing:
+            return
+        ours, theirs = error[known].max() / spacing, stock_error[known].max() / spacing
+        if ours > max(theirs, ULPS):
+            self.fault("worse than stock", name, f"error {ours:.3g} ulp at {scale:.3g}, stock's {theirs:.3g} ulp")
 
     def _compare_second(self, name: str, actual: Tensor, stock: Tensor) -> None:
         """Where stock's is finite: relative to the largest of the channel, since each order multiplies what cancels."""

@@ -45,6 +45,7 @@ class Summary:
     """What became of the cases of a run."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     counts: dict[str, Counter] = field(default_factory=dict)
     found: dict[str, Found] = field(default_factory=dict)
 
@@ -69,6 +70,7 @@ class Summary:
             self.counts.setdefault(name, Counter())[str(value)] += 1
 
     def merge(self, other: Summary) -> None:
+        self.cpu_seconds += other.cpu_seconds
         for name, counts in other.counts.items():
             self.counts.setdefault(name, Counter()).update(counts)
         for kind, found in other.found.items():
@@ -83,7 +85,8 @@ class Summary:
         for kind, found in sorted(self.found.items()):
             lines += ["", f"FAULT ({found.count} cases) {kind}", f"  {found.fault.message}", found.case.code()]
         total = sum(self.counts.get("outcome", Counter()).values())
-        return "\n".join([*lines, "", f"{total} cases in {self.seconds:.0f} s, {len(self.found)} kinds of fault"])
+        took = f"{self.seconds:.0f} s ({self.cpu_seconds:.0f} s of CPU)"
+        return "\n".join([*lines, "", f"{total} cases in {took}, {len(self.found)} kinds of fault"])
 
 
 class _OutOfTime(BaseException):
@@ -143,7 +146,7 @@ def run(
         max_numel = min(max_numel, EMULATED_NUMEL)
     strategy = cases(implementation, max_numel)
     summary = Summary()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
 
     def examined(case: Case) -> Report:
         before_case(case)
@@ -174,7 +177,7 @@ def run(
                 if len(summary.found) < shrunk_kinds:
                     _shrink(found, functools.partial(_drive, strategy, seed=batch_seed, count=batch_count), examined)
                 summary.found[kind] = found
-    summary.seconds = time.perf_counter() - begin
+    summary.seconds, summary.cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     return summary
 
 

@@ -178,9 +178,10 @@ class _Examination:
         stock = self._execute(_stock, 1, None)
         if self._check_errors(fast, stock):
             return Report("refused by both" if stock.error is not None else "refused", self.faults)
+        self.torchs = self._is_torchs(fast.tensors)
         self._check_metadata(fast, stock)
         self._check_numbers(fast, stock)
-        if self._is_torchs(fast.tensors):
+        if self.torchs:
             return Report("left to torch", self.faults)
         again = self._execute(_fast, case.threads[1], case.hook)
         for name, tensor in fast.named().items():
@@ -292,7 +293,8 @@ class _Examination:
                 if not _same_bits(first, second):
                     self.fault("second backward", f"gradient of {name}", "differs from the first")
         if create:
-            value = sum((g * g.detach().cos()).sum() for g in grads if g.requires_grad)
+            # Coefficients that do not follow from the gradients, which may be huge.
+            value = sum((g * torch.arange(g.numel()).view(g.shape).cos()).sum() for g in grads if g.requires_grad)
             wanted = wanted | {"grad_out": grad_out}
             second = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
             results.second = {n: g for n, g in zip(wanted, second, strict=True) if g is not None}
@@ -364,7 +366,7 @@ class _Examination:
             elif name in ("output", "gradient of input"):
                 self._check_format(name, tensor, other)
         for name, tensor in expected.items():
-            if not name.startswith("second") or tensor.any():  # zeros need not be there
+            if not name.startswith("second") or tensor.nan_to_num(0.0).any():  # zeros need not be there
                 self.fault("missing result", name, "stock has it")
 
     def _check_format(self, name: str, tensor: Tensor, other: Tensor) -> None:
@@ -372,7 +374,7 @@ class _Examination:
         suggested = torch._prims_common.suggest_memory_format(self.values.tensors().input)
         if not tensor.numel():
             return
-        if not tensor.is_contiguous(memory_format=suggested):
+        if not (self.torchs or tensor.is_contiguous(memory_format=suggested)):
             self.fault("memory format", name, f"expected {suggested}, got {tensor.stride()} of {list(tensor.shape)}")
         if self.case.residual is not None and name == "output":
             return  # the addition has the format of either
@@ -382,7 +384,9 @@ class _Examination:
 
     def _check_numbers(self, fast: _Results, stock: _Results) -> None:
         actual, rival = fast.named(), stock.named()
-        self.torchs = self._is_torchs(fast.tensors)
+        # torch's own kernels take some strided vectors for contiguous ones, and read beside them.
+        if self.torchs and (self.case.oddity or "").startswith("strided"):
+            return
         if self.exact is None:
             for name, tensor in actual.items():
                 if name in rival and not tensor.is_complex() and not _same_values(tensor, rival[name]):
@@ -432,6 +436,7 @@ class _Examination:
         square = self.xhat_scale**2
         terms = largest * (1 + self.xhat_scale + square) if self.batch_stats else largest
         spread = 2 + square if self.batch_stats else 1.0
+        self.largest_term = max(t.max().item() for t in (terms * slope, grad_sum, product_sum))
         computed = slope * element * spread + tolerance.sum_tolerance(dtype, count, terms * slope)
         computed = computed + rounding * terms * slope
         input_off = computed + tolerance.ulp(dtype, _largest(bwd.input))
@@ -475,7 +480,7 @@ class _Examination:
         a, s = (t.double().numpy() for t in (actual, stock))
         error, stock_error = (np.abs(t - right) for t in (a, s))
         finite, stock_finite, exact_finite = np.isfinite(a), np.isfinite(s), np.isfinite(right)
-        excuse = np.where(stock_finite & exact_finite, stock_error, 0) * (2 if self.torchs else 1)
+        excuse = np.where(stock_finite & exact_finite, stock_error, 0)
         if excuse.ndim > 1 and excuse.size:
             others = tuple(d for d in range(excuse.ndim) if d != 1)
             excuse = excuse.max(axis=others, keepdims=True)
@@ -483,6 +488,8 @@ class _Examination:
         if actual.dtype == torch.bfloat16:  # an instruction of AVX-512 BF16 rounds subnormal numbers to 0
             allowed = allowed + info.tiny
         limit = np.broadcast_to(np.maximum(allowed, excuse), right.shape)
+        if self.torchs:
+            limit = 16 * limit  # its sums follow the number of threads
         overflows = exact_finite & (np.abs(right) + limit >= float(info.max))
         wrong = finite & exact_finite & ~(error <= limit)
         if wrong.any():
@@ -494,7 +501,7 @@ class _Examination:
                 f"error {error[at]:.3g}, allowed {limit[at]:.3g}",
             )
         self._compare_with_stock(name, actual.dtype, error, stock_error, right, allowed)
-        lost = ~finite & exact_finite & stock_finite & ~overflows
+        lost = ~finite & exact_finite & stock_finite & ~overflows & ~self._terms_overflow(name)
         invented = finite & ~exact_finite & ~stock_finite
         both = ~finite & ~stock_finite & ~exact_finite
         # Of what kind, where stock and exact arithmetic say the same.
@@ -506,17 +513,26 @@ class _Examination:
                 text = f"at {[int(i) for i in at]}: got {a[at]}, stock {s[at]}, exact {right[at]:.9g}"
                 self.fault(check, name, f"{text}, and {int(places.sum())} of {places.size} like it")
 
+    def _terms_overflow(self, name: str) -> bool:
+        """Whether a gradient is made of terms beyond the type that elements are computed in, though itself is not."""
+        if not name.startswith("gradient"):
+            return False
+        info = torch.finfo(torch.float64 if self.case.torch_dtype == torch.float64 else torch.float32)
+        return self.largest_term > info.max / 4
+
     def _compare_with_stock(self, name: str, dtype: torch.dtype, error, stock_error, right, allowed) -> None:
         """The acceptance criterion, over the tensor: the error is at most stock's, or ULPS at the result's scale.
 
         Not where terms cancel so far that the bound for one of them is many times the result's spacing: which of two
-        computations comes closer to such a result is chance. In float64 the mean's own rounding is |mean| / std spacings
-        of xhat, and as much of chance.
+        computations comes closer to such a result is chance. In float64 the mean's own rounding is |mean| / std
+        spacings of xhat, and as much of chance.
         """
         known = np.isfinite(right) & np.isfinite(error) & np.isfinite(stock_error)
         if self.torchs or not known.any():
             return
         scale = np.abs(right[known]).max()
+        if dtype == torch.bfloat16 and scale < torch.finfo(dtype).tiny:
+            return  # rounded to 0, as above
         spacing = float(tolerance.ulp(dtype, float(scale)))
         if not np.broadcast_to(allowed, right.shape)[known].max() <= CANCELLING * spacing:
             return
@@ -534,6 +550,12 @@ class _Examination:
         scale = stock.abs().max().item() if stock.numel() else 0.0
         if not np.isfinite(scale):
             return
+        if (
+            name.endswith("grad_out")
+            and "bias" in case.requires
+            and (case.weight is None or "weight" not in case.requires)
+        ):
+            return  # torch's leaves out the gradient of bias
         error = (actual - stock).abs().max().item() if stock.numel() else 0.0
         if not error <= 1e-6 * scale + 1e-9:
             self.fault("second derivative", name, f"differs from stock's by {error:.3g} of {scale:.3g}")

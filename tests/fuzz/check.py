@@ -200,7 +200,9 @@ class _Examination:
         if self.case.api == "module" and self.case.running is None:
             counter = None
         return (
-            _ops.why_unsupported(t.input, *statistics, t.weight, t.bias, counter, self.batch_stats, self.case.eps)
+            _ops.why_unsupported(
+                t.input, *statistics, t.weight, t.bias, counter, self.batch_stats, self.case.momentum, self.case.eps
+            )
             is not None
         )
 

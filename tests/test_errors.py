@@ -76,6 +76,17 @@ CALLS = {
     "eps_text": (_zeros(3, 4), FOUR, FOUR, {"training": True, "eps": "1e-5"}),
     "eps_none": (_zeros(3, 4), FOUR, FOUR, {"eps": None}),
     "eps_int": (normal(3, 4).float(), FOUR, FOUR, {"eps": 1}),
+    "float_weight_and_half_bias": (
+        normal(3, 4).float(),
+        FOUR,
+        FOUR,
+        {"weight": FOUR, "bias": _zeros(4, dtype=torch.bfloat16), "training": True},
+    ),
+    "half_weight_and_double_bias": (
+        normal(3, 4).half(),
+        *[_zeros(4, dtype=torch.half)] * 2,
+        {"weight": _zeros(4, dtype=torch.half), "bias": FOUR.double(), "training": True},
+    ),
     "complex": (_zeros(3, 4, dtype=torch.complex64), FOUR, FOUR, {"training": True}),
 }
 

@@ -255,3 +255,22 @@ def test_channels_may_be_one():
     stock, fast = pair(channels=1)
     x = normal(3, 1, 4, 6)
     assert_same(step(fast, x, x), step(stock, x, x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(4, 16), (4, 16, 3)], ids=str)
+@pytest.mark.parametrize("strided", ["weight", "bias", "running_mean", "running_var"])
+def test_vectors_that_are_not_contiguous(strided, shape, training):
+    """The gradients of contiguous ones. Torch's own backward of (N, C) reads memory beside them, which is NaN here."""
+    results = []
+    for stride in (1, 2):
+        vectors = {}
+        for seed, name in enumerate(("running_mean", "running_var", "weight", "bias")):
+            memory = torch.full((32,), torch.nan)
+            vectors[name] = memory[:: stride if name == strided else 1][:16]
+            vectors[name].copy_(normal(16, seed=seed).abs() + 0.5)
+        x = normal(*shape, seed=9).float().requires_grad_()
+        weight, bias = (vectors[name].requires_grad_() for name in ("weight", "bias"))
+        y = fastbn.functional.batch_norm(x, **vectors, training=training)
+        results.append((y, *torch.autograd.grad(y, [x, weight, bias], normal(*shape, seed=8).float())))
+    torch.testing.assert_close(*results)

@@ -15,7 +15,7 @@ struct Merged {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, true)))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, true, Walk::whole)))
     resident_backward_kernel(BackwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
   const SharedMemory parts = shared_memory_of(plan, true, sizeof(A), octet * sizeof(T));

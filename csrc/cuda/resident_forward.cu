@@ -18,7 +18,7 @@ union Channel {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false)))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false, Walk::whole)))
     resident_forward_kernel(ForwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
   const SharedMemory parts = shared_memory_of(plan, false, sizeof(A), octet * sizeof(T));

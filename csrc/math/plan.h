@@ -74,9 +74,9 @@ enum class Schedule {
 };
 
 // Blocks of a one-pass kernel that share a multiprocessor; where 128 registers are too few it is one.
-constexpr int blocks_together(int64_t element_size, Kernel kernel, bool backward) {
+constexpr int blocks_together(int64_t element_size, Kernel kernel, bool backward, bool vectorized) {
   if (element_size == 8) return 1;
-  return backward && kernel == Kernel::row_blocks && element_size == 4 ? 1 : 2;
+  return backward && kernel == Kernel::row_blocks && (element_size == 4 || !vectorized) ? 1 : 2;
 }
 
 struct Plan {
@@ -334,7 +334,7 @@ inline Occupancy occupancy_of(const Request& request, const DeviceLimits& limits
     return {std::ceil(blocks / limits.sms_of_grid()), std::ceil(double(plan.slices) / double(plan.groups))};
   }
   const bool backward = request.direction == Direction::backward;
-  const int64_t most = blocks_together(int64_t(element_size(request.dtype)), plan.kernel, backward);
+  const int64_t most = blocks_together(int64_t(element_size(request.dtype)), plan.kernel, backward, plan.vectorized);
   const int64_t room = (limits.shared_bytes_per_block + reserved) / (plan.shared_bytes + reserved);
   const double together = double(std::min(most, room));
   // Clusters of four and more do not fill the groups of multiprocessors that they must lie in: an H200 takes 14 of 16
@@ -394,7 +394,9 @@ void for_each_one_pass_plan(const Request& request, const DeviceLimits& limits, 
   while (any_width && least > 1 && least / 2 * octet * bytes >= narrowest_bytes) least /= 2;
   const bool backward = request.direction == Direction::backward;
   const int most_together =
-      request.cooperative ? std::min(limits.most_together, blocks_together(bytes, walk.kernel, backward)) : 0;
+      request.cooperative
+          ? std::min(limits.most_together, blocks_together(bytes, walk.kernel, backward, walk.vectorized))
+          : 0;
   for (int lanes = walk.lanes; lanes >= least; lanes /= 2) {
     Plan sliced = walk;
     if (any_width) slice_rows(request.layout, lanes, sliced);

@@ -372,14 +372,19 @@ class _Examination:
                 self.fault("missing result", name, "stock has it")
 
     def _check_format(self, name: str, tensor: Tensor, other: Tensor) -> None:
-        """Stock's order in memory, and the format that torch suggests for the input, which sizes of 1 leave open."""
-        suggested = torch._prims_common.suggest_memory_format(self.values.tensors().input)
+        """The output's order in memory is stock's, and its format and the gradient's that of the input."""
+        input = self.values.tensors().input
+        expected = torch._prims_common.suggest_memory_format(input)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+        if last and input.is_contiguous(memory_format=last) != input.is_contiguous():
+            # Dense in one format, where torch's suggestion depends on strides of dimensions of size 1.
+            expected = torch.contiguous_format if input.is_contiguous() else last
         if not tensor.numel():
             return
-        if not (self.torchs or tensor.is_contiguous(memory_format=suggested)):
-            self.fault("memory format", name, f"expected {suggested}, got {tensor.stride()} of {list(tensor.shape)}")
-        if self.case.residual is not None and name == "output":
-            return  # the addition has the format of either
+        if not (self.torchs or tensor.is_contiguous(memory_format=expected)):
+            self.fault("memory format", name, f"expected {expected}, got {tensor.stride()} of {list(tensor.shape)}")
+        if name != "output" or self.case.residual is not None:
+            return  # torch's gradient may be contiguous all the same, and its addition has the format of either
         strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (tensor, other)]
         if strides[0] != strides[1]:
             self.fault("strides", name, f"expected {other.stride()}, got {tensor.stride()} of {list(tensor.shape)}")
@@ -441,7 +446,16 @@ class _Examination:
         self.largest_term = max(t.max().item() for t in (terms * slope, grad_sum, product_sum))
         computed = slope * element * spread + tolerance.sum_tolerance(dtype, count, terms * slope)
         computed = computed + rounding * terms * slope
+        # Subnormal terms are rounded by half of the smallest number each, whatever their size.
+        info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+        smallest = info.smallest_normal * info.eps
+        computed = computed + tolerance.ELEMENT_ROUNDINGS / 2 * smallest
         input_off = computed + tolerance.ulp(dtype, _largest(bwd.input))
+        if dtype == torch.float64 and self.batch_stats:
+            # The coefficient of x - mean has a factor inv_std more than the gradient, and no wider type to be kept in.
+            coefficient = slope * torch.from_numpy(fwd.inv_std.astype(np.float64)).abs() * product_sum / count
+            lost = (coefficient < info.smallest_normal) & (product_sum > 0)
+            input_off = torch.where(lost, 2 * terms * slope, input_off)
         residual_off = element + tolerance.ulp(dtype, 1.5 * largest)
         for name, off in (("input", input_off), ("residual", residual_off)):
             gradient = getattr(bwd, name)

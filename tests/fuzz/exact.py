@@ -70,7 +70,10 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
 
 
 def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) -> np.ndarray:
-    """grad_out * activation'(z), with torch's branches at the kinks: 0 where the derivative is, whatever grad_out."""
+    """grad_out * activation'(z), with torch's branches at the kinks: 0 where the derivative is, whatever grad_out.
+
+    Where z is NaN the branches are those of torch's vectorised CPU kernels.
+    """
     match activation:
         case "none":
             return grad_out
@@ -79,9 +82,9 @@ def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) ->
         case "leaky_relu":
             return np.where(z > 0, grad_out, grad_out * LEAKY_SLOPE)
         case "relu6":
-            return np.where((z <= 0) | (z >= 6), 0, grad_out)
+            return np.where((z > 0) & (z < 6), grad_out, 0)
         case "elu":
-            return np.where(z <= 0, grad_out * np.exp(np.where(z <= 0, z, 0)), grad_out)
+            return np.where(z > 0, grad_out, grad_out * np.exp(np.where(z > 0, 0, z)))
         case "silu":
             s = 1 / (1 + np.exp(-z))
             return grad_out * (s * (1 + z * (1 - s)))
@@ -89,7 +92,7 @@ def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) ->
             density = np.exp(-0.5 * z * z) / np.sqrt(2 * PI).astype(z.dtype)
             return grad_out * (normal_cdf(z) + z * density)
         case "hardswish":
-            return np.where(z <= -3, 0, np.where(z < 3, grad_out * (z / 3 + 0.5), grad_out))
+            return np.where(z <= -3, 0, np.where(z >= 3, grad_out, grad_out * (z / 3 + 0.5)))
     raise ValueError(f"activation: got {activation!r}")
 
 

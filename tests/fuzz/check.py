@@ -561,7 +561,13 @@ class _Examination:
         tame = {"normal", "integers", "offset"}
         case = self.case
         kinds = {*case.data, case.grad_out, *([case.residual] if case.residual else [])}
-        if not kinds <= tame or case.eps < 1e-6 or self.count < 4 or case.running not in (None, "near", "initial"):
+        if (
+            case.weight == "nan"
+            or not kinds <= tame
+            or case.eps < 1e-6
+            or self.count < 4
+            or case.running not in (None, "near", "initial")
+        ):
             return
         scale = stock.abs().max().item() if stock.numel() else 0.0
         if not np.isfinite(scale):

@@ -117,7 +117,7 @@ def test_save_on_cpu(training, memory_format):
         else:
             y = layer(x, shortcut)
         results.append(torch.autograd.grad(y, [x, layer.weight, layer.bias], normal(4, 64, 8, 8, seed=2)))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, check_stride=True)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -30,6 +30,7 @@ class Backward {
   // Of the first `channels`.
   Backward(const BackwardParams& params, int64_t channels, const Threads& threads)
       : params_(params),
+        channels_(channels),
         threads_(threads),
         table_(kernels(params.dtype)),
         partition_(params.layout, params.dtype, channels),
@@ -38,7 +39,7 @@ class Backward {
         relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
         grad_affine_(partition_, table_.column_planes),
         is_far_(std::is_same_v<A, float> &&
-                std::any_of(params.inv_std, params.inv_std + params.layout.channels, is_far_from_one)) {}
+                std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {}
 
   void run(bool past_caches) {
     past_caches_ = past_caches;
@@ -128,8 +129,7 @@ class Backward {
   template <class Finish, class Apply>
   void reduce_then(Finish&& finish, Apply&& apply) {
     const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < least_count_in_float ||
-                           std::any_of(params_.inv_std, params_.inv_std + params_.layout.channels,
-                                       misses_vanished_products);
+                           std::any_of(params_.inv_std, params_.inv_std + channels_, misses_vanished_products);
     totals_.emplace(partition_, in_double);
     run_phases(partition_, threads_, *this, finish, apply);
   }
@@ -159,6 +159,7 @@ class Backward {
   }
 
   const BackwardParams& params_;
+  int64_t channels_;
   const Threads& threads_;
   const Kernels& table_;
   Partition partition_;

@@ -13,8 +13,9 @@ from fastbn.cli import extended, main, parity
 from tests import cases, implementations
 
 ULPS = 4
-# A two-phase backward of 3 channels has come out 5.9 ulp off in a sum, which its kernels' chains do not explain yet.
-ULPS_OF_CUDA = 8
+# Its grad_bias comes out 5.9 ulp off by the two-phase kernels, which is not explained yet. Not strict, since the bound
+# is also stock's error, which follows the number of threads.
+KNOWN_MISS = "emulator-rgb-4x3x16x16-channels_last"
 EPS = 1e-5
 MOMENTUM = 0.3
 CASES = [case for case in cases.ORDINARY if case.numel and case.count > 1 and case.data not in ("inf", "nan")]
@@ -30,12 +31,12 @@ def _tensors(case, device):
     return x, grad_out, *vectors
 
 
-def _assert_held(results, what, ulps=ULPS):
+def _assert_held(results, what):
     """Each of {name: (actual, stock's, exact, scale)} is within the bound, a spacing being float64's at the scale."""
     failures = []
     for name, (actual, stock, exact, scale) in results.items():
         error, rival = extended.error_in_ulp(actual, exact, scale), extended.error_in_ulp(stock, exact, scale)
-        if not error <= max(rival, ulps):
+        if not error <= max(rival, ULPS):
             failures.append(f"{name}: {error:.2f} ulp, stock's {rival:.2f}")
     assert not failures, f"{what}: " + "; ".join(failures)
 
@@ -51,7 +52,8 @@ def _params():
     for name in ("reference", "cpu", "emulator", "resident", "cooperative", "cuda"):
         marks = [pytest.mark.gpu] if name == "cuda" else []
         for case in SMALL if name in implementations.EMULATED_LIMITS else CASES:
-            yield pytest.param(name, case, id=f"{name}-{case}", marks=marks)
+            known = [pytest.mark.xfail(reason="5.9 ulp in grad_bias")] if f"{name}-{case}" == KNOWN_MISS else []
+            yield pytest.param(name, case, id=f"{name}-{case}", marks=[*marks, *known])
 
 
 @pytest.mark.parametrize("ops, case", list(_params()), indirect=["ops"])
@@ -86,7 +88,7 @@ def test_training(ops, case):
     }
     for i, name in enumerate(("grad_input", "grad_weight", "grad_bias")):
         results[name] = (grads[i], stock_grads[i], exact_grads[i], max(largest[i], scales[i]))
-    _assert_held(results, case, ULPS if ops.name in ("reference", "cpu") else ULPS_OF_CUDA)
+    _assert_held(results, case)
 
 
 @pytest.mark.parametrize("steepness", [1e2, 7e6, 1e9])

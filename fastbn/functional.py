@@ -100,16 +100,18 @@ def _torch_batch_norm(
     if counts and not torch.compiler.is_compiling() and num_batches_tracked.is_inference():
         num_batches_tracked.add_(0)  # raises what counting would raise after the averages had moved
     if training and weight is not None and bias is not None and weight.dtype != bias.dtype:
-        # torch compares the two after it has moved the averages: so first without them.
-        F.batch_norm(input, None, None, weight, bias, True, factor, eps)
+        # torch compares the two after it has moved the averages: so first with copies of them.
+        copies = (t if t is None else t.clone() for t in (running_mean, running_var))
+        F.batch_norm(input, *copies, weight, bias, True, factor, eps)
     # torch's backward of (N, C) reads beside a vector that is not contiguous.
     weight, bias = _contiguous(weight), _contiguous(bias)
     if not training:
         running_mean, running_var = _contiguous(running_mean), _contiguous(running_var)
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    if counts:  # after batch_norm, which may raise
+    output = _formulas.activation(output if residual is None else output + residual, index)
+    if counts:  # after all that may raise
         num_batches_tracked.add_(1)
-    return _formulas.activation(output if residual is None else output + residual, index)
+    return output
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

@@ -82,6 +82,12 @@ CALLS = {
         FOUR,
         {"weight": FOUR, "bias": _zeros(4, dtype=torch.bfloat16), "training": True},
     ),
+    "half_bias_and_one_dimension": (
+        _zeros(3),
+        _zeros(3),
+        _zeros(3),
+        {"weight": _zeros(3), "bias": _zeros(3, dtype=torch.bfloat16), "training": True},
+    ),
     "half_weight_and_double_bias": (
         normal(3, 4).half(),
         *[_zeros(4, dtype=torch.half)] * 2,
@@ -116,6 +122,13 @@ def test_functional(name):
         assert not changed
     else:
         torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_a_counter_stays_where_the_activation_fails():
+    counter, x = torch.tensor(3), _zeros(0, 4, dtype=torch.int32)  # torch normalises no integers without an error
+    with pytest.raises(RuntimeError):
+        fastbn.functional.batch_norm(x, None, None, training=True, activation="gelu", num_batches_tracked=counter)
+    assert counter.item() == 3
 
 
 MODULE_CALLS = {

@@ -2,6 +2,8 @@
 // double, which a second look, where phases.h takes one, does not. A constant channel has sums of exactly zero.
 #pragma once
 
+#include <concepts>
+
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
 #include "cpu/vec_memory.h"
@@ -228,11 +230,18 @@ A finite_median(const A (&sample)[samples]) {
   return count > 0 ? sorted[count / 2] : 0;
 }
 
-// Without the branches of a sort, of which random data would take half the wrong way.
+template <std::floating_point A>
+FASTBN_INLINE A least(A a, A b) {
+  return a < b ? a : b;
+}
+template <std::floating_point A>
+FASTBN_INLINE A most(A a, A b) {
+  return a > b ? a : b;
+}
+
+// Without the branches of a sort, of which random data would take half the wrong way. Of numbers, or lane by lane.
 template <class A>
 FASTBN_INLINE A median(const A (&x)[5]) {
-  auto least = [](A a, A b) FASTBN_INLINE_LAMBDA { return a < b ? a : b; };
-  auto most = [](A a, A b) FASTBN_INLINE_LAMBDA { return a < b ? b : a; };
   const A low = most(least(x[0], x[1]), least(x[2], x[3])), high = least(most(x[0], x[1]), most(x[2], x[3]));
   return most(least(low, high), least(most(low, high), x[4]));
 }
@@ -271,16 +280,33 @@ void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, 
     const int64_t run = element / layout.inner * layout.channels;
     first[i] = static_cast<const T*>(data) + run * layout.inner + element % layout.inner;
   }
-  for (int64_t channel = begin; channel < end; ++channel) {
-    A sample[samples], zero = 0;
-    for (int i = 0; i < samples; ++i) {
-      sample[i] = to_acc(first[i][channel * layout.inner]);
-      zero += sample[i] - sample[i];
+  A* const pivot = static_cast<A*>(result);
+  auto one_by_one = [&](int64_t from, int64_t to) {
+    for (int64_t channel = from; channel < to; ++channel) {
+      A sample[samples], zero = 0;
+      for (int i = 0; i < samples; ++i) {
+        sample[i] = to_acc(first[i][channel * layout.inner]);
+        zero += sample[i] - sample[i];
+      }
+      pivot[channel] = zero == 0 ? median(sample) : finite_median(sample);
+      if constexpr (std::is_same_v<T, double>)
+        pivot[channel] = nearer_pivot(static_cast<const T*>(data), layout, channel, pivot[channel], sample);
     }
-    A pivot = zero == 0 ? median(sample) : finite_median(sample);
-    if constexpr (std::is_same_v<T, double>) pivot = nearer_pivot(static_cast<const T*>(data), layout, channel, pivot, sample);
-    static_cast<A*>(result)[channel] = pivot;
+  };
+  int64_t channel = begin;
+  if constexpr (!std::is_same_v<T, double>) {
+    constexpr int64_t lanes = Vec<A>::lanes;
+    for (; layout.inner == 1 && channel + lanes <= end; channel += lanes) {
+      Vec<A> sample[samples], zero(0);
+      for (int i = 0; i < samples; ++i) {
+        sample[i] = load(first[i] + channel, AllLanes<T>{});
+        zero += sample[i] - sample[i];
+      }
+      store(pivot + channel, from_order_of<T>(median(sample)));
+      if (to_bits<T>(zero <= Vec<A>(0)) != (uint64_t(1) << lanes) - 1) one_by_one(channel, channel + lanes);
+    }
   }
+  one_by_one(channel, end);
 }
 
 template <class T, class Terms>

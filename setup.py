@@ -87,7 +87,8 @@ macros = [
 if CUDA:
     macros.append(("FASTBN_WITH_CUDA", None))
 host_flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-host_flags += ["-fno-math-errno"]  # compilers vectorise no square root that may set errno
+# Compilers vectorise no square root that may set errno, and no choice between what may raise exceptions of arithmetic.
+host_flags += ["-fno-math-errno", "-fno-trapping-math"]
 common = {
     "name": "fastbn._C",
     "include_dirs": [os.path.abspath("csrc"), pybind11.get_include()],

@@ -305,9 +305,12 @@ def test_ops_check_what_backward_is_given():
     for changed, message in (
         ({0: _zeros(3, 4)}, "expected grad_out of shape [3, 4, 2], got [3, 4]"),
         ({0: x.double()}, "expected grad_out of dtype Float, got Double"),
-        (
-            {3: torch.zeros(3, 4, 2, dtype=torch.uint8)},
-            "expected contiguous mask of dtype Byte and shape [3, 4, 1], got",
+        *(
+            (
+                {3: torch.zeros(shape, dtype=torch.uint8)},
+                f"expected contiguous mask of dtype Byte and shape [3, 4, 1], got Byte of shape {list(shape)}",
+            )
+            for shape in ((3, 4, 2), (3, 3, 1), (2, 4, 1))
         ),
         ({6: stats.float()}, "expected contiguous mean of dtype Double and shape [4], got Float of shape [4]"),
         ({7: stats[:3]}, "expected contiguous inv_std of dtype Double and shape [4], got Double of shape [3]"),

@@ -48,24 +48,26 @@ class Backward {
     const bool applies = params_.grad_input || params_.grad_residual;
     const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
 
-    auto finish_chunk = [&](int64_t first, int64_t channels) {
-      double sum_grad[chunk_channels] = {}, sum_grad_xhat[chunk_channels] = {}, weight[chunk_channels];
+    auto finish_chunk = [&](Chunk& chunk) {
+      const int64_t first = chunk.first, channels = chunk.channels;
       double count = double(params_.layout.count());
+      load_statistics(chunk);
       if (reduces) {
-        sums(first, channels, sum_grad, sum_grad_xhat);
-        if (params_.grad_bias.defined()) params_.grad_bias.store(first, channels, sum_grad);
-        if (params_.grad_weight.defined()) params_.grad_weight.store(first, channels, sum_grad_xhat);
+        table_.grad_sums(pivots_.data(), totals_->of_channels(), chunk);
+        if (params_.grad_bias.defined()) params_.grad_bias.store(first, channels, chunk.sum_grad);
+        if (params_.grad_weight.defined()) params_.grad_weight.store(first, channels, chunk.sum_grad_xhat);
       } else if (params_.statistics == Statistics::given) {
-        std::copy_n(params_.sum_grad + first, channels, sum_grad);
-        std::copy_n(params_.sum_grad_xhat + first, channels, sum_grad_xhat);
+        std::copy_n(params_.sum_grad + first, channels, chunk.sum_grad);
+        std::copy_n(params_.sum_grad_xhat + first, channels, chunk.sum_grad_xhat);
         count = *params_.count;
+      } else {
+        std::fill_n(chunk.sum_grad, channels, 0.0);
+        std::fill_n(chunk.sum_grad_xhat, channels, 0.0);
       }
-      params_.weight.load_or(first, channels, 1, weight);
-      const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
-      for (int64_t i = 0; i < channels; ++i)
-        grad_affine_.set(first + i,
-                         GradAffine<A>::make(mean[i], inv_std[i], weight[i], sum_grad[i], sum_grad_xhat[i], count,
-                                             is_far_));
+      params_.weight.load_or(first, channels, 1, chunk.weight);
+      ChunkCoefficients<A, 4> coefficients;
+      table_.grad_affine(chunk, count, is_far_, coefficients);
+      grad_affine_.set(chunk, coefficients);
     };
     auto finish = [&](int64_t begin, int64_t end) {
       for_each_chunk(begin, end, finish_chunk);
@@ -89,25 +91,29 @@ class Backward {
   }
 
   void run_sums() {
-    reduce_then([&](int64_t begin,
-                    int64_t end) { sums(begin, end - begin, params_.sum_grad + begin, params_.sum_grad_xhat + begin); },
-                [](const Block&, const MaskBlock&, int64_t) {});
+    auto finish = [&](int64_t begin, int64_t end) {
+      for_each_chunk(begin, end, [&](Chunk& chunk) {
+        load_statistics(chunk);
+        table_.grad_sums(pivots_.data(), totals_->of_channels(), chunk);
+        std::copy_n(chunk.sum_grad, chunk.channels, params_.sum_grad + chunk.first);
+        std::copy_n(chunk.sum_grad_xhat, chunk.channels, params_.sum_grad_xhat + chunk.first);
+      });
+    };
+    reduce_then(finish, [](const Block&, const MaskBlock&, int64_t) {});
   }
 
   // What run_phases asks of a reduction.
 
   void prepare(int64_t begin, int64_t end) {
-    for_each_chunk(begin, end, [&](int64_t first, int64_t channels) {
-      double weight[chunk_channels], bias[chunk_channels];
-      params_.weight.load_or(first, channels, 1, weight);
-      params_.bias.load_or(first, channels, 0, bias);
-      const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
-      Affine<A> affine[chunk_channels];
-      for (int64_t i = 0; i < channels; ++i) affine[i] = Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i]);
-      for (int64_t i = 0; i < channels; ++i) affine_.set(first + i, affine[i]);
-      if constexpr (std::is_same_v<A, float>) relu_.set(first, channels, affine);
-      for (int64_t i = 0; i < channels; ++i)
-        pivots_[size_t(first + i)] = A(std::is_same_v<A, double> ? mean[i] : grad_pivot_of(mean[i], inv_std[i]));
+    for_each_chunk(begin, end, [&](Chunk& chunk) {
+      load_statistics(chunk);
+      params_.weight.load_or(chunk.first, chunk.channels, 1, chunk.weight);
+      params_.bias.load_or(chunk.first, chunk.channels, 0, chunk.bias);
+      ChunkCoefficients<A, 3> coefficients;
+      table_.affine(chunk, coefficients);
+      affine_.set(chunk, coefficients);
+      if constexpr (std::is_same_v<A, float>) relu_.set(chunk, coefficients);
+      table_.grad_pivots(chunk, pivots_.data());
     });
     affine_.repeat(begin, end);
     repeat_columns(pivots_.data(), partition_, begin, end);
@@ -148,14 +154,9 @@ class Backward {
             is_far_};
   }
 
-  void sums(int64_t first, int64_t channels, double* sum_grad, double* sum_grad_xhat) {
-    const double *mean = params_.mean + first, *inv_std = params_.inv_std + first;
-    for (int64_t i = 0; i < channels; ++i) {
-      const Sums sums = totals_->of_channel(first + i);
-      sum_grad[i] = sums.first;
-      sum_grad_xhat[i] =
-          sum_grad_xhat_of(sums.first, sums.second, double(pivots_[size_t(first + i)]), mean[i], inv_std[i]);
-    }
+  void load_statistics(Chunk& chunk) const {
+    std::copy_n(params_.mean + chunk.first, chunk.channels, chunk.mean);
+    std::copy_n(params_.inv_std + chunk.first, chunk.channels, chunk.inv_std);
   }
 
   const BackwardParams& params_;

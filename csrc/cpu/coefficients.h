@@ -12,14 +12,13 @@
 
 namespace fastbn::cpu {
 
-// What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
-// compilers vectorise (an estimate).
-constexpr int64_t chunk_channels = 64;
-
-// visit(first, count) over [begin, end).
+// visit(chunk) over chunks of [begin, end).
 template <class Visit>
 void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
-  for (int64_t first = begin; first < end; first += chunk_channels) visit(first, std::min(chunk_channels, end - first));
+  for (int64_t first = begin; first < end; first += chunk_channels) {
+    Chunk chunk{first, std::min(chunk_channels, end - first)};
+    visit(chunk);
+  }
 }
 
 // Copies entries [begin, end) of a table to where these channels' columns recur.
@@ -42,8 +41,13 @@ class CoefficientTable {
         stride_((shift_ + 1) * plane_),
         values_(size_t(members * stride_)) {}
 
-  void set(int64_t channel, const A (&values)[members]) {
-    for (int member = 0; member < members; ++member) at(member, channel) = values[member];
+  void set(const Chunk& chunk, const ChunkCoefficients<A, members>& values) {
+    const int64_t planes = shift_ + 1;
+    for (int member = 0; member < members; ++member)
+      for (int64_t plane = 0; plane < std::min(planes, chunk.channels); ++plane) {
+        A* target = &at(member, chunk.first + plane);
+        for (int64_t i = plane; i < chunk.channels; i += planes) *target++ = values[member][i];
+      }
   }
 
   // Copies the entries of channels [begin, end) to where their columns recur.
@@ -73,9 +77,7 @@ class AffineTable {
  public:
   AffineTable(const Partition& partition, int column_planes) : table_(partition, column_planes) {}
 
-  void set(int64_t channel, const Affine<A>& affine) {
-    table_.set(channel, {affine.pivot, affine.scale, affine.shift});
-  }
+  void set(const Chunk& chunk, const ChunkCoefficients<A, 3>& values) { table_.set(chunk, values); }
   void repeat(int64_t begin, int64_t end) { table_.repeat(begin, end); }
   AffineArrays arrays(int64_t first) const {
     return {table_.member(0, first), table_.member(1, first), table_.member(2, first), table_.plane()};
@@ -95,8 +97,10 @@ class ReluIntervalTable {
     span_.resize(first_.size());
   }
 
-  void set(int64_t first, int64_t channels, const Affine<float>* affine) {
-    if (relu_intervals_) relu_intervals_(affine, channels, &first_[size_t(first)], &span_[size_t(first)]);
+  void set(const Chunk& chunk, const ChunkCoefficients<float, 3>& affine) {
+    if (!relu_intervals_) return;
+    const size_t first = size_t(chunk.first);
+    relu_intervals_({affine[0], affine[1], affine[2]}, chunk.channels, &first_[first], &span_[first]);
   }
   void repeat(int64_t begin, int64_t end) {
     if (!relu_intervals_) return;
@@ -119,9 +123,7 @@ class GradAffineTable {
  public:
   GradAffineTable(const Partition& partition, int column_planes) : table_(partition, column_planes) {}
 
-  void set(int64_t channel, const GradAffine<A>& affine) {
-    table_.set(channel, {affine.slope, affine.mean_grad, affine.rest, affine.scale});
-  }
+  void set(const Chunk& chunk, const ChunkCoefficients<A, 4>& values) { table_.set(chunk, values); }
   void repeat(int64_t begin, int64_t end) { table_.repeat(begin, end); }
   GradAffineArrays arrays(int64_t first, bool frozen) const {
     return {frozen ? nullptr : table_.member(0, first), table_.member(1, first), table_.member(2, first),

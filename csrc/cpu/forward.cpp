@@ -51,17 +51,8 @@ class Statistician {
                          [&](const Sums& sums) { return resolves(sums, double(params_.layout.count())); });
   }
 
-  Moments moments(int64_t channel) const {
-    const Sums sums = totals_.of_channel(channel);
-    return Moments::from_shifted(double(params_.layout.count()), double(pivots_[size_t(channel)]), sums.first,
-                                 sums.second);
-  }
-
-  // What rounding the mean lost, where elements show it.
-  double rest_of_mean(int64_t channel) const {
-    if constexpr (!std::is_same_v<A, double>) return 0;
-    return Moments::rest_of_mean(double(params_.layout.count()), double(pivots_[size_t(channel)]),
-                                 totals_.of_channel(channel).first);
+  void set_moments(Chunk& chunk) const {
+    table_.moments(pivots_.data(), totals_.of_channels(), double(params_.layout.count()), chunk);
   }
 
  private:
@@ -78,12 +69,12 @@ class Statistician {
   Totals totals_;
 };
 
-void update_running(const ChannelVector& running, int64_t first, int64_t count, const double* batch, double factor) {
+void update_running(const ChannelVector& running, const Chunk& chunk, const double* batch, double factor) {
   if (!running.defined()) return;
   double values[chunk_channels];
-  running.load_or(first, count, 0, values);
-  for (int64_t i = 0; i < count; ++i) values[i] = running_average(values[i], batch[i], factor);
-  running.store(first, count, values);
+  running.load_or(chunk.first, chunk.channels, 0, values);
+  for (int64_t i = 0; i < chunk.channels; ++i) values[i] = running_average(values[i], batch[i], factor);
+  running.store(chunk.first, chunk.channels, values);
 }
 
 // Of the first `channels`, where `factor` is what the batch counts for in the running statistics.
@@ -97,38 +88,31 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
   std::optional<Statistician<A>> statistician;
   if (batch) statistician.emplace(params, partition);
 
-  auto finish_chunk = [&](int64_t first, int64_t count) {
-    double mean[chunk_channels], inv_std[chunk_channels], var[chunk_channels], mean_rest[chunk_channels] = {};
+  auto finish_chunk = [&](Chunk& chunk) {
+    const int64_t first = chunk.first, channels = chunk.channels;
     if (batch) {
-      double unbiased_var[chunk_channels];
-      for (int64_t i = 0; i < count; ++i) {
-        const Moments moments = statistician->moments(first + i);
-        mean[i] = moments.mean;
-        mean_rest[i] = statistician->rest_of_mean(first + i);
-        var[i] = moments.var();
-        unbiased_var[i] = moments.unbiased_var();
-      }
-      update_running(params.running_mean, first, count, mean, factor);
-      update_running(params.running_var, first, count, unbiased_var, factor);
+      statistician->set_moments(chunk);
+      update_running(params.running_mean, chunk, chunk.mean, factor);
+      update_running(params.running_var, chunk, chunk.unbiased_var, factor);
     } else if (params.statistics == Statistics::running) {
-      params.running_mean.load_or(first, count, 0, mean);
-      params.running_var.load_or(first, count, 0, var);
+      params.running_mean.load_or(first, channels, 0, chunk.mean);
+      params.running_var.load_or(first, channels, 0, chunk.var);
     } else {
-      std::copy_n(params.mean + first, count, mean);
-      std::copy_n(params.inv_std + first, count, inv_std);
+      std::copy_n(params.mean + first, channels, chunk.mean);
+      std::copy_n(params.inv_std + first, channels, chunk.inv_std);
     }
     if (params.statistics != Statistics::given) {
-      for (int64_t i = 0; i < count; ++i) inv_std[i] = inv_std_of(var[i], params.eps);
+      table.inv_std(params.eps, chunk);
       if (params.mean) {
-        std::copy_n(mean, count, params.mean + first);
-        std::copy_n(inv_std, count, params.inv_std + first);
+        std::copy_n(chunk.mean, channels, params.mean + first);
+        std::copy_n(chunk.inv_std, channels, params.inv_std + first);
       }
     }
-    double weight[chunk_channels], bias[chunk_channels];
-    params.weight.load_or(first, count, 1, weight);
-    params.bias.load_or(first, count, 0, bias);
-    for (int64_t i = 0; i < count; ++i)
-      affine.set(first + i, Affine<A>::make(mean[i], inv_std[i], weight[i], bias[i], mean_rest[i]));
+    params.weight.load_or(first, channels, 1, chunk.weight);
+    params.bias.load_or(first, channels, 0, chunk.bias);
+    ChunkCoefficients<A, 3> coefficients;
+    table.affine(chunk, coefficients);
+    affine.set(chunk, coefficients);
   };
   auto finish = [&](int64_t begin, int64_t end) {
     for_each_chunk(begin, end, finish_chunk);
@@ -166,11 +150,11 @@ void channel_stats_of(const ForwardParams& params, int64_t channels, const Threa
   const Partition partition(params.layout, params.dtype, channels);
   Statistician<A> statistician(params, partition);
   auto finish = [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Moments moments = statistician.moments(c);
-      params.mean[c] = moments.mean;
-      params.var[c] = moments.var();
-    }
+    for_each_chunk(begin, end, [&](Chunk& chunk) {
+      statistician.set_moments(chunk);
+      std::copy_n(chunk.mean, chunk.channels, params.mean + chunk.first);
+      std::copy_n(chunk.var, chunk.channels, params.var + chunk.first);
+    });
   };
   run_phases(partition, threads, statistician, finish, [](const Block&, const MaskBlock&, int64_t) {});
 }

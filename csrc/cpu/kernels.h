@@ -58,7 +58,7 @@ struct ReluIntervals {
   const uint16_t* span = nullptr;
 };
 
-using FindReluIntervals = void(const Affine<float>* affine, int64_t channels, uint16_t* first, uint16_t* span);
+using FindReluIntervals = void(const AffineArrays& affine, int64_t channels, uint16_t* first, uint16_t* span);
 
 struct NormalizeArgs {
   const void* input;
@@ -98,6 +98,28 @@ struct ColumnSums {
   double* second;
 };
 
+struct ConstColumnSums {
+  const double* first;
+  const double* second;
+};
+
+// What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
+// compilers vectorise (an estimate).
+constexpr int64_t chunk_channels = 64;
+
+// Numbers of channels [first, first + channels), each in double.
+struct Chunk {
+  int64_t first, channels;
+  double mean[chunk_channels], var[chunk_channels], inv_std[chunk_channels], unbiased_var[chunk_channels];
+  double mean_rest[chunk_channels] = {};  // what rounding the mean lost
+  double weight[chunk_channels], bias[chunk_channels];
+  double sum_grad[chunk_channels], sum_grad_xhat[chunk_channels];
+};
+
+// Coefficients of a chunk, one array a member, the members in the order of CoefficientTable's.
+template <class A, int members>
+using ChunkCoefficients = A[members][chunk_channels];
+
 // Sums are added to what is there.
 struct Kernels {
   // How much an op has to touch for stores past the caches to pay.
@@ -106,7 +128,16 @@ struct Kernels {
   int column_planes;
   // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
-  // From coefficients of so many channels; null where loops do not use intervals.
+  // Of a chunk: mean, var and unbiased_var from sums of `count` terms about pivots; inv_std from var; the coefficients
+  // of Affine<acc_t<T>>. Pivots and sums have an entry for every channel, `coefficients` is a ChunkCoefficients.
+  void (*moments)(const void* pivots, ConstColumnSums sums, double count, Chunk& chunk);
+  void (*inv_std)(double eps, Chunk& chunk);
+  void (*affine)(const Chunk& chunk, void* coefficients);
+  // Likewise in backward: pivots, the two sums from those about pivots, the coefficients of GradAffine.
+  void (*grad_pivots)(const Chunk& chunk, void* pivots);
+  void (*grad_sums)(const void* pivots, ConstColumnSums sums, Chunk& chunk);
+  void (*grad_affine)(const Chunk& chunk, double count, bool is_far, void* coefficients);
+  // From coefficients of a chunk; null where loops do not use intervals.
   FindReluIntervals* relu_intervals;
   // About pivots, an acc_t<T> a channel or column.
   void (*channel_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);

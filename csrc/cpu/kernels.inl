@@ -1,5 +1,6 @@
 // The table of leaf loops for the instruction set FASTBN_ISA, which names the namespace that all of them are in: a
 // function outside it that were not inlined could be taken by the linker for machines without those instructions.
+#include "cpu/channels.h"
 #include "cpu/gradient.h"
 #include "cpu/normalize.h"
 #include "cpu/relu_interval.h"
@@ -12,6 +13,12 @@ constexpr Kernels table{
     streamed_bytes_a_thread,
     interleaved<T> ? 2 : 1,
     pivots<T>,
+    moments_of_chunk<acc_t<T>>,
+    inv_std_of_chunk,
+    affine_of_chunk<acc_t<T>>,
+    grad_pivots_of_chunk<acc_t<T>>,
+    grad_sums_of_chunk<acc_t<T>>,
+    grad_affine_of_chunk<acc_t<T>>,
     interleaved<T> ? relu_intervals : nullptr,
     channel_sums<T, Terms<T>>,
     column_sums<T, Terms<T>>,

@@ -49,6 +49,7 @@ class Totals {
     return merged;
   }
 
+  ConstColumnSums of_channels() const { return {totals_.data(), totals_.data() + totals_.size() / 2}; }
   Sums of_channel(int64_t c) const { return {totals_[size_t(c)], totals_[totals_.size() / 2 + size_t(c)]}; }
 
  private:

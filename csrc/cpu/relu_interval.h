@@ -17,19 +17,17 @@ namespace fastbn::cpu::FASTBN_ISA {
 
 // Finds intervals bit by bit, on vectors, whose z is rounded as that of loops. A NaN may lie on either side: it makes
 // all z of its channel NaN where it is part of a batch, and then all derivatives are 1.
-inline void relu_intervals(const Affine<float>* affine, int64_t channels, uint16_t* first, uint16_t* span) {
+inline void relu_intervals(const AffineArrays& affine, int64_t channels, uint16_t* first, uint16_t* span) {
   using V = Vec<float>;
   using Keys = Vec<uint32_t>;
   for (int64_t begin = 0; begin < channels; begin += V::lanes) {
     const int64_t count = std::min<int64_t>(V::lanes, channels - begin);
-    float pivot[V::lanes] = {}, scale[V::lanes] = {}, shift[V::lanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      pivot[i] = affine[begin + i].pivot;
-      scale[i] = affine[begin + i].scale;
-      shift[i] = affine[begin + i].shift;
-    }
-    constexpr AllLanes<float> all;
-    const Affine<V> vectors{load(pivot, all), load(scale, all), load(shift, all)};
+    auto load_member = [&](const void* member) FASTBN_INLINE_LAMBDA {
+      float lane[V::lanes] = {};
+      std::copy_n(static_cast<const float*>(member) + begin, count, lane);
+      return load(lane, AllLanes<float>{});
+    };
+    const Affine<V> vectors{load_member(affine.pivot), load_member(affine.scale), load_member(affine.shift)};
     // Keys have the order of what they stand for: -NaN, -inf, finite numbers, inf, NaN. Negative ones, 0 to 0x7fff, are
     // the bits 0xffff to 0x8000.
     auto is_upper = [&](const Keys& key) FASTBN_INLINE_LAMBDA {

@@ -31,11 +31,6 @@ FASTBN_INLINE double expm1(double x) { return ::expm1(x); }
 FASTBN_INLINE float erf(float x) { return ::erff(x); }
 FASTBN_INLINE double erf(double x) { return ::erf(x); }
 
-template <class F>
-FASTBN_INLINE F sigmoid(F z) {
-  return F(1) / (F(1) + exp(-z));
-}
-
 // Phi(z), the normal distribution function.
 template <class F>
 FASTBN_INLINE F normal_cdf(F z) {
@@ -85,8 +80,9 @@ FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
     case Activation::relu6: return activation_backward_masked(activation, activation_is_upper(activation, z), grad_out);
     case Activation::elu: return select(z > F(0), grad_out, grad_out * exp(z));
     case Activation::silu: {
-      const F s = sigmoid(z);
-      return grad_out * (s * (F(1) + z * (F(1) - s)));
+      // 1 - s cancels where s is nearly 1: there it is e * s.
+      const F e = exp(-z), s = F(1) / (F(1) + e);
+      return grad_out * (s * (F(1) + z * select(z > F(0), e * s, F(1) - s)));
     }
     case Activation::gelu: {
       const F density = exp(z * z * F(-0.5)) * F(0.39894228040143267794);

@@ -128,6 +128,7 @@ class _Results:
     tensors: SimpleNamespace
     output: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    again: dict[str, Tensor] = field(default_factory=dict)  # of a second backward over the same graph
     second: dict[str, Tensor] = field(default_factory=dict)
     error: Exception | None = None
     stage: str = "forward"
@@ -175,10 +176,14 @@ class _Examination:
         self._analyse()
         fast = self._execute(_fast, case.threads[0], case.hook)
         self._check_operands(fast)
-        stock = self._execute(_stock, 1, None)
+        for name, gradient in fast.again.items():
+            if not _same_bits(fast.gradients[name], gradient):
+                self.fault("second backward", f"gradient of {name}", "differs from the first")
+        self.torchs = self._is_torchs(fast.tensors)
+        # torch's sums follow the number of threads.
+        stock = self._execute(_stock, case.threads[0] if self.torchs else 1, None)
         if self._check_errors(fast, stock):
             return Report("refused by both" if stock.error is not None else "refused", self.faults)
-        self.torchs = self._is_torchs(fast.tensors)
         self._check_metadata(fast, stock)
         self._check_numbers(fast, stock)
         if self.torchs:
@@ -293,9 +298,7 @@ class _Examination:
         results.gradients = dict(zip(wanted, grads, strict=True))
         if self.case.backward == "twice":
             again = torch.autograd.grad(results.output, operands, grad_out)
-            for name, first, second in zip(wanted, grads, again, strict=True):
-                if not _same_bits(first, second):
-                    self.fault("second backward", f"gradient of {name}", "differs from the first")
+            results.again = dict(zip(wanted, again, strict=True))
         if create:
             # Coefficients that do not follow from the gradients, which may be huge.
             value = sum((g * torch.arange(g.numel()).view(g.shape).cos()).sum() for g in grads if g.requires_grad)
@@ -447,13 +450,19 @@ class _Examination:
         square = self.xhat_scale**2
         terms = largest * (1 + self.xhat_scale + square) if self.batch_stats else largest
         spread = 2 + square if self.batch_stats else 1.0
-        self.largest_term = max(t.max().item() for t in (terms * slope, grad_sum, product_sum))
+        # Of the channels without inf and NaN.
+        self.largest_term = max(
+            t.nan_to_num(posinf=0.0).max().item() for t in (terms * slope, grad_sum, product_sum)
+        )
         computed = slope * element * spread + tolerance.sum_tolerance(dtype, count, terms * slope)
         computed = computed + rounding * terms * slope
-        # Subnormal terms are rounded by half of the smallest number each, whatever their size.
+        # Subnormal terms are rounded by half of the smallest number each, whatever their size, and then scaled.
         info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
         smallest = info.smallest_normal * info.eps
-        computed = computed + tolerance.ELEMENT_ROUNDINGS / 2 * smallest
+        computed = computed + tolerance.ELEMENT_ROUNDINGS / 2 * smallest * slope.nan_to_num(posinf=1.0).clamp(min=1)
+        if self.batch_stats:  # and so is the coefficient of x - mean
+            deviation = self.xhat_scale / torch.from_numpy(fwd.inv_std.astype(np.float64)).abs()
+            computed = computed + smallest / 2 * deviation.nan_to_num(posinf=0.0)
         input_off = computed + tolerance.ulp(dtype, _largest(bwd.input))
         if dtype == torch.float64 and self.batch_stats:
             # The coefficient of x - mean has a factor inv_std more than the gradient, and no wider type to be kept in.

@@ -13,8 +13,9 @@ from fastbn.cli import extended, main, parity
 from tests import cases, implementations
 
 ULPS = 4
-# Its grad_bias comes out 5.9 ulp off by the two-phase kernels, which is not explained yet. Not strict, since the bound
-# is also stock's error, which follows the number of threads.
+# Sums of float64 round at each addition, and in channels_last a sum is made of longer chains. grad_bias of 20 drawn
+# tensors of this shape is 2.3 spacings off on average and 5.9 at most, as in this case; stock's is 9.0 and 30 off on one
+# thread, 4.1 and 7.8 on two, and in this case happens to be 3.6. Hence not strict.
 KNOWN_MISS = "emulator-rgb-4x3x16x16-channels_last"
 EPS = 1e-5
 MOMENTUM = 0.3
@@ -52,7 +53,7 @@ def _params():
     for name in ("reference", "cpu", "emulator", "resident", "cooperative", "cuda"):
         marks = [pytest.mark.gpu] if name == "cuda" else []
         for case in SMALL if name in implementations.EMULATED_LIMITS else CASES:
-            known = [pytest.mark.xfail(reason="5.9 ulp in grad_bias")] if f"{name}-{case}" == KNOWN_MISS else []
+            known = [pytest.mark.xfail(reason="5.9 spacings in grad_bias")] if f"{name}-{case}" == KNOWN_MISS else []
             yield pytest.param(name, case, id=f"{name}-{case}", marks=[*marks, *known])
 
 

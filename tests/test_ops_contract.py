@@ -243,6 +243,37 @@ def test_squares_that_overflow_float32(ops, dtype, channels_last):
         torch.testing.assert_close(actual.cpu(), exact, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_channel_of_inf_has_an_infinite_mean(ops, dtype, channels_last):
+    """It is no pivot, about which all differences would be NaN."""
+    x = torch.randn(4, 8, 6, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, 2], x[:, 4], x[1:, 5] = torch.inf, -torch.inf, torch.inf
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    mean, var = ops.namespace.channel_stats(x.to(ops.device))
+    assert mean[[2, 4, 5]].tolist() == [torch.inf, -torch.inf, torch.inf]
+    assert var.isnan().nonzero().flatten().tolist() == [2, 4, 5]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_half_gradients_are_about_the_mean_before_it_was_rounded(ops, dtype, channels_last):
+    """A grad_out of ones, whose sum is as large as the rounding of a mean of many standard deviations shows in.
+
+    8 units of the sum of |xhat| are allowed; what is looked for comes to 50 and more.
+    """
+    x = (2000 + torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    mean, var = reference.channel_stats(x)
+    inv_std = (var + EPS).rsqrt()
+    mean = mean + 1e-4 * torch.arange(1, 9)
+    arguments = (torch.ones_like(x), x, None, None, None, None, mean, inv_std, 0)
+    exact = reference.grad_sums(*arguments)[1]
+    scale = reference.channel_stats(((x.double() - mean.view(1, -1, 1, 1)) * inv_std.view(1, -1, 1, 1)).abs())[0]
+    actual = ops.namespace.grad_sums(*(t.to(ops.device) if isinstance(t, torch.Tensor) else t for t in arguments))[1]
+    assert ((actual.cpu() - exact).abs() <= 8 * torch.finfo(torch.float32).eps * scale * 1024).all()
+
+
 def test_statistics_are_the_same_bits_with_and_without_a_mask(ops):
     # On a GPU three channels have octets of their own with a mask, which fastbn.functional then does not ask for.
     channels = 3 if ops.name in ("reference", "cpu") else 8

@@ -265,7 +265,7 @@ FASTBN_INLINE double nearer_pivot(const double* data, const Layout& layout, int6
     low = value < low ? value : low;
     high = value > high ? value : high;
   }
-  return sum[0] >= low && sum[0] <= high ? sum[0] : median;
+  return sum[0] >= low && sum[0] <= high && sum[0] - sum[0] == 0 ? sum[0] : median;
 }
 
 // Of each channel an element near the middle of its data: of five, spread over the channel and off its ends, the

@@ -14,8 +14,8 @@ from tests import cases, implementations
 
 ULPS = 4
 # Sums of float64 round at each addition, and in channels_last a sum is made of longer chains. grad_bias of 20 drawn
-# tensors of this shape is 2.3 spacings off on average and 5.9 at most, as in this case; stock's is 9.0 and 30 off on one
-# thread, 4.1 and 7.8 on two, and in this case happens to be 3.6. Hence not strict.
+# tensors of this shape is 2.3 spacings off on average and 5.9 at most, as in this case; stock's is 9.0 and 30 off on
+# one thread, 4.1 and 7.8 on two, and in this case happens to be 3.6. Hence not strict.
 KNOWN_MISS = "emulator-rgb-4x3x16x16-channels_last"
 EPS = 1e-5
 MOMENTUM = 0.3

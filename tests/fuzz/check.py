@@ -451,9 +451,7 @@ class _Examination:
         terms = largest * (1 + self.xhat_scale + square) if self.batch_stats else largest
         spread = 2 + square if self.batch_stats else 1.0
         # Of the channels without inf and NaN.
-        self.largest_term = max(
-            t.nan_to_num(posinf=0.0).max().item() for t in (terms * slope, grad_sum, product_sum)
-        )
+        self.largest_term = max(t.nan_to_num(posinf=0.0).max().item() for t in (terms * slope, grad_sum, product_sum))
         computed = slope * element * spread + tolerance.sum_tolerance(dtype, count, terms * slope)
         computed = computed + rounding * terms * slope
         # Subnormal terms are rounded by half of the smallest number each, whatever their size, and then scaled.

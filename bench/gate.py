@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.implementations import Prepared
 from bench.inputs import EPS, MOMENTUM, Inputs
 from bench.operations import Operation
-from fastbn import reference
-from fastbn._activations import index as activation_index
+from fastbn.backends import reference
+from fastbn.ops.activations import index as activation_index
 from tests import tolerance
 
 MAX_COMPARED = 2**19  # elements

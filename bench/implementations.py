@@ -17,7 +17,7 @@ import fastbn
 from bench.inputs import EPS, MOMENTUM, Inputs
 from bench.operations import Operation
 from bench.workloads import Workload
-from fastbn import _ops
+from fastbn.backends import registry
 
 AGAIN = " (again)"
 STOCK, FASTBN = "torch", "fastbn"
@@ -51,8 +51,8 @@ class Implementation:
 
 def implementations(device: torch.device) -> list[Implementation]:
     """All that this installation has for a device, in the order of the tables."""
-    default, reason = _ops.default_backend(device)
-    others = [name for name in _ops.backends() if name not in (default, "reference")]
+    default, reason = registry.default_backend(device)
+    others = [name for name in registry.backends() if name not in (default, "reference")]
     compiled = [
         Implementation(name, functools.partial(_prepare_compiled, mode), compiles=True)
         for name, mode in _COMPILE_MODES.items()
@@ -65,7 +65,7 @@ def implementations(device: torch.device) -> list[Implementation]:
         *[
             Implementation(f"{FASTBN}-{name}", functools.partial(_prepare_backend, name))
             for name in others
-            if _ops.why_unavailable(name, device) is None
+            if registry.why_unavailable(name, device) is None
         ],
     ]
 

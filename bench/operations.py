@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastbn._activations import index as activation_index
-from fastbn._activations import is_piecewise_linear
+from fastbn.ops.activations import index as activation_index
+from fastbn.ops.activations import is_piecewise_linear
 
 MODES = ("train", "train_backward", "eval", "frozen")
 

@@ -1,11 +1,11 @@
 """fastbn: a drop-in BatchNorm for PyTorch whose forward and backward are fused kernels."""
 
 from fastbn import functional
-from fastbn._explain import Plan, explain
-from fastbn._info import info
-from fastbn._max_sms import set_max_sms
-from fastbn.convert import convert, revert
-from fastbn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.inspect.explain import Plan, explain
+from fastbn.inspect.info import info
+from fastbn.inspect.limits import set_max_sms
+from fastbn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.transforms.convert import convert, revert
 
 __all__ = [
     "BatchNorm1d",

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbn import _formulas, _ops, autograd
-from fastbn._activations import index as activation_index
+from fastbn.autograd import batch_norm as fused
+from fastbn.backends import registry
+from fastbn.backends.reference.activations import activation as activate
+from fastbn.ops import dispatch
+from fastbn.ops.activations import index as activation_index
 
 
 def batch_norm(
@@ -50,33 +53,33 @@ def batch_norm(
     operands = (input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps, index)
     if backend is None and type(input) is Tensor and not torch.compiler.is_compiling():
         # The ops look at every operand anyway: asking first, why they would refuse, takes 3 us.
-        reason = _ops.why_torch_must_see(*operands[:6]) or _ops.why_left_to_torch(
+        reason = dispatch.why_torch_must_see(*operands[:6]) or dispatch.why_left_to_torch(
             input, *statistics, num_batches_tracked, training, momentum, eps
         )
         if reason is None:
-            backend = _ops.backend_of(input)
+            backend = registry.backend_of(input)
         if backend is not None:
             try:
-                return autograd.batch_norm(*operands, backend)
+                return fused.batch_norm(*operands, backend)
             except RuntimeError:
-                refused = _ops.why_refused(input, *statistics, weight, bias, num_batches_tracked)
-                if refused is None and not _ops.cannot_be_saved(operands[:6]):
+                refused = dispatch.why_refused(input, *statistics, weight, bias, num_batches_tracked)
+                if refused is None and not dispatch.cannot_be_saved(operands[:6]):
                     raise
         return _torch_batch_norm(*operands)
     tensors, numbers = (input, *statistics, weight, bias, num_batches_tracked), (training, momentum, eps)
     if backend is None:
-        backend = "torch" if _ops.why_torch_must_see(*operands[:6]) else _choose_backend(*tensors, *numbers)
+        backend = "torch" if dispatch.why_torch_must_see(*operands[:6]) else _choose_backend(*tensors, *numbers)
     elif backend != "torch":
         _check_backend(backend, *tensors, *numbers)
-    return _torch_batch_norm(*operands) if backend == "torch" else autograd.batch_norm(*operands, backend)
+    return _torch_batch_norm(*operands) if backend == "torch" else fused.batch_norm(*operands, backend)
 
 
 def _choose_backend(input, *rest) -> str:
-    return "torch" if _ops.why_unsupported(input, *rest) else _ops.backend_of(input) or "torch"
+    return "torch" if dispatch.why_unsupported(input, *rest) else registry.backend_of(input) or "torch"
 
 
 def _check_backend(backend: str, input: Tensor, *rest) -> None:
-    reason = _ops.why_unavailable(backend, input.device) or _ops.why_unsupported(input, *rest)
+    reason = registry.why_unavailable(backend, input.device) or dispatch.why_unsupported(input, *rest)
     if reason is not None:
         raise ValueError(f"batch_norm: backend {backend!r} cannot take this call: {reason}")
 
@@ -108,7 +111,7 @@ def _torch_batch_norm(
     if not training:
         running_mean, running_var = _contiguous(running_mean), _contiguous(running_var)
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    output = _formulas.activation(output if residual is None else output + residual, index)
+    output = activate(output if residual is None else output + residual, index)
     if counts:  # after all that may raise
         num_batches_tracked.add_(1)
     return output

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastbn._activations import ACTIVATIONS
+from fastbn.ops.activations import ACTIVATIONS
 
 LAYOUTS = (
     "contiguous",

@@ -40,7 +40,7 @@ def params(*names: str) -> list:
 def load(name: str) -> Implementation:
     """An implementation that cannot be loaded is an error: a broken build must not pass for a skipped test."""
     if name == "reference":
-        return Implementation(name, importlib.import_module("fastbn.reference"), torch.device("cpu"))
+        return Implementation(name, importlib.import_module("fastbn.backends.reference"), torch.device("cpu"))
     if name in EMULATED_LIMITS:
         importlib.import_module("tests.emulator.build").load()
         return Implementation(name, torch.ops.fastbn_emulator, torch.device("cpu"))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbn
-from fastbn import _errors
+from fastbn.ops import contract, errors
 from tests import implementations
 from tests.stock import FAST, normal
 
@@ -151,7 +151,7 @@ def test_ops_speak_in_the_words_of_torch(ops):
             getattr(ops.namespace, name)(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True)), name
         failed.append(name)
-    assert set(failed) == set(fastbn._ops.OPS)
+    assert set(failed) == set(contract.OPS)
 
 
 def _refuses(error: Exception):
@@ -165,7 +165,7 @@ def _refuses(error: Exception):
 def test_the_type_of_torch_comes_through(monkeypatch, backend):
     """As a GPU's allocator raises it."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4096.00 TiB.")
-    monkeypatch.setattr(_errors, "torch", _refuses(error))
+    monkeypatch.setattr(errors, "torch", _refuses(error))
     buffers = _buffers(64)
     for training in (True, False):
         for weight in (None, torch.ones(64, requires_grad=True)):
@@ -182,7 +182,7 @@ def test_the_type_of_torch_comes_through(monkeypatch, backend):
 def test_the_type_of_torch_comes_through_backward(monkeypatch):
     x = torch.ones(2**20, 16, requires_grad=True)
     output = fastbn.functional.batch_norm(x, None, None, training=True)
-    monkeypatch.setattr(_errors, "torch", _refuses(torch.OutOfMemoryError("CUDA out of memory.")))
+    monkeypatch.setattr(errors, "torch", _refuses(torch.OutOfMemoryError("CUDA out of memory.")))
     with _memory_left(48 * MIB), pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         output.backward(_expanded(*x.shape))
     output.backward(_expanded(*x.shape))
@@ -197,7 +197,7 @@ def test_memory_that_comes_back_is_used(monkeypatch):
             asked.append(tuple(shape))
             limit.close()
 
-        monkeypatch.setattr(_errors, "torch", SimpleNamespace(empty=empty))
+        monkeypatch.setattr(errors, "torch", SimpleNamespace(empty=empty))
         x = _expanded(2**20, 16)
         limit.enter_context(_memory_left(48 * MIB))
         output = fastbn.functional.batch_norm(x, None, None, training=True)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastbn
-from fastbn import _formulas, _ops
-from fastbn._activations import ACTIVATIONS
+from fastbn.backends import reference
+from fastbn.ops import contract
+from fastbn.ops.activations import ACTIVATIONS
 from tests import implementations
 from tests.stock import normal
 
@@ -193,7 +194,7 @@ def _op_arguments():
     }
 
 
-@pytest.mark.parametrize("op", _ops.OPS)
+@pytest.mark.parametrize("op", contract.OPS)
 def test_an_op_refuses_to_be_differentiated(op):
     arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in _op_arguments()[op]]
     arguments[0].requires_grad_()
@@ -208,4 +209,4 @@ def test_formulas_of_the_activations_are_torchs():
     for index, name in enumerate(ACTIVATIONS):
         if name != "none":
             (expected,) = torch.autograd.grad(getattr(F, name)(z).sum(), z)
-            torch.testing.assert_close(_formulas.activation_grad(z.detach(), index), expected)
+            torch.testing.assert_close(reference.activation_grad(z.detach(), index), expected)

@@ -138,7 +138,7 @@ def test_demo(idx_directory, capsys, tmp_path):
 
 
 def test_demo_reports_a_divergence(idx_directory, capsys, tmp_path, monkeypatch):
-    from fastbn import modules
+    from fastbn.nn import batchnorm as modules
 
     forward = modules.BatchNorm1d.forward
     monkeypatch.setattr(modules.BatchNorm1d, "forward", lambda self, x: forward(self, x) * 1.5)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastbn import modules
-from fastbn.convert import convert, revert
+from fastbn.nn import batchnorm as modules
+from fastbn.transforms.convert import convert, revert
 
 PAIRS = [
     (nn.BatchNorm1d, modules.BatchNorm1d, (5, 3)),

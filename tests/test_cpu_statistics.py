@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastbn
-from fastbn import _C, _ops
+from fastbn import _C
+from fastbn.backends import registry
 from tests.tolerance import assert_error_bound
 
 CHANNELS = 19
@@ -53,7 +54,7 @@ def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
 
 
 def _statistics():
-    ops = _ops.namespace("cpu")
+    ops = registry.namespace("cpu")
     return {
         (name, str(layout)): ops.channel_stats(values.contiguous(memory_format=layout))
         for name, (values, _) in _hard_data().items()
@@ -87,7 +88,7 @@ def _product_data():
 
 
 def _gradient_sums():
-    ops = _ops.namespace("cpu")
+    ops = registry.namespace("cpu")
     return {
         (name, str(layout)): ops.grad_sums(
             grad_out.contiguous(memory_format=layout),
@@ -115,7 +116,7 @@ def _ties():
 
 def _rounded():
     """The ties as an output and as a gradient, in rows and in columns, where a channel is one factor."""
-    ops = _ops.namespace("cpu")
+    ops = registry.namespace("cpu")
     x, factors = _ties()
     zeros, ones = torch.zeros(len(factors), dtype=torch.float64), torch.ones(len(factors), dtype=torch.float64)
     results = {}

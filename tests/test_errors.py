@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbn
-from fastbn import _ops
+from fastbn.ops import contract, dispatch
 from tests.stock import FAST, STOCK, normal
 
 
@@ -275,9 +275,9 @@ REFUSED = [
 @pytest.mark.parametrize("changed", [{}, *REFUSED], ids=str)
 def test_ops_refuse_what_the_layer_takes_them_to_refuse(changed):
     """The layer calls first and asks why afterwards; so it fails as torch does, or takes what torch takes."""
-    given = dict(zip(inspect.signature(_ops._fake_train).parameters, _arguments(**changed), strict=True))
-    operands = {name: given[name] for name in inspect.signature(_ops.why_refused).parameters}
-    assert bool(_ops.why_refused(**operands)) == bool(changed)
+    given = dict(zip(inspect.signature(contract._fake_train).parameters, _arguments(**changed), strict=True))
+    operands = {name: given[name] for name in inspect.signature(dispatch.why_refused).parameters}
+    assert bool(dispatch.why_refused(**operands)) == bool(changed)
     if not changed:
         torch.ops.fastbn.batch_norm_train(**given)
         return
@@ -325,4 +325,4 @@ def test_ops_check_what_backward_is_given():
 
 
 def test_every_op_is_listed():
-    assert set(dir(torch.ops.fastbn)) >= set(_ops.OPS)
+    assert set(dir(torch.ops.fastbn)) >= set(contract.OPS)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastbn
-from fastbn import _ops
-from fastbn._activations import ACTIVATIONS
+from fastbn import _C
+from fastbn.backends import registry
+from fastbn.ops.activations import ACTIVATIONS
 
 DEVICES = ("a100", "h100", "h200", "b200")
 
@@ -68,7 +69,7 @@ def test_traffic_of_a_residual_and_an_activation(direction, activation):
 def test_the_planner_counts_a_mask_where_autograd_asks_for_one(shape, memory_format):
     x = _meta(*shape, memory_format=memory_format)
     plan = fastbn.explain(x, activation="relu", residual=True, device="h200")
-    assert (plan.tensor_writes > 1) == _ops.saves_mask("cuda", x)
+    assert (plan.tensor_writes > 1) == registry.saves_mask("cuda", x)
 
 
 def test_a_plan_is_frozen_and_made_of_plain_values():
@@ -161,8 +162,8 @@ def test_info():
 
 def test_the_cuda_stream_is_found_wherever_torch_has_one():
     """It is looked up by name in a library of torch's; no GPU is needed to find it."""
-    built = bool(_ops.CUDA_ARCHITECTURES)
-    assert _ops._C.build_info()["finds_cuda_stream"] == (built and torch.version.cuda is not None)
+    built = bool(registry.CUDA_ARCHITECTURES)
+    assert _C.build_info()["finds_cuda_stream"] == (built and torch.version.cuda is not None)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_the_cuda_stream_is_found_wherever_torch_has_one():
     ],
 )
 def test_gpus_that_a_build_runs_on(capability, architectures, expected):
-    assert _ops.runs_on(capability, architectures) == expected
+    assert registry.runs_on(capability, architectures) == expected
 
 
 def test_explain_names_the_largest_shared_memory_of_the_launches():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbn
+from fastbn.ops import contract
 from tests import implementations
 from tests.stock import FAST, normal
 
@@ -40,7 +41,7 @@ def _arguments(op: torch._ops.OpOverload, tensors: dict) -> dict:
 
 
 def _operands():
-    for name in fastbn._ops.OPS:
+    for name in contract.OPS:
         op = getattr(torch.ops.fastbn, name).default
         for argument in op._schema.arguments:
             if "Tensor" in str(argument.type):

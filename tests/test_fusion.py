@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbn
-from fastbn._activations import ACTIVATIONS
+from fastbn.ops.activations import ACTIVATIONS
 from tests.stock import SHAPES, assert_same, assert_same_buffers, normal, pair, step
 
 LAYOUTS = {

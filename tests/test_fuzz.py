@@ -8,8 +8,8 @@ import secrets
 import pytest
 import torch
 
-from fastbn import _ops
-from fastbn._activations import index as activation_index
+from fastbn.backends import registry
+from fastbn.ops.activations import index as activation_index
 from tests.fuzz.case import Case, Layout
 from tests.fuzz.check import FaultyCase, check
 from tests.fuzz.run import run
@@ -92,8 +92,8 @@ PLANTED = {
 def plant(monkeypatch):
     def plant(name: str) -> str:
         op, wrong, kind = PLANTED[name]
-        right = getattr(_ops.namespace("cpu"), op)
-        monkeypatch.setattr(_ops.namespace("cpu"), op, lambda *arguments: wrong(right, *arguments))
+        right = getattr(registry.namespace("cpu"), op)
+        monkeypatch.setattr(registry.namespace("cpu"), op, lambda *arguments: wrong(right, *arguments))
         return kind
 
     return plant

@@ -32,20 +32,24 @@ DEVICE_LANGUAGE = re.compile(
     r"<<<|cooperative_groups|\batomic[A-Z]\w*|cudaLaunch|\basm\b|__nv_bfloat|__half\b"
 )
 
-# A module of fastbn: what of fastbn it may import. The command line may import everything.
+# A room of fastbn, lower ones first: what of fastbn its modules may import beside their own room.
 MAY_IMPORT = {
-    "_activations": set(),
-    "_formulas": {"_activations"},
-    "reference": {"_activations", "_formulas"},
-    "_ops": {"_activations", "_formulas", "reference", "_C"},
-    "_errors": set(),
-    "autograd": {"_activations", "_errors", "_formulas", "_ops"},
-    "functional": {"_activations", "_formulas", "_ops", "autograd"},
-    "modules": {"_activations", "functional"},
-    "convert": {"modules"},
-    "_explain": {"_activations", "_formulas", "_ops", "_C"},
-    "_info": {"_C"},
-    "_max_sms": {"_C"},
+    "ops": {"_C"},
+    "backends": {"ops"},
+    "autograd": {"backends", "ops"},
+    "functional": {"autograd", "backends", "ops"},
+    "nn": {"functional", "ops"},
+    "transforms": {"nn"},
+    "inspect": {"_C", "backends", "ops"},
+    "__init__": {"functional", "nn", "transforms", "inspect"},
+    "cli": {"__init__", "_C", "functional", "nn", "transforms", "inspect", "backends", "ops"},
+    "__main__": {"cli"},
+}
+# The order within a room that has one.
+WITHIN = {
+    "ops": ("activations", "layout", "errors", "contract", "dispatch"),
+    "backends": ("reference", "registry"),
+    "autograd": ("composite", "batch_norm"),
 }
 
 
@@ -64,7 +68,10 @@ def _includes(path: Path) -> list[str]:
 
 def test_the_tree_is_where_these_tests_look():
     assert {path.parent.name for path in SOURCES} == set(MAY_INCLUDE)
-    assert {path.stem for path in (ROOT / "fastbn").glob("*.py")} - {"__init__", "__main__"} == set(MAY_IMPORT)
+    assert {_room(path) for path in PACKAGE} == set(MAY_IMPORT)
+    for room, order in WITHIN.items():
+        parts = {path.relative_to(ROOT / "fastbn" / room).parts[0].removesuffix(".py") for path in _files_of(room)}
+        assert parts - {"__init__"} == set(order)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_relative)
@@ -98,25 +105,78 @@ def test_bindings_hold_no_arithmetic():
             assert not re.search(r"\b(sqrt|exp|erf|tanh|fma)\w*\s*\(", _code(path)), path.name
 
 
-def _imports(path: Path) -> set[str]:
-    """Modules of fastbn that a file imports."""
+PACKAGE = sorted((ROOT / "fastbn").rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(ROOT / "fastbn").parts[0].removesuffix(".py")
+
+
+def _files_of(room: str) -> list[Path]:
+    return [path for path in PACKAGE if _room(path) == room]
+
+
+def _imports(source: str) -> set[tuple[str, ...]]:
+    """What a source imports of fastbn, by its parts: ("ops", "layout"); ("__init__",) for names of the package."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
+        names = []
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: imports are absolute"
-            if node.module == "fastbn":
-                found |= {alias.name for alias in node.names}
-            elif (node.module or "").startswith("fastbn."):
-                found.add(node.module.split(".")[1])
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            found |= {parts[-1] for parts in names if parts[0] == "fastbn"}
+            names = [alias.name for alias in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            if package == "fastbn":
+                is_room = parts and (parts[0] in MAY_IMPORT or parts[0] == "_C")
+                found.add(tuple(parts) if is_room else ("__init__",))
     return found
 
 
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_imports(name):
-    assert _imports(ROOT / "fastbn" / f"{name}.py") <= MAY_IMPORT[name]
+def _upward(path: Path, source: str) -> list[str]:
+    """The imports of a file that its place does not allow."""
+    room, wrong = _room(path), []
+    parts = path.relative_to(ROOT / "fastbn").parts
+    place = parts[min(1, len(parts) - 1)].removesuffix(".py")
+    order = WITHIN.get(room, ())
+    for imported in _imports(source):
+        if imported[0] != room:
+            allowed = imported[0] in MAY_IMPORT[room]
+        elif len(imported) > 1 and imported[1] in order and place in order:
+            allowed = order.index(imported[1]) <= order.index(place)
+        else:
+            allowed = True
+        if not allowed:
+            wrong.append(".".join(imported))
+    return wrong
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports(path):
+    assert not _upward(path, path.read_text())
+
+
+@pytest.mark.parametrize(
+    "file, planted",
+    [
+        ("ops/layout.py", "from fastbn.ops import contract"),
+        ("ops/dispatch.py", "from fastbn.backends import registry"),
+        ("backends/reference/formulas.py", "from fastbn.backends.registry import namespace"),
+        ("backends/registry.py", "from fastbn.autograd import batch_norm"),
+        ("autograd/composite.py", "from fastbn.autograd.batch_norm import BatchNormFunction"),
+        ("autograd/batch_norm.py", "import fastbn.functional"),
+        ("functional.py", "from fastbn.nn import BatchNorm2d"),
+        ("nn/batchnorm.py", "from fastbn import convert"),
+        ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
+        ("inspect/explain.py", "from fastbn import functional"),
+        ("__init__.py", "import fastbn.cli"),
+    ],
+    ids=str,
+)
+def test_an_upward_import_is_found(file, planted):
+    path = ROOT / "fastbn" / file
+    assert path.exists() and _upward(path, f"{path.read_text()}\n{planted}\n")
 
 
 def test_the_benchmark_takes_of_the_tests_only_cases_and_tolerances():
@@ -125,7 +185,6 @@ def test_the_benchmark_takes_of_the_tests_only_cases_and_tolerances():
         assert all(re.match(r"\.(cases|tolerance) import| import tolerance$", what) for what in taken), path.name
 
 
-def test_the_package_imports_neither_its_command_line_nor_the_tests():
-    assert "cli" not in _imports(ROOT / "fastbn" / "__init__.py")
-    for path in (ROOT / "fastbn").rglob("*.py"):
+def test_the_package_imports_neither_the_tests_nor_the_benchmark():
+    for path in PACKAGE:
         assert not re.search(r"^\s*(from|import) (tests|bench)\b", path.read_text(), re.MULTILINE), path.name

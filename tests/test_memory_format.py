@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastbn
-from fastbn import _formulas, _ops
+from fastbn.ops import contract, layout
 from tests import implementations
 from tests.stock import normal
 
@@ -59,14 +59,14 @@ def _eval(function, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("gap", [0, 1])
 @pytest.mark.parametrize("dim", [4, 5])
 def test_output_has_the_format_of_torch(dim, gap):
-    """And the strides that _formulas.suggest_memory_format and the fake kernels say: the twins of the rule in C++."""
+    """And the strides that layout.suggest_memory_format and the fake kernels say: the twins of the rule in C++."""
     for x in _tensors(dim, gap):
         actual, expected = _eval(fastbn.functional.batch_norm, x), _eval(F.batch_norm, x)
         place = f"sizes {tuple(x.shape)} strides {x.stride()}"
         assert _formats(actual) == _formats(expected), place
-        memory_format = _formulas.suggest_memory_format(x)
+        memory_format = layout.suggest_memory_format(x)
         assert actual.stride() == torch.empty(x.shape).to(memory_format=memory_format).stride(), place
-        assert actual.stride() == _ops._output(x).stride(), place
+        assert actual.stride() == contract._output(x).stride(), place
 
 
 @pytest.mark.parametrize("gap", [0, 1])

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastbn import _ops, reference
+from fastbn.backends import reference
+from fastbn.ops import contract
 from tests import cases, implementations
 
 LAYOUTS = {
@@ -79,7 +80,7 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("layout,option", SAMPLES)
-@pytest.mark.parametrize("op", _ops.OPS)
+@pytest.mark.parametrize("op", contract.OPS)
 def test_op(registered, op, layout, option):
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if registered is torch.ops.fastbn and layout != "empty":  # the slow one, which does not depend on the kernels
@@ -90,7 +91,7 @@ def test_op(registered, op, layout, option):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_meta_results_have_the_strides_of_real_ones(registered, layout):
-    for options, op in itertools.product(OPTIONS, _ops.OPS):
+    for options, op in itertools.product(OPTIONS, contract.OPS):
         for arguments in _samples(LAYOUTS[layout], *options)[op]:
             meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
             results = (getattr(registered, op)(*operands) for operands in (arguments, meta))

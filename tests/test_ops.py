@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastbn import reference
-from fastbn._activations import ACTIVATIONS, is_piecewise_linear
+from fastbn.backends import reference
+from fastbn.ops.activations import ACTIVATIONS, is_piecewise_linear
 from tests import cases, tolerance
 from tests.tolerance import assert_close_to_reference
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastbn import reference
-from fastbn._activations import ACTIVATIONS, is_piecewise_linear
+from fastbn.backends import reference
+from fastbn.ops.activations import ACTIVATIONS, is_piecewise_linear
 from tests import cases
 
 EPS = 1e-5

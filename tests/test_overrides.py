@@ -12,7 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.overrides import TorchFunctionMode
 
 import fastbn
-from fastbn._activations import ACTIVATIONS
+from fastbn.ops.activations import ACTIVATIONS
 from tests.stock import normal, pair
 
 

@@ -13,7 +13,8 @@ import torch
 
 import fastbn
 from bench.workloads import RESNET50
-from fastbn import _ops
+from fastbn.backends import reference
+from fastbn.ops import contract
 from tests import tolerance
 from tests.emulator import build
 from tests.implementations import EMULATED_LIMITS
@@ -86,7 +87,7 @@ def test_the_planner_chooses_what_was_fast_on_an_h200():
         chosen = fastbn._C.plan(
             sizes=sizes,
             strides=strides,
-            dtype=_ops.DTYPES.index(getattr(torch, case[3])),
+            dtype=contract.DTYPES.index(getattr(torch, case[3])),
             direction=case[4],
             activation=int(case[5] != "none"),
             residual=case[5] == "add_relu",
@@ -150,9 +151,7 @@ def test_a_cooperative_launch_that_is_refused_is_planned_again(ops):
     torch.testing.assert_close(output, granted[0])
     torch.testing.assert_close(mean, granted[1])
     grads = ops.namespace.batch_norm_backward(x, x, None, None, None, None, mean, inv_std, True, 0, True, *[False] * 3)
-    exact = fastbn.reference.batch_norm_backward(
-        x, x, None, None, None, None, mean, inv_std, True, 0, True, *[False] * 3
-    )
+    exact = reference.batch_norm_backward(x, x, None, None, None, None, mean, inv_std, True, 0, True, *[False] * 3)
     torch.testing.assert_close(grads[0], exact[0])
 
 

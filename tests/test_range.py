@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastbn
-from fastbn import reference
+from fastbn.backends import reference
 from tests.tolerance import (
     ELEMENT_ROUNDINGS,
     assert_close_to_reference,

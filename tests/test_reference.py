@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbn import _activations, reference
-from fastbn._activations import ACTIVATIONS
+from fastbn.autograd import composite
+from fastbn.backends import reference
+from fastbn.ops import activations
+from fastbn.ops.activations import ACTIVATIONS
 from tests import cases
 
 FINITE = [c for c in cases.SMALL if c.data in ("normal", "offset") and c.numel and c.count > 1]
@@ -70,7 +72,7 @@ def test_gradients_are_autograds(name, training, residual, activation):
             got = reference.batch_norm_frozen(x, r, weight, bias, *running, EPS, activation, True)
         y, mean, inv_std, mask = got
         torch.testing.assert_close(y, output.detach(), rtol=1e-10, atol=1e-10)
-        masks = [None, mask] if _activations.is_piecewise_linear(activation) else [None]
+        masks = [None, mask] if activations.is_piecewise_linear(activation) else [None]
         for m in masks:
             r_ = r if m is None else None
             flags = (True, True, True, True)
@@ -79,7 +81,7 @@ def test_gradients_are_autograds(name, training, residual, activation):
             )
             torch.testing.assert_close(list(got[: len(leaves)]), list(expected), rtol=1e-9, atol=1e-9)
             statistics = {} if training else {"mean": mean, "inv_std": inv_std}
-            got = reference.backward_formula(grad_out, x, r_, m, weight, bias, activation, **statistics, eps=EPS)
+            got = composite.backward_formula(grad_out, x, r_, m, weight, bias, activation, **statistics, eps=EPS)
             torch.testing.assert_close(list(got[: len(leaves)]), list(expected), rtol=1e-9, atol=1e-9)
             sums = reference.grad_sums(grad_out, x, r_, m, weight, bias, mean, inv_std, activation)
             torch.testing.assert_close(list(sums), [expected[2], expected[1]], rtol=1e-9, atol=1e-9)
@@ -223,7 +225,7 @@ def test_backward_formula_is_twice_differentiable(training, residual, activation
     statistics = {} if training else {"mean": running[0], "inv_std": running[1]}
 
     def forward(x, weight, bias, grad_out, *r):
-        return reference.backward_formula(
+        return composite.backward_formula(
             grad_out, x, r[0] if r else None, None, weight, bias, activation, **statistics, eps=EPS
         )
 
@@ -237,8 +239,8 @@ def test_backward_formula_takes_a_mask_for_the_residual(activation):
     case = cases.Case("tiny", (3, 5, 2, 4), "channels_last")
     x, r, weight, bias, grad_out = _tensors(case)
     mask = reference.batch_norm_train(x, r, weight, bias, None, None, None, 0.1, EPS, activation, True)[3]
-    got = reference.backward_formula(grad_out, x, None, mask, weight, bias, activation, eps=EPS)
-    expected = reference.backward_formula(grad_out, x, r, None, weight, bias, activation, eps=EPS)
+    got = composite.backward_formula(grad_out, x, None, mask, weight, bias, activation, eps=EPS)
+    expected = composite.backward_formula(grad_out, x, r, None, weight, bias, activation, eps=EPS)
     torch.testing.assert_close(got, expected)
 
 
@@ -251,7 +253,7 @@ def test_result_dtypes(dtype):
     flags = (True, True, True, True)
     grads = reference.batch_norm_backward(y, x, x, None, params, params, mean, inv_std, True, 1, *flags)
     assert [g.dtype for g in grads] == [dtype, params.dtype, params.dtype, dtype]
-    formula = reference.backward_formula(y, x, x, None, params, params, 1, eps=EPS, dtype=torch.float32)
+    formula = composite.backward_formula(y, x, x, None, params, params, 1, eps=EPS, dtype=torch.float32)
     assert [g.dtype for g in formula] == [dtype, params.dtype, params.dtype, dtype]
 
 
@@ -283,7 +285,7 @@ def test_memory_format_is_torchs():
 
 
 def test_unknown_activation():
-    assert _activations.index(None) == 0 and _activations.index("hardswish") == 7
+    assert activations.index(None) == 0 and activations.index("hardswish") == 7
     message = "activation: expected one of none, relu, .*, got 'tanh'"
     with pytest.raises(ValueError, match=message):
-        _activations.index("tanh")
+        activations.index("tanh")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import fastbn
-from fastbn import _ops
-from fastbn._activations import ACTIVATIONS, PIECEWISE_LINEAR
+from fastbn.backends import registry
+from fastbn.ops.activations import ACTIVATIONS, PIECEWISE_LINEAR
 from tests import implementations
 from tests.stock import normal
 
@@ -201,4 +201,4 @@ def test_a_frozen_layer_saves_a_bit_an_element_for_the_residual():
 
 def test_every_backend_of_a_cpu_saves_the_mask():
     x = torch.empty(2, 3, 5, 5)
-    assert _ops.saves_mask("cpu", x) and _ops.saves_mask("reference", x)
+    assert registry.saves_mask("cpu", x) and registry.saves_mask("reference", x)

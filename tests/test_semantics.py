@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastbn
-from fastbn import reference
+from fastbn.backends import reference
 from tests import cases
 from tests.stock import SHAPES, assert_same, assert_same_buffers, normal, pair, step
 

@@ -23,12 +23,12 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
   throw std::runtime_error(text.empty() ? error.what() : text);
 }
 
-// Repeats an allocation from Python, where torch raises its own exception, which fastbn._errors keeps for the caller of
+// Repeats an allocation from Python, where torch raises its own exception, which fastbn.ops.errors keeps for the caller of
 // the op. Returns the text of that exception, or an empty string if the allocation now succeeds.
 std::string allocate_in_python(const Tensor& like, Sizes sizes, ScalarType type) {
   const pybind11::gil_scoped_acquire gil;
   try {
-    const auto allocate = pybind11::module_::import("fastbn._errors").attr("allocate");
+    const auto allocate = pybind11::module_::import("fastbn.ops.errors").attr("allocate");
     const std::vector<int64_t> shape(sizes.begin(), sizes.end());
     return allocate(shape, name_of(type), device_name(like)).cast<std::string>();
   } catch (const pybind11::error_already_set& error) {

@@ -76,7 +76,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
                                                 : Direction::frozen_backward;
   request.activation = Activation(activation);
   request.residual = residual;
-  // As fastbn._ops.saves_mask has it.
+  // As fastbn.backends.registry.saves_mask has it.
   request.masked = residual && is_piecewise_linear(request.activation) && request.layout.run() % 8 == 0;
   request.aligned = aligned;
   const Plan chosen = choose_plan(request, within_max_sms(limits));

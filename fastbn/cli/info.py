@@ -1,8 +1,8 @@
 """Print what this installation of fastbn is: versions, how it was built, which devices and backends it can use, and why
 not the others."""
 
-from fastbn._info import info
 from fastbn.cli.text import outline
+from fastbn.inspect.info import info
 
 SUMMARY = "versions, build, devices, backends"
 

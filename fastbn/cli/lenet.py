@@ -12,7 +12,7 @@ from torch import nn
 
 from fastbn.cli.bn_timer import BatchNormTimer
 from fastbn.cli.data import Dataset
-from fastbn.convert import convert
+from fastbn.transforms.convert import convert
 
 PLAIN, STOCK, FASTBN = "without BN", "torch.nn", "fastbn"
 

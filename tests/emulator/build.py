@@ -34,7 +34,7 @@ def _sources(folder: Path) -> list[str]:
 @functools.cache
 def load() -> ModuleType:
     """Build if anything changed, import, and register with fastbn. Returns the module, with set_seed."""
-    import fastbn._ops
+    from fastbn.backends import registry
 
     folder = ROOT / ".build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,5 +53,5 @@ def load() -> ModuleType:
         ],
         build_directory=str(folder),
     )
-    fastbn._ops.register("emulator", "fastbn_emulator")
+    registry.register("emulator", "fastbn_emulator")
     return module

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastbn
-from fastbn import _ops
+from fastbn.ops import dispatch
 from tests import tolerance
 from tests.fuzz import exact
 from tests.fuzz.case import BUFFERS, OPERANDS, Case, Values
@@ -207,7 +207,7 @@ class _Examination:
         if self.case.api == "module" and self.case.running is None:
             counter = None
         return (
-            _ops.why_unsupported(
+            dispatch.why_unsupported(
                 t.input, *statistics, t.weight, t.bias, counter, self.batch_stats, self.case.momentum, self.case.eps
             )
             is not None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from fastbn._activations import ACTIVATIONS
+from fastbn.ops.activations import ACTIVATIONS
 from tests import implementations
 from tests.fuzz.case import DATA, OPERANDS, RUNNING, VECTORS, Case, Layout, channels_last
 from tests.fuzz.hooks import HOOKS

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastbn import functional
-from fastbn._activations import index as activation_index
+from fastbn.ops.activations import index as activation_index
 
 
 class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -6,7 +6,7 @@ objects, so optimisers built before and checkpoints written before or after keep
 
 from torch import nn
 
-from fastbn import modules
+from fastbn.nn import batchnorm as modules
 
 _TO_FASTBN = {
     nn.BatchNorm1d: modules.BatchNorm1d,

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbn import _C, _formulas, _ops
-from fastbn._activations import index as activation_index
-from fastbn._activations import is_piecewise_linear
+from fastbn import _C
+from fastbn.backends import registry
+from fastbn.ops import dispatch
+from fastbn.ops.activations import index as activation_index
+from fastbn.ops.activations import is_piecewise_linear
+from fastbn.ops.contract import DTYPES
+from fastbn.ops.layout import runs_of, suggest_memory_format
 
 _DIRECTIONS = ("forward", "backward")
 
@@ -61,7 +65,7 @@ def explain(
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
     index = activation_index(activation)
     limits = None if device is None else _C.named_device(device)
-    reason = _ops.why_torch_must_see(input) or _ops.why_unsupported(
+    reason = dispatch.why_torch_must_see(input) or dispatch.why_unsupported(
         input, *_statistics(input, training), None, None, None, training, momentum=0.1, eps=1e-5
     )
     if reason is not None:
@@ -69,7 +73,7 @@ def explain(
     elif device is not None:
         backend, reason = "cuda", f"planned for {device}"
     else:
-        backend, reason = _ops.default_backend(input.device)
+        backend, reason = registry.default_backend(input.device)
     if backend == "cuda":
         return _cuda_plan(input, direction, index, residual, training, limits, reason)
     if backend == "cpu":
@@ -89,7 +93,7 @@ def _statistics(input: Tensor, training: bool):
 
 
 def _is_channels_innermost(input: Tensor) -> bool:
-    return _formulas.runs_of(tuple(input.shape), _formulas.suggest_memory_format(input))[0]
+    return runs_of(tuple(input.shape), suggest_memory_format(input))[0]
 
 
 def _two_pass_traffic(input, direction, index, residual, training) -> tuple[float, float]:
@@ -118,7 +122,7 @@ def _cuda_plan(input, direction, index, residual, training, limits, reason) -> P
     plan = _C.plan(
         sizes=list(input.shape),
         strides=list(input.stride()),
-        dtype=_ops.DTYPES.index(input.dtype),
+        dtype=DTYPES.index(input.dtype),
         direction=wanted.get((direction, training), "frozen_backward"),
         activation=index,
         residual=residual,

@@ -8,32 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbn._activations import is_piecewise_linear
-from fastbn._formulas import (
+from fastbn.backends.reference.activations import (
     activation,
     activation_backward,
     activation_grad,
-    affine,
-    backward_formula,
-    grad_z_of,
-    input_gradient,
     is_upper,
     masked_backward,
+)
+from fastbn.backends.reference.formulas import (
+    affine,
+    grad_z_of,
+    input_gradient,
     moments,
-    pack_mask,
     param_dtype,
     reduced_dims,
-    suggest_memory_format,
     unbiased,
-    unpack_mask,
     wide,
 )
+from fastbn.ops.activations import is_piecewise_linear
+from fastbn.ops.layout import pack_mask, suggest_memory_format, unpack_mask
 
 __all__ = [
     "activation",
     "activation_backward",
     "activation_grad",
-    "backward_formula",
     "batch_norm_backward",
     "batch_norm_eval",
     "batch_norm_frozen",

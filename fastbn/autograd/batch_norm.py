@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from fastbn import _errors, _formulas, _ops
-from fastbn._activations import is_piecewise_linear
+from fastbn.autograd.composite import backward_formula
+from fastbn.backends import registry
+from fastbn.ops import dispatch, errors
+from fastbn.ops.activations import is_piecewise_linear
+from fastbn.ops.layout import suggest_memory_format
 
 
 def _below_autograd():
@@ -25,7 +28,7 @@ def batch_norm(input: Tensor, residual: Tensor | None, weight: Tensor | None, bi
 
     rest: running_mean, running_var, num_batches_tracked, batch_stats, momentum, eps, activation, backend, as the ops
     have them (docs/design.md). `batch_stats` chooses between the statistics of the batch and the running ones,
-    `activation` is an index, `backend` a name that `fastbn._ops.namespace` knows.
+    `activation` is an index, `backend` a name that `fastbn.backends.registry` knows.
     """
     try:
         if torch.is_grad_enabled() and (
@@ -39,11 +42,11 @@ def batch_norm(input: Tensor, residual: Tensor | None, weight: Tensor | None, bi
         if batch_stats:
             return _forward(input, residual, weight, bias, rest, save_mask=False)[0]
         with _below_autograd():
-            return _ops.namespace(backend).batch_norm_eval(
+            return registry.namespace(backend).batch_norm_eval(
                 input, residual, weight, bias, running_mean, running_var, eps, activation
             )
     except RuntimeError as error:
-        _errors.raise_of_torch(error)
+        errors.raise_of_torch(error)
         raise
 
 
@@ -51,7 +54,7 @@ def _forward(input, residual, weight, bias, rest, *, save_mask: bool):
     """(output, mean, inv_std, mask)"""
     running_mean, running_var, num_batches_tracked, batch_stats, momentum, eps, activation, backend = rest
     operands = (input, residual, weight, bias, running_mean, running_var)
-    ops = _ops.namespace(backend)
+    ops = registry.namespace(backend)
     with _below_autograd():
         if batch_stats:
             return ops.batch_norm_train(*operands, num_batches_tracked, momentum, eps, activation, save_mask)
@@ -68,7 +71,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, residual, weight, bias, rest) -> Tensor:
         *_, batch_stats, _, eps, activation, backend = rest
-        masked = residual is not None and is_piecewise_linear(activation) and _ops.saves_mask(backend, input)
+        masked = residual is not None and is_piecewise_linear(activation) and registry.saves_mask(backend, input)
         output, mean, inv_std, mask = _forward(input, residual, weight, bias, rest, save_mask=masked)
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked
@@ -96,7 +99,7 @@ class BatchNormFunction(torch.autograd.Function):
                 recomputes and residual is not None,
             ),
             None if keeps_strides else input.stride(),
-            None if needs_input_data else (input.shape, input.dtype, _formulas.suggest_memory_format(input)),
+            None if needs_input_data else (input.shape, input.dtype, suggest_memory_format(input)),
             None if bias is None else bias.dtype,
         )
         return output
@@ -122,7 +125,7 @@ class BatchNormFunction(torch.autograd.Function):
             bias = mean.new_empty(mean.shape, dtype=bias_dtype)
         if differentiable:
             stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
-            memory_format = absent_input[2] if absent_input else _formulas.suggest_memory_format(input)
+            memory_format = absent_input[2] if absent_input else suggest_memory_format(input)
             grads = _differentiable_backward(
                 grad_out, input, residual, mask, weight, bias, activation, stats, memory_format
             )
@@ -131,7 +134,7 @@ class BatchNormFunction(torch.autograd.Function):
             kernel_residual = need_residual and activation != 0
             try:
                 with _below_autograd():
-                    grads = _ops.namespace(backend).batch_norm_backward(
+                    grads = registry.namespace(backend).batch_norm_backward(
                         grad_out,
                         input,
                         residual,
@@ -148,7 +151,7 @@ class BatchNormFunction(torch.autograd.Function):
                         kernel_residual,
                     )
             except RuntimeError as error:
-                _errors.raise_of_torch(error)
+                errors.raise_of_torch(error)
                 raise
         grad_input, grad_weight, grad_bias, grad_residual = grads
         if activation == 0:
@@ -170,7 +173,7 @@ def _apply(input, residual, weight, bias, rest) -> Tensor:
     """BatchNormFunction.apply, but in eager mode what of it then matters: the rest takes 1.4 us."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return BatchNormFunction.apply(input, residual, weight, bias, rest)
-    if _ops.cannot_be_saved((input, residual, weight, bias, rest[0], rest[1])):
+    if dispatch.cannot_be_saved((input, residual, weight, bias, rest[0], rest[1])):
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # What left a functorch transform that is over.
     tensors = [t if t is None else _unwrap_if_dead(t) for t in (input, residual, weight, bias)]
@@ -184,7 +187,7 @@ def _with_strides(saved: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     if strides is None:
         return saved.contiguous()
     forward = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")
-    return saved.contiguous(memory_format=_formulas.suggest_memory_format(forward))
+    return saved.contiguous(memory_format=suggest_memory_format(forward))
 
 
 def _stand_in(grad_out: Tensor, shape, dtype, memory_format, differentiable: bool) -> Tensor:
@@ -200,7 +203,7 @@ def _differentiable_backward(
     grad_out, input, residual, mask, weight, bias, activation, stats, memory_format
 ) -> tuple[Tensor, ...]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    grads = _formulas.backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
+    grads = backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
     grad_input, *others = grads
     if not is_legacy_batchedtensor(grad_input):  # of which formats cannot be asked
         grad_input = grad_input.contiguous(memory_format=memory_format)

@@ -1,0 +1,1 @@
+"""Derivatives: the autograd Function over the fused ops, and its double backward."""

@@ -1,0 +1,1 @@
+"""What tells of a build, a device and a call."""

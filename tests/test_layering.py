@@ -34,15 +34,16 @@ DEVICE_LANGUAGE = re.compile(
 
 # A room of fastbn, lower ones first: what of fastbn its modules may import beside their own room.
 MAY_IMPORT = {
-    "ops": {"_C"},
+    "_torch": set(),
+    "ops": {"_C", "_torch"},
     "backends": {"ops"},
-    "autograd": {"backends", "ops"},
+    "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
-    "nn": {"functional", "ops"},
+    "nn": {"_torch", "functional", "ops"},
     "transforms": {"nn"},
     "inspect": {"_C", "backends", "ops"},
     "__init__": {"functional", "nn", "transforms", "inspect"},
-    "cli": {"__init__", "_C", "functional", "nn", "transforms", "inspect", "backends", "ops"},
+    "cli": {"__init__", "_C", "_torch", "functional", "nn", "transforms", "inspect", "backends", "ops"},
     "__main__": {"cli"},
 }
 # The order within a room that has one.

@@ -6,8 +6,8 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
+from fastbn import _torch
 from fastbn.autograd.composite import backward_formula
 from fastbn.backends import registry
 from fastbn.ops import dispatch, errors
@@ -16,11 +16,10 @@ from fastbn.ops.layout import suggest_memory_format
 
 
 def _below_autograd():
-    """Eager calls go straight to the kernel: the op's own autograd wrapper costs time and would bump the version of the
-    running statistics, which torch's BatchNorm does not. Compilers trace the call as it is."""
+    """Eager calls go straight to the kernel; compilers trace the call as it is."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    return torch._C._AutoDispatchBelowADInplaceOrView()
+    return _torch.below_autograd()
 
 
 def batch_norm(input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest) -> Tensor:
@@ -165,18 +164,17 @@ class BatchNormFunction(torch.autograd.Function):
         )
 
 
-_apply_below_transforms = super(torch.autograd.Function, BatchNormFunction).apply
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_apply_below_transforms = _torch.apply_below_transforms(BatchNormFunction)
 
 
 def _apply(input, residual, weight, bias, rest) -> Tensor:
     """BatchNormFunction.apply, but in eager mode what of it then matters: the rest takes 1.4 us."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _torch.has_functorch_transforms():
         return BatchNormFunction.apply(input, residual, weight, bias, rest)
     if dispatch.cannot_be_saved((input, residual, weight, bias, rest[0], rest[1])):
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # What left a functorch transform that is over.
-    tensors = [t if t is None else _unwrap_if_dead(t) for t in (input, residual, weight, bias)]
+    tensors = [t if t is None else _torch.unwrap_if_dead(t) for t in (input, residual, weight, bias)]
     return _apply_below_transforms(*tensors, rest)
 
 
@@ -194,7 +192,7 @@ def _stand_in(grad_out: Tensor, shape, dtype, memory_format, differentiable: boo
     """In the place of an input of which only shape, dtype and format matter: grad_out, which costs no memory."""
     if differentiable:  # not a second use of grad_out
         return torch.zeros((), dtype=dtype, device=grad_out.device).expand(shape)
-    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad_out):
+    if not torch.compiler.is_compiling() and _torch.is_legacy_batched(grad_out):
         return grad_out  # is_grads_batched: its strides cannot be asked for, and are not those that the op gets
     return grad_out.contiguous(memory_format=memory_format)
 
@@ -205,6 +203,6 @@ def _differentiable_backward(
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     grads = backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
     grad_input, *others = grads
-    if not is_legacy_batchedtensor(grad_input):  # of which formats cannot be asked
+    if not _torch.is_legacy_batched(grad_input):  # of which formats cannot be asked
         grad_input = grad_input.contiguous(memory_format=memory_format)
     return grad_input, *others

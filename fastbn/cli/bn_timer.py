@@ -11,6 +11,8 @@ import time
 import torch
 from torch import nn
 
+from fastbn._torch import BatchNormBase
+
 
 class BatchNormTimer:
     """Hooks on every BatchNorm of `model`; `with timer:` around a training step measures it.
@@ -28,7 +30,7 @@ class BatchNormTimer:
         self._spans = None
         self._starts = {}
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BatchNormBase):
                 module.register_forward_pre_hook(self._before)
                 module.register_forward_hook(self._after)
 

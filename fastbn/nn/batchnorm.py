@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastbn import functional
+from fastbn._torch import BatchNormBase
 from fastbn.ops.activations import index as activation_index
 
 
-class _FastBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _FastBatchNorm(BatchNormBase):
     """What the three share. Parameters, buffers, checks and state_dict are torch's; `activation` is a class attribute
     so that a torch.nn module whose class is swapped has it too."""
 

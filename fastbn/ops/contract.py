@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbn import _torch
 from fastbn.ops.activations import is_piecewise_linear
 from fastbn.ops.layout import mask_shape, suggest_memory_format
 
@@ -153,13 +154,13 @@ def _refuse_backward(op: str):
     return backward
 
 
-def _refuse_forward(op: torch._ops.OpOverload):
+def _refuse_forward(op):
     """torch registers backward formulas for functional ops only; the op with buffers refuses when it is called."""
 
     def forward(keyset, *args):
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             _refuse_backward(op.name())(None)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return op.redispatch(keyset & _torch.after_autograd, *args)
 
     return forward
 

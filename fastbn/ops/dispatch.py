@@ -6,12 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.overrides import _get_current_function_mode_stack, has_torch_function_variadic
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.overrides import has_torch_function_variadic
 
+from fastbn import _torch
 from fastbn.ops.contract import DTYPES, HALF_TYPES
 
 
@@ -20,17 +18,15 @@ def why_torch_must_see(input: Tensor, *tensors: Tensor | None) -> str | None:
 
     tensors: the other operands.
     """
-    # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
-    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
+    if _torch.is_in_functorch_transform():
         return "functorch transforms differentiate and batch torch's own batch_norm"
-    if forward_ad._current_level >= 0:
+    if _torch.is_in_forward_ad():
         return "forward-mode AD has its formula for torch's own batch_norm"
     if has_torch_function_variadic(input, *tensors) and _is_overridden(input, *tensors):
         return "a __torch_function__ override knows torch.nn.functional.batch_norm"
-    if type(input) is not Tensor and is_traceable_wrapper_subclass(input):
+    if type(input) is not Tensor and _torch.is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
-    # Not is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles.
-    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
+    if _torch.is_exporting() or torch.jit.is_tracing():
         return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
     return None
 
@@ -48,7 +44,7 @@ def _is_overridden(*tensors: Tensor | None) -> bool:
     plain = Tensor.__torch_function__, Parameter.__torch_function__
     if any(type(t).__torch_function__ not in plain for t in tensors if t is not None):
         return True
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    return any(type(mode) is not _torch.DeviceContext for mode in _torch.function_mode_stack())
 
 
 def why_unsupported(

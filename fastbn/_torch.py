@@ -1,0 +1,66 @@
+"""Every private torch API that fastbn uses, and why: the file to read when a torch release breaks something.
+
+tests/test_torch.py asks the installed torch for what is said here. Names that the hot path calls stand for torch's own
+objects, since a function around one takes 0.05 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.overrides import _get_current_function_mode_stack as function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "BatchNormBase",  # torch.nn's modules and SyncBatchNorm have no public base class
+    "DeviceContext",  # the function mode of torch.set_default_device, which overrides nothing that fastbn calls
+    "after_autograd",
+    "apply_below_transforms",
+    "below_autograd",
+    "function_mode_stack",  # torch.overrides says whether there are modes, but not which
+    "has_functorch_transforms",
+    "is_exporting",
+    "is_in_forward_ad",
+    "is_in_functorch_transform",
+    "is_legacy_batched",
+    "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
+    "unwrap_if_dead",
+]
+
+# A guard under which a call of an op goes straight to its kernel: the op's autograd wrapper costs time, and would bump
+# the version of the running statistics, which torch's BatchNorm does not.
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+# The dispatch keys below autograd, for an op that has its own autograd kernel.
+after_autograd = torch._C._after_autograd_keyset
+# Whether torch.func transforms are under way.
+has_functorch_transforms = torch._C._are_functorch_transforms_active
+# What is inside a tensor that left a transform that is over.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+# Whether a tensor stands for a batch of gradients (`is_grads_batched`): its strides cannot be asked for.
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+_peek_interpreter_stack, _Interpreter = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.CInterpreter
+
+
+def apply_below_transforms(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply`, but without what torch.autograd.Function.apply asks before, which is for transforms: 1.4 us."""
+    return super(torch.autograd.Function, function).apply
+
+
+def is_in_functorch_transform() -> bool:
+    """Like `has_functorch_transforms`, but Dynamo can trace it."""
+    # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
+    return isinstance(_peek_interpreter_stack(), _Interpreter)
+
+
+def is_in_forward_ad() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def is_exporting() -> bool:
+    """Not torch.compiler.is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles."""
+    return torch.compiler._is_exporting_flag

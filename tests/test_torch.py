@@ -1,0 +1,123 @@
+"""The private torch APIs of fastbn._torch: the installed torch has each, and it does what fastbn takes it to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from fastbn import _torch
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_every_module_takes_private_names_from_one():
+    private = re.compile(r"torch(\.\w+)*\._[a-zA-Z]|from torch[\w.]* import .*\b_[a-zA-Z]|from torch\.(_\w|utils\._)")
+    for path in sorted(Path(_torch.__file__).parent.rglob("*.py")):
+        if path.name != "_torch.py":
+            assert not private.search(path.read_text()), path
+
+
+def test_the_base_of_all_batch_norms():
+    for module in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        assert issubclass(module, _torch.BatchNormBase)
+    assert not issubclass(nn.LayerNorm, _torch.BatchNormBase)
+
+
+def test_function_modes():
+    class Mode(TorchFunctionMode):
+        pass
+
+    assert not _torch.function_mode_stack()
+    with torch.device("meta"), Mode() as mode:
+        first, second = _torch.function_mode_stack()
+    assert type(first) is _torch.DeviceContext and second is mode
+
+
+def test_below_autograd_an_op_records_nothing_and_moves_no_version():
+    x, buffer = torch.ones(2, requires_grad=True), torch.ones(2)
+    with _torch.below_autograd():
+        y = x * 2
+        buffer.add_(1)
+    assert not y.requires_grad and buffer._version == 0
+
+
+def test_after_autograd():
+    assert not _torch.after_autograd.has(torch._C.DispatchKey.AutogradCPU)
+    assert _torch.after_autograd.has(torch._C.DispatchKey.CPU)
+
+
+def test_apply_below_transforms():
+    x = torch.ones(3, requires_grad=True)
+    _torch.apply_below_transforms(_Double)(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("ask", [_torch.has_functorch_transforms, _torch.is_in_functorch_transform])
+def test_functorch_transforms(ask):
+    seen = []
+    torch.func.vmap(lambda x: seen.append(ask()) or x)(torch.ones(2))
+    torch.func.grad(lambda x: seen.append(ask()) or x)(torch.ones(()))
+    assert seen == [True, True] and not ask()
+
+
+def test_what_left_a_transform():
+    left = []
+    torch.func.grad(lambda x: left.append(x * 1) or x)(torch.ones(()))
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(_torch.unwrap_if_dead(left[0]))
+    plain = torch.ones(1)
+    assert _torch.unwrap_if_dead(plain) is plain
+
+
+def test_a_batch_of_gradients():
+    seen = []
+
+    class Spy(_Double):
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(_torch.is_legacy_batched(grad))
+            return grad
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Spy.apply(x), x, torch.eye(3), is_grads_batched=True)
+    assert seen == [True] and not _torch.is_legacy_batched(x)
+
+
+def test_forward_ad():
+    assert not _torch.is_in_forward_ad()
+    with forward_ad.dual_level():
+        assert _torch.is_in_forward_ad()
+
+
+def test_exporting():
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            seen.append(_torch.is_exporting())
+            return x + 1
+
+    assert not _torch.is_exporting()
+    torch.export.export(Model(), (torch.ones(2),))
+    assert seen[-1] and not _torch.is_exporting()
+
+
+def test_wrapper_subclasses():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert _torch.is_traceable_wrapper_subclass(TwoTensor(torch.ones(2), torch.ones(2)))
+    assert not _torch.is_traceable_wrapper_subclass(nn.Parameter(torch.ones(2)))

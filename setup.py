@@ -67,7 +67,7 @@ def default_architectures(cuda: str) -> str:
 
 
 def sources(*patterns: str) -> list[str]:
-    return sorted(path for pattern in patterns for path in glob.glob(pattern))
+    return sorted(path for pattern in patterns for path in glob.glob(pattern, recursive=True))
 
 
 CUDA = find_cuda()
@@ -97,11 +97,11 @@ common = {
 # Leaf loops that are compiled for more than the baseline, and run only where dispatch.cpp finds the instructions.
 avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 instruction_sets = {
-    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/kernels_avx512.cpp": avx512,
-    "csrc/cpu/kernels_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
+    "csrc/cpu/kernels/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/kernels/kernels_avx512.cpp": avx512,
+    "csrc/cpu/kernels/kernels_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
 }
-cpu_sources = [path for path in sources("csrc/bindings/*.cpp", "csrc/cpu/*.cpp") if path not in instruction_sets]
+cpu_sources = [path for path in sources("csrc/bindings/*.cpp", "csrc/cpu/**/*.cpp") if path not in instruction_sets]
 if platform.machine() not in ("x86_64", "AMD64"):
     instruction_sets = {}
 
@@ -117,7 +117,7 @@ class BuildExtension(cpp_extension.BuildExtension):
     def compile_leaf_loops(self, source: str) -> str:
         target = Path(self.build_temp).resolve() / Path(source).with_suffix(".o").name
         target.parent.mkdir(parents=True, exist_ok=True)
-        inputs = [Path(source), *map(Path, sources("csrc/cpu/*.h", "csrc/cpu/*.inl", "csrc/math/*.h"))]
+        inputs = [Path(source), *map(Path, sources("csrc/cpu/**/*.h", "csrc/cpu/**/*.inl", "csrc/math/*.h"))]
         if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
             compiler = os.environ.get("CXX", "c++").split()
             # g++ 12 warns of its own intrinsics' header, by a warning that clang does not know.
@@ -129,7 +129,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 if CUDA:
     extension = cpp_extension.CUDAExtension(
-        sources=cpu_sources + sources("csrc/cuda/*.cu"),
+        sources=cpu_sources + sources("csrc/cuda/**/*.cu"),
         extra_compile_args={"cxx": host_flags, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
         **common,
     )

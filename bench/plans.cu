@@ -2,7 +2,8 @@
 // without torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run,
 // and tests/test_plans.py holds the planner to it.
 //
-//   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu -o plans && ./plans > plans.csv
+//   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans && ./plans >
+//   plans.csv
 //   ./plans 128,64,    those shapes alone whose "outer,channels,inner" begins so, as for a profiler
 #include <cuda_runtime.h>
 

@@ -160,8 +160,8 @@ def test_running_statistics_and_output_far_from_zero(instruction_set, tmp_path):
 
     The reference is of the float32 data, whose own rounding is thus no error: 1e6 plus a normal value is a multiple of
     1/16. Differences of an element and a pivot among the data are then exact, and what a few terms added in float32 at
-    a time round (LaneSums of csrc/cpu/sums.h) averages out, so what remains at every mean is little more than the
-    rounding of a float32 buffer, 6e-8.
+    a time round (LaneSums of csrc/cpu/kernels/sums.h) averages out, so what remains at every mean is little more than
+    the rounding of a float32 buffer, 6e-8.
     """
     stock = _training(torch.nn.functional.batch_norm)
     for (name, layout, momentum), (y, *buffers) in _with(instruction_set, "_training", tmp_path / "buffers.pt").items():

@@ -12,18 +12,29 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 
-# A layer of csrc: the layers that its files may include.
+# A folder of csrc, lower ones first: the folders whose files its own may include.
 MAY_INCLUDE = {
     "math": {"math"},
-    "cpu": {"math", "cpu"},
-    "cuda": {"math", "cuda"},
-    "bindings": {"math", "cpu", "cuda", "bindings"},
+    "cpu/simd": {"math", "cpu/simd"},
+    "cpu/kernels": {"math", "cpu/simd", "cpu/kernels"},
+    "cpu": {"math", "cpu/kernels", "cpu"},
+    "cuda/device": {"math", "cuda/device"},
+    "cuda/block": {"math", "cuda/device", "cuda/block"},
+    "cuda/element": {"math", "cuda/device", "cuda/block", "cuda/element"},
+    "cuda/kernels": {"math", "cuda/device", "cuda/block", "cuda/element", "cuda/kernels"},
+    "cuda": {"math", "cuda/device", "cuda/block", "cuda/element", "cuda/kernels", "cuda"},
+    "bindings": {"math", "cpu/kernels", "cpu", "cuda/device", "cuda", "bindings"},
+}
+# What others may include of a folder, where that is not all of it.
+OPEN = {
+    "cpu/kernels": {"cpu/kernels/kernels.h"},
+    "cuda/device": {"cuda/device/device.cuh", "cuda/device/runtime.h"},
 }
 # What no other file than these may include.
 ONLY_IN = {
-    "cuda_runtime_api.h": {"cuda/runtime.h"},
-    "cooperative_groups.h": {"cuda/device.cuh"},
-    "immintrin.h": {"cpu/vec.h"},
+    "cuda_runtime_api.h": {"cuda/device/runtime.h"},
+    "cooperative_groups.h": {"cuda/device/device.cuh"},
+    "immintrin.h": {"cpu/simd/vec.h"},
     "thread": set(),
     "omp.h": set(),
 }
@@ -67,8 +78,28 @@ def _includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^">]+)[">]', _code(path), re.MULTILINE)
 
 
+def _folder(file: str) -> str:
+    return file.rpartition("/")[0]
+
+
+def _forbidden_includes(file: str, includes: list[str]) -> list[str]:
+    """Those that a file of csrc may not have."""
+    folder, wrong = _folder(file), []
+    for include in includes:
+        other = _folder(include)
+        if other in MAY_INCLUDE:
+            allowed = other in MAY_INCLUDE[folder] and (other == folder or include in OPEN.get(other, {include}))
+        elif include.split("/")[0] in ("torch", "ATen", "c10", "pybind11"):
+            allowed = folder == "bindings"
+        else:
+            allowed = file in ONLY_IN[include] if include in ONLY_IN else not re.match("cu(da|rand|blas)", include)
+        if not allowed:
+            wrong.append(include)
+    return wrong
+
+
 def test_the_tree_is_where_these_tests_look():
-    assert {path.parent.name for path in SOURCES} == set(MAY_INCLUDE)
+    assert {_folder(_relative(path)) for path in SOURCES} == set(MAY_INCLUDE)
     assert {_room(path) for path in PACKAGE} == set(MAY_IMPORT)
     for room, order in WITHIN.items():
         parts = {path.relative_to(ROOT / "fastbn" / room).parts[0].removesuffix(".py") for path in _files_of(room)}
@@ -77,26 +108,45 @@ def test_the_tree_is_where_these_tests_look():
 
 @pytest.mark.parametrize("path", SOURCES, ids=_relative)
 def test_includes(path):
-    layer = path.parent.name
-    for include in _includes(path):
-        first = include.split("/")[0]
-        if "/" in include and first in MAY_INCLUDE:
-            assert (CSRC / include).exists(), f"{include} does not exist"
-            assert first in MAY_INCLUDE[layer], f"{layer} may not include {include}"
-        assert layer == "bindings" or first not in ("torch", "ATen", "c10", "pybind11"), f"{layer} includes {include}"
-        assert layer == "cuda" or not re.match("cu(da|rand|blas)", include) or first in MAY_INCLUDE, include
-        if include in ONLY_IN:
-            assert _relative(path) in ONLY_IN[include], f"only {ONLY_IN[include]} may include {include}"
+    includes = _includes(path)
+    assert not _forbidden_includes(_relative(path), includes)
+    for include in includes:
+        assert _folder(include) not in MAY_INCLUDE or (CSRC / include).exists(), f"{include} does not exist"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "cuda"], ids=_relative)
+@pytest.mark.parametrize(
+    "file, planted",
+    [
+        ("math/layout.h", "cpu/partition.h"),
+        ("cpu/simd/vec.h", "cpu/kernels/loops.h"),
+        ("cpu/kernels/loops.h", "cpu/partition.h"),
+        ("cpu/forward.cpp", "cpu/simd/vec.h"),
+        ("cpu/forward.cpp", "cpu/kernels/sums.h"),
+        ("cpu/forward.cpp", "torch/csrc/stable/tensor.h"),
+        ("cpu/kernels/loops.h", "immintrin.h"),
+        ("cuda/device/device.cuh", "cuda/block/walk.cuh"),
+        ("cuda/block/reduce.cuh", "cuda/element/grad_z.cuh"),
+        ("cuda/element/grad_z.cuh", "cuda/kernels/passes.cuh"),
+        ("cuda/kernels/moments.cu", "cuda/launch.h"),
+        ("cuda/kernels/moments.cu", "cuda_runtime_api.h"),
+        ("cuda/launch.cu", "bindings/stable.h"),
+        ("bindings/ops.h", "cuda/kernels/passes.cuh"),
+    ],
+    ids=str,
+)
+def test_an_upward_include_is_found(file, planted):
+    assert (CSRC / file).exists()
+    assert _forbidden_includes(file, [*_includes(CSRC / file), planted]) == [planted]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if _relative(p).startswith("cuda/")], ids=_relative)
 def test_kernels_touch_cuda_only_through_the_device_header(path):
     if path.name != "device.cuh":
         assert not DEVICE_LANGUAGE.findall(_code(path))
 
 
 def test_device_code_and_its_emulation_have_the_same_headers():
-    emulated = {path.name for path in (ROOT / "tests" / "emulator" / "cuda").iterdir()}
+    emulated = {path.name for path in (ROOT / "tests" / "emulator" / "cuda" / "device").iterdir()}
     assert emulated == {"device.cuh", "runtime.h"}
 
 

@@ -72,8 +72,8 @@ class Operands {
  private:
   Tensor make_dense(const char* name, const Tensor& tensor) const;
   void check_device(const char* name, const Tensor& tensor) const;
-  // Of a mask: [outer, ceil(channels / 8)] where channels are innermost, else [outer, channels, ceil(inner / 8)], so that
-  // the number of dimensions tells which. Returns it.
+  // Of a mask: [outer, ceil(channels / 8)] where channels are innermost, else [outer, channels, ceil(inner / 8)], so
+  // that the number of dimensions tells which. Returns it.
   int64_t mask_sizes(int64_t (&sizes)[3]) const;
   void check_storage(const char* name, const Tensor& tensor, int64_t extent, int64_t element_size) const;
 

@@ -23,8 +23,8 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
   throw std::runtime_error(text.empty() ? error.what() : text);
 }
 
-// Repeats an allocation from Python, where torch raises its own exception, which fastbn.ops.errors keeps for the caller of
-// the op. Returns the text of that exception, or an empty string if the allocation now succeeds.
+// Repeats an allocation from Python, where torch raises its own exception, which fastbn.ops.errors keeps for the caller
+// of the op. Returns the text of that exception, or an empty string if the allocation now succeeds.
 std::string allocate_in_python(const Tensor& like, Sizes sizes, ScalarType type) {
   const pybind11::gil_scoped_acquire gil;
   try {

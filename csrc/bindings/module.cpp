@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings/max_sms.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "math/plan.h"
 #ifdef FASTBN_WITH_CUDA
 #include "bindings/cuda_backend.h"

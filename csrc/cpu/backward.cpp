@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/coefficients.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/output.h"
 #include "cpu/panels.h"
@@ -38,8 +38,7 @@ class Backward {
         affine_(partition_, table_.column_planes),
         relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
         grad_affine_(partition_, table_.column_planes),
-        is_far_(std::is_same_v<A, float> &&
-                std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {}
+        is_far_(std::is_same_v<A, float> && std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {}
 
   void run(bool past_caches) {
     past_caches_ = past_caches;
@@ -148,9 +147,18 @@ class Backward {
   }
 
   GradArgs args_from(int64_t first, bool frozen) const {
-    return {params_.grad_out,   params_.input,          params_.residual,      params_.mask,
-            params_.activation, pivots_.data() + first, affine_.arrays(first), grad_affine_.arrays(first, frozen),
-            params_.grad_input, params_.grad_residual,  past_caches_,          relu_.arrays(first),
+    return {params_.grad_out,
+            params_.input,
+            params_.residual,
+            params_.mask,
+            params_.activation,
+            pivots_.data() + first,
+            affine_.arrays(first),
+            grad_affine_.arrays(first, frozen),
+            params_.grad_input,
+            params_.grad_residual,
+            past_caches_,
+            relu_.arrays(first),
             is_far_};
   }
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/partition.h"
 #include "math/affine.h"
 
@@ -16,7 +16,9 @@ namespace fastbn::cpu {
 template <class Visit>
 void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
   for (int64_t first = begin; first < end; first += chunk_channels) {
-    Chunk chunk{first, std::min(chunk_channels, end - first)};
+    Chunk chunk;
+    chunk.first = first;
+    chunk.channels = std::min(chunk_channels, end - first);
     visit(chunk);
   }
 }

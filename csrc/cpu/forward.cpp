@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/coefficients.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/output.h"
 #include "cpu/panels.h"
@@ -19,7 +19,8 @@ namespace {
 // lies so near the mean that subtracting its share does not multiply their relative error by more than 8.
 bool resolves(const Sums& sums, double count) {
   const double m2 = sums.second - sums.first * sums.first / count;
-  return std::isfinite(sums.second) && sums.second <= 8 * m2 && (sums.second >= 1e-30 || (sums.first == 0 && sums.second == 0));
+  return std::isfinite(sums.second) && sums.second <= 8 * m2 &&
+         (sums.second >= 1e-30 || (sums.first == 0 && sums.second == 0));
 }
 
 // The reduction of a forward op: partial sums about an element of each channel, then their moments.

@@ -69,9 +69,8 @@ template <class Params, class Call>
 void for_each_panel(const Params& params, const Threads& threads, Call&& call) {
   const int64_t channels = params.layout.channels;
   if (!has_panels(params.layout)) return call(params, channels, threads);
-  const Threads this_thread{1, [](int64_t count, int64_t, void (*task)(int64_t, int64_t, void*), void* context) {
-                              task(0, count, context);
-                            }};
+  const Threads this_thread{
+      1, [](int64_t count, int64_t, void (*task)(int64_t, int64_t, void*), void* context) { task(0, count, context); }};
   const int64_t width = panel_channels(params.layout);
   threads.for_each((channels + width - 1) / width, 1, [&](int64_t panel) {
     const int64_t first = panel * width;

@@ -2,7 +2,7 @@
 // Empty for g++: the emulator has no device to ask.
 #ifdef __CUDACC__
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 #include "cuda/launch.h"
 
 namespace fastbn::cuda {

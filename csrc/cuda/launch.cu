@@ -1,9 +1,9 @@
 // The ops as launches: one by a one-pass plan; by a two-phase plan reduce, finish, then a second pass over the
 // elements.
+#include "cuda/block/reduce.cuh"
+#include "cuda/block/rendezvous.cuh"
+#include "cuda/kernels/passes.cuh"
 #include "cuda/launch.h"
-#include "cuda/passes.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/rendezvous.cuh"
 
 namespace fastbn::cuda {
 namespace {

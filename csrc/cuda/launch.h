@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/runtime.h"
+#include "cuda/device/runtime.h"
 #include "math/params.h"
 #include "math/plan.h"
 
@@ -27,7 +27,8 @@ cudaError_t backward(const BackwardParams& params, const Plan& plan, void* works
 // Writes sum_grad and sum_grad_xhat, whichever are not null, and nothing else.
 cudaError_t grad_sums(const BackwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream);
 
-// Of one device, which is the current one; `name` is left as it was. Not part of the emulator's build, which has no device to ask.
+// Of one device, which is the current one; `name` is left as it was. Not part of the emulator's build, which has no
+// device to ask.
 cudaError_t device_limits(int device, DeviceLimits* limits);
 
 }  // namespace fastbn::cuda

@@ -1,6 +1,6 @@
-// The eight activations and their derivatives, with the branches that torch takes at the boundaries, and at NaN those of
-// its vectorised loops for CPUs: comparisons are written so that a NaN takes the branch that is meant for it.
-// F is float, double, or a vector of either that has the same operators and `select`, `exp`, `expm1`, `erf`.
+// The eight activations and their derivatives, with the branches that torch takes at the boundaries, and at NaN those
+// of its vectorised loops for CPUs: comparisons are written so that a NaN takes the branch that is meant for it. F is
+// float, double, or a vector of either that has the same operators and `select`, `exp`, `expm1`, `erf`.
 #pragma once
 
 #include <cmath>

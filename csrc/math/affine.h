@@ -43,8 +43,8 @@ struct Affine {
 
 // grad_input = (grad_z - sum_grad / n - xhat * sum_grad_xhat / n) * weight * inv_std
 //            = (grad_z - mean_grad) * scale + ((x - pivot) * slope + rest)
-// The difference is taken first, so that a constant grad_out cancels before it is scaled. slope has two factors inv_std,
-// whose product leaves the range of float32 at 1e19, long before the gradient does. Where inv_std is that far from 1,
+// The difference is taken first, so that a constant grad_out cancels before it is scaled. slope has two factors
+// inv_std, whose product leaves the range of float32 at 1e19, long before the gradient does. So far from 1,
 //            = ((grad_z - mean_grad) + (x - pivot) * slope) * scale + rest
 // with one factor: as many operations, but one rounding more.
 template <class A>
@@ -100,7 +100,8 @@ FASTBN_INLINE bool misses_vanished_products(double inv_std) { return inv_std >= 
 // Returns a * b, rounded before anything is added to it: what compilers fuse it with is the 0.
 FASTBN_INLINE double rounded_product(double a, double b) { return a * b + 0.0; }
 
-// sum(grad_z * xhat) from sums about a pivot. The product is rounded as the sum is: where all x are equal, the two cancel.
+// sum(grad_z * xhat) from sums about a pivot. The product is rounded as the sum is: where all x are equal, the two
+// cancel.
 FASTBN_INLINE double sum_grad_xhat_of(double sum_grad, double sum_grad_shifted, double pivot, double mean,
                                       double inv_std) {
   return inv_std * (sum_grad_shifted + rounded_product(pivot - mean, sum_grad));

@@ -2,8 +2,8 @@
 // emulator to find. Compiled by nvcc too, to check that both headers offer the same.
 #include <cstdint>
 
-#include "cuda/device.cuh"
-#include "cuda/runtime.h"
+#include "cuda/device/device.cuh"
+#include "cuda/device/runtime.h"
 
 namespace fastbn::test {
 

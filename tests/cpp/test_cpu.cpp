@@ -6,7 +6,7 @@
 #include <string>
 
 #include "check.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu_backward.h"
 #include "cpu_forward.h"
 

@@ -312,7 +312,8 @@ void test_resident_plans() {
               const int64_t blocks = p.groups * p.splits, together = (blocks + h200.sm_count - 1) / h200.sm_count;
               CHECK(p.cluster == 1 && p.splits > 1 && p.groups <= p.slices);
               CHECK(together * (p.shared_bytes + 1024) <= h200.shared_bytes_per_block + 1024);
-              CHECK(together <= blocks_together(element_size(dtype), p.kernel, direction == Direction::backward, p.vectorized));
+              CHECK(together <=
+                    blocks_together(element_size(dtype), p.kernel, direction == Direction::backward, p.vectorized));
             }
             // Every element has a slot, or the slots of one group's rows come round in whole stages.
             const Layout layout{outer, channels, inner};

@@ -8,8 +8,8 @@
 #include <limits>
 
 #include "check.h"
-#include "cpu/vec_math.h"
-#include "cpu/vec_memory.h"
+#include "cpu/simd/vec_math.h"
+#include "cpu/simd/vec_memory.h"
 
 using namespace fastbn;
 using namespace fastbn::cpu::FASTBN_ISA;

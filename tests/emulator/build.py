@@ -18,11 +18,11 @@ NEEDS_A_DEVICE = {"device_limits.cu"}
 def _sources(folder: Path) -> list[str]:
     """The emulator, the bindings, and a C++ file around each kernel file: torch would give a .cu to nvcc."""
     wrapped = []
-    for kernel in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for kernel in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
         if kernel.name in NEEDS_A_DEVICE:
             continue
         wrapper = folder / f"{kernel.stem}_kernels.cpp"
-        text = f'#include "cuda/{kernel.name}"\n'
+        text = f'#include "{kernel.relative_to(ROOT / "csrc")}"\n'
         if not wrapper.exists() or wrapper.read_text() != text:
             wrapper.write_text(text)
         wrapped.append(wrapper)
@@ -41,7 +41,7 @@ def load() -> ModuleType:
     module = cpp_extension.load(
         name="fastbn_emulator",
         sources=_sources(folder),
-        # In this order: cuda/device.cuh and cuda/runtime.h are then the emulator's.
+        # In this order: cuda/device/device.cuh and cuda/device/runtime.h are then the emulator's.
         extra_include_paths=[str(ROOT / "tests" / "emulator"), str(ROOT / "csrc")],
         extra_cflags=[
             "-std=c++20",

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <source_location>
 
-#include "cuda/runtime.h"
-#include "cuda/types.h"
+#include "cuda/device/runtime.h"
+#include "cuda/device/types.h"
 
 namespace fastbn::emulator {
 

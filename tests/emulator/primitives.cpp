@@ -6,7 +6,7 @@
 #include <cstring>
 #include <string>
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 #include "machine.h"
 
 namespace fastbn::emulator {

@@ -1,0 +1,257 @@
+// The loops of backward: sums of grad_z and of grad_z * (x - pivot), and the gradient of the input made with them.
+// grad_z is grad_out times the activation's derivative, known from the mask, from x alone, or from z, which is
+// recomputed.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/loops.h"
+#include "cpu/kernels/mask_bits.h"
+#include "cpu/kernels/normalize.h"
+#include "cpu/kernels/relu_interval.h"
+#include "cpu/kernels/sums.h"
+#include "cpu/simd/vec_math.h"
+#include "cpu/simd/vec_memory.h"
+#include "math/affine.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+// Bits of a block's mask, without gaps in its rows.
+struct MaskRows {
+  const uint8_t* bits;
+  int64_t stride;
+};
+
+// The four ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
+// of that, the position, x and where grad_out lies; the argument x has a value only if `needs_input`.
+template <class T, bool per_column>
+struct GradOut {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool needs_input = false;
+
+  template <class Lanes>
+  FASTBN_INLINE bool prepare(int64_t, Lanes) const {
+    return true;
+  }
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(bool, int64_t, int64_t, Lanes lanes, V, const T* grad_out) const {
+    return load(grad_out, lanes);
+  }
+};
+
+// Where nothing leaks through the mask, elements that it hides need not be loaded.
+template <class T, bool per_column, bool leaks>
+struct MaskedGrad : GradOut<T, per_column> {
+  using V = Vec<acc_t<T>>;
+  MaskRows mask;
+
+  FASTBN_INLINE explicit MaskedGrad(MaskRows mask) : mask(mask) {}
+
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, const T* grad_out) const {
+    const uint64_t upper = load_bits(mask.bits + row * mask.stride, column, lanes);
+    if constexpr (leaks)
+      return activation_backward_masked(Activation::leaky_relu, from_bits<T>(upper), load(grad_out, lanes));
+    return load_where(upper, grad_out, lanes);
+  }
+};
+
+// Of relu, from x alone.
+template <class T, bool per_column>
+struct IntervalGrad {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool needs_input = false;
+  ReluIntervals intervals;
+  const T* input;
+  int64_t row_stride;
+
+  template <class Lanes>
+  FASTBN_INLINE Intervals prepare(int64_t column, Lanes lanes) const {
+    return intervals_at<per_column>(intervals, column, lanes);
+  }
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(const Intervals& prepared, int64_t row, int64_t column, Lanes lanes, V,
+                         const T* grad_out) const {
+    return load_inside(prepared, input + row * row_stride + column, grad_out, lanes);
+  }
+};
+
+template <class T, bool per_column, Known known>
+struct RecomputedGrad {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool needs_input = true;
+  AffineArrays affine;
+  InputRows<T> residual;
+  int64_t row_stride;
+  Activation activation;
+
+  template <class Lanes>
+  FASTBN_INLINE Affine<V> prepare(int64_t column, Lanes lanes) const {
+    return affine_at<per_column, T>(affine, column, lanes);
+  }
+  template <class Lanes>
+  FASTBN_INLINE V grad_z(const Affine<V>& prepared, int64_t row, int64_t column, Lanes lanes, V x,
+                         const T* grad_out) const {
+    V z = prepared.apply(x);
+    if (residual) z = z + load(residual.at(row * row_stride + column), lanes);
+    return differentiate<known>(activation, z, load(grad_out, lanes));
+  }
+};
+
+template <class T, bool per_column, class Use>
+FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, int64_t ahead, Use&& use) {
+  if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
+  if (mask.bits && args.activation == Activation::leaky_relu) return use(MaskedGrad<T, per_column, true>(mask));
+  if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask));
+  if constexpr (interleaved<T>) {
+    if (args.relu.first) {
+      const T* input = static_cast<const T*>(args.input) + block.offset;
+      return use(IntervalGrad<T, per_column>{args.relu, input, block.row_stride});
+    }
+  }
+  const InputRows<T> residual(args.residual, block, ahead);
+  auto recompute = [&]<Known known>() FASTBN_INLINE_LAMBDA {
+    use(RecomputedGrad<T, per_column, known>{args.affine, residual, block.row_stride, args.activation});
+  };
+  switch (known_of(args.activation)) {
+    case Known::none: return;
+    case Known::relu: return recompute.template operator()<Known::relu>();
+    case Known::silu: return recompute.template operator()<Known::silu>();
+    case Known::uncurved: return recompute.template operator()<Known::uncurved>();
+    case Known::called: return recompute.template operator()<Known::called>();
+  }
+}
+
+// call(block, its mask), once, or where the mask has gaps, for a few rows at a time.
+template <class Call>
+FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Block& block, const MaskBlock& mask_block, Call&& call) {
+  const uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
+  if (!mask || args.activation == Activation::none || !has_gaps(mask_block, block.cols))
+    return call(block, MaskRows{mask, mask_block.row_stride});
+  for_gathered_rows(block, [&](const Block& part, int64_t first, uint64_t* words) {
+    for (int64_t row = 0; row < part.rows; ++row)
+      words[row] = gather_bits(mask + (first + row) * mask_block.row_stride, block.cols, mask_block.run);
+    call(part, MaskRows{reinterpret_cast<const uint8_t*>(words), gathered_bytes});
+  });
+}
+
+template <class T, class Terms>
+void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums sums) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
+    const int64_t ahead = block.row_stride;
+    const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
+    const V pivot(static_cast<const A*>(args.pivot)[channel]);
+    const int64_t mask_offset =
+        mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
+    const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
+    WideSums<A> result;
+    with_grad<T, false>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+      const auto prepared = source.prepare(channel, AllLanes<T>{});
+      result =
+          sum_channel<T, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            // Other lanes than the row's new ones add 0 * (pivot - pivot).
+            const V x = keep(lanes, load(input.at(at), lanes), pivot);
+            const V grad_z = source.grad_z(prepared, row, column, lanes, x, grad_out.at(at));
+            terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
+          });
+    });
+    return result;
+  });
+}
+
+template <class T, class Terms>
+void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums result) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  auto sum = [&](const Block& block, MaskRows mask) FASTBN_INLINE_LAMBDA {
+    const int64_t ahead = rows_ahead_of_column_sums * block.row_stride;
+    const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
+    with_grad<T, true>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+      using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
+      struct Column {
+        Prepared prepared;
+        V pivot;
+      };
+      sum_columns<T, Terms>(
+          block, rows_of_column_grad_sums, result,
+          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes)};
+          },
+          [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            const V x = load(input.at(at), lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
+            terms.template add_weighted<T>(grad_z, x - at_column.pivot);
+          });
+    });
+  };
+  with_mask_rows(args, whole, mask_block, sum);
+}
+
+// With the pivot of what recomputes z, so that the difference from it is taken once for both.
+template <bool per_column, class T, class Lanes>
+FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradArgs& args, int64_t column, Lanes lanes) {
+  const GradAffineArrays& arrays = args.grad_affine;
+  auto member = [&](const void* array)
+                    FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(array, arrays.plane, column, lanes); };
+  return {member(args.affine.pivot), member(arrays.slope), member(arrays.mean_grad), member(arrays.rest),
+          member(arrays.scale)};
+}
+
+template <class T, bool per_column>
+FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows mask) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const InputRows<T> grad_out(args.grad_out, block), input(args.input, block);
+  const OutputRows<T> grad_input(args.grad_input, block, args.past_caches);
+  const OutputRows<T> grad_residual(args.grad_residual, block, args.past_caches);
+  const GradAffineArrays& arrays = args.grad_affine;
+
+  with_grad<T, per_column>(args, block, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
+    auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
+      using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
+      using Coefficients = decltype(coefficients(0, AllLanes<T>{}));
+      struct Column {
+        Prepared prepared;
+        Coefficients coefficients;
+      };
+      for_each_prepared<per_column, T>(
+          block,
+          [&](int64_t column, auto lanes)
+              FASTBN_INLINE_LAMBDA { return Column{source.prepare(column, lanes), coefficients(column, lanes)}; },
+          [&](const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * block.row_stride + column;
+            V x(0);
+            if constexpr (needs_input || source.needs_input) x = load(input.at(at), lanes);
+            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
+            if (grad_residual) grad_residual.store(at, grad_z, lanes);
+            if (grad_input) grad_input.store(at, gradient(at_column.coefficients, grad_z, x), lanes);
+          });
+    };
+    auto coefficients = [&](int64_t column, auto lanes)
+                            FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(args, column, lanes); };
+    if (grad_input && arrays.slope && args.is_far && sizeof(A) < sizeof(double))
+      loop(std::true_type{}, coefficients,
+           [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply_far(grad_z, x); });
+    else if (grad_input && arrays.slope)
+      loop(std::true_type{}, coefficients,
+           [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
+    else  // frozen statistics
+      loop(
+          std::false_type{},
+          [&](int64_t column, auto lanes)
+              FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(arrays.scale, arrays.plane, column, lanes); },
+          [](V scale, V grad_z, V) FASTBN_INLINE_LAMBDA { return grad_z * scale; });
+  });
+}
+
+template <class T, bool per_column>
+void input_grad_block(const GradArgs& args, Block block, MaskBlock mask) {
+  with_mask_rows(args, block, mask, [&](const Block& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
+    input_grad<T, per_column>(args, part, rows);
+  });
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

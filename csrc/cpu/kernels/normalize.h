@@ -1,0 +1,98 @@
+// The second pass of a forward op: z = (x - pivot) * scale + shift + residual, its activation, and the mask of that.
+#pragma once
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/loops.h"
+#include "cpu/kernels/mask_bits.h"
+#include "cpu/simd/vec_math.h"
+#include "cpu/simd/vec_memory.h"
+#include "math/affine.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+// Of the columns from `at` on, or of the channel `at`.
+template <bool per_column, class T, class Lanes>
+FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t plane, int64_t at, Lanes lanes) {
+  const acc_t<T>* values = static_cast<const acc_t<T>*>(array);
+  if constexpr (per_column)
+    return load_planes<T>(values, plane, at, lanes);
+  else
+    return Vec<acc_t<T>>(values[at]);
+}
+
+template <bool per_column, class T, class Lanes>
+FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
+  auto member = [&](const void* array)
+                    FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(array, arrays.plane, at, lanes); };
+  return {member(arrays.pivot), member(arrays.scale), member(arrays.shift)};
+}
+
+// visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
+// in registers down a few rows, those of a channel along its row.
+template <bool per_column, class T, class Prepare, class Visit>
+FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
+  if constexpr (per_column) {
+    const bool by_row = block.far && block.cols * int64_t(sizeof(T)) >= least_bytes_by_row;
+    for_each_strip<T>(block, by_row ? 1 : rows_of_strip,
+                      [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+                        const auto prepared = prepare(column, lanes);
+                        for (int64_t row = begin; row < end; ++row) visit(prepared, row, column, lanes);
+                      });
+  } else {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const auto prepared = prepare(row * block.channel_step, AllLanes<T>{});
+      for_each_column<T>(block.cols,
+                         [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
+    }
+  }
+}
+
+// `mask` is that of the block, without gaps in its rows.
+template <class T, bool per_column>
+FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint8_t* mask, int64_t mask_stride) {
+  using V = Vec<acc_t<T>>;
+  const InputRows<T> input(args.input, block), residual(args.residual, block);
+  const OutputRows<T> output(args.output, block, args.past_caches);
+
+  auto loop = [&]<Known known, bool plain>() FASTBN_INLINE_LAMBDA {
+    for_each_prepared<per_column, T>(
+        block,
+        [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
+        [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+          const int64_t at = row * block.row_stride + column;
+          V z = affine.apply(load(input.at(at), lanes));
+          if constexpr (!plain) {
+            if (residual) z = z + load(residual.at(at), lanes);
+          }
+          const V y = activate<known>(args.activation, z);
+          if (!plain && mask)
+            store_bits<T>(mask + row * mask_stride, column, lanes,
+                          known == Known::relu ? relu_bits<T>(y) : to_bits<T>(activation_is_upper(args.activation, z)));
+          output.store(at, y, lanes);
+        });
+  };
+  const bool plain = !residual && !mask;
+  switch (known_of(args.activation)) {
+    case Known::none:
+      return plain ? loop.template operator()<Known::none, true>() : loop.template operator()<Known::none, false>();
+    case Known::relu:
+      return plain ? loop.template operator()<Known::relu, true>() : loop.template operator()<Known::relu, false>();
+    case Known::uncurved: return loop.template operator()<Known::uncurved, false>();
+    case Known::silu: return loop.template operator()<Known::silu, false>();
+    case Known::called: return loop.template operator()<Known::called, false>();
+  }
+}
+
+template <class T, bool per_column>
+void normalize_block(const NormalizeArgs& args, Block block, MaskBlock mask_block) {
+  uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
+  if (!per_column || !mask || !has_gaps(mask_block, block.cols))
+    return normalize<T, per_column>(args, block, mask, mask_block.row_stride);
+  for_gathered_rows(block, [&](const Block& part, int64_t first, uint64_t* words) {
+    normalize<T, per_column>(args, part, reinterpret_cast<uint8_t*>(words), gathered_bytes);
+    for (int64_t row = 0; row < part.rows; ++row)
+      spread_bits(words[row], block.cols, mask_block.run, mask + (first + row) * mask_block.row_stride);
+  });
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

@@ -1,0 +1,344 @@
+// Sums of a block about a pivot. Where float is good enough, lanes add up a few terms in it before they move on to
+// double, which a second look, where phases.h takes one, does not. A constant channel has sums of exactly zero.
+#pragma once
+
+#include <concepts>
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/loops.h"
+#include "cpu/simd/vec_memory.h"
+
+namespace fastbn::cpu::FASTBN_ISA {
+
+// A vector of A in double: vectors of float become two, vectors of double one.
+template <class A>
+struct WideVec {
+  static constexpr int halves = int(sizeof(double) / sizeof(A));
+  Vec<double> half[halves];
+
+  WideVec() = default;
+  FASTBN_INLINE explicit WideVec(const Vec<A>& x) {
+    if constexpr (std::is_same_v<A, double>) {
+      half[0] = x;
+    } else {
+      half[0] = widen(x, 0);
+      half[1] = widen(x, 1);
+    }
+  }
+
+  FASTBN_INLINE WideVec& operator+=(const WideVec& other) {
+    for (int i = 0; i < halves; ++i) half[i] += other.half[i];
+    return *this;
+  }
+  FASTBN_INLINE double total() const {
+    Vec<double> sum = half[0];
+    for (int i = 1; i < halves; ++i) sum += half[i];
+    double lane[Vec<double>::lanes];
+    store(lane, sum);
+    for (int step = Vec<double>::lanes / 2; step > 0; step /= 2)
+      for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+    return lane[0];
+  }
+};
+
+// The two sums of this file, lane by lane, in A: of at most `longest` terms, each addition of which rounds by 2^-24 of
+// the sum so far, or 2^-53 where A is double.
+template <class A, int64_t most_terms>
+struct LaneSums {
+  static constexpr int64_t longest = most_terms;
+  using Value = Vec<A>;
+  Vec<A> first{A(0)}, second{A(0)};
+
+  template <class T, class Source, template <class> class Lanes>
+  static FASTBN_INLINE Value load_value(const Source* source, Lanes<T> lanes) {
+    return load(source, lanes);
+  }
+  FASTBN_INLINE void add_shifted(const Value& x, const Value& pivot) {
+    const Value d = x - pivot;
+    first += d;
+    second = second + d * d;
+  }
+  template <class T>
+  FASTBN_INLINE void add_weighted(const Value& term, const Value& weight) {
+    first += term;
+    second = second + term * weight;
+  }
+  FASTBN_INLINE void join(const LaneSums& other) {
+    first += other.first;
+    second += other.second;
+  }
+};
+
+// Likewise in double, of any number of terms, and always in the order of memory.
+template <class A>
+struct WideSums {
+  static constexpr int64_t longest = int64_t(1) << 48;
+  using Value = WideVec<A>;
+  WideVec<A> first{Vec<A>(A(0))}, second{Vec<A>(A(0))};
+
+  template <class T, class Source, template <class> class Lanes>
+  static FASTBN_INLINE Value load_value(const Source* source, Lanes<T> lanes) {
+    if constexpr (std::is_same_v<Source, float> && std::is_same_v<Lanes<T>, AllLanes<float>>) {
+      // Conversion is cheaper from memory than from a register.
+      Value value;
+      for (int i = 0; i < 2; ++i) value.half[i] = load_as_double(source + i * Vec<double>::lanes);
+      return value;
+    } else {
+      return Value(from_order_of<T>(load(source, lanes)));
+    }
+  }
+  FASTBN_INLINE void add_shifted(const Value& x, const Value& pivot) {
+    for (int i = 0; i < Value::halves; ++i) {
+      const Vec<double> d = x.half[i] - pivot.half[i];
+      first.half[i] += d;
+      second.half[i] = second.half[i] + d * d;
+    }
+  }
+  template <class T>
+  FASTBN_INLINE void add_weighted(const Vec<A>& term, const Vec<A>& weight) {
+    const Value wide(from_order_of<T>(term)), wide_weight(from_order_of<T>(weight));
+    for (int i = 0; i < Value::halves; ++i) {
+      first.half[i] += wide.half[i];
+      second.half[i] = second.half[i] + wide.half[i] * wide_weight.half[i];
+    }
+  }
+  FASTBN_INLINE void join(const WideSums& other) {
+    first += other.first;
+    second += other.second;
+  }
+  template <int64_t most_terms>
+  FASTBN_INLINE void join(const LaneSums<A, most_terms>& other) {
+    first += Value(other.first);
+    second += Value(other.second);
+  }
+};
+
+// What terms are added up in at first. Squares of differences do not cancel, so that what float rounds of them averages
+// out, and of a mean it is a part of the standard deviation. Gradients and their products do cancel, and what is left
+// of their sum is measured by 2 ulp: those of bfloat16 still fit (0.5 ulp is the median, 1.5 the most of 150 tensors of
+// 8 channels, stock's median 1.7 to 11), those of float32 do not (0.8 and 3.9; stock's most is 2.5 for the same), not
+// even by twos, where a channel is alone (tests/test_accuracy.py: 4.8). A sum in double as long as a block shows in
+// float64 results; sums of 16 terms, added up, do not.
+template <class T>
+using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 16>, WideSums<acc_t<T>>>;
+template <class T>
+using Terms = std::conditional_t<std::is_same_v<T, double>, DoubleTerms<T>, LaneSums<float, 16>>;
+template <class T>
+using GradTerms = std::conditional_t<std::is_same_v<T, bfloat16>, LaneSums<float, 8>, DoubleTerms<T>>;
+
+template <class T, class A, int64_t most_terms>
+FASTBN_INLINE LaneSums<A, most_terms> in_memory_order(const LaneSums<A, most_terms>& sums) {
+  return {from_order_of<T>(sums.first), from_order_of<T>(sums.second)};
+}
+template <class T>
+FASTBN_INLINE const WideSums<acc_t<T>>& in_memory_order(const WideSums<acc_t<T>>& sums) {
+  return sums;
+}
+
+// Adds lanes to one sum a column.
+template <class T>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, AllLanes<T>) {
+  constexpr int step = Vec<double>::lanes;
+  for (int i = 0; i < WideVec<acc_t<T>>::halves; ++i)
+    store(sums + i * step, load(sums + i * step, AllLanes<double>{}) + wide.half[i]);
+}
+template <class T>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, EndLanes<T> some) {
+  double lane[Vec<acc_t<T>>::lanes];
+  for (int i = 0; i < WideVec<acc_t<T>>::halves; ++i) store(lane + i * Vec<double>::lanes, wide.half[i]);
+  for (int i = some.first; i < some.first + some.count; ++i) sums[i] += lane[i];
+}
+template <class A, class Lanes>
+FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A>& terms, Lanes lanes) {
+  add_columns(sums.first + column, terms.first, lanes);
+  add_columns(sums.second + column, terms.second, lanes);
+}
+
+// Sums of a block of one channel, lane by lane: add(terms, row, column, lanes) adds those of a vector.
+template <class T, class Terms, class Add>
+FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Block& block, Add&& add) {
+  using A = acc_t<T>;
+  // Additions wait for one another, so four registers of a sum take turns; half of all registers hold what they add to.
+  constexpr int chains = std::min<int>(4 / parts, register_count / 2 * register_bytes / int(sizeof(Terms)));
+  WideSums<A> total;
+  Terms terms[chains];
+  auto flush = [&]() FASTBN_INLINE_LAMBDA {
+    for (int step = chains / 2; step > 0; step /= 2)
+      for (int chain = 0; chain < step; ++chain) terms[chain].join(terms[chain + step]);
+    total.join(terms[0]);
+    for (Terms& chain : terms) chain = {};
+  };
+  for_each_batch<T, chains, Terms::longest>(
+      block,
+      [&](int chain, int64_t row, int64_t column, auto lanes)
+          FASTBN_INLINE_LAMBDA { add(terms[chain], row, column, lanes); },
+      flush);
+  return total;
+}
+
+// Sums of a block's channels: sum(channel, first row, part) gives those of part of a channel, lane by lane. Several
+// channels are walked side by side, a few rows at a time, which is nearly the order of memory.
+template <class T, class Sum>
+FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) {
+  using A = acc_t<T>;
+  struct {
+    WideVec<A> first, second;
+  } total[most_channels];
+  const int64_t rows = block.channels > 1 ? rows_of_channel_sums : block.rows;
+  for (int64_t row = 0; row < block.rows; row += rows) {
+    for (int64_t channel = 0; channel < block.channels; ++channel) {
+      Block part = block;
+      part.offset += row * block.row_stride + channel * block.cols;
+      part.rows = std::min(rows, block.rows - row);
+      part.channels = 1;
+      WideSums<A> terms = sum(channel, row, part);
+      if (row > 0) terms.join(WideSums<A>{total[channel].first, total[channel].second});
+      total[channel] = {terms.first, terms.second};
+    }
+  }
+  for (int64_t channel = 0; channel < block.channels; ++channel) {
+    sums.first[channel] += total[channel].first.total();
+    sums.second[channel] += total[channel].second.total();
+  }
+}
+
+// Sums of the columns of a block: prepare(column, lanes) gives what add(terms, prepared, row, column, lanes) uses.
+template <class T, class Terms, class Prepare, class Add>
+FASTBN_INLINE void sum_columns(const Block& block, int64_t rows, ColumnSums sums, Prepare&& prepare, Add&& add) {
+  auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+    const auto prepared = prepare(column, lanes);
+    Terms terms;
+    for (int64_t row = begin; row < end; ++row) add(terms, prepared, row, column, lanes);
+    WideSums<acc_t<T>> wide;
+    wide.join(in_memory_order<T>(terms));
+    add_columns(sums, column, wide, lanes);
+  };
+  for_each_strip<T>(block, std::min(rows, Terms::longest), strip);
+}
+
+// Of the finite ones; 0 where there are none. About infinity every sum would be NaN.
+template <class A, int samples>
+A finite_median(const A (&sample)[samples]) {
+  A sorted[samples];
+  int count = 0;
+  for (const A value : sample) {
+    if (value - value != 0) continue;
+    int at = count++;
+    for (; at > 0 && sorted[at - 1] > value; --at) sorted[at] = sorted[at - 1];
+    sorted[at] = value;
+  }
+  return count > 0 ? sorted[count / 2] : 0;
+}
+
+template <std::floating_point A>
+FASTBN_INLINE A least(A a, A b) {
+  return a < b ? a : b;
+}
+template <std::floating_point A>
+FASTBN_INLINE A most(A a, A b) {
+  return a > b ? a : b;
+}
+
+// Without the branches of a sort, of which random data would take half the wrong way. Of numbers, or lane by lane.
+template <class A>
+FASTBN_INLINE A median(const A (&x)[5]) {
+  const A low = most(least(x[0], x[1]), least(x[2], x[3])), high = least(most(x[0], x[1]), most(x[2], x[3]));
+  return most(least(low, high), least(most(low, high), x[4]));
+}
+
+// The mean of 16 elements of a channel where it lies among the five samples, else `median`. Five are often some
+// standard deviations off, and what that adds to the squares multiplies the error of a float64 variance. The mean of 16
+// equal elements is exactly they.
+FASTBN_INLINE double nearer_pivot(const double* data, const Layout& layout, int64_t channel, double median,
+                                  const double (&sample)[5]) {
+  constexpr int elements = 16;
+  double sum[elements];
+  for (int i = 0; i < elements; ++i) {
+    const int64_t element = layout.count() * (2 * i + 1) / (2 * elements);
+    const int64_t run = element / layout.inner * layout.channels + channel;
+    sum[i] = data[run * layout.inner + element % layout.inner] / elements;
+  }
+  for (int step = elements / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) sum[i] += sum[i + step];
+  double low = median, high = median;
+  for (double value : sample) {
+    low = value < low ? value : low;
+    high = value > high ? value : high;
+  }
+  return sum[0] >= low && sum[0] <= high && sum[0] - sum[0] == 0 ? sum[0] : median;
+}
+
+// Of each channel an element near the middle of its data: of five, spread over the channel and off its ends, the
+// median. Images are often padded, so that a first element alone may lie far from all others.
+template <class T>
+void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, void* result) {
+  using A = acc_t<T>;
+  constexpr int samples = 5;
+  const T* first[samples];  // of channel 0
+  for (int i = 0; i < samples; ++i) {
+    const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
+    const int64_t run = element / layout.inner * layout.channels;
+    first[i] = static_cast<const T*>(data) + run * layout.inner + element % layout.inner;
+  }
+  A* const pivot = static_cast<A*>(result);
+  auto one_by_one = [&](int64_t from, int64_t to) {
+    for (int64_t channel = from; channel < to; ++channel) {
+      A sample[samples], zero = 0;
+      for (int i = 0; i < samples; ++i) {
+        sample[i] = to_acc(first[i][channel * layout.inner]);
+        zero += sample[i] - sample[i];
+      }
+      pivot[channel] = zero == 0 ? median(sample) : finite_median(sample);
+      if constexpr (std::is_same_v<T, double>)
+        pivot[channel] = nearer_pivot(static_cast<const T*>(data), layout, channel, pivot[channel], sample);
+    }
+  };
+  int64_t channel = begin;
+  if constexpr (!std::is_same_v<T, double>) {
+    constexpr int64_t lanes = Vec<A>::lanes;
+    for (; layout.inner == 1 && channel + lanes <= end; channel += lanes) {
+      Vec<A> sample[samples], zero(0);
+      for (int i = 0; i < samples; ++i) {
+        sample[i] = load(first[i] + channel, AllLanes<T>{});
+        zero += sample[i] - sample[i];
+      }
+      store(pivot + channel, from_order_of<T>(median(sample)));
+      if (to_bits<T>(zero <= Vec<A>(0)) != (uint64_t(1) << lanes) - 1) one_by_one(channel, channel + lanes);
+    }
+  }
+  one_by_one(channel, end);
+}
+
+template <class T, class Terms>
+void channel_sums(const void* data, Block whole, const void* pivots, ColumnSums sums) {
+  using A = acc_t<T>;
+  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t, const Block& block) FASTBN_INLINE_LAMBDA {
+    const InputRows<T> input(data, block, block.row_stride);
+    const Vec<A> narrow_pivot(static_cast<const A*>(pivots)[channel]);
+    const typename Terms::Value pivot(narrow_pivot);
+    return sum_channel<T, Terms>(
+        block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+          const T* source = input.at(row * block.row_stride + column);
+          if constexpr (std::is_same_v<decltype(lanes), AllLanes<T>>)
+            terms.add_shifted(Terms::load_value(source, lanes), pivot);
+          else
+            terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
+        });
+  });
+}
+
+template <class T, class Terms>
+void column_sums(const void* data, Block block, const void* pivots, ColumnSums sums) {
+  using A = acc_t<T>;
+  using Value = typename Terms::Value;
+  const InputRows<T> input(data, block, rows_ahead_of_column_sums * block.row_stride);
+  sum_columns<T, Terms>(
+      block, rows_of_column_sums, sums,
+      [&](int64_t column, auto lanes)
+          FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },
+      [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+        terms.add_shifted(Terms::load_value(input.at(row * block.row_stride + column), lanes), pivot);
+      });
+}
+
+}  // namespace fastbn::cpu::FASTBN_ISA

@@ -1,3 +1,0 @@
-// The leaf loops for the compiler's baseline.
-#define FASTBN_ISA portable
-#include "cpu/kernels.inl"

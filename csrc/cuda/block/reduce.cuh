@@ -1,0 +1,148 @@
+// Sums and merges in a fixed order: of octets into accumulators, of threads over a block, of splits over a warp.
+#pragma once
+
+#include "cuda/block/loop.cuh"
+#include "cuda/block/walk.cuh"
+#include "cuda/device/device.cuh"
+#include "math/plan.h"
+
+namespace fastbn::cuda {
+
+// Octets between promotions of a running sum to double, which bound its error however large the tensor. The elements of
+// half types are rounded so much more than their sums that these may take longer. Sums of float64 are cut as often,
+// since one long chain of additions shows in what is held to 4 ulp.
+template <class T>
+constexpr int octets_a_promotion = sizeof(T) < sizeof(float) ? 64 : 8;
+
+// n sums of type A; each of the eight terms of an octet has a running sum of its own, and they are all of the only sum
+// or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, most_threads apart: in
+// registers they would halve the occupancy.
+template <class A, int n>
+struct LongSum {
+  static_assert(n == 1 || n == octet);
+  A recent[octet] = {};
+  double* total;
+
+  FASTBN_DEVICE explicit LongSum(double* totals) : total(totals + device::thread_index()) {
+    FASTBN_UNROLL
+    for (int i = 0; i < n; ++i) total[i * most_threads] = 0;
+  }
+
+  FASTBN_DEVICE void promote() {
+    if constexpr (n == 1) {
+      const auto& r = recent;
+      total[0] += double(((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])));
+    } else {
+      FASTBN_KEEP_LOOP
+      for (int i = 0; i < n; ++i) total[i * most_threads] += double(pick(recent, i));
+    }
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) recent[i] = 0;
+  }
+};
+
+// Where a reducing pass keeps the totals of its two sums, and what lies behind them for everything else.
+template <int channels>
+struct ReduceMemory {
+  double* first = device::shared_memory<double>();
+  double* second = first + channels * most_threads;
+  uint32_t* votes = reinterpret_cast<uint32_t*>(second + channels * most_threads);
+  void* scratch = votes + most_threads / device::kWarp;
+};
+
+// Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item);
+// add(step, item, first, second) adds to the running sums what an octet comes to.
+template <class T, class A, int channels, class Each, class Add>
+FASTBN_DEVICE void sum_octets(const ReduceMemory<channels>& memory, Each each, Add add) {
+  LongSum<A, channels> first(memory.first), second(memory.second);
+  int octets = 0;
+  each([&](const Step& step, const auto& item) {
+    add(step, item, first.recent, second.recent);
+    if (++octets == octets_a_promotion<T>) {
+      octets = 0;
+      first.promote();
+      second.promote();
+    }
+  });
+  first.promote();
+  second.promote();
+}
+
+// Calls work(channel, lane, team, exists) in all threads, so that it may shuffle: `team` neighbouring lanes, a power of
+// two, share a channel. Where there are more teams than channels the last channel comes again, and exists is false.
+template <class Work>
+FASTBN_DEVICE void by_teams(int channels, Work work) {
+  const int thread = device::thread_index(), threads = device::block_threads();
+  int team = device::kWarp;
+  while (team > 1 && team * channels > threads) team /= 2;
+  for (int first = 0; first < channels; first += threads / team) {
+    const int channel = first + thread / team;
+    const bool exists = channel < channels;
+    work(exists ? channel : channels - 1, thread % team, team, exists);
+  }
+}
+
+// The two sums of a channel over some of its elements: of forward, those of d and d * d about the channel's pivot.
+struct alignas(16) Sums {
+  double first = 0, second = 0;
+
+  FASTBN_DEVICE void add(const Sums& part) { *this = {first + part.first, second + part.second}; }
+};
+
+// Says whether float32 sums of squares or products are as good as float64 ones: none overflowed, and those of numbers
+// other than 0 did not vanish. `is_exact_zero` says that a second sum of 0 is right.
+FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
+  const bool finite = sums.first - sums.first == 0 && sums.second - sums.second == 0;
+  return finite && (sums.second >= 1e-30 || sums.second <= -1e-30 || (sums.second == 0 && is_exact_zero));
+}
+
+// Adds up the totals of all threads; keep(channel, sums) is called by one thread a channel of the slice.
+template <class Walk, class Keep>
+FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Keep keep) {
+  device::sync_block();
+  by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+    double first = 0, second = 0;
+    walk.for_each_sum_of(channel, lane, team, [&](int thread, int i) {
+      first += memory.first[i * most_threads + thread];
+      second += memory.second[i * most_threads + thread];
+    });
+    for (int delta = team / 2; delta > 0; delta /= 2) {
+      first += device::shuffle_xor(first, delta);
+      second += device::shuffle_xor(second, delta);
+    }
+    if (exists && lane == 0) keep(channel, Sums{first, second});
+  });
+}
+
+// The sum over load(k) for k < count, by the lanes of a team, which all get it. Some loads are under way at a time.
+template <class Load>
+FASTBN_DEVICE Sums merge_parts(int count, int lane, int team, Load load) {
+  constexpr int batch = 4;
+  Sums sums;
+  int k = lane;
+  FASTBN_KEEP_LOOP
+  for (; k + (batch - 1) * team < count; k += batch * team) {
+    Sums parts[batch];
+    FASTBN_UNROLL
+    for (int i = 0; i < batch; ++i) parts[i] = load(k + i * team);
+    FASTBN_UNROLL
+    for (int i = 0; i < batch; ++i) sums.add(parts[i]);
+  }
+  FASTBN_KEEP_LOOP
+  for (; k < count; k += team) sums.add(load(k));
+  for (int delta = team / 2; delta > 0; delta /= 2) sums.add(device::shuffle_xor(sums, delta));
+  return sums;
+}
+
+// Whether a condition holds in all threads of the block, which all learn it. All are then behind what they did before.
+FASTBN_DEVICE bool block_agrees(bool condition, uint32_t* votes) {
+  const int thread = device::thread_index();
+  const uint32_t denied = device::ballot(!condition);
+  if (thread % device::kWarp == 0) votes[thread / device::kWarp] = denied;
+  device::sync_block();
+  uint32_t any = 0;
+  for (int warp = 0; warp < device::block_threads() / device::kWarp; ++warp) any |= votes[warp];
+  return any == 0;
+}
+
+}  // namespace fastbn::cuda

@@ -1,0 +1,318 @@
+// The device primitives, and the only header through which a kernel touches CUDA; tests/emulator has the same ones for
+// a CPU. Warp operations take full warps: all 32 lanes must reach them. Before sm_90 a block is its own cluster, and
+// before sm_80 an asynchronous copy is an ordinary one.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/device/runtime.h"
+#include "cuda/device/types.h"
+#include "math/macros.h"
+
+#define FASTBN_GLOBAL __global__
+#define FASTBN_DEVICE __device__ __forceinline__
+#define FASTBN_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+
+namespace fastbn::device {
+
+FASTBN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FASTBN_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
+FASTBN_DEVICE int64_t block_x() { return blockIdx.x; }
+FASTBN_DEVICE int64_t block_y() { return blockIdx.y; }
+FASTBN_DEVICE int64_t grid_x() { return gridDim.x; }
+FASTBN_DEVICE int64_t grid_y() { return gridDim.y; }
+
+// The value itself, of which the compiler knows nothing: what is made of it inside a loop is made there, instead of
+// once before it in registers that the loop needs.
+template <class T>
+FASTBN_DEVICE T anew(T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
+  return value;
+}
+
+// The larger of two, of which the second is a number; NaN where the first is; of two zeros, +0.
+FASTBN_DEVICE float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a < b ? b : a;
+#endif
+}
+FASTBN_DEVICE double max_or_nan(double a, double b) { return a < b ? b : a; }
+
+// Dynamic shared memory: one array a block, whatever T, aligned to 16 bytes.
+template <class T>
+FASTBN_DEVICE T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char fastbn_shared_memory[];
+  return reinterpret_cast<T*>(fastbn_shared_memory);
+}
+
+FASTBN_DEVICE void sync_block() { __syncthreads(); }
+FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+FASTBN_DEVICE void thread_fence() { __threadfence(); }
+
+// A barrier among `blocks` blocks of a cooperative launch, all of which are therefore running. `arrived` counts in
+// global memory, 0 before the first round; rounds count from 1. What a block wrote before it, the others see behind it.
+FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
+  sync_block();
+  if (thread_index() == 0) {
+    const uint64_t counter = __cvta_generic_to_global(arrived);
+    const uint32_t complete = static_cast<uint32_t>(blocks) * static_cast<uint32_t>(round);
+    uint32_t count;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do {  // relaxed: an acquire would empty L1 at every look, also for the block beside this one
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+      // Others may be a round ahead, and the count may wrap.
+    } while (static_cast<int32_t>(count - complete) < 0);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  }
+  sync_block();
+}
+
+// Returns what was there before.
+FASTBN_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
+  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<uint64_t>(value)));
+}
+
+namespace detail {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Moves a value of any type through shuffles of 32-bit words.
+template <class T, class Shuffle>
+FASTBN_DEVICE T shuffle_words(const T& value, Shuffle shuffle) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % 4 == 0 && sizeof(T) <= 32);
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t words[kWords];
+  memcpy(words, &value, sizeof(T));
+  FASTBN_UNROLL
+  for (int i = 0; i < kWords; ++i) words[i] = shuffle(words[i]);
+  T result;
+  memcpy(&result, words, sizeof(T));
+  return result;
+}
+
+}  // namespace detail
+
+template <class T>
+FASTBN_DEVICE T shuffle_xor(T value, int lane_mask) {
+  return detail::shuffle_words(value,
+                               [=](uint32_t word) { return __shfl_xor_sync(detail::kAllLanes, word, lane_mask); });
+}
+
+// Lanes whose source would lie beyond the warp keep their own value.
+template <class T>
+FASTBN_DEVICE T shuffle_down(T value, int delta) {
+  return detail::shuffle_words(value, [=](uint32_t word) { return __shfl_down_sync(detail::kAllLanes, word, delta); });
+}
+
+FASTBN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(detail::kAllLanes, predicate); }
+
+#if __CUDA_ARCH__ >= 900
+
+FASTBN_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+FASTBN_DEVICE int cluster_blocks() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+
+FASTBN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same where nothing was written that others read: no write is waited for.
+FASTBN_DEVICE void sync_cluster_after_reads() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where block `rank` of the cluster keeps what lies at `own` here. That block must not have returned yet.
+template <class T>
+FASTBN_DEVICE T* cluster_shared(T* own, int rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+
+#else
+
+FASTBN_DEVICE int cluster_rank() { return 0; }
+FASTBN_DEVICE int cluster_blocks() { return 1; }
+FASTBN_DEVICE void sync_cluster() { __syncthreads(); }
+FASTBN_DEVICE void sync_cluster_after_reads() { __syncthreads(); }
+
+template <class T>
+FASTBN_DEVICE T* cluster_shared(T* own, int) {
+  return own;
+}
+
+#endif
+
+namespace detail {
+
+// int4 is what the compiler moves in one instruction; a struct of eight halves it may split.
+template <class T>
+FASTBN_DEVICE Vector16<T> from_words(int4 words) {
+  Vector16<T> value;
+  memcpy(&value, &words, 16);
+  return value;
+}
+
+template <class T>
+FASTBN_DEVICE int4 to_words(const Vector16<T>& value) {
+  int4 words;
+  memcpy(&words, &value, 16);
+  return words;
+}
+
+}  // namespace detail
+
+template <class T>
+FASTBN_DEVICE Vector16<T> load16(const T* from) {
+  return detail::from_words<T>(*reinterpret_cast<const int4*>(from));
+}
+
+template <class T>
+FASTBN_DEVICE void store16(T* to, const Vector16<T>& value) {
+  *reinterpret_cast<int4*>(to) = detail::to_words(value);
+}
+
+// The streaming variants take global memory only, and leave their lines first to be evicted from the caches.
+template <class T>
+FASTBN_DEVICE Vector16<T> load16_streaming(const T* from) {
+  return detail::from_words<T>(__ldcs(reinterpret_cast<const int4*>(from)));
+}
+
+template <class T>
+FASTBN_DEVICE void store16_streaming(T* to, const Vector16<T>& value) {
+  __stcs(reinterpret_cast<int4*>(to), detail::to_words(value));
+}
+
+#if __CUDA_ARCH__ >= 800
+
+// Copies 16 bytes past the registers and L1. The bytes are there for this thread after the wait, and for others after
+// a barrier behind it.
+FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
+}
+
+FASTBN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the kPending latest groups of this thread are still under way.
+template <int kPending>
+FASTBN_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#else
+
+FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
+  *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
+}
+
+FASTBN_DEVICE void copy_async_commit() {}
+
+template <int kPending>
+FASTBN_DEVICE void copy_async_wait() {}
+
+#endif
+
+namespace detail {
+
+// Lets a kernel take as much shared memory as a block can have: less would be a race between threads that launch the
+// same kernel with different amounts.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return error;
+}
+
+}  // namespace detail
+
+// The largest cluster, a power of two, of blocks with all the shared memory that they can have, that the current device
+// launches; 1 where it knows no clusters, or where the code it runs was compiled before there were any.
+inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes code = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  int most = 1, power = 1;
+  cudaError_t error = cudaFuncGetAttributes(&code, function);
+  if (error == cudaSuccess && code.ptxVersion < 90) return 1;
+  if (error == cudaSuccess) error = detail::allow_shared_memory(function);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&most, function, &config);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // not the next launch's
+    return 1;
+  }
+  while (power * 2 <= most && power * 2 <= kMaxCluster) power *= 2;
+  return power;
+}
+
+// Returns the launch's own error, and leaves no trace of it; errors of the running kernel surface later, as usual.
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std::type_identity_t<P>... params) {
+  constexpr int64_t kSharedWithoutAsking = 48 * 1024;
+  if (!is_valid(shape)) return cudaErrorInvalidConfiguration;
+
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kSharedWithoutAsking) error = detail::allow_shared_memory(function);
+  if (error == cudaSuccess && shape.cluster > kPortableCluster) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    ++count;
+  }
+  if (shape.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count].val.cooperative = 1;
+    ++count;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))..., nullptr};
+  if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, arguments);
+  if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
+  return error;
+}
+
+}  // namespace fastbn::device

@@ -1,0 +1,122 @@
+// The two sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about a number near the
+// mean, which is corrected to xhat once a channel. Where float sums overflow, vanish, or meet inf or NaN, the block
+// starts again in double.
+#pragma once
+
+#include "cuda/block/reduce.cuh"
+#include "cuda/element/grad_z.cuh"
+
+namespace fastbn::cuda {
+
+// What recomputes z, and the pivot of the sums. Only float32 shows how x - pivot was rounded: float64 is too fine for
+// it, and elements of half types are rounded by far more themselves.
+template <class T>
+struct SumCoefficients {
+  using A = acc_t<T>;
+  static constexpr bool has_pivot = sizeof(T) == sizeof(float);
+
+  Affine<A> affine;
+  float float_pivot;
+
+  FASTBN_DEVICE A pivot() const { return has_pivot ? A(float_pivot) : affine.pivot; }
+};
+
+// A number near the mean about which float32 terms are exact; the mean itself where that is a float, so that a constant
+// channel has no terms at all.
+FASTBN_DEVICE float float_pivot_of(double mean, double inv_std) {
+  const float rounded = pivot_of_elements<float>(mean, inv_std);
+  return double(rounded) == mean ? rounded : float(grad_pivot_of(mean, inv_std));
+}
+
+template <class T>
+FASTBN_DEVICE SumCoefficients<T> sum_coefficients(const BackwardParams& params, int64_t channel) {
+  const float pivot = SumCoefficients<T>::has_pivot ? float_pivot_of(params.mean[channel], params.inv_std[channel]) : 0;
+  return {affine_of<acc_t<T>>(params, channel), pivot};
+}
+
+FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel) {
+  const double mean = params.mean[channel];
+  switch (params.dtype) {
+    case DType::float64: return mean;
+    case DType::float32: return float_pivot_of(mean, params.inv_std[channel]);
+    default: return pivot_of_elements<float>(mean, params.inv_std[channel]);
+  }
+}
+
+// Makes a thread's totals again in double, element by element: seldom, and so in few registers rather than fast.
+// `shared` are the coefficients of the slice's channels.
+template <class T, class Walk>
+FASTBN_DEVICE void total_grads_in_double(Walk walk, const ReduceMemory<Walk::channels>& memory,
+                                         const GradZ<T, Walk::whole>& grad_z, const SumCoefficients<T>* shared) {
+  double *first = memory.first + device::thread_index(), *second = memory.second + device::thread_index();
+  for (int i = 0; i < Walk::channels; ++i) first[i * most_threads] = second[i * most_threads] = 0;
+  FASTBN_KEEP_LOOP
+  while (walk.more()) {
+    const Step step = walk.step();
+    FASTBN_KEEP_LOOP
+    for (int i = 0; i < (Walk::whole ? octet : step.count); ++i) {
+      const SumCoefficients<T>& coefficients = shared[walk.channel_of(i)];
+      const int at = i % Walk::channels * most_threads;
+      const double x = grad_z.load_x(step, i), grad = grad_z.load_grad(step, i, coefficients.affine);
+      first[at] += grad;
+      second[at] += grad * (x - double(coefficients.pivot()));
+    }
+    walk.next();
+  }
+}
+
+// Over a block's share. each(simple, use) calls use(step, item) for its octets, with items of grad_z, and with
+// what grad_z.with_simplicity says; also(step, grad) gets what they come to; keep(channel, sums) is called by one
+// thread for each channel of the slice. Where the items have no x, the second sum means nothing. `coefficients` are
+// those that share_coefficients left in the scratch memory.
+template <class T, class Walk, class Each, class Also, class Keep>
+FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
+                                   const GradZ<T, Walk::whole>& grad_z,
+                                   const SumCoefficients<T> (&coefficients)[Walk::channels], Each each, Also also,
+                                   Keep keep) {
+  using A = acc_t<T>;
+  Affine<A> affine[Walk::channels];
+  FASTBN_UNROLL
+  for (int i = 0; i < Walk::channels; ++i) affine[i] = coefficients[i].affine;
+  grad_z.with_simplicity([&](auto simple) {
+    sum_octets<T, A>(
+        memory, [&](auto use) { each(simple, use); },
+        [&](const Step& step, const auto& item, A(&sum)[octet], A(&shifted)[octet]) {
+          A grad[octet];
+          grad_z.template compute<simple.value>(item, affine, grad);
+          also(step, grad);
+          FASTBN_UNROLL
+          for (int i = 0; i < octet; ++i) {
+            if (!Walk::whole && i >= step.count) grad[i] = 0;
+            sum[i] += grad[i];
+            shifted[i] += grad[i] * (item.x[i] - coefficients[i % Walk::channels].pivot());
+          }
+        });
+  });
+  bool resolved = true;
+  reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
+    keep(channel, sums);
+    const bool is_exact_zero = sums.first == 0 || grad_z.may_be_zero(walk.slice_channel + channel);
+    resolved = resolved && resolves(grad_z.reads_input() ? sums : Sums{sums.first, 0}, is_exact_zero);
+  });
+  if constexpr (sizeof(A) < sizeof(double)) {
+    if (block_agrees(resolved, memory.votes)) return;
+    total_grads_in_double(walk, memory, grad_z, static_cast<const SumCoefficients<T>*>(memory.scratch));
+    reduce_totals(walk, memory, keep);
+  }
+}
+
+FASTBN_DEVICE double sum_grad_xhat(const BackwardParams& params, int64_t channel, const Sums& sums) {
+  return sum_grad_xhat_of(sums.first, sums.second, pivot_of_sums(params, channel), params.mean[channel],
+                          params.inv_std[channel]);
+}
+
+// Writes what is wanted of a channel's sums over all of its elements.
+FASTBN_DEVICE void save_grad_sums(const BackwardParams& params, int64_t channel, double sum_grad, double xhat) {
+  if (params.sum_grad) params.sum_grad[channel] = sum_grad;
+  if (params.sum_grad_xhat) params.sum_grad_xhat[channel] = xhat;
+  if (params.grad_bias.defined()) params.grad_bias.store(channel, sum_grad);
+  if (params.grad_weight.defined()) params.grad_weight.store(channel, xhat);
+}
+
+}  // namespace fastbn::cuda

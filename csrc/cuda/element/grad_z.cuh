@@ -1,0 +1,140 @@
+// grad_z = grad_out * activation'(z), over an octet: from the mask where there is one, else z is recomputed from the
+// input and the residual.
+#pragma once
+
+#include "cuda/block/octet.cuh"
+#include "cuda/block/slab.cuh"
+#include "cuda/block/walk.cuh"
+#include "cuda/element/activate.cuh"
+#include "math/affine.h"
+#include "math/params.h"
+#include "math/plan.h"
+
+namespace fastbn::cuda {
+
+template <class T, bool whole>
+class GradZ {
+ public:
+  using A = acc_t<T>;
+
+  struct Item {
+    Octet<T> x, grad_out, residual;
+    uint8_t mask;
+  };
+  static constexpr int bytes_in_flight = 2 * sizeof(Octet<T>);  // of an item, but for a residual
+
+  // needs_x: whether the caller uses x for more than z. Holds on to the parameters, which are the kernel's.
+  FASTBN_DEVICE GradZ(const BackwardParams& params, const Plan& plan, bool needs_x)
+      : params_(params), vectorized_(plan.vectorized) {
+    masked_ = params.mask && is_piecewise_linear(params.activation);
+    const bool needs_z = params.activation != Activation::none && !masked_;
+    reads_residual_ = needs_z && params.residual;
+    reads_input_ = needs_z || needs_x;
+  }
+
+  // Whether a sum(grad_z * (x - pivot)) of 0 is right for a channel, or not asked for, where sum(grad_z) is not 0.
+  FASTBN_DEVICE bool may_be_zero(int64_t channel) const {
+    return !reads_input_ || !misses_vanished_products(params_.inv_std[channel]);
+  }
+  FASTBN_DEVICE bool reads_input() const { return reads_input_; }
+
+  FASTBN_DEVICE Item load(const Step& step) const {
+    Item item;
+    item.grad_out = load_octet<whole>(at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) item.x = load_octet<whole>(at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) item.residual = load_octet<whole>(at(params_.residual, step), step.count, vectorized_);
+    item.mask = load_mask(step);
+    return item;
+  }
+
+  // One element's x, 0 where nobody reads it, and its grad_z.
+  FASTBN_DEVICE A load_x(const Step& step, int i) const {
+    return reads_input_ ? to_acc(at(params_.input, step)[i]) : A(0);
+  }
+  FASTBN_DEVICE A load_grad(const Step& step, int i, const Affine<A>& affine) const {
+    const A grad = to_acc(at(params_.grad_out, step)[i]);
+    if (masked_) return activation_backward_masked(params_.activation, bool(load_mask(step) >> i & 1), grad);
+    if (params_.activation == Activation::none) return grad;
+    A z = affine.apply(load_x(step, i));
+    if (reads_residual_) z += to_acc(at(params_.residual, step)[i]);
+    return activation_backward(params_.activation, z, grad);
+  }
+
+  FASTBN_DEVICE uint8_t load_mask(const Step& step) const {
+    return masked_ ? params_.mask[whole ? step.offset / octet : params_.layout.mask_byte(step.offset)] : 0;
+  }
+
+  // Calls use(constant), true where the derivative is as short as is_simple says: of such an activation, or from a
+  // mask.
+  template <class Use>
+  FASTBN_DEVICE void with_simplicity(Use use) const {
+    if constexpr (!has_simple_loops) {
+      use(std::false_type());
+    } else {
+      masked_ || is_simple(params_.activation) ? use(std::true_type()) : use(std::false_type());
+    }
+  }
+
+  // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
+  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int place) const {
+    slab.template fetch<whole>(place, 0, at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) slab.template fetch<whole>(place, 1, at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) slab.template fetch<whole>(place, 2, at(params_.residual, step), step.count, vectorized_);
+  }
+
+  FASTBN_DEVICE Item load(const Slab<T>& slab, uint8_t mask) const {
+    Item item;
+    item.grad_out = slab.load(0);
+    if (reads_input_) item.x = slab.load(1);
+    if (reads_residual_) item.residual = slab.load(2);
+    item.mask = mask;
+    return item;
+  }
+
+  // simple: what with_simplicity says.
+  template <bool simple, int channels>
+  FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[octet]) const {
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) grad[i] = item.grad_out[i];
+    if ((simple || !has_simple_loops) && masked_) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) {
+        grad[i] = activation_backward_masked(params_.activation, (item.mask >> i & 1) != 0, grad[i]);
+      }
+      return;
+    }
+    if (simple && params_.activation == Activation::none) return;
+    A z[octet];
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) z[i] = affine[i % channels].apply(item.x[i]);
+    if (reads_residual_) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) z[i] += item.residual[i];
+    }
+    if constexpr (simple) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) grad[i] = activation_backward(Activation::relu, z[i], grad[i]);
+    } else {
+      activate_backward(params_.activation, z, grad);
+    }
+  }
+
+ private:
+  // What goes element by element, and float64, are not worth another loop and its registers.
+  static constexpr bool has_simple_loops = whole && sizeof(A) < sizeof(double);
+
+  static FASTBN_DEVICE const T* at(const void* tensor, const Step& step) {
+    return static_cast<const T*>(tensor) + step.offset;
+  }
+
+  const BackwardParams& params_;
+  bool masked_, reads_input_, reads_residual_, vectorized_;
+};
+
+template <class A>
+FASTBN_DEVICE Affine<A> affine_of(const BackwardParams& params, int64_t channel) {
+  return Affine<A>::make(params.mean[channel], params.inv_std[channel], params.weight.load_or(channel, 1),
+                         params.bias.load_or(channel, 0));
+}
+
+}  // namespace fastbn::cuda

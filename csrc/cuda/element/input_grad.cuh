@@ -1,0 +1,93 @@
+// The last step of a backward pass over an octet, which every schedule ends with.
+#pragma once
+
+#include "cuda/block/reduce.cuh"
+#include "cuda/element/grad_z.cuh"
+
+namespace fastbn::cuda {
+
+// An Affine and a GradAffine, which have the pivot and the scale in common.
+template <class A>
+struct GradCoefficients {
+  Affine<A> affine;
+  A slope, mean_grad, rest;
+
+  FASTBN_DEVICE GradAffine<A> grad() const { return {affine.pivot, slope, mean_grad, rest, affine.scale}; }
+};
+
+// grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
+// grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.
+template <class T, bool whole>
+class InputGrad {
+ public:
+  using A = acc_t<T>;
+
+  // is_far: what some_are_far says of the slice, by which its coefficients were made.
+  FASTBN_DEVICE InputGrad(const BackwardParams& params, const Plan& plan, bool frozen, bool is_far)
+      : grad_input_(static_cast<T*>(params.grad_input)),
+        grad_residual_(static_cast<T*>(params.grad_residual)),
+        frozen_(frozen),
+        is_far_(is_far && sizeof(A) < sizeof(double)),
+        vectorized_(plan.vectorized) {}
+
+  // simple: what grad_z.with_simplicity says.
+  template <bool simple, int channels>
+  FASTBN_DEVICE void operator()(const Step& step, const GradZ<T, whole>& grad_z,
+                                const typename GradZ<T, whole>::Item& item,
+                                const GradCoefficients<A> (&coefficients)[channels]) const {
+    Affine<A> affine[channels];
+    FASTBN_UNROLL
+    for (int i = 0; i < channels; ++i) affine[i] = coefficients[i].affine;
+    A grad[octet];
+    grad_z.template compute<simple>(item, affine, grad);
+    if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad);
+    if (!grad_input_) return;
+    if (is_far_) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) grad[i] = coefficients[i % channels].grad().apply_far(grad[i], item.x[i]);
+    } else {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) {
+        const GradAffine<A> g = coefficients[i % channels].grad();
+        grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
+      }
+    }
+    store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
+  }
+
+  // From grad_z, where the statistics are frozen.
+  template <int channels, class Coefficients>
+  FASTBN_DEVICE void store_frozen(const Step& step, const A (&grad_z)[octet],
+                                  const Coefficients (&coefficients)[channels]) const {
+    if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad_z);
+    if (!grad_input_) return;
+    A grad[octet];
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) grad[i] = grad_z[i] * coefficients[i % channels].affine.scale;
+    store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
+  }
+
+ private:
+  T* grad_input_;
+  T* grad_residual_;
+  bool frozen_, is_far_, vectorized_;
+};
+
+// Whether the gradients of a slice are to be made by apply_far, which all threads of the block learn.
+template <class A, class Walk>
+FASTBN_DEVICE bool some_are_far(const BackwardParams& params, const Walk& walk, uint32_t* votes) {
+  if constexpr (sizeof(A) == sizeof(double)) return false;
+  bool near = true;
+  for_each_own_channel(walk, [&](int, int64_t c) { near = near && !is_far_from_one(params.inv_std[c]); });
+  return !block_agrees(near, votes);
+}
+
+template <class A>
+FASTBN_DEVICE GradCoefficients<A> grad_coefficients(const BackwardParams& params, int64_t channel, double sum_grad,
+                                                    double sum_grad_xhat, double count, bool is_far) {
+  const auto grad = GradAffine<A>::make(params.mean[channel], params.inv_std[channel],
+                                        params.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count, is_far);
+  return {affine_of<A>(params, channel), grad.slope, grad.mean_grad, grad.rest};
+}
+
+}  // namespace fastbn::cuda

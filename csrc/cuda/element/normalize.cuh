@@ -1,0 +1,69 @@
+// The last step of a forward pass over an octet, which every schedule ends with.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/block/octet.cuh"
+#include "cuda/block/walk.cuh"
+#include "cuda/element/activate.cuh"
+#include "math/affine.h"
+#include "math/params.h"
+
+namespace fastbn::cuda {
+
+// output = activation((x - mean) * inv_std * weight + bias + residual), with a bit an element for backward where asked.
+template <class T, bool whole>
+class Normalize {
+ public:
+  using A = acc_t<T>;
+
+  FASTBN_DEVICE Normalize(const ForwardParams& params, const Plan& plan)
+      : residual_(static_cast<const T*>(params.residual)),
+        output_(static_cast<T*>(params.output)),
+        layout_(params.layout),
+        mask_(params.mask),
+        activation_(params.activation),
+        least_(params.activation == Activation::relu ? A(0) : -INFINITY),
+        vectorized_(plan.vectorized) {}
+
+  FASTBN_DEVICE Octet<T> load_residual(const Step& step) const {
+    Octet<T> residual;  // which stays what it is, and is not used, where there is none
+    if (residual_) residual = load_octet<whole>(residual_ + step.offset, step.count, vectorized_);
+    return residual;
+  }
+
+  // simple: what is_simple says of the activation.
+  template <bool simple, int channels>
+  FASTBN_DEVICE void operator()(const Step& step, const Octet<T>& x, const Octet<T>& residual,
+                                const Affine<A> (&affine)[channels]) const {
+    A z[octet];
+    FASTBN_UNROLL
+    for (int i = 0; i < octet; ++i) z[i] = affine[i % channels].apply(x[i]);
+    if (residual_) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) z[i] += residual[i];
+    }
+    if (mask_) {
+      mask_[whole ? step.offset / octet : layout_.mask_byte(step.offset)] =
+          mask_of(simple ? Activation::relu : activation_, z, whole ? octet : step.count);
+    }
+    if constexpr (simple) {
+      FASTBN_UNROLL
+      for (int i = 0; i < octet; ++i) z[i] = device::max_or_nan(z[i], least_);
+    } else {
+      activate(activation_, z);
+    }
+    store_octet<whole>(output_ + step.offset, step.count, vectorized_, z);
+  }
+
+ private:
+  const T* residual_;
+  T* output_;
+  const Layout& layout_;
+  uint8_t* mask_;
+  Activation activation_;
+  A least_;  // of a simple activation
+  bool vectorized_;
+};
+
+}  // namespace fastbn::cuda

@@ -1,0 +1,60 @@
+// The sums of the gradients by the two-phase plans: partial sums a block, added over the splits. Where the statistics
+// are frozen the gradients of the elements do not wait for the sums, and are made in the same pass.
+#include "cuda/element/grad_sums.cuh"
+#include "cuda/element/input_grad.cuh"
+#include "cuda/kernels/passes.cuh"
+
+namespace fastbn::cuda {
+namespace {
+
+template <class T, class Walk>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? 1 : 2)
+    grad_sums_kernel(BackwardParams params, Plan plan, Sums* partials) {
+  using A = acc_t<T>;
+  const ReduceMemory<Walk::channels> memory;
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
+  const GradZ<T, Walk::whole> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
+  const InputGrad<T, Walk::whole> input_grad(params, plan, true, false);
+  SumCoefficients<T> coefficients[Walk::channels];
+  share_coefficients(
+      walk, memory.scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients);
+  block_grad_sums(
+      walk, memory, grad_z, coefficients,
+      [&](auto simple, auto use) {
+        constexpr int batch = simple.value ? octets_in_flight<GradZ<T, Walk::whole>::bytes_in_flight> : 1;
+        for_each_octet<batch>(walk, [&](const Step& step) { return grad_z.load(step); }, use);
+      },
+      [&](const Step& step, const A(&grad)[octet]) {
+        if (params.statistics == Statistics::running) input_grad.store_frozen(step, grad, coefficients);
+      },
+      [&](int channel, const Sums& sums) {
+        partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
+      });
+}
+
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
+    finish_grad_sums_kernel(BackwardParams params, int splits, const Sums* partials) {
+  const int64_t channels = params.layout.channels;
+  const int64_t channel = finish_channel();
+  if (channel >= channels) return;
+  const int lane = device::thread_index() % device::kWarp;
+  const Sums sums =
+      merge_parts(splits, lane, device::kWarp, [&](int split) { return partials[split * channels + channel]; });
+  if (lane != 0) return;
+  save_grad_sums(params, channel, sums.first, sum_grad_xhat(params, channel, sums));
+}
+
+}  // namespace
+
+cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream) {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
+    return device::launch(&grad_sums_kernel<T, Walk>, sums_shape<T>(plan, true), stream, params, plan, partials);
+  });
+}
+
+cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
+                                    cudaStream_t stream) {
+  return device::launch(&finish_grad_sums_kernel, finish_shape(params.layout), stream, params, plan.splits, partials);
+}
+
+}  // namespace fastbn::cuda

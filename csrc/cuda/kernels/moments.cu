@@ -1,0 +1,58 @@
+// The statistics of all channels by the two-phase plans: partial moments a block, merged over the splits.
+#include "cuda/element/moments.cuh"
+#include "cuda/kernels/passes.cuh"
+
+namespace fastbn::cuda {
+namespace {
+
+template <class T, class Walk>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, sizeof(T) == sizeof(double) ? 1
+                                                      : Walk::by_rows             ? 2
+                                                                                  : 3)
+    moments_kernel(ForwardParams params, Plan plan, Sums* partials) {
+  if (params.num_batches_tracked && device::block_x() == 0 && device::thread_index() == 0) {
+    ++*params.num_batches_tracked;
+  }
+  const T* input = static_cast<const T*>(params.input);
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
+  const auto load = [&](const Step& step) {
+    return load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+  };
+  const ReduceMemory<Walk::channels> memory;
+  acc_t<T> pivot[Walk::channels];
+  share_coefficients(walk, memory.scratch, [&](int64_t channel) { return acc_t<T>(pivot_of(params, channel)); }, pivot);
+  block_moments<T>(
+      walk, memory, pivot, [&](auto use) { for_each_octet<octets_in_flight<sizeof(Octet<T>)>>(walk, load, use); },
+      [&](auto use) { for_each_octet<1>(walk, load, use); },
+      [&](int channel, const Sums& sums) {
+        partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
+      });
+}
+
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
+    finish_moments_kernel(ForwardParams params, int splits, const Sums* partials) {
+  const int64_t channels = params.layout.channels;
+  const int64_t channel = finish_channel();
+  if (channel >= channels) return;
+  const int lane = device::thread_index() % device::kWarp;
+  const Sums sums =
+      merge_parts(splits, lane, device::kWarp, [&](int split) { return partials[split * channels + channel]; });
+  if (lane != 0) return;
+  const Moments moments = moments_of(params.layout, pivot_of(params, channel), sums);
+  save_statistics(params, channel, moments, params.num_batches_tracked ? *params.num_batches_tracked : 0);
+}
+
+}  // namespace
+
+cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream) {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
+    return device::launch(&moments_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan, partials);
+  });
+}
+
+cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
+                                  cudaStream_t stream) {
+  return device::launch(&finish_moments_kernel, finish_shape(params.layout), stream, params, plan.splits, partials);
+}
+
+}  // namespace fastbn::cuda

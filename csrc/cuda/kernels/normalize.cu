@@ -1,0 +1,63 @@
+// The last pass of the two-phase plans, and the only one of evaluation.
+#include "cuda/element/normalize.cuh"
+#include "cuda/kernels/passes.cuh"
+#include "math/moments.h"
+
+namespace fastbn::cuda {
+namespace {
+
+struct Normalizer {
+  double mean, inv_std;
+};
+
+FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t channel) {
+  if (params.statistics != Statistics::running) return {params.mean[channel], params.inv_std[channel]};
+  return {params.running_mean.load(channel), inv_std_of(params.running_var.load(channel), params.eps)};
+}
+
+template <class T, class Walk>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? 2 : least_blocks)
+    normalize_kernel(ForwardParams params, Plan plan) {
+  using A = acc_t<T>;
+  const T* input = static_cast<const T*>(params.input);
+  const Normalize<T, Walk::whole> normalize(params, plan);
+  const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
+
+  const bool saves = params.statistics == Statistics::running && walk.split == 0;
+  Affine<A> affine[Walk::channels];
+  share_coefficients(
+      walk, device::shared_memory<char>(),
+      [&](int64_t channel) {
+        const Normalizer n = normalizer_of(params, channel);
+        if (saves && params.mean) params.mean[channel] = n.mean;
+        if (saves && params.inv_std) params.inv_std[channel] = n.inv_std;
+        return Affine<A>::make(n.mean, n.inv_std, params.weight.load_or(channel, 1), params.bias.load_or(channel, 0));
+      },
+      affine);
+
+  struct Item {
+    Octet<T> x, residual;
+  };
+  with_simplicity(params.activation, [&](auto simple) {
+    for_each_octet<simple.value && Walk::whole ? octets_in_flight<sizeof(Octet<T>)> : 1>(
+        walk,
+        [&](const Step& step) {
+          const auto x = load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+          return Item{x, normalize.load_residual(step)};
+        },
+        [&](const Step& step, const Item& item) {
+          normalize.template operator()<simple.value>(step, item.x, item.residual, affine);
+        });
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
+    return device::launch(&normalize_kernel<T, Walk>, last_pass_shape(plan, sizeof(Affine<acc_t<T>>)), stream, params,
+                          plan);
+  });
+}
+
+}  // namespace fastbn::cuda

@@ -1,0 +1,106 @@
+// The single launches that the plans are made of, and how a launch finds its kernel. A pass over the elements takes the
+// plan's grid; a finishing pass takes a warp a channel.
+#pragma once
+
+#include <algorithm>
+#include <cassert>
+#include <cstdint>
+
+#include "cuda/block/walk.cuh"
+#include "cuda/device/device.cuh"
+#include "math/params.h"
+#include "math/plan.h"
+
+namespace fastbn::cuda {
+
+struct Sums;
+
+// Partials lie as [splits, channels].
+cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
+cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
+                                  cudaStream_t stream);
+cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
+
+cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
+// Writes sum_grad, sum_grad_xhat, grad_weight and grad_bias where they are not null.
+cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
+                                    cudaStream_t stream);
+// The statistics are frozen where sum_grad is null; a null count is the layout's.
+cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+// Sums and the last pass in one launch, by one-pass plans; with the statistics of the batch. Only cooperative plans
+// have a workspace.
+cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
+                                    cudaStream_t stream);
+cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
+                                     cudaStream_t stream);
+
+// Calls run.operator()<T, Walk>() for the dtype and the plan's walk.
+template <class Run>
+cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run run) {
+  const auto with_kernel = [&]<class T, bool whole>() {
+    return plan.kernel == Kernel::row_blocks ? run.template operator()<T, Walk<Kernel::row_blocks, whole>>()
+                                             : run.template operator()<T, Walk<Kernel::channel_blocks, whole>>();
+  };
+  const auto with_walk = [&]<class T>() {
+    return walks_whole_octets(plan, layout) ? with_kernel.template operator()<T, true>()
+                                            : with_kernel.template operator()<T, false>();
+  };
+  switch (dtype) {
+    case DType::float32: return with_walk.template operator()<float>();
+    case DType::float64: return with_walk.template operator()<double>();
+    case DType::bfloat16: return with_walk.template operator()<bfloat16>();
+    case DType::float16: return with_walk.template operator()<float16>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Warps merge by halving, which takes full warps; channels and the elements of a row are counted in int.
+inline bool is_runnable(const Plan& plan, const Layout& layout) {
+  const bool threads = plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
+  const bool rows = plan.kernel == Kernel::channel_blocks || plan.width == plan.fold * layout.channels * layout.inner;
+  // Places that come round do so in whole stages, and threads take octets of a stage side by side.
+  const bool all_kept = plan.slots >= slots_for(layout, plan, plan.splits);
+  const bool stages =
+      plan.slots > 0 && plan.slots <= copy_stages * plan.slots_a_stage &&
+      (all_kept || (plan.kernel == Kernel::row_blocks && plan.slots == copy_stages * plan.slots_a_stage));
+  const bool places = !is_one_pass(plan) || stages;
+  return threads && rows && places && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
+}
+
+inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
+  assert(shared_bytes <= plan.shared_bytes);  // what the planner said
+  device::Launch shape;
+  shape.grid_x = int64_t(plan.groups) * plan.splits;
+  shape.threads = plan.threads;
+  shape.cluster = plan.cluster;
+  shape.cooperative = plan.schedule == Schedule::cooperative;
+  shape.shared_bytes = shared_bytes;
+  return shape;
+}
+
+// A launch that reduces, whatever it does afterwards.
+template <class T>
+device::Launch sums_shape(const Plan& plan, bool backward) {
+  return grid_of(plan, shared_memory_of(plan, backward, sizeof(acc_t<T>), octet * sizeof(T)).bytes());
+}
+
+// A last pass over the elements, which needs only the coefficients of the block's channels.
+inline device::Launch last_pass_shape(const Plan& plan, int64_t bytes_a_channel, int64_t more_bytes = 0) {
+  return grid_of(plan, bytes_a_channel * plan.slice_channels + more_bytes);
+}
+
+inline device::Launch finish_shape(const Layout& layout) {
+  constexpr int warps = 4;
+  device::Launch shape;
+  shape.grid_x = std::max<int64_t>(1, (layout.channels + warps - 1) / warps);
+  shape.threads = warps * device::kWarp;
+  return shape;
+}
+
+// The channel of a warp of a finishing pass, at or behind the last one where there is none left.
+FASTBN_DEVICE int64_t finish_channel() {
+  return device::block_x() * (device::block_threads() / device::kWarp) + device::thread_index() / device::kWarp;
+}
+
+}  // namespace fastbn::cuda

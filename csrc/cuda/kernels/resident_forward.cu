@@ -1,0 +1,107 @@
+// A training forward in one launch that reads the input once: the blocks of a slice keep its elements on chip, exchange
+// their moments, and normalise what they kept while they bring in their next slice. Of a slice larger than the chip
+// they keep a part and read the rest again.
+#include "cuda/block/slices.cuh"
+#include "cuda/element/moments.cuh"
+#include "cuda/element/normalize.cuh"
+#include "cuda/kernels/passes.cuh"
+
+namespace fastbn::cuda {
+namespace {
+
+// What is known of a channel of the slice: what was loaded while its elements were on their way, then its moments.
+union Channel {
+  struct {
+    double pivot, weight, bias;
+  } prepared;
+  Moments moments;
+};
+
+template <class T, class Walk>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false, Walk::whole)))
+    resident_forward_kernel(ForwardParams params, Plan plan, void* workspace) {
+  using A = acc_t<T>;
+  const SharedMemory parts = shared_memory_of(plan, false, sizeof(A), octet * sizeof(T));
+  char* const exchange = device::shared_memory<char>() + parts.totals + parts.votes + parts.scratch;
+  auto* const coefficients = reinterpret_cast<Affine<A>*>(exchange + parts.exchange);
+  Slab<T> slab(exchange + parts.exchange + parts.coefficients, plan);
+  Rendezvous rendezvous(plan, exchange, workspace);
+
+  const T* input = static_cast<const T*>(params.input);
+  const auto fetch = [&](const Step& step, int place) {
+    slab.template fetch<Walk::whole>(place, 0, input + step.offset, step.count, plan.vectorized);
+  };
+  const Batches batches(params);
+  const int64_t batch = batches.number();
+
+  for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
+    const ReduceMemory<Walk::channels> memory;
+    auto* const known = static_cast<Channel*>(memory.scratch);
+    for_each_own_channel(walk, [&](int channel, int64_t c) {
+      known[channel].prepared = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
+    });
+    device::sync_block();
+    A pivot[Walk::channels];
+    walk.for_each_channel([&](int i, int channel) { pivot[i] = A(known[channel].prepared.pivot); });
+
+    block_moments<T>(
+        walk, memory, pivot,
+        [&](auto use) {
+          for_each_kept<Walk::by_rows ? 1 : octets_together(sizeof(T))>(
+              walk, slab, [](const Step&) { return Nothing(); },
+              [&](const Step& step, Nothing) { use(step, slab.load(0)); },
+              [&](const Step& step, int visit) { slab.after_sums(walk, step, visit, fetch); });
+        },
+        [&](auto use) {
+          for_each_octet<1>(
+              walk,
+              [&](const Step& step) {
+                return load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+              },
+              use);
+        },
+        [&](int channel, const Sums& sums) { rendezvous.own(channel) = sums; });
+    rendezvous.meet();
+    if (is_first) batches.count();
+
+    by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+      const Sums sums = rendezvous.merged(channel, lane, team);
+      if (!exists || lane != 0) return;
+      const auto [pivot, weight, bias] = known[channel].prepared;
+      const Moments moments = moments_of(params.layout, pivot, sums);
+      coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps), weight, bias);
+      known[channel].moments = moments;
+    });
+    device::sync_block();
+    if (rendezvous.leads()) {
+      for_each_own_channel(walk, [&](int channel, int64_t c) {
+        save_statistics(params, c, known[channel].moments, device::anew(batch));
+      });
+    }
+    Affine<A> affine[Walk::channels];
+    take_coefficients(walk, coefficients, affine);
+
+    const Normalize<T, Walk::whole> normalize(params, plan);
+    slab.begin_last_pass(walk);
+    with_simplicity(params.activation, [&](auto simple) {
+      for_each_kept<simple.value && !Walk::by_rows ? octets_together(sizeof(T)) : 1>(
+          KeptFirst(walk), slab, [&](const Step& step) { return normalize.load_residual(step); },
+          [&](const Step& step, const Octet<T>& residual) {
+            normalize.template operator()<simple.value>(step, slab.load(0), residual, affine);
+          },
+          [&](const Step& step, int visit) { slab.after_output(walk, step, visit, fetch); });
+    });
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
+                                    cudaStream_t stream) {
+  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
+    return device::launch(&resident_forward_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan,
+                          workspace);
+  });
+}
+
+}  // namespace fastbn::cuda

@@ -1,0 +1,128 @@
+// Stands in for csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is done in its wait and
+// its target is NaN until then; where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/device/runtime.h"
+#include "cuda/device/types.h"
+#include "emulator.h"
+#include "math/macros.h"
+
+#define FASTBN_GLOBAL
+#define FASTBN_DEVICE FASTBN_INLINE
+#define FASTBN_LAUNCH_BOUNDS(...)
+
+namespace fastbn::device {
+
+using emulator::Location;
+
+int thread_index();
+int block_threads();
+int64_t block_x();
+int64_t block_y();
+int64_t grid_x();
+int64_t grid_y();
+int cluster_rank();
+int cluster_blocks();
+
+void sync_block(const Location& where = Location::current());
+void sync_cluster(const Location& where = Location::current());
+inline void sync_cluster_after_reads(const Location& where = Location::current()) { sync_cluster(where); }
+void sync_grid(const Location& where = Location::current());
+void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where = Location::current());
+void thread_fence(const Location& where = Location::current());
+
+inline int64_t atomic_add(int64_t* to, int64_t value) {
+  const int64_t before = *to;
+  *to += value;
+  return before;
+}
+
+template <class T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(emulator::shared_memory());
+}
+
+template <class T>
+T* cluster_shared(T* own, int rank, const Location& where = Location::current()) {
+  return reinterpret_cast<T*>(emulator::cluster_shared(own, rank, where));
+}
+
+namespace detail {
+
+template <class T>
+T exchange(emulator::Exchange kind, int argument, const T& value, const Location& where) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % 4 == 0 && sizeof(T) <= 32);
+  T result;
+  emulator::exchange(kind, argument, &value, &result, sizeof(T), where);
+  return result;
+}
+
+}  // namespace detail
+
+template <class T>
+T shuffle_xor(T value, int lane_mask, const Location& where = Location::current()) {
+  return detail::exchange(emulator::Exchange::shuffle_xor, lane_mask, value, where);
+}
+
+template <class T>
+T shuffle_down(T value, int delta, const Location& where = Location::current()) {
+  return detail::exchange(emulator::Exchange::shuffle_down, delta, value, where);
+}
+
+inline uint32_t ballot(bool predicate, const Location& where = Location::current()) {
+  return detail::exchange(emulator::Exchange::ballot, 0, static_cast<uint32_t>(predicate), where);
+}
+
+template <class T>
+Vector16<T> load16(const T* from, const Location& where = Location::current()) {
+  emulator::require_aligned(from, where);
+  Vector16<T> value;
+  memcpy(&value, from, 16);
+  return value;
+}
+
+template <class T>
+void store16(T* to, const Vector16<T>& value, const Location& where = Location::current()) {
+  emulator::require_aligned(to, where);
+  memcpy(to, &value, 16);
+}
+
+template <class T>
+Vector16<T> load16_streaming(const T* from, const Location& where = Location::current()) {
+  return load16(from, where);
+}
+
+template <class T>
+void store16_streaming(T* to, const Vector16<T>& value, const Location& where = Location::current()) {
+  store16(to, value, where);
+}
+
+template <class A>
+A max_or_nan(A a, A b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+T anew(T value) {
+  return value;
+}
+
+void copy_async16(void* shared, const void* global, const Location& where = Location::current());
+void copy_async_commit();
+
+template <int kPending>
+void copy_async_wait() {
+  emulator::copy_async_wait(kPending);
+}
+
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t, std::type_identity_t<P>... params) {
+  auto body = [&] { kernel(params...); };
+  return emulator::run(shape, [](void* argument) { (*static_cast<decltype(body)*>(argument))(); }, &body);
+}
+
+}  // namespace fastbn::device

@@ -1,6 +1,7 @@
 """fastbn: a drop-in BatchNorm for PyTorch whose forward and backward are fused kernels."""
 
 from fastbn import functional
+from fastbn._version import __version__
 from fastbn.inspect.explain import Plan, explain
 from fastbn.inspect.info import info
 from fastbn.inspect.limits import set_max_sms
@@ -12,6 +13,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Plan",
+    "__version__",
     "convert",
     "explain",
     "functional",

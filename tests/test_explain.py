@@ -151,7 +151,7 @@ def test_arguments_outside(x, options, message):
 def test_info():
     info = fastbn.info()
     assert list(info) == ["fastbn", "torch", "python", "build", "runs here", "devices"]
-    assert info["torch"] == torch.__version__
+    assert info["fastbn"] == fastbn.__version__ and info["torch"] == torch.__version__
     assert set(info["build"]) == {
         "compiler", "against torch", "CUDA architectures", "CPU instruction sets usable here"
     }  # fmt: skip

@@ -46,14 +46,15 @@ DEVICE_LANGUAGE = re.compile(
 # A room of fastbn, lower ones first: what of fastbn its modules may import beside their own room.
 MAY_IMPORT = {
     "_torch": set(),
+    "_version": set(),
     "ops": {"_C", "_torch"},
     "backends": {"ops"},
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "functional", "ops"},
     "transforms": {"nn"},
-    "inspect": {"_C", "backends", "ops"},
-    "__init__": {"functional", "nn", "transforms", "inspect"},
+    "inspect": {"_C", "_version", "backends", "ops"},
+    "__init__": {"_version", "functional", "nn", "transforms", "inspect"},
     "cli": {"__init__", "_C", "_torch", "functional", "nn", "transforms", "inspect", "backends", "ops"},
     "__main__": {"cli"},
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import torch
 
 from fastbn import _C
+from fastbn._version import __version__
 
 
 def info() -> dict:
@@ -25,7 +25,7 @@ def info() -> dict:
     else:
         cuda = "yes"
     return {
-        "fastbn": metadata.version("fastbn"),
+        "fastbn": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "build": {

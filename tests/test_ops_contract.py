@@ -243,6 +243,19 @@ def test_squares_that_overflow_float32(ops, dtype, channels_last):
         torch.testing.assert_close(actual.cpu(), exact, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_are_rounded_to_even(ops, dtype):
+    """1 and 1 + eps plus half of eps, of which the first goes down and the second up; and vectors and their tails."""
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor([1, 1 + eps], dtype=dtype).repeat(3, 8, 21)
+    half = torch.full_like(x, eps / 2)
+    zeros, ones = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    expected = torch.tensor([1, 1 + 2 * eps], dtype=dtype).repeat(3, 8, 21)
+    arguments = (t.to(ops.device) for t in (x, half))
+    output = ops.namespace.normalize(*arguments, None, None, zeros.to(ops.device), ones.to(ops.device), 0, False)[0]
+    assert torch.equal(output.cpu(), expected)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_a_channel_of_inf_has_an_infinite_mean(ops, dtype, channels_last):

@@ -152,12 +152,13 @@ class Walk {
     if constexpr (by_rows) {
       const int inner = static_cast<int>(layout_.inner), period = plan_.slice_channels * inner;
       const int in_a_row = plan_.lanes * octet / period * inner;  // elements of one channel
-      const bool one = in_a_row == 1;
-      for (int k = one ? 0 : lane; k < in_a_row; k += one ? 1 : team) {
+      // So many lanes side by side, and the others on other rows: an idle lane would leave long chains of additions.
+      int across = team;
+      while (across > in_a_row) across /= 2;
+      for (int k = lane % across; k < in_a_row; k += across) {
         const int at = k / inner * period + channel * inner + k % inner;
-        for (int row = one ? lane : 0; row < rows_; row += one ? team : 1) {
+        for (int row = lane / across; row < rows_; row += team / across)
           use(row * plan_.lanes + at / octet, at % octet);
-        }
       }
     } else {
       for (int thread = lane; thread < rows_; thread += team) use(thread, 0);

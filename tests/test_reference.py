@@ -209,6 +209,18 @@ def test_second_derivatives_of_activations(index):
     assert torch.autograd.gradcheck(lambda g, z: reference.activation_backward(g, z, index), (g, z))
 
 
+@pytest.mark.parametrize("name", ["elu", "silu", "gelu"])
+def test_second_derivative_at_0_is_torchs(name):
+    index, seconds = ACTIVATIONS.index(name), []
+    for derivative in (
+        lambda z: reference.activation_grad(z, index),
+        lambda z: torch.autograd.grad(_torch_activation(z, index).sum(), z, create_graph=True)[0],
+    ):
+        z = torch.tensor([-0.0, 0.0], dtype=torch.float64, requires_grad=True)
+        seconds.append(torch.autograd.grad(derivative(z).sum(), z)[0])
+    torch.testing.assert_close(*seconds)
+
+
 def test_second_derivative_of_elu_does_not_overflow():
     z = torch.tensor([1e4], dtype=torch.float64, requires_grad=True)
     (second,) = torch.autograd.grad(reference.activation_grad(z, ACTIVATIONS.index("elu")).sum(), z)

@@ -31,8 +31,9 @@ def activation_backward(grad_out: Tensor, z: Tensor, index: int) -> Tensor:
     if is_piecewise_linear(index):
         return masked_backward(grad_out, is_upper(z, index), index)
     if name == "elu":
-        # exp of the unused branch would overflow, and its inf would make the second derivative NaN.
-        return torch.where(z > 0, grad_out, grad_out * torch.where(z > 0, 0.0, z).exp())
+        # exp of the unused branch would overflow, and its inf would make the second derivative NaN. At 0, where both
+        # give 1, the second derivative is 0, as torch's is.
+        return torch.where(z >= 0, grad_out, grad_out * torch.where(z >= 0, 0.0, z).exp())
     if name == "silu":
         s = torch.sigmoid(z)
         return grad_out * (s * (1 + z * (1 - s)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ def _expanded(*shape: int) -> torch.Tensor:
 @contextlib.contextmanager
 def _memory_left(size: int):
     """The process gets no more than so many bytes of address space beside what it has."""
+    gc.collect()  # else it may give tensors of earlier tests back in between
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + size, limits[1]))

@@ -25,9 +25,9 @@ bool resolves(const Sums& sums, double count) {
 
 // The reduction of a forward op: partial sums about an element of each channel, then their moments.
 template <class A>
-class Statistician {
+class MomentReducer {
  public:
-  Statistician(const ForwardParams& params, const Partition& partition)
+  MomentReducer(const ForwardParams& params, const Partition& partition)
       : params_(params),
         partition_(partition),
         table_(kernels(params.dtype)),
@@ -86,13 +86,13 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
   const Partition partition(params.layout, params.dtype, channels);
   const bool batch = params.statistics == Statistics::batch;
   AffineTable<A> affine(partition, table.column_planes);
-  std::optional<Statistician<A>> statistician;
-  if (batch) statistician.emplace(params, partition);
+  std::optional<MomentReducer<A>> reducer;
+  if (batch) reducer.emplace(params, partition);
 
   auto finish_chunk = [&](Chunk& chunk) {
     const int64_t first = chunk.first, channels = chunk.channels;
     if (batch) {
-      statistician->set_moments(chunk);
+      reducer->set_moments(chunk);
       update_running(params.running_mean, chunk, chunk.mean, factor);
       update_running(params.running_var, chunk, chunk.unbiased_var, factor);
     } else if (params.statistics == Statistics::running) {
@@ -125,7 +125,7 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, block, mask_block);
   };
   if (batch)
-    run_phases(partition, threads, *statistician, finish, apply);
+    run_phases(partition, threads, *reducer, finish, apply);
   else
     run_last_phase(partition, threads, finish, apply);
 }
@@ -149,15 +149,15 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
 template <class A>
 void channel_stats_of(const ForwardParams& params, int64_t channels, const Threads& threads) {
   const Partition partition(params.layout, params.dtype, channels);
-  Statistician<A> statistician(params, partition);
+  MomentReducer<A> reducer(params, partition);
   auto finish = [&](int64_t begin, int64_t end) {
     for_each_chunk(begin, end, [&](Chunk& chunk) {
-      statistician.set_moments(chunk);
+      reducer.set_moments(chunk);
       std::copy_n(chunk.mean, chunk.channels, params.mean + chunk.first);
       std::copy_n(chunk.var, chunk.channels, params.var + chunk.first);
     });
   };
-  run_phases(partition, threads, statistician, finish, [](const Block&, const MaskBlock&, int64_t) {});
+  run_phases(partition, threads, reducer, finish, [](const Block&, const MaskBlock&, int64_t) {});
 }
 
 template <class A>

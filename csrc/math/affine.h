@@ -10,7 +10,7 @@
 namespace fastbn {
 
 // Says whether float32 differences from the mean may overflow that those from 0 do not, and from 0 they lose three
-// digits at most: the data reach from one end of the range to the other.
+// digits at most: the data reach from one end of the range to the other. Without branches, so that loops vectorise.
 FASTBN_INLINE bool spans_the_range(double mean, double inv_std) {
   const double size = mean < 0 ? -mean : mean;
   return (size > 0x1p100) & (size * inv_std < 8);
@@ -44,7 +44,8 @@ struct Affine {
 // grad_input = (grad_z - sum_grad / n - xhat * sum_grad_xhat / n) * weight * inv_std
 //            = (grad_z - mean_grad) * scale + ((x - pivot) * slope + rest)
 // The difference is taken first, so that a constant grad_out cancels before it is scaled. slope has two factors
-// inv_std, whose product leaves the range of float32 at 1e19, long before the gradient does. So far from 1,
+// inv_std, whose product leaves the range of float32 at 1e19, long before the gradient does. Where inv_std is that far
+// from 1, it is computed as
 //            = ((grad_z - mean_grad) + (x - pivot) * slope) * scale + rest
 // with one factor: as many operations, but one rounding more.
 template <class A>

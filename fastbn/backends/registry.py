@@ -69,8 +69,7 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 def saves_mask(backend: str, input: Tensor) -> bool:
     """Whether backward finds the derivative of a piecewise linear activation after a residual in the mask.
 
-    CUDA kernels walk whole octets, across runs where a run is not whole ones; the mask begins a byte with each run. It
-    is the residual then that backward reads.
+    CUDA needs byte-aligned rows of the mask: where a run is not a multiple of 8, backward reads the residual instead.
     """
     if backend in ("cpu", "reference") or input.dim() < 2:
         return True

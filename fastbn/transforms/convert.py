@@ -6,12 +6,12 @@ objects, so optimisers built before and checkpoints written before or after keep
 
 from torch import nn
 
-from fastbn.nn import batchnorm as modules
+from fastbn.nn import batchnorm
 
 _TO_FASTBN = {
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.BatchNorm1d: batchnorm.BatchNorm1d,
+    nn.BatchNorm2d: batchnorm.BatchNorm2d,
+    nn.BatchNorm3d: batchnorm.BatchNorm3d,
 }
 _TO_TORCH = {fast: stock for stock, fast in _TO_FASTBN.items()}
 

@@ -103,8 +103,8 @@ struct ConstColumnSums {
   const double* second;
 };
 
-// What is made once a channel is made of so many channels at once, in arrays that a core's cache holds and loops that
-// compilers vectorise (an estimate).
+// Per-channel numbers are computed for this many channels at a time, in arrays that fit in L1, by loops that compilers
+// vectorise (an estimate).
 constexpr int64_t chunk_channels = 64;
 
 // Numbers of channels [first, first + channels), each in double.

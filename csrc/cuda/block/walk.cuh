@@ -152,7 +152,7 @@ class Walk {
     if constexpr (by_rows) {
       const int inner = static_cast<int>(layout_.inner), period = plan_.slice_channels * inner;
       const int in_a_row = plan_.lanes * octet / period * inner;  // elements of one channel
-      // So many lanes side by side, and the others on other rows: an idle lane would leave long chains of additions.
+      // `across` lanes share a row, the others take other rows: idle lanes would leave long chains of additions.
       int across = team;
       while (across > in_a_row) across /= 2;
       for (int k = lane % across; k < in_a_row; k += across) {

@@ -216,14 +216,17 @@ def test_a_backend_cannot_differentiate_running_statistics(trained, training):
         fastbn.functional.batch_norm(_zeros(3, 4), *statistics, training=training, backend="cpu")
 
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def _arguments(**changed):
-    """Of batch_norm_train, in order, right but for what is named."""
+    """Return arguments of batch_norm_train by name: right ones, except those in `changed`."""
     right = {
         "input": _zeros(3, 4, 2), "residual": None, "weight": None, "bias": None, "running_mean": _zeros(4),
         "running_var": _zeros(4), "num_batches_tracked": torch.tensor(0), "momentum": 0.1, "eps": 1e-5,
         "activation": 1, "save_mask": False,
     }  # fmt: skip
-    return list((right | changed).values())
+    return right | changed
 
 
 @pytest.mark.parametrize(
@@ -247,10 +250,10 @@ def _arguments(**changed):
 )
 def test_ops_say_what_they_expected(changed, message):
     arguments = _arguments(**changed)
-    buffers = [t for t in arguments[4:7] if t is not None]
+    buffers = [t for t in (arguments[name] for name in BUFFERS) if t is not None]
     before = [t.clone() for t in buffers]
     with pytest.raises(RuntimeError, match=re.escape(f"batch_norm_train: {message}")):
-        torch.ops.fastbn.batch_norm_train(*arguments)
+        torch.ops.fastbn.batch_norm_train(**arguments)
     assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
 
 
@@ -275,7 +278,7 @@ REFUSED = [
 @pytest.mark.parametrize("changed", [{}, *REFUSED], ids=str)
 def test_ops_refuse_what_the_layer_takes_them_to_refuse(changed):
     """The layer calls first and asks why afterwards; so it fails as torch does, or takes what torch takes."""
-    given = dict(zip(inspect.signature(contract._fake_train).parameters, _arguments(**changed), strict=True))
+    given = _arguments(**changed)
     operands = {name: given[name] for name in inspect.signature(dispatch.why_refused).parameters}
     assert bool(dispatch.why_refused(**operands)) == bool(changed)
     if not changed:

@@ -1,10 +1,11 @@
 """The eight ops as Python sees them: loads fastbn._C and adds what torch needs beside kernels.
 
-That is the shapes that tracing asks for, and the refusal to differentiate an op directly.
+That is a fake of each op, made from its schema in csrc/bindings/schemas.cpp, and the refusal to differentiate an op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,110 +42,60 @@ OPS = (
 )
 
 
-def _stats(input: Tensor) -> Tensor:
-    return input.new_empty(input.size(1), dtype=torch.float64)
+def _activation(call: SimpleNamespace) -> Tensor:
+    return torch.empty_like(call.input, memory_format=suggest_memory_format(call.input))
 
 
-def _output(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+def _stats(call: SimpleNamespace) -> Tensor:
+    return call.input.new_empty(call.input.size(1), dtype=torch.float64)
 
 
-def _mask(input: Tensor, activation: int, wanted: bool) -> Tensor:
-    if not (wanted and is_piecewise_linear(activation)):
-        return input.new_empty(0, dtype=torch.uint8)
-    shape = mask_shape(tuple(input.shape), suggest_memory_format(input))
-    return input.new_empty(shape, dtype=torch.uint8)
+def _mask(call: SimpleNamespace) -> Tensor:
+    shape: tuple[int, ...] = (0,)
+    if call.save_mask and is_piecewise_linear(call.activation):
+        shape = mask_shape(tuple(call.input.shape), suggest_memory_format(call.input))
+    return call.input.new_empty(shape, dtype=torch.uint8)
 
 
-def _check_devices(input: Tensor, *tensors: Tensor | None) -> None:
-    """One meta tensor is enough for torch to call what is here instead of the kernels, which check this too."""
-    for tensor in tensors:
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"batch_norm: expected all tensors on {input.device}, got one on {tensor.device}")
+def _parameter_gradient(call: SimpleNamespace, is_needed: bool) -> Tensor:
+    like = next((vector for vector in (call.weight, call.bias) if vector is not None), call.input)
+    return like.new_empty(call.input.size(1) if is_needed else 0)
 
 
-def _fake_train(
-    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask
-):
-    _check_devices(input, weight, bias, running_mean, running_var, num_batches_tracked)
-    return _output(input), _stats(input), _stats(input), _mask(input, activation, save_mask)
+# What a result is, by its name in the schemas, from the arguments by theirs; a name means the same in every op. An op
+# without `need_input` always returns that gradient.
+_RESULTS: dict[str, Callable[[SimpleNamespace], Tensor]] = {
+    "output": _activation,
+    "mean": _stats,
+    "var": _stats,
+    "inv_std": _stats,
+    "mask": _mask,
+    "sum_grad": _stats,
+    "sum_grad_xhat": _stats,
+    "grad_input": lambda call: _activation(call) if getattr(call, "need_input", True) else call.input.new_empty(0),
+    "grad_residual": lambda call: _activation(call) if call.need_residual else call.input.new_empty(0),
+    "grad_weight": lambda call: _parameter_gradient(call, call.need_weight),
+    "grad_bias": lambda call: _parameter_gradient(call, call.need_bias),
+}
 
 
-def _fake_eval(input, residual, weight, bias, running_mean, running_var, eps, activation):
-    _check_devices(input, weight, bias, running_mean, running_var)
-    return _output(input)
+def _fake_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Return the fake of an op: it binds arguments by their names in the schema and allocates results by theirs."""
+    arguments = [argument.name for argument in op._schema.arguments]
+    results = [_RESULTS[result.name] for result in op._schema.returns]
 
+    def fake(*values: Any) -> Any:
+        call = SimpleNamespace(**dict(zip(arguments, values, strict=True)))
+        for tensor in values:
+            # One meta tensor is enough for torch to call this instead of the kernels, which check the devices too.
+            if isinstance(tensor, Tensor) and tensor.device != call.input.device:
+                raise RuntimeError(
+                    f"batch_norm: expected all tensors on {call.input.device}, got one on {tensor.device}"
+                )
+        outputs = tuple(result(call) for result in results)
+        return outputs if len(outputs) > 1 else outputs[0]
 
-def _fake_frozen(input, residual, weight, bias, running_mean, running_var, eps, activation, save_mask):
-    _check_devices(input, weight, bias, running_mean, running_var)
-    return _output(input), _stats(input), _stats(input), _mask(input, activation, save_mask)
-
-
-def _fake_backward(
-    grad_out,
-    input,
-    residual,
-    mask,
-    weight,
-    bias,
-    mean,
-    inv_std,
-    batch_stats,
-    activation,
-    need_input,
-    need_weight,
-    need_bias,
-    need_residual,
-):
-    vector = next((v for v in (weight, bias) if v is not None), input)
-    return (
-        _output(input) if need_input else input.new_empty(0),
-        vector.new_empty(input.size(1) if need_weight else 0),
-        vector.new_empty(input.size(1) if need_bias else 0),
-        _output(input) if need_residual else input.new_empty(0),
-    )
-
-
-def _fake_channel_stats(input):
-    return _stats(input), _stats(input)
-
-
-def _fake_normalize(input, residual, weight, bias, mean, inv_std, activation, save_mask):
-    return _output(input), _mask(input, activation, save_mask)
-
-
-def _fake_grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
-    return _stats(input), _stats(input)
-
-
-def _fake_input_grad(
-    grad_out,
-    input,
-    residual,
-    mask,
-    weight,
-    bias,
-    mean,
-    inv_std,
-    sum_grad,
-    sum_grad_xhat,
-    count,
-    activation,
-    need_residual,
-):
-    return _output(input), _output(input) if need_residual else input.new_empty(0)
-
-
-_FAKES = (
-    _fake_train,
-    _fake_eval,
-    _fake_frozen,
-    _fake_backward,
-    _fake_channel_stats,
-    _fake_normalize,
-    _fake_grad_sums,
-    _fake_input_grad,
-)
+    return fake
 
 
 def _refuse_backward(op: str):
@@ -173,10 +124,10 @@ def bind(ops: str) -> SimpleNamespace:
     library = torch.library.Library(ops, "IMPL")
     _libraries.append(library)
     packets = getattr(torch.ops, ops)
-    for name, fake in zip(OPS, _FAKES, strict=True):
+    for name in OPS:
         qualified = f"{ops}::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
         op = getattr(packets, name).default
+        torch.library.register_fake(qualified, _fake_of(op), lib=library)
         if op._schema.is_mutable:
             library.impl(name, _refuse_forward(op), "Autograd", with_keyset=True)
         else:

@@ -65,7 +65,7 @@ tests() {
 # sanitize TOOL: the small cases of every op and both kinds of layout.
 sanitize() {
   OMP_NUM_THREADS=2 compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
-    tests/test_ops.py -m gpu -k "prime or rgb or aligned"
+    tests/ops/test_ops.py -m gpu -k "prime or rgb or aligned"
 }
 
 sanitizers() {

@@ -1,6 +1,6 @@
 // Times every plan that the planner could choose, for a table of shapes, on the GPU that is here: the kernels alone,
 // without torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run,
-// and tests/test_plans.py holds the planner to it.
+// and tests/csrc/test_plans.py holds the planner to it.
 //
 //   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans && ./plans >
 //   plans.csv

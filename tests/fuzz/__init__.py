@@ -1,4 +1,4 @@
 """Differential fuzzing: drawn calls of fastbn against stock torch and against extended precision.
 
-`python -m tests.fuzz --help` runs many; tests/test_fuzz.py runs some.
+`python -m tests.fuzz --help` runs many; tests/fuzz/test_fuzz.py runs some.
 """

@@ -420,7 +420,7 @@ class _Examination:
                 self._compare(name, tensor, rival[name], *expected[name])
 
     def _expected(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Exact results by name, each with what it may be off by (broadcast); tests/test_ops.py has the same bounds."""
+        """Exact results by name, each with its tolerance (broadcast). tests/ops/test_ops.py has the same bounds."""
         dtype, count, w = self.case.torch_dtype, self.count, self.operands
         fwd, bwd = self.exact, self.exact_backward
         expected = {}

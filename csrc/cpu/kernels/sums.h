@@ -117,7 +117,7 @@ struct WideSums {
 // out, and of a mean it is a part of the standard deviation. Gradients and their products do cancel, and what is left
 // of their sum is measured by 2 ulp: those of bfloat16 still fit (0.5 ulp is the median, 1.5 the most of 150 tensors of
 // 8 channels, stock's median 1.7 to 11), those of float32 do not (0.8 and 3.9; stock's most is 2.5 for the same), not
-// even by twos, where a channel is alone (tests/test_accuracy.py: 4.8). A sum in double as long as a block shows in
+// even by twos, where a channel is alone (tests/numerics: 4.8). A sum in double as long as a block shows in
 // float64 results; sums of 16 terms, added up, do not.
 template <class T>
 using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 16>, WideSums<acc_t<T>>>;

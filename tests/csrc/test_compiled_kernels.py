@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 HAS_KERNELS = [path for path in SOURCES if "FASTBN_GLOBAL" in path.read_text()]

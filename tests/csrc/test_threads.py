@@ -17,7 +17,7 @@ from fastbn import _C
 from tests import cases, tolerance
 from tests.tolerance import assert_close_to_reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _cases(*shapes):
@@ -101,7 +101,8 @@ def _environment(instruction_set: str, threads: int) -> dict[str, str]:
 _PROGRAM = """
 import sys, torch
 from fastbn import _C
-from tests import cases, test_threads
+from tests import cases
+from tests.csrc import test_threads
 table = [case for case in cases.SMALL if case.data == "normal" and case.count > 1]
 results = {"instruction_set": _C.build_info()["cpu_instruction_set"]}
 for case in table:
@@ -144,7 +145,8 @@ def test_instruction_sets(instruction_set, tmp_path):
     [name for name in _C.build_info()["cpu_instruction_sets"] if name != _C.build_info()["cpu_instruction_set"]],
 )
 def test_accuracy_of_the_other_instruction_sets(instruction_set):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", "tests/test_accuracy.py"]
+    selected = ["-k", "cpu", "tests/numerics/test_accuracy.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected]
     run = subprocess.run(
         command, env=_environment(instruction_set, 1), cwd=ROOT, capture_output=True, text=True, timeout=300
     )

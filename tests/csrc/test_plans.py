@@ -19,7 +19,7 @@ from tests import tolerance
 from tests.emulator import build
 from tests.implementations import EMULATED_LIMITS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 BATCHES = (32, 64, 128, 256)
 

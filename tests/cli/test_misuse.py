@@ -21,10 +21,10 @@ from fastbn.cli import bench, build_parser, demo, info, main, verify
 from fastbn.cli.arguments import check_file
 from fastbn.cli.errors import CommandError
 from fastbn.cli.idx import read_idx
-from tests import test_cli
-from tests.test_cli import TEST_LABELS, TRAIN_IMAGES, idx_bytes
+from tests.cli import test_cli
+from tests.cli.test_cli import TEST_LABELS, TRAIN_IMAGES, idx_bytes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 
 idx_directory = test_cli.idx_directory

@@ -12,7 +12,7 @@ import torch
 from fastbn.backends import reference
 from fastbn.ops import contract
 
-DESIGN = Path(__file__).resolve().parents[1] / "docs" / "design.md"
+DESIGN = Path(__file__).resolve().parents[2] / "docs" / "design.md"
 
 
 def _schema(op: str) -> torch._C.FunctionSchema:

@@ -49,10 +49,24 @@ class Implementation:
     compiles: bool = False
 
 
+def serving(device: torch.device) -> tuple[str | None, str]:
+    """Return (the backend that serves tensors of a device, or None where fastbn leaves them to torch, and why)."""
+    plan = fastbn.explain(torch.empty(2, 2, device=device))
+    return None if plan.backend == "torch" else plan.backend, plan.reason
+
+
+def _can_serve(backend: str, device: torch.device) -> bool:
+    try:
+        fastbn.explain(torch.empty(2, 2, device=device), backend=backend)
+    except ValueError:
+        return False
+    return True
+
+
 def implementations(device: torch.device) -> list[Implementation]:
     """All that this installation has for a device, in the order of the tables."""
-    default, reason = registry.default_backend(device)
-    others = [name for name in registry.backends() if name not in (default, "reference")]
+    default, reason = serving(device)
+    others = [name for name in registry.names() if name not in (default, "reference", "torch")]
     compiled = [
         Implementation(name, functools.partial(_prepare_compiled, mode), compiles=True)
         for name, mode in _COMPILE_MODES.items()
@@ -65,7 +79,7 @@ def implementations(device: torch.device) -> list[Implementation]:
         *[
             Implementation(f"{FASTBN}-{name}", functools.partial(_prepare_backend, name))
             for name in others
-            if registry.why_unavailable(name, device) is None
+            if _can_serve(name, device)
         ],
     ]
 

@@ -19,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastbn
 from bench import resnet50
+from bench.implementations import serving
 from bench.results import NetworkStep, Refusal
 from bench.timer import Budget, Call, IdleClock, speedup, summarize, time_in_turns
 from bench.workloads import dtype_name
-from fastbn.backends import registry
 
 NETWORK = "resnet50"
 TORCH, CONVERT, FUSED = "torch", "convert", "fused"
@@ -218,7 +218,7 @@ def _gate(trainings: dict[str, Training], case: NetworkCase, device: torch.devic
     a network that leaves out a residual addition passes. So a pass of a few images in float64 has to agree too.
     """
     refusal = functools.partial(Refusal, str(case), dtype_name(case.dtype), "step")
-    backend, why = registry.default_backend(device)
+    backend, why = serving(device)
     tolerance = loss_tolerance(case.dtype, device)
     expected = float64_pass(trainings[TORCH])
     refusals = []

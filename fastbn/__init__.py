@@ -2,10 +2,11 @@
 
 from fastbn import functional
 from fastbn._version import __version__
-from fastbn.inspect.explain import Plan, explain
+from fastbn.inspect.explain import explain
 from fastbn.inspect.info import info
 from fastbn.inspect.limits import set_max_sms
 from fastbn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.ops.dispatch import Plan
 from fastbn.transforms.convert import convert, revert
 
 __all__ = [

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbn.autograd import batch_norm as fused
-from fastbn.backends import registry
-from fastbn.backends.reference.activations import activation as activate
-from fastbn.ops import dispatch
+from fastbn.backends import aten, registry
 from fastbn.ops.activations import index as activation_index
+from fastbn.ops.dispatch import Call
 
 
 def batch_norm(
@@ -44,44 +41,29 @@ def batch_norm(
     Raises what torch raises for the same input, before any buffer has changed (but what hooks on saved tensors raise),
     and ValueError for a residual or activation that does not fit and for a named backend that cannot take the call.
     """
-    index = activation_index(activation)
+    call = Call(
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked if training else None,
+        momentum,
+        eps,
+        activation_index(activation),
+        training,
+    )
     if residual is not None:
         _check_residual(input, residual)
-    if not training:
-        num_batches_tracked = None
-    statistics = running_mean, running_var
-    operands = (input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps, index)
-    if backend is None and type(input) is Tensor and not torch.compiler.is_compiling():
-        # The ops look at every operand anyway: asking first, why they would refuse, takes 3 us.
-        reason = dispatch.why_torch_must_see(*operands[:6]) or dispatch.why_left_to_torch(
-            input, *statistics, num_batches_tracked, training, momentum, eps
-        )
-        if reason is None:
-            backend = registry.backend_of(input)
-        if backend is not None:
-            try:
-                return fused.batch_norm(*operands, backend)
-            except RuntimeError:
-                refused = dispatch.why_refused(input, *statistics, weight, bias, num_batches_tracked)
-                if refused is None and not dispatch.cannot_be_saved(operands[:6]):
-                    raise
-        return _torch_batch_norm(*operands)
-    tensors, numbers = (input, *statistics, weight, bias, num_batches_tracked), (training, momentum, eps)
-    if backend is None:
-        backend = "torch" if dispatch.why_torch_must_see(*operands[:6]) else _choose_backend(*tensors, *numbers)
-    elif backend != "torch":
-        _check_backend(backend, *tensors, *numbers)
-    return _torch_batch_norm(*operands) if backend == "torch" else fused.batch_norm(*operands, backend)
-
-
-def _choose_backend(input, *rest) -> str:
-    return "torch" if dispatch.why_unsupported(input, *rest) else registry.backend_of(input) or "torch"
-
-
-def _check_backend(backend: str, input: Tensor, *rest) -> None:
-    reason = registry.why_unavailable(backend, input.device) or dispatch.why_unsupported(input, *rest)
-    if reason is not None:
-        raise ValueError(f"batch_norm: backend {backend!r} cannot take this call: {reason}")
+    chosen, _ = registry.choose(call, backend)
+    if chosen.ops is not None:
+        try:
+            return fused.batch_norm(call, chosen)
+        except RuntimeError:
+            if registry.choose(call, backend, ask_all=True)[0] is chosen:
+                raise
+    return aten.batch_norm(call)
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:
@@ -91,31 +73,3 @@ def _check_residual(input: Tensor, residual: Tensor) -> None:
         raise ValueError(f"batch_norm: expected residual of dtype {input.dtype}, got {residual.dtype}")
     if residual.device != input.device:
         raise ValueError(f"batch_norm: expected residual on {input.device}, got {residual.device}")
-
-
-def _torch_batch_norm(
-    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, index
-) -> Tensor:
-    counts = num_batches_tracked is not None
-    factor = momentum
-    if momentum is None:
-        factor = 1.0 / float(num_batches_tracked + 1) if counts else 0.0
-    if counts and not torch.compiler.is_compiling() and num_batches_tracked.is_inference():
-        num_batches_tracked.add_(0)  # raises what counting would raise after the averages had moved
-    if training and weight is not None and bias is not None and weight.dtype != bias.dtype:
-        # torch compares the two after it has moved the averages: so first with copies of them.
-        copies = (t if t is None else t.clone() for t in (running_mean, running_var))
-        F.batch_norm(input, *copies, weight, bias, True, factor, eps)
-    # torch's backward of (N, C) reads beside a vector that is not contiguous.
-    weight, bias = _contiguous(weight), _contiguous(bias)
-    if not training:
-        running_mean, running_var = _contiguous(running_mean), _contiguous(running_var)
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    output = activate(output if residual is None else output + residual, index)
-    if counts:  # after all that may raise
-        num_batches_tracked.add_(1)
-    return output
-
-
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()

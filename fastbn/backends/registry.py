@@ -1,93 +1,82 @@
-"""The backends by name, which of them serves a device, and what each can do."""
+"""The backends by name, and the one place that decides which of them serves a call."""
 
 from __future__ import annotations
-
-import functools
-import re
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbn.backends import reference
-from fastbn.ops import contract
-from fastbn.ops.layout import runs_of, suggest_memory_format
+from fastbn.backends import aten, native
+from fastbn.backends.reference.backend import REFERENCE
+from fastbn.ops import dispatch
+from fastbn.ops.dispatch import Backend, Call
 
-CUDA_ARCHITECTURES: str = contract.BUILD_INFO["cuda_architectures"]
+_backends: dict[str, Backend] = {}
+# Of one type of device, the fastest first.
+_offered: dict[str, list[Backend]] = {}
 
-_backends: dict[str, Any] = {}
+
+def register(backend: Backend) -> None:
+    """Make a backend known by its name, and offer it calls on its types of devices after those registered before."""
+    _backends[backend.name] = backend
+    for device_type in backend.device_types:
+        _offered.setdefault(device_type, []).append(backend)
 
 
-def namespace(backend: str) -> Any:
-    """What holds the eight ops of a backend as attributes. ValueError for an unknown name."""
+def get(name: str) -> Backend:
+    """Return the backend of that name. ValueError for an unknown one."""
     try:
-        return _backends[backend]
+        return _backends[name]
     except KeyError:
-        raise ValueError(f"backend: expected one of {', '.join(_backends)}, torch, got {backend!r}") from None
+        raise ValueError(f"backend: expected one of {', '.join(_backends)}, got {name!r}") from None
 
 
-def backends() -> tuple[str, ...]:
-    """The names that `namespace` knows."""
+def names() -> tuple[str, ...]:
+    """Return the names that `get` knows."""
     return tuple(_backends)
 
 
-def default_backend(device: torch.device) -> tuple[str | None, str]:
-    """(the backend that serves tensors of a device, or None, and why)."""
-    if device.type == "cpu":
-        return "cpu", "CPU tensors run on the C++ kernels"
-    if device.type == "cuda":
-        if not CUDA_ARCHITECTURES:
-            return None, "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
-        capability = torch.cuda.get_device_capability(device)
-        if not runs_on(capability, CUDA_ARCHITECTURES):
-            return None, f"fastbn was built for {CUDA_ARCHITECTURES}, and this GPU is {capability[0]}.{capability[1]}"
-        return "cuda", "CUDA tensors run on the CUDA kernels"
-    return None, f"fastbn has no kernels for {device.type} tensors"
+def choose(call: Call, name: str | None = None, *, ask_all: bool = False) -> tuple[Backend, str | None]:
+    """Return (the backend that serves a call, why no faster one does: None where there is none).
 
+    name: the backend that was asked for, None for the fastest. ask_all: whether to ask even what the ops check
+    themselves, which takes 3 us; without it an eager call may be given to a backend that refuses it with a RuntimeError
+    before anything has changed. Traced calls, where nobody could answer that, are always asked all.
 
-def backend_of(input: Tensor) -> str | None:
-    """What `default_backend` says of its device, in less time."""
-    return "cpu" if input.is_cpu else default_backend(input.device)[0]
-
-
-@functools.cache
-def runs_on(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether binaries for `architectures`, in the form of TORCH_CUDA_ARCH_LIST, run on a GPU of that capability.
-
-    Code of the same major and no later minor version does, and so does PTX of any earlier version. Unknown forms may.
+    Raises ValueError for an unknown name, and for a named backend that cannot take the call.
     """
-    for architecture in architectures.replace(";", " ").split():
-        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", architecture)
-        if match is None:
-            return True
-        built = int(match[1]), int(match[2])
-        if built <= capability and (built[0] == capability[0] or match[3]):
-            return True
-    return False
+    if name is not None:
+        backend = get(name)
+        reason = None if backend is aten.TORCH else backend.why_not(call) or dispatch.why_unsupported(call)
+        if reason is not None:
+            raise ValueError(f"batch_norm: backend {name!r} cannot take this call: {reason}")
+        return backend, "asked for by name"
+    ask_all = ask_all or type(call.input) is not Tensor or torch.compiler.is_compiling()
+    reason = dispatch.why_torch_must_see(call)
+    if reason is None and ask_all:
+        reason = dispatch.why_refused(call) or _why_not_saved(call)
+    if reason is None:
+        reason = dispatch.why_left_to_torch(call)
+    if reason is not None:
+        return aten.TORCH, reason
+    device_type = "cpu" if call.input.is_cpu else call.input.device.type
+    for backend in _offered.get(device_type, ()):
+        why_not = backend.why_not(call)
+        if why_not is None:
+            return backend, reason
+        reason = f"{reason}; {why_not}" if reason else why_not
+    return aten.TORCH, reason or f"fastbn has no kernels for {device_type} tensors"
 
 
-def saves_mask(backend: str, input: Tensor) -> bool:
-    """Whether backward finds the derivative of a piecewise linear activation after a residual in the mask.
-
-    CUDA needs byte-aligned rows of the mask: where a run is not a multiple of 8, backward reads the residual instead.
-    """
-    if backend in ("cpu", "reference") or input.dim() < 2:
-        return True
-    return runs_of(tuple(input.shape), suggest_memory_format(input))[2] % 8 == 0
-
-
-def why_unavailable(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot serve tensors of a device; None if it can. ValueError for an unknown name."""
-    namespace(backend)
-    served, reason = default_backend(device)
-    return reason if backend in ("cpu", "cuda") and served != backend else None
+def _why_not_saved(call: Call) -> str | None:
+    """Return why torch has to refuse a call in its own words, whose gradient would need an inference tensor."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    if any(t is not None and t.requires_grad for t in call[:4]) and dispatch.cannot_be_saved(*call[:6]):
+        return "an inference tensor cannot be saved for backward"
+    return None
 
 
-def register(backend: str, ops: str) -> None:
-    """Make a backend of the C++ ops of the torch.ops namespace `ops`."""
-    _backends[backend] = contract.bind(ops)
-
-
-register("cpu", "fastbn")
-_backends["cuda"] = _backends["cpu"]
-_backends["reference"] = reference
+register(native.CPU)
+register(native.CUDA)
+register(REFERENCE)
+register(aten.TORCH)

@@ -1,8 +1,9 @@
-"""Whether fastbn's ops can serve a call, and if not, why not."""
+"""What a call is, what a backend is, and for which calls torch's own batch_norm has to run, whatever the backend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +14,91 @@ from fastbn import _torch
 from fastbn.ops.contract import DTYPES, HALF_TYPES
 
 
-def why_torch_must_see(input: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why torch's own batch_norm has to run, whatever the kernels could do: something looks through it, or refuses it.
+class Call(NamedTuple):
+    """The operands of one call in the order of the ops' schemas, and whether it normalises by batch statistics.
 
-    tensors: the other operands.
+    `num_batches_tracked` is None in evaluation; `activation` is an index (fastbn.ops.activations).
     """
+
+    input: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    eps: float
+    activation: int
+    training: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs. Traffic is predicted, not measured, in units of S, the bytes of one activation tensor; it is
+    NaN where nobody counted it."""
+
+    backend: str
+    kernel: str
+    launches: int
+    tensor_reads: float
+    tensor_writes: float
+    cluster: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        parts = [f"{self.backend}: {self.kernel}"]
+        if self.launches:
+            parts.append(f"{self.launches} launch{'es' if self.launches > 1 else ''}")
+        if self.threads:
+            parts.append(f"{self.blocks} blocks of " * (self.blocks > 0) + f"{self.threads} threads")
+        if self.cluster > 1:
+            parts[-1] += f" in clusters of {self.cluster}"
+        traffic = f"reads {self.tensor_reads:g} S, writes {self.tensor_writes:g} S"
+        return "; ".join([", ".join(parts), traffic, self.reason])
+
+
+class Backend(Protocol):
+    """An implementation of the ops, or torch's own operations; fastbn.backends.registry knows all of them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ops(self) -> Any:
+        """The eight ops as attributes, or None for a composition of torch's operations that needs none."""
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """Types of the devices whose tensors the backend is offered without being named."""
+
+    def why_not(self, call: Call) -> str | None:
+        """Return why the backend cannot take a call that the contract allows, or None if it can."""
+
+    def saves_mask(self, input: Tensor) -> bool:
+        """Return whether the backward of a piecewise linear activation after a residual reads a mask."""
+
+    def plan(self, call: Call, direction: str, reason: str) -> Plan:
+        """Return how the backend runs a call. direction: "forward" or "backward". reason: how the plan's begins."""
+
+    def availability(self) -> str:
+        """Return "yes: ..." or "no: ..." with what runs, or what is missing, in this process."""
+
+
+def why_torch_must_see(call: Call) -> str | None:
+    """Return why torch's own batch_norm has to run, whatever the kernels could do: something looks through it, or
+    refuses it. None if nothing does."""
     if _torch.is_in_functorch_transform():
         return "functorch transforms differentiate and batch torch's own batch_norm"
     if _torch.is_in_forward_ad():
         return "forward-mode AD has its formula for torch's own batch_norm"
-    if has_torch_function_variadic(input, *tensors) and _is_overridden(input, *tensors):
+    tensors = call[:6]
+    if has_torch_function_variadic(*tensors) and _is_overridden(*tensors):
         return "a __torch_function__ override knows torch.nn.functional.batch_norm"
+    input = call.input
     if type(input) is not Tensor and _torch.is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
     if _torch.is_exporting() or torch.jit.is_tracing():
@@ -31,8 +106,8 @@ def why_torch_must_see(input: Tensor, *tensors: Tensor | None) -> str | None:
     return None
 
 
-def cannot_be_saved(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether one is an inference tensor, which torch's batch_norm refuses to save before it moves the buffers."""
+def cannot_be_saved(*tensors: Tensor | None) -> bool:
+    """Return whether one is an inference tensor, which torch's batch_norm refuses to save before it moves buffers."""
     for tensor in tensors:
         if tensor is not None and tensor.is_inference():
             return True
@@ -40,40 +115,21 @@ def cannot_be_saved(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _is_overridden(*tensors: Tensor | None) -> bool:
-    """Whether a subclass or a mode may implement batch_norm. torch.set_default_device is a mode too, and does not."""
+    """Return whether a subclass or a mode may implement batch_norm; torch.set_default_device, a mode, does not."""
     plain = Tensor.__torch_function__, Parameter.__torch_function__
     if any(type(t).__torch_function__ not in plain for t in tensors if t is not None):
         return True
     return any(type(mode) is not _torch.DeviceContext for mode in _torch.function_mode_stack())
 
 
-def why_unsupported(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> str | None:
-    """Why the ops cannot take a call that torch may still take, or will refuse in its own words; None if they can."""
-    return why_refused(
-        input, running_mean, running_var, weight, bias, num_batches_tracked if training else None
-    ) or why_left_to_torch(input, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+def why_unsupported(call: Call) -> str | None:
+    """Return why no op can take a call that torch may still take, or will refuse in its own words; None if they can."""
+    return why_refused(call) or why_left_to_torch(call)
 
 
-def why_left_to_torch(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    counter: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> str | None:
-    """The part of `why_unsupported` that the ops do not refuse themselves."""
+def why_left_to_torch(call: Call) -> str | None:
+    """Return the part of `why_unsupported` that the ops do not refuse themselves."""
+    input, _, _, _, running_mean, running_var, counter, momentum, eps, _, training = call
     if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
         if not torch.is_inference_mode_enabled():
             return "num_batches_tracked is an inference tensor, which torch refuses to update"
@@ -101,15 +157,9 @@ def why_left_to_torch(
     return None
 
 
-def why_refused(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> str | None:
-    """The part of `why_unsupported` that the ops refuse with RuntimeError, before anything has changed."""
+def why_refused(call: Call) -> str | None:
+    """Return the part of `why_unsupported` that the ops refuse with RuntimeError, before anything has changed."""
+    input, _, weight, bias, running_mean, running_var, counter, *_ = call
     dtype, shape, device = input.dtype, input.shape, input.device
     if dtype not in DTYPES:
         return f"fastbn has no kernels for {dtype}"
@@ -120,7 +170,6 @@ def why_refused(
     channels = shape[1]
     if channels == 0:
         return "there are no channels"
-    counter = num_batches_tracked
     if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != device):
         return "num_batches_tracked is not one int64 on the input's device"
     vector_shape, vector_dtype = (channels,), None

@@ -201,4 +201,4 @@ def test_a_frozen_layer_saves_a_bit_an_element_for_the_residual():
 
 def test_every_backend_of_a_cpu_saves_the_mask():
     x = torch.empty(2, 3, 5, 5)
-    assert registry.saves_mask("cpu", x) and registry.saves_mask("reference", x)
+    assert registry.get("cpu").saves_mask(x) and registry.get("reference").saves_mask(x)

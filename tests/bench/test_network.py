@@ -14,7 +14,6 @@ from bench import network, resnet50
 from bench.network import CONVERT, FUSED, OWN_SOURCE, TORCH, NetworkCase, Profile, Training
 from bench.timer import Budget
 from bench.workloads import dtype_name
-from fastbn.backends import registry
 
 CPU = torch.device("cpu")
 # Two values a channel in the last BatchNorms would make rounding errors as large as values; 8 images of 32 make 8.
@@ -138,7 +137,7 @@ def test_a_loss_that_is_off_or_not_finite_is_refused(monkeypatch):
 
 def test_only_torch_is_timed_where_fastbn_has_no_kernels(monkeypatch):
     _shrink(monkeypatch)
-    monkeypatch.setattr(registry, "default_backend", lambda device: (None, "there are none"))
+    monkeypatch.setattr(network, "serving", lambda device: (None, "there are none"))
     steps, refusals = network.measure(CASE, CPU, BRIEF)
     assert [step.implementation for step in steps] == [TORCH]
     assert [(refusal.wrong, refusal.reason) for refusal in refusals] == 2 * [(False, "there are none")]

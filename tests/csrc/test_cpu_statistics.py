@@ -12,7 +12,7 @@ import torch
 
 import fastbn
 from fastbn import _C
-from fastbn.backends import registry
+from fastbn.backends import native
 from tests.tolerance import assert_error_bound
 
 CHANNELS = 19
@@ -54,7 +54,7 @@ def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
 
 
 def _statistics():
-    ops = registry.namespace("cpu")
+    ops = native.CPU.ops
     return {
         (name, str(layout)): ops.channel_stats(values.contiguous(memory_format=layout))
         for name, (values, _) in _hard_data().items()
@@ -88,7 +88,7 @@ def _product_data():
 
 
 def _gradient_sums():
-    ops = registry.namespace("cpu")
+    ops = native.CPU.ops
     return {
         (name, str(layout)): ops.grad_sums(
             grad_out.contiguous(memory_format=layout),
@@ -116,7 +116,7 @@ def _ties():
 
 def _rounded():
     """The ties as an output and as a gradient, in rows and in columns, where a channel is one factor."""
-    ops = registry.namespace("cpu")
+    ops = native.CPU.ops
     x, factors = _ties()
     zeros, ones = torch.zeros(len(factors), dtype=torch.float64), torch.ones(len(factors), dtype=torch.float64)
     results = {}
@@ -129,7 +129,7 @@ def _rounded():
 
 def _with(instruction_set, function, path):
     """What a function of this file returns under an instruction set, which is chosen once a process."""
-    program = f"import sys, torch; from tests import test_cpu_statistics as t; torch.save(t.{function}(), sys.argv[1])"
+    program = f"import sys, torch; from tests.csrc import test_cpu_statistics as t; torch.save(t.{function}(), sys.argv[1])"
     environment = os.environ | {"FASTBN_CPU": instruction_set, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program, str(path)], env=environment, check=True, timeout=120)
     return torch.load(path)

@@ -53,5 +53,30 @@ def load() -> ModuleType:
         ],
         build_directory=str(folder),
     )
-    registry.register("emulator", "fastbn_emulator")
+    registry.register(_emulated_backend())
     return module
+
+
+def _emulated_backend():
+    from fastbn import _C
+    from fastbn.backends.native import CudaBackend
+    from fastbn.ops import contract
+
+    class EmulatedBackend(CudaBackend):
+        """The CUDA kernels on CPU tensors, for whoever names it."""
+
+        name = "emulator"
+        ops = contract.bind("fastbn_emulator")
+        device_types = ()
+
+        def why_not(self, call):
+            return None if call.input.is_cpu else f"the emulator takes no {call.input.device.type} tensors"
+
+        def plan(self, call, direction, reason):
+            # Of a real device: the limits of the emulated one are what a test sets.
+            return self.plan_on(_C.named_device("h200"), call, direction, reason)
+
+        def availability(self):
+            return "yes: for tests"
+
+    return EmulatedBackend()

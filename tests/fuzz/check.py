@@ -204,15 +204,11 @@ class _Examination:
     def _is_torchs(self, t: SimpleNamespace) -> bool:
         """Whether fastbn leaves the call to torch."""
         counter = t.num_batches_tracked if self.case.training else None
-        statistics = t.running_mean, t.running_var
         if self.case.api == "module" and self.case.running is None:
             counter = None
-        return (
-            dispatch.why_unsupported(
-                t.input, *statistics, t.weight, t.bias, counter, self.batch_stats, self.case.momentum, self.case.eps
-            )
-            is not None
-        )
+        operands = t.input, None, t.weight, t.bias, t.running_mean, t.running_var, counter
+        call = dispatch.Call(*operands, self.case.momentum, self.case.eps, 0, self.batch_stats)
+        return dispatch.why_unsupported(call) is not None
 
     def _analyse(self) -> None:
         """Exact results, where the case has any; takes kinks out of grad_out."""

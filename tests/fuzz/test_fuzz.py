@@ -8,7 +8,7 @@ import secrets
 import pytest
 import torch
 
-from fastbn.backends import registry
+from fastbn.backends import native
 from fastbn.ops.activations import index as activation_index
 from tests.fuzz.case import Case, Layout
 from tests.fuzz.check import FaultyCase, check
@@ -92,8 +92,8 @@ PLANTED = {
 def plant(monkeypatch):
     def plant(name: str) -> str:
         op, wrong, kind = PLANTED[name]
-        right = getattr(registry.namespace("cpu"), op)
-        monkeypatch.setattr(registry.namespace("cpu"), op, lambda *arguments: wrong(right, *arguments))
+        right = getattr(native.CPU.ops, op)
+        monkeypatch.setattr(native.CPU.ops, op, lambda *arguments: wrong(right, *arguments))
         return kind
 
     return plant

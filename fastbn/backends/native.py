@@ -1,0 +1,134 @@
+"""The compiled ops of fastbn._C: one namespace, and two backends, the C++ kernels for CPUs and the CUDA kernels."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbn import _C
+from fastbn.ops import contract
+from fastbn.ops.activations import is_piecewise_linear
+from fastbn.ops.dispatch import Call, Plan
+from fastbn.ops.layout import runs_of, suggest_memory_format
+
+CUDA_ARCHITECTURES: str = contract.BUILD_INFO["cuda_architectures"]
+
+_OPS = contract.bind("fastbn")
+
+
+class CpuBackend:
+    """C++ kernels; moments and normalisation of a tile of a tensor follow each other while it is in a core's cache."""
+
+    name = "cpu"
+    ops: Any = _OPS
+    device_types: tuple[str, ...] = ("cpu",)
+
+    def why_not(self, call: Call) -> str | None:
+        return None if call.input.is_cpu else f"the C++ kernels take no {call.input.device.type} tensors"
+
+    def saves_mask(self, input: Tensor) -> bool:
+        return True
+
+    def plan(self, call: Call, direction: str, reason: str) -> Plan:
+        over_channels = runs_of(tuple(call.input.shape), suggest_memory_format(call.input))[0]
+        kernel = "row_blocks" if over_channels else "channel_blocks"
+        reads, writes = _two_phase_traffic(call, direction)
+        return Plan(self.name, kernel, 1, reads, writes, 1, 0, torch.get_num_threads(), 0, reason)
+
+    def availability(self) -> str:
+        return f"yes: {_C.build_info()['cpu_instruction_set']}, {torch.get_num_threads()} threads"
+
+
+class CudaBackend:
+    """CUDA kernels, by the plans of csrc/plan."""
+
+    name = "cuda"
+    ops: Any = _OPS
+    device_types: tuple[str, ...] = ("cuda",)
+
+    def why_not(self, call: Call) -> str | None:
+        device = call.input.device
+        if device.type != "cuda":
+            return f"the CUDA kernels take no {device.type} tensors"
+        if not CUDA_ARCHITECTURES:
+            return "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(capability, CUDA_ARCHITECTURES):
+            return f"fastbn was built for {CUDA_ARCHITECTURES}, and this GPU is {capability[0]}.{capability[1]}"
+        return None
+
+    def saves_mask(self, input: Tensor) -> bool:
+        # Rows of the mask are whole bytes: where a run is not a multiple of 8, backward reads the residual instead.
+        return input.dim() < 2 or runs_of(tuple(input.shape), suggest_memory_format(input))[2] % 8 == 0
+
+    def plan(self, call: Call, direction: str, reason: str) -> Plan:
+        return self.plan_on(_C.device_limits(call.input.device.index), call, direction, reason)
+
+    def plan_on(self, limits: dict[str, Any], call: Call, direction: str, reason: str) -> Plan:
+        """Return the plan on a device of those limits (`_C.named_device`), which need not be here."""
+        input = call.input
+        wanted = {("forward", True): "forward", ("forward", False): "eval", ("backward", True): "backward"}
+        plan = _C.plan(
+            sizes=list(input.shape),
+            strides=list(input.stride()),
+            dtype=contract.DTYPES.index(input.dtype),
+            direction=wanted.get((direction, call.training), "frozen_backward"),
+            activation=call.activation,
+            residual=call.residual is not None,
+            aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
+            limits=limits,
+        )
+        kept = plan.pop("kept")
+        plan.pop("slice_channels")
+        if kept < 1:
+            reason += f"; keeps {kept:.0%} of a slice on chip and reads the rest again, from L2 as far as that holds it"
+        if not plan.pop("vectorized"):
+            reason += "; element by element, because neither runs nor rows are whole octets of aligned elements"
+        return Plan(backend=self.name, reason=reason, **plan)
+
+    def availability(self) -> str:
+        if not CUDA_ARCHITECTURES:
+            return "no: fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+        if not torch.version.cuda:
+            return "no: this torch was built without CUDA"
+        if not _C.build_info()["finds_cuda_stream"]:
+            return "no: this torch does not offer its CUDA stream"
+        return "yes" if torch.cuda.is_available() else "no: torch sees no GPU"
+
+
+@functools.cache
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Return whether binaries for `architectures`, as TORCH_CUDA_ARCH_LIST has them, run on a GPU of that capability.
+
+    Code of the same major and no later minor version does, and so does PTX of any earlier version. Unknown forms may.
+    """
+    for architecture in architectures.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", architecture)
+        if match is None:
+            return True
+        built = int(match[1]), int(match[2])
+        if built <= capability and (built[0] == capability[0] or match[3]):
+            return True
+    return False
+
+
+def _two_phase_traffic(call: Call, direction: str) -> tuple[float, float]:
+    """Return (reads, writes) in units of S of a phase that sums and one that applies; frozen statistics need one."""
+    residual, has_activation = call.residual is not None, call.activation != 0
+    masked = residual and is_piecewise_linear(call.activation)
+    mask = 1 / (8 * call.input.element_size()) if masked else 0.0
+    if direction == "forward":
+        return (2.0 if call.training else 1.0) + residual, 1.0 + mask
+    writes = 1.0 + (residual and has_activation)
+    if call.training:
+        derivative = 0.0 if not has_activation else mask if masked else float(residual)
+        return 2 * (2 + derivative), writes
+    return (1.0 if not has_activation else 1 + mask if masked else 2.0 + residual), writes
+
+
+CPU = CpuBackend()
+CUDA = CudaBackend()

@@ -40,7 +40,6 @@ class Settings(NamedTuple):
 def batch_norm(call: Call, backend: Backend) -> Tensor:
     """Return activation(batch_norm(input) + residual) by a backend's fused ops, updating the buffers."""
     input, residual, weight, bias, *_ = call
-    settings = Settings(*call[4:], backend)
     try:
         if torch.is_grad_enabled() and (
             input.requires_grad
@@ -48,10 +47,10 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
-            return _apply(input, residual, weight, bias, settings)
-        if call.training:
-            return _forward(input, residual, weight, bias, settings, save_mask=False)[0]
+            return _apply(input, residual, weight, bias, Settings(*call[4:], backend))
         with _below_autograd():
+            if call.training:
+                return backend.ops.batch_norm_train(*call[:-1], False)[0]
             return backend.ops.batch_norm_eval(*call[:6], call.eps, call.activation)
     except RuntimeError as error:
         errors.raise_of_torch(error)

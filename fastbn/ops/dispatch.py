@@ -88,6 +88,9 @@ class Backend(Protocol):
         """Return "yes: ..." or "no: ..." with what runs, or what is missing, in this process."""
 
 
+_NUMBERS = (float, int)
+
+
 def why_torch_must_see(call: Call) -> str | None:
     """Return why torch's own batch_norm has to run, whatever the kernels could do: something looks through it, or
     refuses it. None if nothing does."""
@@ -133,11 +136,10 @@ def why_left_to_torch(call: Call) -> str | None:
     if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
         if not torch.is_inference_mode_enabled():
             return "num_batches_tracked is an inference tensor, which torch refuses to update"
-    numbers = float, int
     if (
         type(training) is not bool
-        or not isinstance(eps, numbers)
-        or not (momentum is None or isinstance(momentum, numbers))
+        or not isinstance(eps, _NUMBERS)
+        or not (momentum is None or isinstance(momentum, _NUMBERS))
     ):
         return "training is not a bool, or momentum or eps no Python number"
     if not eps > 0:

@@ -129,7 +129,9 @@ def _rounded():
 
 def _with(instruction_set, function, path):
     """What a function of this file returns under an instruction set, which is chosen once a process."""
-    program = f"import sys, torch; from tests.csrc import test_cpu_statistics as t; torch.save(t.{function}(), sys.argv[1])"
+    program = (
+        f"import sys, torch; from tests.csrc import test_cpu_statistics as t; torch.save(t.{function}(), sys.argv[1])"
+    )
     environment = os.environ | {"FASTBN_CPU": instruction_set, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program, str(path)], env=environment, check=True, timeout=120)
     return torch.load(path)

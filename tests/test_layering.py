@@ -62,7 +62,9 @@ MAY_IMPORT = {
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
-    "autograd": ("composite", "batch_norm"),
+    "autograd": ("composite", "batch_norm", "statistics"),
+    "nn": ("batchnorm", "frozen"),
+    "transforms": ("module", "convert", "freeze"),
 }
 
 
@@ -218,9 +220,11 @@ def test_imports(path):
         ("backends/native.py", "from fastbn.backends import registry"),
         ("backends/registry.py", "from fastbn.autograd import batch_norm"),
         ("autograd/composite.py", "from fastbn.autograd.batch_norm import BatchNormFunction"),
+        ("autograd/batch_norm.py", "from fastbn.autograd import statistics"),
         ("autograd/batch_norm.py", "import fastbn.functional"),
         ("functional.py", "from fastbn.nn import BatchNorm2d"),
         ("nn/batchnorm.py", "from fastbn import convert"),
+        ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
         ("inspect/explain.py", "from fastbn import functional"),
         ("__init__.py", "import fastbn.cli"),

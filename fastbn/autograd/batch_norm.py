@@ -16,8 +16,8 @@ from fastbn.ops.dispatch import Backend, Call
 from fastbn.ops.layout import suggest_memory_format
 
 
-def _below_autograd():
-    """Eager calls go straight to the kernel; compilers trace the call as it is."""
+def below_autograd():
+    """Return a guard under which eager calls go straight to the kernel; compilers trace the call as it is."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
     return _torch.below_autograd()
@@ -48,7 +48,7 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
             or (residual is not None and residual.requires_grad)
         ):
             return _apply(input, residual, weight, bias, Settings(*call[4:], backend))
-        with _below_autograd():
+        with below_autograd():
             if call.training:
                 return backend.ops.batch_norm_train(*call[:-1], False)[0]
             return backend.ops.batch_norm_eval(*call[:6], call.eps, call.activation)
@@ -61,7 +61,7 @@ def _forward(input, residual, weight, bias, settings: Settings, *, save_mask: bo
     """Return (output, mean, inv_std, mask)."""
     running_mean, running_var, num_batches_tracked, momentum, eps, activation, batch_stats, backend = settings
     operands = (input, residual, weight, bias, running_mean, running_var)
-    with _below_autograd():
+    with below_autograd():
         if batch_stats:
             return backend.ops.batch_norm_train(*operands, num_batches_tracked, momentum, eps, activation, save_mask)
         return backend.ops.batch_norm_frozen(*operands, eps, activation, save_mask)
@@ -138,7 +138,7 @@ class BatchNormFunction(torch.autograd.Function):
             # Without an activation the gradient of the residual is grad_out itself.
             kernel_residual = need_residual and activation != 0
             try:
-                with _below_autograd():
+                with below_autograd():
                     grads = backend.ops.batch_norm_backward(
                         grad_out,
                         input,

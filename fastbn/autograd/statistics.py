@@ -1,0 +1,260 @@
+"""Batch normalisation over the four primitives, for variants that change whose statistics normalise.
+
+    z = ((x - mean) * inv_std * r + d) * weight + bias + residual,   output = activation(z)
+
+A variant is a subclass of `Hooks`: it selects the elements that count, merges their moments with those of other ranks,
+replaces them, or corrects the normalised value by r and d. The gradients are those of Ioffe and Szegedy 2015
+(section 3), with r and d as constants (Ioffe 2017, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbn.autograd.batch_norm import below_autograd
+from fastbn.backends.reference.activations import activation as activate
+from fastbn.backends.reference.formulas import affine, grad_z_of, input_gradient, reduced_dims, wide
+from fastbn.ops import errors
+from fastbn.ops.activations import is_piecewise_linear
+from fastbn.ops.dispatch import Backend
+from fastbn.ops.layout import suggest_memory_format, unpack_mask
+
+
+class Moments(NamedTuple):
+    """mean and biased var, float64 [C], of `count` elements per channel, float64 [1]."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+class Hooks:
+    """What a variant changes. The base class is plain batch normalisation.
+
+    Hooks compute in float64 on vectors of C elements, without a host sync. A forward calls `select`, `replace`, `merge`
+    and `correct` once each, in that order, but `merge` only where `replace` returns None; a backward calls `merge_sums`
+    once, also only then. No gradient flows through a hook but the one that backward computes.
+    """
+
+    def select(self, input: Tensor) -> Tensor | None:
+        """Return which elements count, bool (N, 1, *), or None for all. The others get no gradient."""
+        return None
+
+    def replace(self) -> Moments | None:
+        """Return moments that take the place of the batch's and are constants in backward, or None."""
+        return None
+
+    def merge(self, moments: Moments) -> Moments:
+        """Return the moments of all ranks, from those of this one."""
+        return moments
+
+    def merge_sums(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of grad_z and grad_z * xhat over all ranks, float64 [C], from those over this one."""
+        return sum_grad, sum_grad_xhat
+
+    def correct(self, moments: Moments) -> tuple[Tensor, Tensor] | None:
+        """Return (r, d), float64 [C], or None for r = 1 and d = 0."""
+        return None
+
+
+class Settings(NamedTuple):
+    """What StatisticsFunction takes beside the tensors that it differentiates."""
+
+    hooks: Hooks
+    eps: float
+    activation: int
+    backend: Backend
+
+
+def batch_norm(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, settings: Settings
+) -> tuple[Tensor, Moments]:
+    """Return (output, the moments that normalised it, which have no gradient).
+
+    Forward and first derivative are the backend's primitives, or compositions of torch's operations where it has none.
+    A second derivative is such a composition; RuntimeError for one through moments that `merge` changed.
+    """
+    if settings.backend.ops is None:
+        return _composition(input, residual, weight, bias, settings)
+    try:
+        output, *moments = StatisticsFunction.apply(input, residual, weight, bias, settings)
+    except RuntimeError as error:
+        errors.raise_of_torch(error)
+        raise
+    return output, Moments(*moments)
+
+
+class StatisticsFunction(torch.autograd.Function):
+    """The four primitives with hooks between them."""
+
+    @staticmethod
+    def forward(ctx, input, residual, weight, bias, settings: Settings):
+        hooks, eps, activation, backend = settings
+        with below_autograd():
+            selected, replacement = hooks.select(input), hooks.replace()
+            x = _cleared(input, selected)
+            own = replacement or _moments(backend.ops.channel_stats, x, selected)
+            moments = replacement or hooks.merge(own)
+            correction = hooks.correct(moments)
+            inv_std = (moments.var + eps).rsqrt()
+            scale, shift = _corrected(input, weight, bias, correction)
+            saves_mask = residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
+            output, mask = backend.ops.normalize(
+                x, residual, scale, shift, moments.mean, inv_std, activation, saves_mask
+            )
+        r, d = correction or (None, None)
+        saved = dict(input=input, weight=weight, bias=bias, scale=scale, shift=shift, mean=moments.mean)
+        saved |= dict(inv_std=inv_std, count=moments.count, selected=selected, r=r, d=d)
+        saved |= {"mask": mask} if saves_mask else {"residual": residual}
+        saved = {name: tensor for name, tensor in saved.items() if tensor is not None}
+        ctx.save_for_backward(*saved.values())
+        ctx.saved_names, ctx.settings = tuple(saved), settings
+        ctx.is_constant, ctx.is_merged = replacement is not None, moments is not own
+        ctx.mark_non_differentiable(*moments)
+        return output, *moments
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        hooks, _, activation, backend = ctx.settings
+        saved = dict.fromkeys(("residual", "mask", "weight", "bias", "scale", "shift", "selected", "r", "d"))
+        saved |= zip(ctx.saved_names, ctx.saved_tensors, strict=True)
+        need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return *_differentiable_backward(ctx, saved, grad_out), None
+        selected = saved["selected"]
+        grad_out = _cleared(grad_out, selected)
+        names = ("residual", "mask", "scale", "shift", "mean", "inv_std")
+        operands = grad_out, _cleared(saved["input"], selected), *(saved[name] for name in names)
+        grad_input = grad_residual = grad_weight = grad_bias = None
+        totals = None, None, None
+        with below_autograd():
+            if need_weight or need_bias or not ctx.is_constant:
+                sums = backend.ops.grad_sums(*operands, activation)
+                grad_weight, grad_bias = _parameter_gradients(saved, *sums)
+                if not ctx.is_constant:
+                    totals = *hooks.merge_sums(*sums), saved["count"]
+            if need_input or (need_residual and activation != 0):
+                grad_input, grad_residual = backend.ops.input_grad(
+                    *operands, *totals, activation, need_residual and activation != 0
+                )
+                grad_input = _cleared(grad_input, selected)
+        return (
+            grad_input if need_input else None,
+            (grad_out if activation == 0 else grad_residual) if need_residual else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            None,
+        )
+
+
+def _cleared(x: Tensor, selected: Tensor | None) -> Tensor:
+    """Return x with 0 where it is not selected: what is there, NaN perhaps, must not reach a sum."""
+    return x if selected is None else torch.where(selected, x, 0.0)
+
+
+def _moments(channel_stats, input: Tensor, selected: Tensor | None) -> Moments:
+    """Return the moments of the selected elements, where all others are 0, by a primitive that takes all elements."""
+    total = input.numel() // input.shape[1]
+    if selected is None:
+        mean, var = channel_stats(input)
+        return Moments(mean, var, mean.new_full((1,), total))
+    count = _count(input, selected)
+    share = total / count.clamp(min=1)
+    # The others take the mean of the selected ones, rounded to the input's dtype: what they then add to the squares is
+    # small and known.
+    filling = (channel_stats(input)[0] * share).to(input.dtype)
+    mean_of_all, var_of_all = channel_stats(torch.where(selected, input, wide(input, filling)))
+    filling = filling.double()
+    mean = filling + (mean_of_all - filling) * share
+    squares = total * var_of_all - (total - count) * (filling - mean_of_all).square()
+    var = (squares / count.clamp(min=1) - (mean - mean_of_all).square()).clamp(min=0)
+    return Moments(torch.where(count > 0, mean, 0.0), torch.where(count > 0, var, 0.0), count)
+
+
+def _count(input: Tensor, selected: Tensor) -> Tensor:
+    """Return the number of selected elements per channel, float64 [1]."""
+    return selected.expand(input.shape[0], 1, *input.shape[2:]).sum(dtype=torch.float64).view(1)
+
+
+def _corrected(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, correction: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (weight * r, weight * d + bias), of a dtype that goes with the input."""
+    if correction is None:
+        return weight, bias
+    r, d = correction
+    scale, shift = (r, d) if weight is None else (weight * r, weight * d)
+    shift = shift if bias is None else shift + bias
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return scale.to(dtype), shift.to(dtype)
+
+
+def _parameter_gradients(saved: dict, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of weight and bias from the sums of this rank."""
+    weight, bias, r, d = (saved[name] for name in ("weight", "bias", "r", "d"))
+    grad_weight = sum_grad_xhat if r is None else r * sum_grad_xhat + d * sum_grad
+    return (
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else sum_grad.to(bias.dtype),
+    )
+
+
+def _differentiable_moments(x: Tensor, selected: Tensor | None) -> Moments:
+    """Return the moments of a float64 x as a differentiable composition."""
+    dims = reduced_dims(x)
+    if selected is None:
+        count = x.new_full((1,), x.numel() // x.shape[1])
+        selected = torch.ones((), dtype=torch.bool, device=x.device)
+    else:
+        count = _count(x, selected)
+    mean = torch.where(selected, x, 0.0).sum(dims) / count.clamp(min=1)
+    deviation = torch.where(selected, x - wide(x, mean), 0.0)
+    return Moments(mean, deviation.square().sum(dims) / count.clamp(min=1), count)
+
+
+def _differentiable_backward(ctx, saved: dict, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of input, residual, weight and bias as a differentiable composition in float64."""
+    if ctx.is_merged:
+        raise RuntimeError("batch_norm: moments merged with those of other ranks cannot be differentiated twice")
+    activation, selected, input = ctx.settings.activation, saved["selected"], saved["input"]
+    x, g = _cleared(input.double(), selected), _cleared(grad_out.double(), selected)
+    mean, inv_std, count = saved["mean"], saved["inv_std"], saved["count"]
+    if not ctx.is_constant:
+        mean, var, count = _differentiable_moments(x, selected)
+        inv_std = (var + ctx.settings.eps).rsqrt()
+    correction = None if saved["r"] is None else (saved["r"], saved["d"])
+    scale, shift = _corrected(x, saved["weight"], saved["bias"], correction)
+    upper = None if saved["mask"] is None else unpack_mask(saved["mask"], x.shape)
+    grad_z = grad_z_of(g, x, saved["residual"], upper, scale, shift, mean, inv_std, activation)
+    xhat = _cleared((x - wide(x, mean)) * wide(x, inv_std), selected)
+    sums = grad_z.sum(reduced_dims(x)), (grad_z * xhat).sum(reduced_dims(x))
+    grad_x = input_gradient(grad_z, xhat, scale, inv_std, None if ctx.is_constant else (*sums, count))
+    grad_x = _cleared(grad_x, selected)
+    grad_weight, grad_bias = _parameter_gradients(saved, *sums)
+    grad_x = grad_x.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
+    grads = grad_x, grad_z.to(input.dtype), grad_weight, grad_bias
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:4], strict=True))
+
+
+def _composition(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, settings: Settings
+) -> tuple[Tensor, Moments]:
+    """Run a call by torch's operations in float64, which everything can look through and differentiate."""
+    hooks, eps, activation, _ = settings
+    selected, moments = hooks.select(input), hooks.replace()
+    x = _cleared(input.double(), selected)
+    if moments is None:
+        own = _differentiable_moments(x, selected)
+        moments = hooks.merge(own)
+        if moments is not own:
+            raise RuntimeError("batch_norm: torch's operations cannot differentiate moments merged with other ranks'")
+    constants = Moments(*(moment.detach() for moment in moments))
+    scale, shift = _corrected(x, weight, bias, hooks.correct(constants))
+    z = affine(x, residual, scale, shift, moments.mean, (moments.var + eps).rsqrt())
+    if selected is not None:
+        z = torch.where(selected, z, z.detach())
+    output = activate(z, activation).to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
+    return output, constants

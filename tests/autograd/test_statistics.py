@@ -1,0 +1,275 @@
+"""fastbn.autograd.statistics: each hook, by a variant of a few lines, against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbn.autograd import statistics
+from fastbn.autograd.statistics import Hooks, Moments, Settings
+from fastbn.backends import registry
+from fastbn.ops.activations import index as activation_index
+from tests import cases, implementations
+
+EPS = 1e-3
+BACKENDS = ("reference", "cpu", "emulator", "torch")
+SHAPES = [(6, 5), (4, 3, 7), (3, 5, 4, 6), (2, 3, 2, 3, 4)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "emulator":
+        implementations.load("emulator")
+    return registry.get(request.param)
+
+
+class Renormalised(Hooks):
+    """r and d as clipped functions of the batch's moments (Ioffe 2017), which are constants."""
+
+    def correct(self, moments):
+        std = (moments.var + EPS).sqrt()
+        return (std / 0.8).clamp(0.7, 1.4), ((moments.mean - 0.1) / 0.8).clamp(-0.5, 0.5)
+
+
+class Masked(Hooks):
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+
+    def select(self, input):
+        return self.mask
+
+
+class Frozen(Hooks):
+    def __init__(self, mean: Tensor, var: Tensor):
+        self.moments = Moments(mean.double(), var.double(), torch.ones(1, dtype=torch.float64))
+
+    def replace(self):
+        return self.moments
+
+
+class OfTwoRanks(Hooks):
+    """Moments merged by Chan's formula with those of another rank, whose sums of backward are given."""
+
+    def __init__(self, others: Moments, sums: tuple[Tensor, Tensor]):
+        self.others, self.sums = others, sums
+
+    def merge(self, own):
+        other, count = self.others, own.count + self.others.count
+        mean = (own.mean * own.count + other.mean * other.count) / count
+        squares = own.var * own.count + other.var * other.count
+        squares = squares + (other.mean - own.mean).square() * own.count * other.count / count
+        return Moments(mean, squares / count, count)
+
+    def merge_sums(self, sum_grad, sum_grad_xhat):
+        return sum_grad + self.sums[0], sum_grad_xhat + self.sums[1]
+
+
+def _tensors(shape, dtype=torch.float64, residual=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, r, g = (normal(*shape) * 0.7 + 0.3, normal(*shape) * 0.5, normal(*shape))
+    weight, bias = normal(shape[1]) * 0.3 + 1, normal(shape[1]) * 0.3
+    tensors = [x, r if residual else None, weight, bias]
+    return [None if t is None else t.to(dtype).requires_grad_() for t in tensors], g.to(dtype)
+
+
+def _run(backend, hooks, tensors, grad_out, activation):
+    settings = Settings(hooks, EPS, activation_index(activation), backend)
+    output, moments = statistics.batch_norm(*tensors, settings)
+    given = [t for t in tensors if t is not None]
+    return output, moments, torch.autograd.grad(output, given, grad_out)
+
+
+def _wide(x, vector):
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _expected(tensors, grad_out, activation, mean=None, var=None, r=None, d=None, mask=None):
+    """The definition, differentiated by autograd."""
+    x, residual, weight, bias = tensors
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    if mean is None:
+        chosen = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
+        count = chosen.sum(dims).clamp(min=1)
+        mean = torch.where(chosen, x, 0.0).sum(dims) / count
+        var = torch.where(chosen, (x - _wide(x, mean)).square(), 0.0).sum(dims) / count
+    xhat = (x - _wide(x, mean)) / _wide(x, (var + EPS).sqrt())
+    if r is not None:
+        xhat = xhat * _wide(x, r.detach()) + _wide(x, d.detach())
+    z = xhat * _wide(x, weight) + _wide(x, bias)
+    z = z if residual is None else z + residual
+    output = z if activation is None else getattr(F, activation)(z)
+    given = [t for t in tensors if t is not None]
+    if mask is not None:
+        grad_out = torch.where(mask, grad_out, 0.0)
+    return output, torch.autograd.grad(output, given, grad_out)
+
+
+def _check(actual, expected, selected=None):
+    (output, _, grads), (expected_output, expected_grads) = actual, expected
+    if selected is not None:
+        output, expected_output = (torch.where(selected, t, 0.0) for t in (output, expected_output))
+    torch.testing.assert_close(output, expected_output, rtol=1e-11, atol=1e-12)
+    for grad, right in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_hooks_it_is_batch_norm(backend, shape, residual, activation):
+    tensors, grad_out = _tensors(shape, residual=residual)
+    actual = _run(backend, Hooks(), tensors, grad_out, activation)
+    _check(actual, _expected(tensors, grad_out, activation))
+    x, moments = tensors[0], actual[1]
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    torch.testing.assert_close(moments.mean, x.detach().mean(dims))
+    torch.testing.assert_close(moments.var, x.detach().var(dims, correction=0))
+    assert moments.count.item() == x.numel() // x.shape[1] and not any(t.requires_grad for t in moments)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_corrected_normalisation(backend, shape, activation):
+    tensors, grad_out = _tensors(shape)
+    x = tensors[0].detach()
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    moments = Moments(x.mean(dims), x.var(dims, correction=0), torch.ones(1))
+    r, d = Renormalised().correct(moments)
+    actual = _run(backend, Renormalised(), tensors, grad_out, activation)
+    _check(actual, _expected(tensors, grad_out, activation, r=r, d=d))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_selected_elements(backend, shape, activation):
+    tensors, grad_out = _tensors(shape)
+    mask = torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(3)) < 0.6
+    with torch.no_grad():  # what padding holds must not matter
+        tensors[0][~mask.expand(shape)] = float("nan")
+    actual = _run(backend, Masked(mask), tensors, grad_out, activation)
+    expected = _expected([torch.where(mask, tensors[0], 7.0).detach().requires_grad_(), *tensors[1:]],
+                         grad_out, activation, mask=mask)  # fmt: skip
+    _check(actual, expected, mask)
+    assert not actual[2][0][~mask.expand(shape)].any()
+
+
+def test_moments_of_selected_elements_far_from_zero(backend):
+    """mean 1e4 and std 1e-2 in float32: the variance is as exact as the data."""
+    x = cases.make_normal(cases.Case("far", (8, 3, 50)), torch.float64) * 1e-2 + 1e4
+    x = x.float()
+    mask = torch.rand(8, 1, 50, generator=torch.Generator().manual_seed(1)) < 0.3
+    settings = Settings(Masked(mask), EPS, 0, backend)
+    _, moments = statistics.batch_norm(x, None, None, None, settings)
+    chosen = x.double().transpose(0, 1)[:, mask.squeeze(1)]
+    torch.testing.assert_close(moments.mean, chosen.mean(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.var, chosen.var(1, correction=0), rtol=1e-7, atol=0)
+    assert moments.count.item() == mask.sum().item()
+
+
+def test_nothing_selected(backend):
+    tensors, grad_out = _tensors((3, 4, 5))
+    output, moments, grads = _run(backend, Masked(torch.zeros(3, 1, 5, dtype=torch.bool)), tensors, grad_out, "relu")
+    assert not moments.mean.any() and not moments.var.any() and moments.count.item() == 0
+    assert output.isfinite().all() and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("activation", [None, "relu6", "silu"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "fixed"])
+def test_replaced_moments(backend, trained, activation):
+    tensors, grad_out = _tensors((3, 5, 4, 6))
+    mean, var = torch.linspace(-1, 1, 5).double(), torch.linspace(0.5, 2, 5).double()
+    tensors[2:] = [t.detach().requires_grad_(trained) for t in tensors[2:]]
+    given = [t for t in tensors if t.requires_grad]
+    settings = Settings(Frozen(mean, var), EPS, activation_index(activation), backend)
+    output, _ = statistics.batch_norm(*tensors, settings)
+    expected = F.batch_norm(tensors[0], mean, var, tensors[2], tensors[3], False, 0.1, EPS) + tensors[1]
+    expected = expected if activation is None else getattr(F, activation)(expected)
+    torch.testing.assert_close(output, expected)
+    for grad, right in zip(*(torch.autograd.grad(t, given, grad_out) for t in (output, expected)), strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("own", [4, 1, 0], ids="{} of 6".format)
+def test_merged_moments(backend, own):
+    """Two ranks hold parts of a batch, one of them perhaps nothing: each gets its part of the batch's gradient."""
+    tensors, grad_out = _tensors((6, 5, 4, 3))
+    output, grads = _expected(tensors, grad_out, "relu")
+    x, residual, weight, bias = tensors
+    parts = slice(None, own), slice(own, None)
+    moments, sums = [], []
+    for part in parts:
+        mean = x[part].detach().mean((0, 2, 3)) if len(x[part]) else torch.zeros(5).double()
+        var = x[part].detach().var((0, 2, 3), correction=0) if len(x[part]) else torch.zeros(5).double()
+        moments.append(Moments(mean, var, torch.tensor([len(x[part]) * 12.0]).double()))
+        whole = x.detach()
+        xhat = (whole - _wide(x, whole.mean((0, 2, 3)))) / _wide(x, (whole.var((0, 2, 3), correction=0) + EPS).sqrt())
+        grad_z = grads[1][part]
+        sums.append((grad_z.sum((0, 2, 3)), (grad_z * xhat[part]).sum((0, 2, 3))))
+    parameter_grads = []
+    for rank, part in enumerate(parts):
+        hooks = OfTwoRanks(moments[1 - rank], sums[1 - rank])
+        local = [x[part].detach().requires_grad_(), residual[part].detach().requires_grad_(), weight, bias]
+        actual = _run(registry.get(backend), hooks, local, grad_out[part], "relu")
+        torch.testing.assert_close(actual[0], output[part])
+        for grad, right in zip(actual[2][:2], grads[:2], strict=True):
+            torch.testing.assert_close(grad, right[part], rtol=1e-10, atol=1e-12)
+        parameter_grads.append(actual[2][2:])
+    for total, right in zip(map(sum, zip(*parameter_grads, strict=True)), grads[2:], strict=True):
+        torch.testing.assert_close(total, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["plain", "corrected", "selected", "replaced"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_first_and_second_derivative(name, activation, variant):
+    if variant == "corrected":  # r and d are constants, which finite differences do not know
+        constants = Renormalised().correct(Moments(torch.full((3,), 0.2).double(), torch.ones(3).double(), None))
+        hooks = Hooks()
+        hooks.correct = lambda moments: constants
+    else:
+        mask = torch.tensor([True, True, False, True]).view(4, 1)
+        moments = torch.zeros(3).double(), torch.ones(3).double()
+        hooks = {"plain": Hooks(), "selected": Masked(mask), "replaced": Frozen(*moments)}[variant]
+    tensors, _ = _tensors((4, 3), seed=5)
+    settings = Settings(hooks, EPS, activation_index(activation), registry.get(name))
+
+    def function(*tensors):
+        output, _ = statistics.batch_norm(*tensors, settings)
+        return torch.where(mask, output, 0.0) if variant == "selected" else output
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_merged_moments_have_no_second_derivative():
+    tensors, _ = _tensors((4, 3))
+    zeros = torch.zeros(3).double()
+    hooks = OfTwoRanks(Moments(zeros, zeros, torch.ones(1).double()), (zeros, zeros))
+    output, _ = statistics.batch_norm(*tensors, Settings(hooks, EPS, 0, registry.get("cpu")))
+    with pytest.raises(RuntimeError, match="merged with those of other ranks cannot be differentiated twice"):
+        torch.autograd.grad(output.sum(), tensors[0], create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_formats_and_dtypes(backend, dtype):
+    tensors, grad_out = _tensors((3, 5, 4, 6), dtype)
+    tensors[0] = tensors[0].detach().to(memory_format=torch.channels_last).requires_grad_()
+    tensors[2:] = [t.detach().float().requires_grad_() for t in tensors[2:]]
+    output, _, grads = _run(backend, Renormalised(), tensors, grad_out, "relu")
+    assert output.dtype == grads[0].dtype == grads[1].dtype == dtype and grads[2].dtype == torch.float32
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (output, grads[0]))
+
+
+def test_compiled_it_is_one_graph():
+    tensors, grad_out = _tensors((3, 5, 4, 6), torch.float32)
+    settings = Settings(Renormalised(), EPS, 1, registry.get("cpu"))
+    eager = statistics.batch_norm(*tensors, settings)[0]
+    compiled = torch.compile(lambda *t: statistics.batch_norm(*t, settings)[0], fullgraph=True, backend="aot_eager")
+    output = compiled(*tensors)
+    torch.testing.assert_close(output, eager)
+    for grads in zip(*(torch.autograd.grad(t, tensors, grad_out) for t in (output, eager)), strict=True):
+        torch.testing.assert_close(*grads)

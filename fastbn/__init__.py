@@ -5,20 +5,33 @@ from fastbn._version import __version__
 from fastbn.inspect.explain import explain
 from fastbn.inspect.info import info
 from fastbn.inspect.limits import set_max_sms
-from fastbn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+)
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.convert import convert, revert
+from fastbn.transforms.freeze import freeze, unfreeze
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "Plan",
     "__version__",
     "convert",
     "explain",
+    "freeze",
     "functional",
     "info",
     "revert",
     "set_max_sms",
+    "unfreeze",
 ]

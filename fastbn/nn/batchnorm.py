@@ -10,9 +10,20 @@ from fastbn._torch import BatchNormBase
 from fastbn.ops.activations import index as activation_index
 
 
+def leaf_of_symbolic_tracing(module: nn.Module, input: Tensor, residual: Tensor | None) -> fx.Proxy | None:
+    """Return a call of `module` in the graph that torch.fx is tracing, as torch.nn's own modules are, or None."""
+    if not isinstance(input, fx.Proxy):
+        return None
+    arguments = (input,) if residual is None else (input, residual)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, {})
+
+
 class _FastBatchNorm(BatchNormBase):
-    """What the three share. Parameters, buffers, checks and state_dict are torch's; `activation` is a class attribute
-    so that a torch.nn module whose class is swapped has it too."""
+    """Common base of BatchNorm1d, 2d and 3d.
+
+    Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs. `activation`
+    is a class attribute, so that a torch.nn module whose class is swapped has it too.
+    """
 
     activation: str | None = None
 
@@ -23,9 +34,9 @@ class _FastBatchNorm(BatchNormBase):
             self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):  # a leaf of symbolic tracing, as torch.nn's own modules are
-            arguments = (input,) if residual is None else (input, residual)
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), arguments, {})
+        proxy = leaf_of_symbolic_tracing(self, input, residual)
+        if proxy is not None:
+            return proxy
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)

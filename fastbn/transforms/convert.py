@@ -6,12 +6,13 @@ objects, so optimisers built before and checkpoints written before or after keep
 
 from torch import nn
 
-from fastbn.nn import batchnorm
+from fastbn import nn as layers
+from fastbn.transforms.module import require_module
 
 _TO_FASTBN = {
-    nn.BatchNorm1d: batchnorm.BatchNorm1d,
-    nn.BatchNorm2d: batchnorm.BatchNorm2d,
-    nn.BatchNorm3d: batchnorm.BatchNorm3d,
+    nn.BatchNorm1d: layers.BatchNorm1d,
+    nn.BatchNorm2d: layers.BatchNorm2d,
+    nn.BatchNorm3d: layers.BatchNorm3d,
 }
 _TO_TORCH = {fast: stock for stock, fast in _TO_FASTBN.items()}
 
@@ -25,7 +26,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module.
     """
-    _require_module("convert", model)
+    require_module("convert", model)
     return _swap(model, _TO_FASTBN)
 
 
@@ -35,7 +36,7 @@ def revert(model: nn.Module) -> nn.Module:
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
     module has an `activation`: torch.nn's would silently leave it out.
     """
-    _require_module("revert", model)
+    require_module("revert", model)
     fused = [
         f"{name or '(the model itself)'}: {module.activation}"
         for name, module in model.named_modules()
@@ -55,8 +56,3 @@ def _swap(model, classes):
                 # An instance that fastbn itself made may carry the attribute; torch.nn's has none.
                 vars(module).pop("activation", None)
     return model
-
-
-def _require_module(caller, model):
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,60 @@
+"""Freeze the BatchNorm layers of a model, in place: constant statistics that survive model.train()."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastbn import nn as layers
+from fastbn.transforms.module import require_module
+
+_FROZEN = {
+    nn.BatchNorm1d: layers.FrozenBatchNorm1d,
+    nn.BatchNorm2d: layers.FrozenBatchNorm2d,
+    nn.BatchNorm3d: layers.FrozenBatchNorm3d,
+    layers.BatchNorm1d: layers.FrozenBatchNorm1d,
+    layers.BatchNorm2d: layers.FrozenBatchNorm2d,
+    layers.BatchNorm3d: layers.FrozenBatchNorm3d,
+}
+# The attribute in which a frozen module remembers what it was: its class, and the names of what was trained.
+_BEFORE = "_before_freezing"
+
+
+def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
+    """Make every torch.nn and fastbn BatchNorm1d, 2d and 3d of `model` a FrozenBatchNorm, in place.
+
+    From then on the running statistics normalise, whatever mode the model is in, and nothing moves them. affine: also
+    stop training weight and bias (`requires_grad`). Only classes and that flag change: parameters, buffers, hooks and
+    the state_dict stay, so optimisers built before and checkpoints written before or after keep working. Exact types
+    only, as in `fastbn.convert`.
+
+    Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
+    layer has no running statistics.
+    """
+    require_module("freeze", model)
+    found = [(name, module) for name, module in model.named_modules() if type(module) in _FROZEN]
+    without = [name or "(the model itself)" for name, module in found if module.running_mean is None]
+    if without:
+        raise ValueError(f"freeze: expected layers with running statistics, got none in {', '.join(without)}")
+    for _, module in found:
+        trained = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+        setattr(module, _BEFORE, (type(module), trained if affine else []))
+        if affine:
+            module.requires_grad_(False)
+        module.__class__ = _FROZEN[type(module)]
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Make every layer of `model` that `freeze` froze what it was, in place; others are left alone.
+
+    Weight and bias that `freeze` stopped training are trained again. Returns `model`. Raises TypeError if it is not a
+    torch.nn.Module.
+    """
+    require_module("unfreeze", model)
+    for module in model.modules():
+        before = vars(module).pop(_BEFORE, None)
+        if before is not None:
+            module.__class__, trained = before
+            for name in trained:
+                getattr(module, name).requires_grad_()
+    return model

@@ -18,7 +18,7 @@ from bench.inputs import EPS, MOMENTUM, Inputs
 from bench.operations import Operation
 from fastbn.backends import reference
 from fastbn.ops.activations import index as activation_index
-from tests import tolerance
+from fastbn.testing import tolerance
 
 MAX_COMPARED = 2**19  # elements
 # What unfused rivals round to the tensor's dtype on the way, beside fastbn's one rounding at the end: the normalised

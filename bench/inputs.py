@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.cases import Case, make_on_device, make_vector
-from tests.tolerance import forward_tolerance
+from fastbn.testing.cases import Case, make_on_device, make_vector
+from fastbn.testing.tolerance import forward_tolerance
 
 EPS, MOMENTUM = 1e-5, 0.1
 

@@ -1,6 +1,6 @@
 """The cases that are timed: the activations of networks, shapes that are hard in some way, and sweeps of one size.
 
-They are cases of tests/cases.py, dense and with normal data.
+They are cases of fastbn/testing/cases.py, dense and with normal data.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.operations import OPERATIONS, Operation
-from tests.cases import Case, make_case
+from fastbn.testing.cases import Case, make_case
 
 # (C, H = W) of the inputs of ResNet-50's BatchNorms for images of 224 x 224.
 RESNET50 = (

@@ -7,7 +7,8 @@ import zlib
 import pytest
 import torch
 
-from tests import cases, implementations
+from fastbn.testing import cases
+from tests import implementations
 from tests.emulator import build
 
 

@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "transforms": {"nn"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
-    "cli": {"__init__", "_C", "_torch", "functional", "nn", "transforms", "inspect", "backends", "ops"},
+    "testing": {"functional", "nn", "backends", "ops"},
+    "cli": {"__init__", "inspect", "testing"},
     "__main__": {"cli"},
 }
 # The order within a room that has one.
@@ -65,6 +66,7 @@ WITHIN = {
     "autograd": ("composite", "batch_norm", "statistics"),
     "nn": ("batchnorm", "frozen"),
     "transforms": ("module", "convert", "freeze"),
+    "testing": ("cases", "tolerance", "extended", "compare"),
 }
 
 
@@ -227,7 +229,10 @@ def test_imports(path):
         ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
         ("inspect/explain.py", "from fastbn import functional"),
-        ("__init__.py", "import fastbn.cli"),
+        ("__init__.py", "from fastbn.testing import cases"),
+        ("testing/cases.py", "from fastbn.testing.tolerance import ulp"),
+        ("testing/compare.py", "from fastbn.cli.text import table"),
+        ("cli/verify.py", "from fastbn.functional import batch_norm"),
     ],
     ids=str,
 )
@@ -236,12 +241,14 @@ def test_an_upward_import_is_found(file, planted):
     assert path.exists() and _upward(path, f"{path.read_text()}\n{planted}\n")
 
 
-def test_the_benchmark_takes_of_the_tests_only_cases_and_tolerances():
-    for path in (ROOT / "bench").glob("*.py"):
-        taken = re.findall(r"^\s*(?:from|import) tests\b(.*)", path.read_text(), re.MULTILINE)
-        assert all(re.match(r"\.(cases|tolerance) import| import tolerance$", what) for what in taken), path.name
+def _taken(path: Path) -> set[str]:
+    """The folders of the clone beside fastbn that a file imports from."""
+    found = re.findall(r"^\s*(?:from|import) (tests|bench|examples)\b", path.read_text(), re.MULTILINE)
+    return set(found)
 
 
-def test_the_package_imports_neither_the_tests_nor_the_benchmark():
-    for path in PACKAGE:
-        assert not re.search(r"^\s*(from|import) (tests|bench)\b", path.read_text(), re.MULTILINE), path.name
+@pytest.mark.parametrize("folder", ["fastbn", "bench", "examples"])
+def test_what_is_not_a_test_imports_no_test(folder):
+    """fastbn takes nothing of the clone beside it, the benchmark and the examples nothing but themselves."""
+    for path in (ROOT / folder).rglob("*.py"):
+        assert _taken(path) <= {folder} - {"fastbn"}, path

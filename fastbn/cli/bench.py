@@ -2,13 +2,9 @@
 fastbn, whose tables of cases it uses: `python -m bench` there is the same command."""
 
 import argparse
-import importlib
-import sys
-from pathlib import Path
 
-import fastbn
+from fastbn.cli import clone
 from fastbn.cli.arguments import number, path, patterns
-from fastbn.cli.errors import CommandError
 
 SUMMARY = "time fastbn and its rivals on this machine"
 
@@ -70,14 +66,4 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    return _command().run(args)
-
-
-def _command():
-    """bench.command of the clone that fastbn was installed from in place, or else of the current directory's."""
-    for root in (Path(fastbn.__file__).parents[1], Path.cwd()):
-        if all((root / part).is_file() for part in ("bench/command.py", "tests/cases.py")):
-            if str(root) not in sys.path:
-                sys.path.insert(0, str(root))
-            return importlib.import_module("bench.command")
-    raise CommandError(f"fastbn bench runs in a clone of fastbn: expected the folders bench and tests in {Path.cwd()}")
+    return clone.load("bench", "bench.command").run(args)

@@ -4,10 +4,10 @@ bound anywhere."""
 
 import torch
 
-from fastbn.cli import extended
 from fastbn.cli.errors import device
-from fastbn.cli.parity import FLOOR_ULP, FLOOR_ULP_FLOAT64, Case, compare
 from fastbn.cli.text import table
+from fastbn.testing import extended
+from fastbn.testing.compare import FLOOR_ULP, FLOOR_ULP_FLOAT64, Case, compare
 
 SUMMARY = "compare fastbn and torch.nn with float64 on this machine"
 

@@ -11,7 +11,8 @@ from fastbn.autograd import statistics
 from fastbn.autograd.statistics import Hooks, Moments, Settings
 from fastbn.backends import registry
 from fastbn.ops.activations import index as activation_index
-from tests import cases, implementations
+from fastbn.testing import cases
+from tests import implementations
 
 EPS = 1e-3
 BACKENDS = ("reference", "cpu", "emulator", "torch")

@@ -13,7 +13,7 @@ from fastbn.autograd import composite
 from fastbn.backends import reference
 from fastbn.ops import activations
 from fastbn.ops.activations import ACTIVATIONS
-from tests import cases
+from fastbn.testing import cases
 
 FINITE = [c for c in cases.SMALL if c.data in ("normal", "offset") and c.numel and c.count > 1]
 EPS = 1e-5

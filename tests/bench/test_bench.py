@@ -22,7 +22,7 @@ from bench.machine import machine
 from bench.results import Measurement, Results
 from bench.timer import Budget
 from fastbn.cli import main
-from tests.cases import make_case
+from fastbn.testing.cases import make_case
 from tests.implementations import require_gpu
 
 CPU = torch.device("cpu")

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from fastbn.cli import main, parity
-from fastbn.cli.bn_timer import BatchNormTimer
-from fastbn.cli.data import load_digits, load_idx_directory
+from examples.lenet.bn_timer import BatchNormTimer
+from examples.lenet.data import load_digits, load_idx_directory
+from examples.lenet.experiment import FASTBN, PLAIN, STOCK, lenet, variants
+from examples.lenet.idx import read_idx
+from fastbn.cli import main
 from fastbn.cli.errors import CommandError
-from fastbn.cli.idx import read_idx
-from fastbn.cli.lenet import FASTBN, PLAIN, STOCK, lenet, variants
 from fastbn.cli.text import outline
+from fastbn.testing import compare
 
 UBYTE = 0x08
 TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -192,18 +193,18 @@ def test_verify(capsys):
 
 
 def test_verify_finds_an_error(capsys, monkeypatch):
-    exact = parity.batch_norm
-    monkeypatch.setattr(parity, "batch_norm", lambda *args, **kwargs: exact(*args, **kwargs) * (1 + 2**-8))
+    exact = compare.batch_norm
+    monkeypatch.setattr(compare, "batch_norm", lambda *args, **kwargs: exact(*args, **kwargs) * (1 + 2**-8))
     assert main(["verify", "--quick"]) == 1
     printed = capsys.readouterr().out
     assert "FAIL  output: " in printed and "exceed their bound." in printed
 
 
 def test_verify_counts_a_nan_as_an_error(monkeypatch):
-    exact = parity.batch_norm
-    monkeypatch.setattr(parity, "batch_norm", lambda *args, **kwargs: exact(*args, **kwargs) * float("nan"))
-    case = parity.Case((8, 3), training=False)
-    output = next(parity.compare(case, torch.device("cpu")))
+    exact = compare.batch_norm
+    monkeypatch.setattr(compare, "batch_norm", lambda *args, **kwargs: exact(*args, **kwargs) * float("nan"))
+    case = compare.Case((8, 3), training=False)
+    output = next(compare.compare(case, torch.device("cpu")))
     assert output.fastbn == float("inf") and not output.passed
 
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from bench import command, results
+from examples.lenet import command as example
+from examples.lenet.idx import read_idx
 from fastbn.cli import bench, build_parser, demo, info, main, verify
 from fastbn.cli.arguments import check_file
 from fastbn.cli.errors import CommandError
-from fastbn.cli.idx import read_idx
 from tests.cli import test_cli
 from tests.cli.test_cli import TEST_LABELS, TRAIN_IMAGES, idx_bytes
 
@@ -187,12 +188,12 @@ def never(*_, **__):
 
 @pytest.mark.parametrize("path", [*NO_FOLDERS, "{tmp}/missing", "{tmp}/loop", "{tmp}"])
 def test_demo_without_data(place, capsys, monkeypatch, path):
-    monkeypatch.setattr(demo, "_train", never)
+    monkeypatch.setattr(example, "_train", never)
     assert "expected a" in misuse(["demo", "--data", place(path), "--out", place("{tmp}/out")], capsys)
 
 
 def test_demo_with_data_that_it_may_not_enter(locked, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "_train", never)
+    monkeypatch.setattr(example, "_train", never)
     for path in (locked, locked / "inner"):
         assert "Permission denied" in misuse(["demo", "--data", str(path)], capsys)
 
@@ -256,7 +257,7 @@ def test_sizes_are_checked_before_elements_are_read(idx_directory, capsys, tmp_p
 
 @pytest.mark.parametrize("path", NO_FOLDERS)
 def test_demo_finds_an_unwritable_folder_before_it_trains(idx_directory, capsys, monkeypatch, place, path):
-    monkeypatch.setattr(demo, "_train", never)
+    monkeypatch.setattr(example, "_train", never)
     path = place(path)
     said = misuse(["demo", "--data", str(idx_directory), "--out", path], capsys)
     assert said.startswith("--out: expected a directory that can be written, got ")
@@ -264,19 +265,19 @@ def test_demo_finds_an_unwritable_folder_before_it_trains(idx_directory, capsys,
 
 @pytest.mark.parametrize("name", ["results.json", "curves.png"])
 def test_demo_finds_an_unwritable_file_before_it_trains(idx_directory, capsys, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(demo, "_train", never)
+    monkeypatch.setattr(example, "_train", never)
     (tmp_path / "out" / name).mkdir(parents=True)
     said = misuse(["demo", "--data", str(idx_directory), "--out", str(tmp_path / "out")], capsys)
     assert said.startswith("--out: ") and said.endswith(f"({tmp_path / 'out' / name}): Is a directory")
 
 
 def test_demo_finds_a_forbidden_folder_before_it_trains(capsys, monkeypatch, locked):
-    monkeypatch.setattr(demo, "_train", never)
+    monkeypatch.setattr(example, "_train", never)
     assert misuse(["demo", "--out", str(locked / "out")], capsys).endswith("Permission denied")
 
 
 def test_a_demo_that_fails_leaves_no_folder_behind(idx_directory, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(example, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["demo", "--data", str(idx_directory), "--out", str(tmp_path / "a" / "b")]) == 130
     assert not (tmp_path / "a").exists()
 
@@ -284,7 +285,7 @@ def test_a_demo_that_fails_leaves_no_folder_behind(idx_directory, monkeypatch, t
 def test_a_demo_that_succeeds_keeps_what_else_is_in_the_folder(idx_directory, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("old")
-    monkeypatch.setattr(demo, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(example, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["demo", "--data", str(idx_directory), "--out", str(tmp_path / "out")]) == 130
     assert (tmp_path / "out" / "results.json").read_text() == "old"
 

@@ -13,7 +13,7 @@ import torch
 import fastbn
 from fastbn import _C
 from fastbn.backends import native
-from tests.tolerance import assert_error_bound
+from fastbn.testing.tolerance import assert_error_bound
 
 CHANNELS = 19
 COUNT = 10 * 100  # of a channel, as 10 images of 10 x 10

@@ -15,7 +15,7 @@ import fastbn
 from bench.workloads import RESNET50
 from fastbn.backends import reference
 from fastbn.ops import contract
-from tests import tolerance
+from fastbn.testing import tolerance
 from tests.emulator import build
 from tests.implementations import EMULATED_LIMITS
 

@@ -14,8 +14,8 @@ import torch
 
 import fastbn
 from fastbn import _C
-from tests import cases, tolerance
-from tests.tolerance import assert_close_to_reference
+from fastbn.testing import cases, tolerance
+from fastbn.testing.tolerance import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def _environment(instruction_set: str, threads: int) -> dict[str, str]:
 _PROGRAM = """
 import sys, torch
 from fastbn import _C
-from tests import cases
+from fastbn.testing import cases
 from tests.csrc import test_threads
 table = [case for case in cases.SMALL if case.data == "normal" and case.count > 1]
 results = {"instruction_set": _C.build_info()["cpu_instruction_set"]}

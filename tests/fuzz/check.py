@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastbn
 from fastbn.ops import dispatch
-from tests import tolerance
+from fastbn.testing import tolerance
 from tests.fuzz import exact
 from tests.fuzz.case import BUFFERS, OPERANDS, Case, Values
 from tests.fuzz.hooks import hooks

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastbn
 from fastbn.backends import reference
-from tests import cases
+from fastbn.testing import cases
 from tests.stock import SHAPES, assert_same, assert_same_buffers, normal, pair, step
 
 LAYOUTS = [((3, 6, 5, 4), layout) for layout in cases.LAYOUTS if layout != "channels_last_3d"]

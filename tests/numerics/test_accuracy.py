@@ -7,8 +7,9 @@ import torch
 
 import fastbn
 from fastbn.backends import native, reference
-from tests import cases, implementations
-from tests.tolerance import assert_error_bound
+from fastbn.testing import cases
+from fastbn.testing.tolerance import assert_error_bound
+from tests import implementations
 
 EPS = 1e-5
 MOMENTUM = 0.3

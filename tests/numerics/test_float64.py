@@ -1,7 +1,7 @@
 """float64 against extended precision: an error of at most stock's on the same case, or 4 ulp.
 
-`tests/tolerance.py` measures everything else by float64, so float64 itself takes a longer number: numpy.longdouble,
-which has 64 bits of mantissa on x86.
+Everything else is measured by float64 (`fastbn/testing/tolerance.py`), so float64 itself needs a longer number:
+numpy.longdouble, which has 64 bits of mantissa on x86.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbn.cli import extended, main, parity
-from tests import cases, implementations
+from fastbn.cli import main
+from fastbn.testing import cases, compare, extended
+from tests import implementations
 
 ULPS = 4
 EPS = 1e-5
@@ -105,13 +106,13 @@ def test_far_from_zero(ops, layout, steepness):
 def test_verify_measures_float64(capsys, monkeypatch):
     assert main(["verify", "--quick"]) == 0
     assert "float64" in capsys.readouterr().out.split("Errors are")[0]
-    exact = parity.batch_norm
+    exact = compare.batch_norm
 
     def off_by_nine_ulp(x, *args, **kwargs):
         y = exact(x, *args, **kwargs)
         return y * (1 + 2**-49) if x.dtype == torch.float64 else y
 
-    monkeypatch.setattr(parity, "batch_norm", off_by_nine_ulp)
+    monkeypatch.setattr(compare, "batch_norm", off_by_nine_ulp)
     assert main(["verify", "--quick"]) == 1
     assert "FAIL  output: expected at most" in capsys.readouterr().out
 

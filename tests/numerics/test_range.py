@@ -11,7 +11,7 @@ import torch
 
 import fastbn
 from fastbn.backends import reference
-from tests.tolerance import (
+from fastbn.testing.tolerance import (
     ELEMENT_ROUNDINGS,
     assert_close_to_reference,
     forward_tolerance,

@@ -9,7 +9,7 @@ import torch
 
 from fastbn.backends import reference
 from fastbn.ops.activations import ACTIVATIONS, is_piecewise_linear
-from tests import cases
+from fastbn.testing import cases
 
 EPS = 1e-5
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import cases, implementations
+from fastbn.testing import cases
+from tests import implementations
 
 EPS = 1e-5
 

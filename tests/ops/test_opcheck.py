@@ -9,7 +9,8 @@ import torch
 
 from fastbn.backends import reference
 from fastbn.ops import contract
-from tests import cases, implementations
+from fastbn.testing import cases
+from tests import implementations
 
 LAYOUTS = {
     # Runs of 12 elements: the mask of one is two bytes, and of the second half is used.

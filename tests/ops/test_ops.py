@@ -9,8 +9,8 @@ import torch
 
 from fastbn.backends import reference
 from fastbn.ops.activations import ACTIVATIONS, is_piecewise_linear
-from tests import cases, tolerance
-from tests.tolerance import assert_close_to_reference
+from fastbn.testing import cases, tolerance
+from fastbn.testing.tolerance import assert_close_to_reference
 
 EPS = 1e-5
 # Where an activation's derivative jumps: rounding of z may take the other branch there.

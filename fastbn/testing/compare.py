@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastbn.cli import extended
 from fastbn.functional import batch_norm
+from fastbn.testing import extended
 
 EPS, MOMENTUM = 1e-5, 0.1
 # Two roundings to the output's dtype: a correct implementation may need them however exact its arithmetic. float64 has

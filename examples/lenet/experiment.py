@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbn.cli.bn_timer import BatchNormTimer
-from fastbn.cli.data import Dataset
+from examples.lenet.bn_timer import BatchNormTimer
+from examples.lenet.data import Dataset
 from fastbn.transforms.convert import convert
 
 PLAIN, STOCK, FASTBN = "without BN", "torch.nn", "fastbn"

@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
+from examples.lenet.experiment import FASTBN, PLAIN, STOCK
 from fastbn.cli.errors import require
-from fastbn.cli.lenet import FASTBN, PLAIN, STOCK
 
 # Okabe and Ito's colours, which the colour-blind can tell apart. fastbn's line lies upon torch.nn's: narrow dashes and
 # hollow markers upon a wide line show both.

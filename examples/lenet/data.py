@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from examples.lenet.idx import find_idx, read_idx
 from fastbn.cli.errors import CommandError, reason, require
-from fastbn.cli.idx import find_idx, read_idx
 
 SIDE, CLASSES = 28, 10
 

@@ -1,0 +1,1 @@
+"""Programs that use fastbn: `python -m examples.lenet`."""

@@ -1,1 +1,20 @@
-"""What results are compared with, and how far off they may be: for tests, `bench`, `fastbn verify` and users."""
+"""What results are compared with, and how far off they may be: for tests, `bench`, `fastbn verify` and users.
+
+    from fastbn.testing import ParityCase, assert_parity
+    assert_parity(ParityCase((8, 32, 14, 14), torch.bfloat16, relu=True), "cuda")
+
+`cases` is the table of shapes, layouts and data, `tolerance` derives bounds from dtype and count, `compare` measures
+fastbn and torch against float64, and `extended` holds the formulas in numpy.longdouble.
+"""
+
+from fastbn.testing.compare import Comparison, ParityCase, assert_parity, compare_case
+from fastbn.testing.tolerance import assert_close_to_reference, assert_error_bound
+
+__all__ = [
+    "Comparison",
+    "ParityCase",
+    "assert_close_to_reference",
+    "assert_error_bound",
+    "assert_parity",
+    "compare_case",
+]

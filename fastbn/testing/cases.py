@@ -175,8 +175,8 @@ def _values(case: Case, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return x.to(dtype)
 
 
-def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The values of contiguous x in that layout."""
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the values of contiguous `x` in a layout of `LAYOUTS`."""
     if layout in ("channels_last", "channels_last_3d"):
         # Not Tensor.contiguous: it leaves the strides of one channel or one pixel, which are also channels_last, alone.
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -202,14 +202,14 @@ def make_input(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu
     """The input of a case: its shape, layout and data; the same for every device and run."""
     if case.large:
         return make_on_device(case, dtype, device, seed)
-    return _laid_out(_values(case, dtype, seed).to(device), case.layout)
+    return lay_out(_values(case, dtype, seed).to(device), case.layout)
 
 
 def make_normal(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 1) -> torch.Tensor:
     """Standard normal values of the case's shape and layout: its residual, or its grad_out."""
     if case.large:
         return make_on_device(case, dtype, device, seed)
-    return _laid_out(_normal(case.shape, seed).to(device, dtype, copy=True), case.layout)
+    return lay_out(_normal(case.shape, seed).to(device, dtype, copy=True), case.layout)
 
 
 def make_on_device(case: Case, dtype: torch.dtype, device: str | torch.device, seed: int) -> torch.Tensor:

@@ -1,34 +1,29 @@
-"""One parity case: fastbn and torch.nn.functional on one device, each against float64 torch operations, or where it
-is float64 itself, against numpy.longdouble.
+"""Parity of fastbn and torch.nn.functional on one device: the error of each against float64 torch operations.
 
-Errors are largest absolute differences in ulp: the spacing of the quantity's dtype at the largest value it should have.
+float64 itself is compared with numpy.longdouble. Errors are largest absolute differences in ulp: the spacing of the
+quantity's dtype at its largest exact value.
 """
 
-import math
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastbn.functional import batch_norm
-from fastbn.testing import extended
+from fastbn.testing import cases, extended, tolerance
 
 EPS, MOMENTUM = 1e-5, 0.1
-# Two roundings to the output's dtype: a correct implementation may need them however exact its arithmetic. float64 has
-# no wider type to be computed in, and so rounds at every step.
-FLOOR_ULP, FLOOR_ULP_FLOAT64 = 2.0, 4.0
-
-_FORMATS = {
-    "contiguous": torch.contiguous_format,
-    "channels_last": torch.channels_last,
-    "channels_last_3d": torch.channels_last_3d,
-}
+_LEAVES = ("input", "weight", "bias", "residual")
 
 
 @dataclass(frozen=True)
-class Case:
-    """What to compare. `layout`: contiguous, channels_last, channels_last_3d or strided (every second column)."""
+class ParityCase:
+    """A call to compare, on normal data of shape (N, C, *). `layout` is one of `fastbn.testing.cases.LAYOUTS`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -47,13 +42,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of one quantity in ulp; `scale` is the largest absolute value expected, `floor` the least bound."""
+    """Errors of one quantity in ulp; `scale` is its largest absolute value, `floor` the bound where stock has less."""
 
     quantity: str
     fastbn: float
     stock: float
     scale: float
-    floor: float = FLOOR_ULP
+    floor: float = tolerance.ACCEPTED_ULPS
 
     @property
     def bound(self) -> float:
@@ -64,9 +59,18 @@ class Comparison:
         return self.fastbn <= self.bound
 
 
-def compare(case: Case, device: torch.device) -> Iterator[Comparison]:
-    """Run `case` on `device` through fastbn, stock and reference; yield a comparison for each quantity it yields:
-    output and running statistics (training), then the gradients."""
+def assert_parity(case: ParityCase, device: str | torch.device = "cpu") -> None:
+    """Assert that fastbn's error in every quantity of `case` is at most the larger of torch's and a few ulp."""
+    failed = [comparison for comparison in compare_case(case, device) if not comparison.passed]
+    errors = (f"{c.quantity}: expected at most {c.bound:.2f} ulp, got {c.fastbn:.2f}" for c in failed)
+    assert not failed, f"{case}: " + "; ".join(errors)
+
+
+def compare_case(case: ParityCase, device: str | torch.device = "cpu") -> Iterator[Comparison]:
+    """Run `case` on `device` through fastbn, stock and reference, and yield a comparison for each quantity.
+
+    Quantities are the output, the running statistics (training) and the gradients.
+    """
     data = _draw(case, device)
     reference = _run(_compose, case, {k: v.double() for k, v in data.items()})
     data["grad_out"] = _away_from_kink(case, data["grad_out"], reference.pop("z"))
@@ -76,18 +80,18 @@ def compare(case: Case, device: torch.device) -> Iterator[Comparison]:
     if case.dtype == torch.float64:
         for quantity, exact in _extend(case, data).items():
             errors = (extended.error_in_ulp(got[quantity], exact) for got in (fast, stock))
-            yield Comparison(quantity, *errors, float(abs(exact).max()), FLOOR_ULP_FLOAT64)
+            yield Comparison(quantity, *errors, float(abs(exact).max()), tolerance.ACCEPTED_ULPS_FLOAT64)
         return
     for quantity, expected in reference.items():
-        scale = expected.abs().max().item()
-        ulp = _ulp(stock[quantity].dtype, scale)
-        yield Comparison(quantity, *(_distance(got[quantity], expected) / ulp for got in (fast, stock)), scale)
+        dtype = stock[quantity].dtype
+        errors = (tolerance.error_in_ulp(got[quantity], expected, dtype) for got in (fast, stock))
+        yield Comparison(quantity, *errors, expected.abs().max().item())
 
 
-def _draw(case, device):
+def _draw(case: ParityCase, device: str | torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(sum(case.shape))
 
-    def normal(shape, mean=0.0, std=1.0):
+    def normal(shape: int | tuple[int, ...], mean: float = 0.0, std: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean
 
     channels = case.shape[1]
@@ -98,41 +102,45 @@ def _draw(case, device):
         "running_var": normal(channels, 0.0, 0.1).exp() * case.std**2,
     }
     data = {name: value.to(device, case.parameter_dtype) for name, value in parameters.items()}
-    data["input"] = _lay_out(normal(case.shape, case.mean, case.std).to(device, case.dtype), case.layout)
-    data["grad_out"] = _lay_out(normal(case.shape).to(device, case.dtype), case.layout)
+    data["input"] = cases.lay_out(normal(case.shape, case.mean, case.std).to(device, case.dtype), case.layout)
+    data["grad_out"] = cases.lay_out(normal(case.shape).to(device, case.dtype), case.layout)
     if case.residual:
-        data["residual"] = _lay_out(normal(case.shape).to(device, case.dtype), case.layout)
+        data["residual"] = cases.lay_out(normal(case.shape).to(device, case.dtype), case.layout)
     return data
 
 
-def _lay_out(tensor, layout):
-    if layout == "strided":
-        return torch.stack([tensor, tensor], -1).flatten(-2)[..., ::2]
-    return tensor.contiguous(memory_format=_FORMATS[layout])
-
-
-def _away_from_kink(case, grad_out, z):
-    """No gradient where rounding alone decides on which side of relu's kink an element lies: either answer is right."""
+def _away_from_kink(case: ParityCase, grad_out: Tensor, z: Tensor) -> Tensor:
+    """Zero the gradient where rounding decides on which side of relu's kink an element lies: either answer is right."""
     if not case.relu:
         return grad_out
-    margin = max(1e-3, 4 * torch.finfo(case.dtype).eps)
+    margin = tolerance.forward_tolerance(case.dtype, z.numel() // z.shape[1], z.abs().max()).to(z.device)
     return torch.where(z.abs() < margin, torch.zeros_like(grad_out), grad_out)
 
 
-def _run(implementation, case, data):
-    leaves = [name for name in ("input", "weight", "bias", "residual") if name in data]
+def _run(
+    implementation: Callable[..., dict[str, Tensor]], case: ParityCase, data: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    leaves = [name for name in _LEAVES if name in data]
     tensors = {name: value.detach().clone().requires_grad_(name in leaves) for name, value in data.items()}
     result = implementation(case, **{name: value for name, value in tensors.items() if name != "grad_out"})
     gradients = torch.autograd.grad(result["output"], [tensors[name] for name in leaves], tensors["grad_out"])
     if case.training:
         result |= {name: tensors[name] for name in ("running_mean", "running_var")}
     return {name: value.detach() for name, value in result.items()} | {
-        f"grad_{name}": gradient for name, gradient in zip(leaves, gradients)
+        f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
     }
 
 
-def _compose(case, input, weight, bias, running_mean, running_var, residual=None):
-    def per_channel(tensor):
+def _compose(
+    case: ParityCase,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+) -> dict[str, Tensor]:
+    def per_channel(tensor: Tensor) -> Tensor:
         return tensor.view(1, -1, *[1] * (input.dim() - 2))
 
     mean, var = running_mean, running_var
@@ -147,8 +155,8 @@ def _compose(case, input, weight, bias, running_mean, running_var, residual=None
     return {"z": z, "output": z.relu() if case.relu else z}
 
 
-def _extend(case, data):
-    """What `_run` makes of `_compose`, in longdouble."""
+def _extend(case: ParityCase, data: dict[str, Tensor]) -> dict[str, Any]:
+    """Compute the results of `_run(_compose, ...)` in longdouble."""
     wide = {name: extended.wide(value) for name, value in data.items()}
     x, weight, grad_z = wide["input"], wide["weight"], wide["grad_out"]
     deviation, var, result = extended.deviations(x, wide["running_mean"]), wide["running_var"], {}
@@ -167,25 +175,28 @@ def _extend(case, data):
     return result | ({"grad_residual": grad_z} if case.residual else {})
 
 
-def _stock(case, input, weight, bias, running_mean, running_var, residual=None):
+def _stock(
+    case: ParityCase,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+) -> dict[str, Tensor]:
     z = F.batch_norm(input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS)
     z = z if residual is None else z + residual
     return {"output": z.relu() if case.relu else z}
 
 
-def _fastbn(case, input, weight, bias, running_mean, running_var, residual=None):
-    activation = "relu" if case.relu else None
-    fused = {"residual": residual, "activation": activation}
-    return {"output": batch_norm(input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS, **fused)}
-
-
-def _ulp(dtype, scale):
-    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale)) if scale > 0 else torch.finfo(dtype).tiny
-
-
-def _distance(got, expected):
-    """Largest absolute difference; infinite for a shape that is wrong or a value that is not finite."""
-    if got.shape != expected.shape:
-        return math.inf
-    difference = (got.double() - expected).abs().max().item()
-    return difference if math.isfinite(difference) else math.inf
+def _fastbn(
+    case: ParityCase,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+) -> dict[str, Tensor]:
+    arguments = (input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS)
+    return {"output": batch_norm(*arguments, residual=residual, activation="relu" if case.relu else None)}

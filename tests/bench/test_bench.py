@@ -512,13 +512,6 @@ def test_files_that_are_no_results(tmp_path, content, message):
         results.load(path)
 
 
-def test_outside_a_clone_the_command_says_what_it_needs(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(fastbn, "__file__", str(tmp_path / "fastbn" / "__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench"]) == 2
-    assert "runs in a clone of fastbn" in capsys.readouterr().err
-
-
 def measured(case, implementation, median_us, speedup_over=None, spread=0.02):
     return Measurement(
         median_us=median_us,
@@ -613,15 +606,6 @@ def test_a_suspected_regression_is_measured_again(brief, tmp_path, capsys, monke
     assert "1 regressions of 1 cases" in capsys.readouterr().out
     assert len(named) == 1 + command.CONFIRMATIONS
     assert len(read_valid(new)["measurements"]) == 3
-
-
-def test_the_command_line_and_the_module_are_one_command():
-    import subprocess
-    import sys
-
-    module = [sys.executable, "-m", "bench", "--help"]
-    shown = subprocess.run(module, cwd=command.__file__.rsplit("/", 2)[0], capture_output=True, text=True, check=True)
-    assert "usage: fastbn bench" in shown.stdout
 
 
 @pytest.mark.gpu

@@ -22,13 +22,13 @@ from examples.lenet.idx import read_idx
 from fastbn.cli import bench, build_parser, demo, info, main, verify
 from fastbn.cli.arguments import check_file
 from fastbn.cli.errors import CommandError
-from tests.cli import test_cli
-from tests.cli.test_cli import TEST_LABELS, TRAIN_IMAGES, idx_bytes
+from tests.examples import test_lenet
+from tests.examples.test_lenet import TEST_LABELS, TRAIN_IMAGES, idx_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 
-idx_directory = test_cli.idx_directory
+idx_directory = test_lenet.idx_directory
 
 NO_INTEGERS = [
     "1.5",

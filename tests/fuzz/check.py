@@ -416,7 +416,7 @@ class _Examination:
                 self._compare(name, tensor, rival[name], *expected[name])
 
     def _expected(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Exact results by name, each with its tolerance (broadcast). tests/ops/test_ops.py has the same bounds."""
+        """Exact results by name, each with its tolerance (broadcast)."""
         dtype, count, w = self.case.torch_dtype, self.count, self.operands
         fwd, bwd = self.exact, self.exact_backward
         expected = {}
@@ -434,23 +434,19 @@ class _Examination:
             element = element + rounding * _largest(w["grad_out"])
         grad_sum = torch.from_numpy(exact.channel_sum(np.abs(bwd.residual)).astype(np.float64))
         product_sum = torch.from_numpy(exact.channel_sum(np.abs(bwd.residual * fwd.xhat)).astype(np.float64))
-        sum_off = tolerance.sum_tolerance(dtype, count, grad_sum) + count * element
-        product_off = (
-            tolerance.sum_tolerance(dtype, count, product_sum)
-            + tolerance.sum_tolerance(dtype, 1, self.xhat_scale) * grad_sum
-            + count * element * self.xhat_scale
-            + rounding * grad_sum
+        sum_off = tolerance.bias_gradient_tolerance(dtype, count, grad_sum, element)
+        product_off = rounding * grad_sum + tolerance.weight_gradient_tolerance(
+            dtype, count, grad_sum, product_sum, self.xhat_scale, element
         )
         slope = torch.from_numpy(fwd.inv_std.astype(np.float64)).abs()
         if w["weight"] is not None:
             slope = slope * _magnitude(w["weight"])
-        square = self.xhat_scale**2
-        terms = largest * (1 + self.xhat_scale + square) if self.batch_stats else largest
-        spread = 2 + square if self.batch_stats else 1.0
+        terms = tolerance.input_gradient_terms(largest, self.xhat_scale, self.batch_stats)
         # Of the channels without inf and NaN.
         self.largest_term = max(t.nan_to_num(posinf=0.0).max().item() for t in (terms * slope, grad_sum, product_sum))
-        computed = slope * element * spread + tolerance.sum_tolerance(dtype, count, terms * slope)
-        computed = computed + rounding * terms * slope
+        computed = rounding * terms * slope + tolerance.input_gradient_tolerance(
+            dtype, count, terms, slope, self.xhat_scale, element, self.batch_stats
+        )
         # Subnormal terms are rounded by half of the smallest number each, whatever their size, and then scaled.
         info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
         smallest = info.smallest_normal * info.eps

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from fastbn.cli import main
-from fastbn.testing import cases, compare, extended
+from fastbn.testing import cases, compare, extended, tolerance
 from tests import implementations
 
-ULPS = 4
 EPS = 1e-5
 MOMENTUM = 0.3
 CASES = [case for case in cases.ORDINARY if case.numel and case.count > 1 and case.data not in ("inf", "nan")]
@@ -34,7 +33,7 @@ def _assert_held(results, what):
     failures = []
     for name, (actual, stock, exact, scale) in results.items():
         error, rival = extended.error_in_ulp(actual, exact, scale), extended.error_in_ulp(stock, exact, scale)
-        if not error <= max(rival, ULPS):
+        if not error <= max(rival, tolerance.ACCEPTED_ULPS_FLOAT64):
             failures.append(f"{name}: {error:.2f} ulp, stock's {rival:.2f}")
     assert not failures, f"{what}: " + "; ".join(failures)
 
@@ -100,7 +99,7 @@ def test_far_from_zero(ops, layout, steepness):
     wide_x = extended.wide(x)
     inv_std = extended.inverse_std(extended.statistics(wide_x)[1], EPS)
     exact = extended.normalize(extended.deviations(wide_x), extended.wide(ones), extended.wide(zeros), inv_std)
-    assert extended.error_in_ulp(y, exact) <= ULPS
+    assert extended.error_in_ulp(y, exact) <= tolerance.ACCEPTED_ULPS_FLOAT64
 
 
 def test_verify_measures_float64(capsys, monkeypatch):

@@ -208,16 +208,14 @@ def _backward_case(setup, device, batch_stats):
     largest, largest_xhat = _largest(grad_z), _largest(xhat)
     element = tolerance.activation_tolerance(dtype, _largest(g), z_scale if setup.activation else 0.0 * z_scale)
     slope = (inv_std if weight is None else inv_std * weight).abs()
-    terms = largest * (1 + largest_xhat**2 + largest_xhat) if batch_stats else largest
+    terms = tolerance.input_gradient_terms(largest, largest_xhat, batch_stats)
+    grad_sum, product_sum = grad_z.abs().sum(dims), (grad_z * xhat).abs().sum(dims)
     allowed = SimpleNamespace(
         grad_z=_wide(x, element + tolerance.ulp(dtype, 1.5 * largest)),
-        sum_grad=tolerance.sum_tolerance(dtype, count, grad_z.abs().sum(dims)) + count * element,
-        sum_grad_xhat=tolerance.sum_tolerance(dtype, count, (grad_z * xhat).abs().sum(dims))
-        + tolerance.sum_tolerance(dtype, 1, largest_xhat) * grad_z.abs().sum(dims)
-        + count * element * largest_xhat,
+        sum_grad=tolerance.bias_gradient_tolerance(dtype, count, grad_sum, element),
+        sum_grad_xhat=tolerance.weight_gradient_tolerance(dtype, count, grad_sum, product_sum, largest_xhat, element),
     )
-    spread = 1 + 1 + largest_xhat**2 if batch_stats else 1.0
-    computed = slope * element * spread + tolerance.sum_tolerance(dtype, count, terms * slope)
+    computed = tolerance.input_gradient_tolerance(dtype, count, terms, slope, largest_xhat, element, batch_stats)
     allowed.grad_input = _wide(x, computed + tolerance.ulp(dtype, _largest(exact.grad_input)))
     return host, there, exact, allowed
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastbn.nn import batchnorm as modules
+from fastbn.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.transforms.convert import convert, revert
 
 PAIRS = [
-    (nn.BatchNorm1d, modules.BatchNorm1d, (5, 3)),
-    (nn.BatchNorm2d, modules.BatchNorm2d, (5, 3, 4, 2)),
-    (nn.BatchNorm3d, modules.BatchNorm3d, (5, 3, 2, 3, 2)),
+    (nn.BatchNorm1d, BatchNorm1d, (5, 3)),
+    (nn.BatchNorm2d, BatchNorm2d, (5, 3, 4, 2)),
+    (nn.BatchNorm3d, BatchNorm3d, (5, 3, 2, 3, 2)),
 ]
 
 
@@ -44,7 +44,7 @@ def test_root_module(stock, fast, shape):
 
 def test_nested_modules_and_settings():
     net = convert(small_net())
-    assert [type(m) for m in batch_norms(net)] == [modules.BatchNorm2d, modules.BatchNorm2d, modules.BatchNorm1d]
+    assert [type(m) for m in batch_norms(net)] == [BatchNorm2d, BatchNorm2d, BatchNorm1d]
     assert [m.eps for m in batch_norms(net)] == [1e-3, 1e-5, 1e-5]
     assert [m.momentum for m in batch_norms(net)] == [0.1, None, 0.1]
     assert all(m.activation is None for m in batch_norms(net))
@@ -54,7 +54,7 @@ def test_nested_modules_and_settings():
 
 def test_idempotent():
     net = convert(convert(small_net()))
-    assert [type(m) for m in batch_norms(net)] == [modules.BatchNorm2d, modules.BatchNorm2d, modules.BatchNorm1d]
+    assert [type(m) for m in batch_norms(net)] == [BatchNorm2d, BatchNorm2d, BatchNorm1d]
     revert(revert(net))
     assert [type(m) for m in batch_norms(net)] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]
 
@@ -63,7 +63,7 @@ def test_shared_module_stays_shared():
     shared = nn.BatchNorm2d(3)
     net = convert(nn.Sequential(shared, nn.ReLU(), shared))
     assert net[0] is net[2] is shared
-    assert type(shared) is modules.BatchNorm2d
+    assert type(shared) is BatchNorm2d
 
 
 def test_model_without_batch_norm():
@@ -146,7 +146,7 @@ def test_subclasses_are_left_alone():
     class Mine(nn.BatchNorm2d):
         pass
 
-    class MineOnFast(modules.BatchNorm2d):
+    class MineOnFast(BatchNorm2d):
         pass
 
     net = nn.Sequential(Mine(3), MineOnFast(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(3))
@@ -165,7 +165,7 @@ def test_parametrised_module_is_left_alone():
 def test_lazy_module_converts_once_it_has_become_a_batch_norm():
     net = nn.Sequential(nn.LazyBatchNorm2d())
     net(images())
-    assert type(convert(net)[0]) is modules.BatchNorm2d
+    assert type(convert(net)[0]) is BatchNorm2d
 
 
 def test_revert_names_fused_modules_and_changes_nothing():

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <limits>
 
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn {
 

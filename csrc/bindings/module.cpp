@@ -10,7 +10,7 @@
 
 #include "bindings/max_sms.h"
 #include "cpu/kernels/kernels.h"
-#include "math/plan.h"
+#include "plan/plan.h"
 #ifdef FASTBN_WITH_CUDA
 #include "bindings/cuda_backend.h"
 #endif

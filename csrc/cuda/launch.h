@@ -6,7 +6,7 @@
 
 #include "cuda/device/runtime.h"
 #include "math/params.h"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

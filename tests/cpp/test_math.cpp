@@ -7,8 +7,8 @@
 #include "check.h"
 #include "math/affine.h"
 #include "math/moments.h"
-#include "math/plan.h"
 #include "math/types.h"
+#include "plan/plan.h"
 
 using namespace fastbn;
 

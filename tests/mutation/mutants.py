@@ -16,6 +16,7 @@ LIST = Path(__file__).with_name("mutants.toml")
 GROUPS = {
     "python": "fastbn/",
     "math": "csrc/math/",
+    "plan": "csrc/plan/",
     "cpu": "csrc/cpu/",
     "bindings": "csrc/bindings/",
     "cuda": "csrc/cuda/",

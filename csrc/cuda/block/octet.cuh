@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "cuda/device/device.cuh"
-#include "math/plan.h"
 #include "math/types.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

@@ -4,7 +4,7 @@
 #include "cuda/block/loop.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/device/device.cuh"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

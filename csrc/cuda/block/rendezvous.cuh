@@ -5,7 +5,7 @@
 
 #include "cuda/block/reduce.cuh"
 #include "cuda/device/device.cuh"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

@@ -11,7 +11,7 @@
 #include "cuda/block/octet.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/device/device.cuh"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

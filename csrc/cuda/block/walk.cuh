@@ -9,7 +9,7 @@
 #include "cuda/block/loop.cuh"
 #include "cuda/device/device.cuh"
 #include "math/layout.h"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

@@ -6,7 +6,7 @@
 #include "cuda/block/loop.cuh"
 #include "cuda/device/device.cuh"
 #include "math/activation.h"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

@@ -8,7 +8,7 @@
 #include "cuda/element/activate.cuh"
 #include "math/affine.h"
 #include "math/params.h"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

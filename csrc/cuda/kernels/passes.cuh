@@ -9,7 +9,7 @@
 #include "cuda/block/walk.cuh"
 #include "cuda/device/device.cuh"
 #include "math/params.h"
-#include "math/plan.h"
+#include "plan/plan.h"
 
 namespace fastbn::cuda {
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "plan/planner.h"
 
 namespace fastbn::bench {
 
@@ -58,7 +59,7 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
   Request request = given;
   if (request.direction == Direction::forward) {  // as choose_plan has it
     request.residual = false;
-    request.masked = request.masked && request.layout.run() % octet != 0;
+    request.masked = request.masked && request.layout.run() % vec_size != 0;
   }
   std::vector<Plan> plans;
   const auto keep = [&](Plan plan) {
@@ -66,11 +67,11 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
     plans.push_back(plan);
   };
   Plan walk = choose_walk(request);
-  walk.groups = walk.slices = std::max(walk.slices, 1);
-  const int64_t most_splits = std::clamp<int64_t>(slots_for(request.layout, walk, 1) / 4, 1, 1024);
+  walk.groups = walk.tiles = std::max(walk.tiles, 1);
+  const int64_t most_splits = std::clamp<int64_t>(vectors_per_thread(request.layout, walk, 1) / 4, 1, 1024);
   for (int blocks : {4, 8, 16}) {
     Plan plan = walk;
-    plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.slices, 1, most_splits));
+    plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, most_splits));
     add_shared_bytes(request, plan);
     keep(plan);
   }
@@ -158,7 +159,8 @@ class Bench {
   template <class T>
   void run_plans(const Layout& layout, DType dtype, Direction direction, Epilogue epilogue, const std::string& prefix,
                  double copy_us) {
-    const bool backward = direction == Direction::backward, masked = epilogue == add_relu && layout.run() % octet == 0;
+    const bool backward = direction == Direction::backward,
+               masked = epilogue == add_relu && layout.run() % vec_size == 0;
     Request request{layout, dtype, direction};
     request.activation = epilogue == none ? Activation::none : Activation::relu;
     request.masked = masked;
@@ -221,18 +223,18 @@ class Bench {
                                          counter_);
       unsigned long long wrong = 0;
       FASTBN_CHECK(cudaMemcpyAsync(&wrong, counter_, sizeof wrong, cudaMemcpyDeviceToHost, stream_));
-      const auto [us, least_us] = time([&] { return run(plan, result_); });
+      const auto [us, min_us] = time([&] { return run(plan, result_); });
       const char* schedules[] = {"two_phase", "resident", "cooperative"};
       std::printf("%s,%s,%s,%d,%d,%d,%d,%d,%d,%d,%.3f,%.2f,%.2f,%llu,%.2f\n", prefix.c_str(),
                   schedules[static_cast<int>(plan.schedule)],
-                  plan.kernel == Kernel::row_blocks ? "row_blocks" : "channel_blocks", plan.fold, plan.lanes,
-                  plan.slice_channels, plan.groups, plan.splits, plan.cluster, plan.slots, plan.kept, us, least_us,
-                  wrong, copy_us);
+                  plan.kernel == Kernel::row_tiles ? "row_tiles" : "channel_tiles", plan.fold, plan.vectors_per_row,
+                  plan.channels_per_tile, plan.groups, plan.splits, plan.cluster, plan.slots, plan.resident_fraction,
+                  us, min_us, wrong, copy_us);
     }
     std::fflush(stdout);
   }
 
-  // Microseconds, the median and the least.
+  // Microseconds, the median and the minimum.
   template <class Run>
   std::pair<double, double> time(Run run) {
     for (int i = 0; i < samples; ++i) {
@@ -265,8 +267,9 @@ int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "";
   fastbn::bench::Bench bench;
   std::puts(
-      "outer,channels,inner,dtype,direction,epilogue,schedule,kernel,fold,lanes,slice_channels,groups,splits,cluster,"
-      "slots,kept,us,least_us,wrong,copy_us");
+      "outer,channels,inner,dtype,direction,epilogue,schedule,kernel,fold,vectors_per_row,channels_per_tile,groups,"
+      "splits,cluster,"
+      "slots,resident_fraction,us,min_us,wrong,copy_us");
   bench.run<fastbn::bfloat16>(fastbn::DType::bfloat16, "bfloat16", wanted);
   bench.run<float>(fastbn::DType::float32, "float32", wanted);
 }

@@ -28,20 +28,20 @@ are, and what was measured of them.
 A cell is the schedule, then blocks, `x` and a cluster's size where there are clusters, and the kilobytes of shared
 memory of a block. **R** is `resident`, **C** `cooperative`: both read the input once forward, input and grad_out once
 backward, and write once, in one launch. **T** is two phases, in three launches, which read twice. `r` after it: the
-kernel is `row_blocks`, else `channel_blocks`. A percentage is the part of a slice that the chip holds where it does not
-hold all; the rest is read again, from L2 or, where S is given, so much of the tensor from memory.
+kernel is `row_tiles`, else `channel_tiles`. A percentage is the fraction of a channel tile that stays on chip, where
+not all of it does; the rest is read again, from L2 or, where S is given, that much of the tensor from memory.
 """
 
 
 def cell(x: torch.Tensor, direction: str) -> str:
     plan = fastbn.explain(x, direction, device="h200")
     schedule = {"resident": "R", "cooperative": "C"}.get(plan.kernel.split("_")[0], "T")
-    rows = "r" if plan.kernel.endswith("row_blocks") else ""
+    rows = "r" if plan.kernel.endswith("row_tiles") else ""
     cluster = f"x{plan.cluster}" if plan.cluster > 1 else ""
     part = re.search(r"keeps (\d+%)", plan.reason)
     again = plan.tensor_reads - (1 if direction == "forward" else 2)
-    kept = f" {part[1]}" + (f" +{again:.2f} S" if again else "") if part else ""
-    return f"{schedule}{rows} {plan.blocks}{cluster} {plan.shared_bytes / 1024:.0f}K{kept}"
+    resident = f" {part[1]}" + (f" +{again:.2f} S" if again else "") if part else ""
+    return f"{schedule}{rows} {plan.blocks}{cluster} {plan.shared_bytes / 1024:.0f}K{resident}"
 
 
 def table(memory_format: torch.memory_format, direction: str) -> list[str]:

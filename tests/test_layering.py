@@ -125,9 +125,9 @@ def test_includes(path):
     [
         ("math/layout.h", "cpu/partition.h"),
         ("math/layout.h", "plan/plan.h"),
-        ("plan/plan.h", "cuda/launch.h"),
-        ("plan/plan.h", "cuda_runtime_api.h"),
-        ("plan/plan.h", "torch/csrc/stable/tensor.h"),
+        ("plan/cost.h", "cuda/launch.h"),
+        ("plan/shared_memory.h", "cuda_runtime_api.h"),
+        ("plan/planner.h", "torch/csrc/stable/tensor.h"),
         ("cpu/forward.cpp", "plan/plan.h"),
         ("cpu/simd/vec.h", "cpu/kernels/loops.h"),
         ("cpu/kernels/loops.h", "cpu/partition.h"),

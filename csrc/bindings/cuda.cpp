@@ -9,6 +9,7 @@
 #include "bindings/cuda_backend.h"
 #include "bindings/max_sms.h"
 #include "bindings/ops.h"
+#include "plan/planner.h"
 
 namespace fastbn {
 namespace {

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <limits>
 
-#include "plan/plan.h"
+#include "plan/device.h"
 
 namespace fastbn {
 
@@ -15,7 +15,7 @@ inline std::atomic<int> max_sms = std::numeric_limits<int>::max();
 inline DeviceLimits within_max_sms(DeviceLimits limits) {
   if (max_sms < limits.sm_count) {
     limits.grid_sms = max_sms;
-    limits.most_together = 1;
+    limits.max_blocks_per_sm = 1;
   }
   return limits;
 }

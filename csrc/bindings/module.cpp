@@ -10,7 +10,7 @@
 
 #include "bindings/max_sms.h"
 #include "cpu/kernels/kernels.h"
-#include "plan/plan.h"
+#include "plan/planner.h"
 #ifdef FASTBN_WITH_CUDA
 #include "bindings/cuda_backend.h"
 #endif
@@ -81,7 +81,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   request.aligned = aligned;
   const Plan chosen = choose_plan(request, within_max_sms(limits));
   py::dict result;
-  const std::string kernel = chosen.kernel == Kernel::channel_blocks ? "channel_blocks" : "row_blocks";
+  const std::string kernel = chosen.kernel == Kernel::channel_tiles ? "channel_tiles" : "row_tiles";
   const std::string schedule = chosen.schedule == Schedule::resident      ? "resident_"
                                : chosen.schedule == Schedule::cooperative ? "cooperative_"
                                                                           : "";
@@ -92,10 +92,10 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   result["cluster"] = chosen.cluster;
   result["blocks"] = chosen.groups * chosen.splits;
   result["threads"] = chosen.threads;
-  result["slice_channels"] = chosen.slice_channels;
+  result["channels_per_tile"] = chosen.channels_per_tile;
   result["shared_bytes"] = chosen.shared_bytes;
   result["vectorized"] = chosen.vectorized;
-  result["kept"] = chosen.kept;
+  result["resident_fraction"] = chosen.resident_fraction;
   return result;
 }
 

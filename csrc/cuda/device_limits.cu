@@ -9,7 +9,7 @@ namespace fastbn::cuda {
 namespace {
 
 // Compiled as the other kernels are: what the device runs of it tells what it runs of them.
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads) probe_kernel(int* rank) { *rank = device::cluster_rank(); }
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) probe_kernel(int* rank) { *rank = device::cluster_rank(); }
 
 }  // namespace
 
@@ -28,8 +28,8 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   // Two transfers a clock; 7/8 of that is what a copy reaches on an H200. Not all devices tell.
   const double kilohertz = attribute(cudaDevAttrMemoryClockRate), bits = attribute(cudaDevAttrGlobalMemoryBusWidth);
   if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
-  if (kilohertz * bits > 0) asked.bytes_a_us = kilohertz * 1e-3 * 2 * bits / 8 * 7 / 8;
-  asked.max_cluster = device::largest_cluster(&probe_kernel, most_threads, asked.shared_bytes_per_block);
+  if (kilohertz * bits > 0) asked.copy_bytes_per_us = kilohertz * 1e-3 * 2 * bits / 8 * 7 / 8;
+  asked.max_cluster = device::largest_cluster(&probe_kernel, max_threads, asked.shared_bytes_per_block);
   *limits = asked;
   return cudaSuccess;
 }

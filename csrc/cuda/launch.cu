@@ -24,7 +24,8 @@ int64_t workspace_bytes(const Plan& plan, const Layout& layout) {
   constexpr int64_t partial = sizeof(Sums), number = sizeof(double);
   if (plan.schedule == Schedule::resident) return 0;
   if (plan.schedule == Schedule::cooperative) {
-    return plan.groups * (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.slice_channels);
+    return plan.groups *
+           (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.channels_per_tile);
   }
   return layout.channels * (plan.splits * partial + 2 * number);
 }

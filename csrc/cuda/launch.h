@@ -6,6 +6,7 @@
 
 #include "cuda/device/runtime.h"
 #include "math/params.h"
+#include "plan/device.h"
 #include "plan/plan.h"
 
 namespace fastbn::cuda {

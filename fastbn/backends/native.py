@@ -35,7 +35,7 @@ class CpuBackend:
 
     def plan(self, call: Call, direction: str, reason: str) -> Plan:
         over_channels = runs_of(tuple(call.input.shape), suggest_memory_format(call.input))[0]
-        kernel = "row_blocks" if over_channels else "channel_blocks"
+        kernel = "row_tiles" if over_channels else "channel_tiles"
         reads, writes = _two_phase_traffic(call, direction)
         return Plan(self.name, kernel, 1, reads, writes, 1, 0, torch.get_num_threads(), 0, reason)
 
@@ -82,12 +82,14 @@ class CudaBackend:
             aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
             limits=limits,
         )
-        kept = plan.pop("kept")
-        plan.pop("slice_channels")
-        if kept < 1:
-            reason += f"; keeps {kept:.0%} of a slice on chip and reads the rest again, from L2 as far as that holds it"
+        resident_fraction = plan.pop("resident_fraction")
+        plan.pop("channels_per_tile")
+        if resident_fraction < 1:
+            reason += (
+                f"; keeps {resident_fraction:.0%} of a channel tile on chip, re-reads the rest, from L2 where it can"
+            )
         if not plan.pop("vectorized"):
-            reason += "; element by element, because neither runs nor rows are whole octets of aligned elements"
+            reason += "; element by element, because neither runs nor rows fill aligned vectors of 8 elements"
         return Plan(backend=self.name, reason=reason, **plan)
 
     def availability(self) -> str:

@@ -7,6 +7,7 @@
 #include "cuda/launch.h"
 #include "emulator.h"
 #include "kernel_reference.h"
+#include "plan/planner.h"
 
 using namespace fastbn;
 using namespace fastbn::test;
@@ -108,14 +109,14 @@ Plan plan_of(const Shape& shape, bool masked) {
     request.masked = false;  // so that there is room for what any op keeps
     const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
     Plan plan = walk;
-    const bool keeps_all = keep_on_grid(request, limits, 1, plan);
+    const bool keeps_all = fit_on_grid(request, limits, 1, plan);
     if (!keeps_all) plan = walk;
-    CHECK(keeps_all || keep_part_on_grid(request, limits, 1, plan));
+    CHECK(keeps_all || fit_part_on_grid(request, limits, 1, plan));
     CHECK(keeps_all == !shape.slots && plan.groups == shape.groups);
     return plan;
   }
   Plan plan = choose_plan(request, known_devices[2]);
-  if (shape.threads) plan.threads = std::max(shape.threads, (plan.lanes + 31) / 32 * 32);
+  if (shape.threads) plan.threads = std::max(shape.threads, (plan.vectors_per_row + 31) / 32 * 32);
   if (shape.splits) plan.splits = shape.splits;
   if (shape.cluster || shape.groups) {
     // Room for what any op keeps.
@@ -125,8 +126,8 @@ Plan plan_of(const Shape& shape, bool masked) {
     request.masked = false;
     const auto [schedule, blocks] =
         shape.groups ? std::pair{Schedule::cooperative, shape.splits} : std::pair{Schedule::resident, shape.cluster};
-    CHECK(keep_on_chip(request, schedule, blocks, 1 << 30, plan));
-    if (shape.groups) plan.groups = std::min(shape.groups, plan.slices);
+    CHECK(fit_on_chip(request, schedule, blocks, 1 << 30, plan));
+    if (shape.groups) plan.groups = std::min(shape.groups, plan.tiles);
     if (shape.slots) {
       CHECK(shape.slots < plan.slots || masked);
       plan.set_slots(shape.slots, sizeof(T));

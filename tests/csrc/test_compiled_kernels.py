@@ -29,7 +29,7 @@ PTXAS = re.compile(
 # A mangled name: X_kernel of X.cu and the first argument of the template, an element's type, of so many bytes.
 KERNEL = re.compile(r"\d(?P<kind>[a-z_]+)_kernel(?:I(?P<dtype>[a-z]|N\w*?E))?")
 ELEMENT_BYTES = {"f": 4, "d": 8, "NS_7float16E": 2, "NS_8bfloat16E": 2}
-OCTET = 8  # elements, as in plan/plan.h
+OCTET = 8  # elements, as in math/plan.h
 
 # How many tensors a kernel can move, the residual and its gradient included: from global memory into registers, from
 # there into shared memory by cp.async, and back.

@@ -34,7 +34,7 @@ CASES = {(batch, *activation) for batch in BATCHES for activation in RESNET50}
 
 @pytest.mark.parametrize("direction, reads", [("forward", 1), ("backward", 2)])
 def test_contiguous_activations_are_read_once(direction, reads):
-    """But where two phases are the faster: some large tensors with runs that are not whole octets, or just one."""
+    """Except where two phases are faster: some large tensors whose runs do not fill vectors, and one other."""
     plans = {case: _plan(*case, CONTIGUOUS, direction) for case in CASES}
     in_phases = {case for case, plan in plans.items() if plan.launches > 1}
     assert all(plan.tensor_reads == reads for case, plan in plans.items() if case not in in_phases)
@@ -44,8 +44,7 @@ def test_contiguous_activations_are_read_once(direction, reads):
 
 @pytest.mark.parametrize("direction, reads", [("forward", 1), ("backward", 2)])
 def test_channels_last_activations_that_fit_on_chip_are_read_once(direction, reads):
-    """26 MB of shared memory, of which two blocks share each multiprocessor's. Larger ones go slice by slice, or in two
-    phases, or keep a part."""
+    """There are 26 MB of shared memory. Larger tensors go tile by tile, or in two phases, or keep a part on chip."""
     for batch, channels, size in CASES:
         plan = _plan(batch, channels, size, CHANNELS_LAST, direction)
         if batch * channels * size**2 * 2 * reads < 26e6:
@@ -53,15 +52,15 @@ def test_channels_last_activations_that_fit_on_chip_are_read_once(direction, rea
         assert plan.launches == 1 or plan.tensor_reads == 2 * reads
 
 
-def test_a_part_is_kept_in_backward_of_channels_last_alone():
-    """And where no residual was added: so it was measured."""
-    keeps_a_part = lambda plan: "of a slice on chip" in plan.reason  # noqa: E731
+def test_only_backward_of_channels_last_keeps_a_part():
+    """And only without a residual, as measurements on an H200 say."""
+    keeps_a_part = lambda plan: "of a channel tile on chip" in plan.reason  # noqa: E731
     assert not any(keeps_a_part(_plan(*case, CHANNELS_LAST, "forward")) for case in CASES)
     assert not any(keeps_a_part(_plan(*case, CONTIGUOUS, "backward")) for case in CASES)
     backward = {case: _plan(*case, CHANNELS_LAST, "backward") for case in CASES}
-    kept = [case for case, plan in backward.items() if keeps_a_part(plan)]
-    assert (128, 64, 112) in kept and (64, 64, 56) in kept
-    assert all(backward[case].launches == 1 and backward[case].tensor_reads > 2 for case in kept if case[1] > 64)
+    partial = [case for case, plan in backward.items() if keeps_a_part(plan)]
+    assert (128, 64, 112) in partial and (64, 64, 56) in partial
+    assert all(backward[case].launches == 1 and backward[case].tensor_reads > 2 for case in partial if case[1] > 64)
     x = torch.empty(128, 64, 112, 112, dtype=torch.bfloat16, device="meta", memory_format=CHANNELS_LAST)
     assert not keeps_a_part(fastbn.explain(x, "backward", activation="relu", residual=True, device="h200"))
 
@@ -76,7 +75,8 @@ def test_the_planner_chooses_what_was_fast_on_an_h200():
         case = tuple(row[name] for name in ("outer", "channels", "inner", "dtype", "direction", "epilogue"))
         schedule = "" if row["schedule"] == "two_phase" else row["schedule"] + "_"
         blocks = int(row["groups"]) * int(row["splits"])
-        plan = (schedule + row["kernel"], int(row["cluster"]), blocks, int(row["slice_channels"]), row["kept"])
+        numbers = (int(row["cluster"]), blocks, int(row["channels_per_tile"]))
+        plan = (schedule + row["kernel"], *numbers, row["resident_fraction"])
         measured.setdefault(case, {})[plan] = float(row["us"])
     ratios = []
     for case, plans in measured.items():
@@ -94,8 +94,8 @@ def test_the_planner_chooses_what_was_fast_on_an_h200():
             aligned=True,
             limits=fastbn._C.named_device("h200"),
         )
-        names = ("kernel", "cluster", "blocks", "slice_channels")
-        plan = (*(chosen[name] for name in names), f"{chosen['kept']:.3f}")
+        names = ("kernel", "cluster", "blocks", "channels_per_tile")
+        plan = (*(chosen[name] for name in names), f"{chosen['resident_fraction']:.3f}")
         if channels == 1 and inner == 1:  # which layout_of takes as one run
             continue
         assert plan in plans, (case, plan)

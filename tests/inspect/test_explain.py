@@ -28,7 +28,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, d
     x = _meta(64, 256, 16, 16, memory_format=memory_format)
     plan = fastbn.explain(x, direction, training=training, device=device)
     assert plan.backend == "cuda" and plan.reason == f"planned for {device}"
-    kernel = "row_blocks" if memory_format == torch.channels_last else "channel_blocks"
+    kernel = "row_tiles" if memory_format == torch.channels_last else "channel_tiles"
     assert plan.kernel.removeprefix("resident_").removeprefix("cooperative_") == kernel
     assert plan.blocks > 0 and plan.threads > 0 and plan.launches >= 1 and plan.cluster >= 1
     assert plan.tensor_reads >= (2 if direction == "backward" and training else 1) and plan.tensor_writes >= 1
@@ -83,7 +83,7 @@ def test_a_plan_is_frozen_and_made_of_plain_values():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("shape,kernel", [((4, 8, 5, 5), "channel_blocks"), ((16, 8), "row_blocks")], ids=str)
+@pytest.mark.parametrize("shape,kernel", [((4, 8, 5, 5), "channel_tiles"), ((16, 8), "row_tiles")], ids=str)
 def test_cpu_tensors(shape, kernel, direction, training):
     plan = fastbn.explain(torch.empty(shape), direction, training=training)
     assert (plan.backend, plan.kernel, plan.blocks) == ("cpu", kernel, 0)
@@ -186,12 +186,12 @@ def test_gpus_that_a_build_runs_on(capability, architectures, expected):
 
 def test_explain_names_the_largest_shared_memory_of_the_launches():
     plan = fastbn.explain(_meta(128, 3, 1024, 1024), device="h200")
-    assert plan.kernel == "channel_blocks"
-    # Two totals of each thread's channel, a vote a warp, and four numbers of the channel.
+    assert plan.kernel == "channel_tiles"
+    # Two totals per thread, a vote per warp, and four numbers for the channel.
     assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 32
 
 
 def test_explain_says_what_is_read_again():
-    """132 blocks of 256 threads keep 16 octets each of two tensors, of 401408 rows of eight octets."""
+    """132 blocks of 256 threads keep 16 vectors of each of two tensors; a tile has 401408 rows of eight vectors."""
     plan = fastbn.explain(_meta(128, 64, 56, 56, memory_format=torch.channels_last), "backward", device="h200")
-    assert "keeps 17% of a slice on chip and reads the rest again, from L2" in plan.reason
+    assert "keeps 17% of a channel tile on chip, re-reads the rest, from L2" in plan.reason

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device/device.cuh"
+#include "plan/plan.h"
 
 #ifdef __CUDACC__
 #define FASTBN_KEEP_LOOP _Pragma("unroll 1")
@@ -11,6 +12,8 @@
 #endif
 
 namespace fastbn::cuda {
+
+constexpr int octet = vec_size;
 
 // array[first + i], where first is a multiple of part and i a constant below it.
 template <int part = 1, class V, int n>

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cuda/block/loop.cuh"
 #include "cuda/device/device.cuh"
 #include "math/types.h"
 #include "plan/plan.h"

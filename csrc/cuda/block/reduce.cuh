@@ -4,7 +4,9 @@
 #include "cuda/block/loop.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/device/device.cuh"
+#include "math/sums.h"
 #include "plan/plan.h"
+#include "plan/shared_memory.h"
 
 namespace fastbn::cuda {
 
@@ -15,7 +17,7 @@ template <class T>
 constexpr int octets_a_promotion = sizeof(T) < sizeof(float) ? 64 : 8;
 
 // n sums of type A; each of the eight terms of an octet has a running sum of its own, and they are all of the only sum
-// or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, most_threads apart: in
+// or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, max_threads apart: in
 // registers they would halve the occupancy.
 template <class A, int n>
 struct LongSum {
@@ -23,9 +25,9 @@ struct LongSum {
   A recent[octet] = {};
   double* total;
 
-  FASTBN_DEVICE explicit LongSum(double* totals) : total(totals + device::thread_index()) {
+  FASTBN_DEVICE explicit LongSum(double (&totals)[n][max_threads]) : total(&totals[0][device::thread_index()]) {
     FASTBN_UNROLL
-    for (int i = 0; i < n; ++i) total[i * most_threads] = 0;
+    for (int i = 0; i < n; ++i) total[i * max_threads] = 0;
   }
 
   FASTBN_DEVICE void promote() {
@@ -34,26 +36,22 @@ struct LongSum {
       total[0] += double(((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])));
     } else {
       FASTBN_KEEP_LOOP
-      for (int i = 0; i < n; ++i) total[i * most_threads] += double(pick(recent, i));
+      for (int i = 0; i < n; ++i) total[i * max_threads] += double(pick(recent, i));
     }
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) recent[i] = 0;
   }
 };
 
-// Where a reducing pass keeps the totals of its two sums, and what lies behind them for everything else.
 template <int channels>
-struct ReduceMemory {
-  double* first = device::shared_memory<double>();
-  double* second = first + channels * most_threads;
-  uint32_t* votes = reinterpret_cast<uint32_t*>(second + channels * most_threads);
-  void* scratch = votes + most_threads / device::kWarp;
-};
+FASTBN_DEVICE ReduceMemory<channels>& reduce_memory() {
+  return *device::shared_memory<ReduceMemory<channels>>();
+}
 
 // Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item);
 // add(step, item, first, second) adds to the running sums what an octet comes to.
 template <class T, class A, int channels, class Each, class Add>
-FASTBN_DEVICE void sum_octets(const ReduceMemory<channels>& memory, Each each, Add add) {
+FASTBN_DEVICE void sum_octets(ReduceMemory<channels>& memory, Each each, Add add) {
   LongSum<A, channels> first(memory.first), second(memory.second);
   int octets = 0;
   each([&](const Step& step, const auto& item) {
@@ -82,13 +80,6 @@ FASTBN_DEVICE void by_teams(int channels, Work work) {
   }
 }
 
-// The two sums of a channel over some of its elements: of forward, those of d and d * d about the channel's pivot.
-struct alignas(16) Sums {
-  double first = 0, second = 0;
-
-  FASTBN_DEVICE void add(const Sums& part) { *this = {first + part.first, second + part.second}; }
-};
-
 // Says whether float32 sums of squares or products are as good as float64 ones: none overflowed, and those of numbers
 // other than 0 did not vanish. `is_exact_zero` says that a second sum of 0 is right.
 FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
@@ -98,13 +89,13 @@ FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
 
 // Adds up the totals of all threads; keep(channel, sums) is called by one thread a channel of the slice.
 template <class Walk, class Keep>
-FASTBN_DEVICE void reduce_totals(const Walk& walk, const ReduceMemory<Walk::channels>& memory, Keep keep) {
+FASTBN_DEVICE void reduce_totals(const Walk& walk, ReduceMemory<Walk::channels>& memory, Keep keep) {
   device::sync_block();
-  by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+  by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
     double first = 0, second = 0;
     walk.for_each_sum_of(channel, lane, team, [&](int thread, int i) {
-      first += memory.first[i * most_threads + thread];
-      second += memory.second[i * most_threads + thread];
+      first += memory.first[i][thread];
+      second += memory.second[i][thread];
     });
     for (int delta = team / 2; delta > 0; delta /= 2) {
       first += device::shuffle_xor(first, delta);

@@ -16,8 +16,8 @@ class Rendezvous {
  public:
   // shared: two buffers of the slice's channels. workspace: of cooperative plans, a counter a group and then, for each
   // buffer, group and block, the channels. Holds on to the plan: that lies in the kernel's parameters.
-  FASTBN_DEVICE Rendezvous(const Plan& plan, void* shared, void* workspace)
-      : plan_(plan), shared_(static_cast<Sums*>(shared)), workspace_(static_cast<uint32_t*>(workspace)) {}
+  FASTBN_DEVICE Rendezvous(const Plan& plan, Sums* shared, void* workspace)
+      : plan_(plan), shared_(shared), workspace_(static_cast<uint32_t*>(workspace)) {}
 
   // Once, before the first slice.
   FASTBN_DEVICE void open() const {
@@ -54,7 +54,7 @@ class Rendezvous {
     const int met = slices_ - 1;
     if (cooperative()) {
       const Sums* const parts = &at(block() / plan_.splits * plan_.splits, channel, met);
-      return merge_parts(plan_.splits, lane, team, [&](int rank) { return parts[rank * plan_.slice_channels]; });
+      return merge_parts(plan_.splits, lane, team, [&](int rank) { return parts[rank * plan_.channels_per_tile]; });
     }
     Sums* const own = shared_buffer(met) + channel;
     if (plan_.cluster == 1) return *own;
@@ -73,11 +73,11 @@ class Rendezvous {
 
   FASTBN_DEVICE uint32_t* counter() const { return workspace_ + block() / plan_.splits * counter_words; }
 
-  FASTBN_DEVICE Sums* shared_buffer(int slice) const { return shared_ + slice % 2 * plan_.slice_channels; }
+  FASTBN_DEVICE Sums* shared_buffer(int slice) const { return shared_ + slice % 2 * plan_.channels_per_tile; }
 
   FASTBN_DEVICE Sums& at(int block, int channel, int slice) const {
     Sums* const parts = reinterpret_cast<Sums*>(workspace_ + plan_.groups * counter_words);
-    return parts[(int64_t(slice % 2) * plan_.groups * plan_.splits + block) * plan_.slice_channels + channel];
+    return parts[(int64_t(slice % 2) * plan_.groups * plan_.splits + block) * plan_.channels_per_tile + channel];
   }
 
   const Plan& plan_;

@@ -58,7 +58,7 @@ class Slab {
   // So many octets, all of one stage, have been visited.
   FASTBN_DEVICE void leave(int octets) {
     visited_ += octets;
-    if (visited_ == plan_.slots_a_stage) close_stage();
+    if (visited_ == plan_.slots_per_stage) close_stage();
   }
 
   // Between the passes: with the last one begins a stage, so that the next slice finds its octets in whole ones.
@@ -149,12 +149,12 @@ class Slab {
   // Stages that have no octets count as well.
   FASTBN_DEVICE void close(int count) {
     if (visited_ > 0) close_stage();
-    const int each = plan_.slots_a_stage;
+    const int each = plan_.slots_per_stage;
     for (int stage = (count + each - 1) / each; stage < copy_stages; ++stage) close_stage();
   }
 
   // Neighbouring threads lie side by side: no bank conflicts.
-  FASTBN_DEVICE int vectors_a_place() const { return plan_.tensors * parts * plan_.threads; }
+  FASTBN_DEVICE int vectors_a_place() const { return plan_.resident_tensors * parts * plan_.threads; }
   FASTBN_DEVICE Vector* at(int place, int tensor, int part) const {
     return own_ + place + (tensor * parts + part) * plan_.threads;
   }
@@ -174,7 +174,7 @@ struct Nothing {};
 // `batch` octets, a part of a stage, are loaded side by side.
 template <int batch, class Walk, class T, class Load, class Use, class After>
 FASTBN_DEVICE void for_each_kept(Walk walk, Slab<T>& slab, Load load, Use use, After after) {
-  static_assert(octets_together(sizeof(T)) % batch == 0);
+  static_assert(unroll_of(sizeof(T)) % batch == 0);
   using Item = decltype(load(Step{}));
   const int count = slab.kept(walk);
   int visit = 0;

@@ -17,7 +17,7 @@ FASTBN_DEVICE void for_each_slice(const Layout& layout, const Plan& plan, Slab<T
   while (true) {
     const int block = device::anew(static_cast<int>(device::block_x()));
     const int slice = block / plan.splits + rendezvous.slices() * plan.groups;
-    if (slice >= plan.slices) break;
+    if (slice >= plan.tiles) break;
     const Walk walk(layout, plan, slice, block % plan.splits);
     const bool is_first = rendezvous.slices() == 0;
     if (is_first) {

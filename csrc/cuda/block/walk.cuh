@@ -1,6 +1,6 @@
 // Which octets a thread visits, in both layouts, without a division a step. A block has a slice of channels and a
-// contiguous share of what lies along it; the blocks of a slice stand side by side in the grid. A channel_blocks thread
-// walks the octets of one channel; a row_blocks thread stays at its octet of every row, so that each of the eight
+// contiguous share of what lies along it; the blocks of a slice stand side by side in the grid. A channel_tiles thread
+// walks the octets of one channel; a row_tiles thread stays at its octet of every row, so that each of the eight
 // elements keeps its channel all the way.
 #pragma once
 
@@ -30,38 +30,38 @@ template <Kernel kernel, bool whole_>
 class Walk {
  public:
   static constexpr Kernel kind = kernel;
-  static constexpr bool by_rows = kernel == Kernel::row_blocks;
+  static constexpr bool by_rows = kernel == Kernel::row_tiles;
   static constexpr bool whole = whole_;
   static constexpr int channels = by_rows ? octet : 1;  // that a thread keeps sums of
 
   // Holds on to layout and plan, which lie in the kernel's parameters.
   FASTBN_DEVICE Walk(const Layout& layout, const Plan& plan, int slice, int split)
       : split(split),
-        slice_channel(slice * plan.slice_channels),
+        first_channel(slice * plan.channels_per_tile),
         layout_(layout),
         plan_(plan),
-        rows_(by_rows ? device::block_threads() / plan.lanes : device::block_threads()) {
-    const int64_t behind = layout.channels - slice_channel;
-    slice_channels = behind < plan.slice_channels ? static_cast<int>(behind) : plan.slice_channels;
+        rows_(by_rows ? device::block_threads() / plan.vectors_per_row : device::block_threads()) {
+    const int64_t behind = layout.channels - first_channel;
+    tile_channels = behind < plan.channels_per_tile ? static_cast<int>(behind) : plan.channels_per_tile;
 
     // Threads at the same lane share the places along the slice: rows, or the octets of all runs of the channel.
-    const Share share(plan.places(layout), plan.splits, split);
+    const WorkRange range(plan.work_items(layout), plan.splits, split);
     const int thread = device::thread_index();
-    const int64_t begin = share.begin + thread / lanes();
+    const int64_t begin = range.begin + thread / lanes();
     bool exists = behind > 0;
     if constexpr (by_rows) {
-      index_ = slice * plan.lanes + thread % plan.lanes;
-      exists = thread < rows_ * plan.lanes && index_ * octet < plan.width;
-      offset_ = begin * plan.width + index_ * octet;
-      stride_ = int64_t(rows_) * plan.width;
+      index_ = slice * plan.vectors_per_row + thread % plan.vectors_per_row;
+      exists = thread < rows_ * plan.vectors_per_row && index_ * octet < plan.row_width;
+      offset_ = begin * plan.row_width + index_ * octet;
+      stride_ = int64_t(rows_) * plan.row_width;
     }
-    left_ = exists && begin < share.end ? static_cast<int>((share.end - begin + rows_ - 1) / rows_) : 0;
+    left_ = exists && begin < range.end ? static_cast<int>((range.end - begin + rows_ - 1) / rows_) : 0;
     if constexpr (by_rows && !whole) {  // the last row may end before the octet, where it is several of the tensor's
       if (left_ > 0 && further(step(), left_ - 1).count == 0) --left_;
     }
     octets_ = left_;
     if (by_rows || left_ == 0) return;
-    run_octets_ = static_cast<Index>(plan.octets(layout));
+    run_octets_ = static_cast<Index>(plan.vectors_per_run(layout));
     const int64_t run = begin / run_octets_ * layout.channels + slice;
     index_ = static_cast<Index>(begin % run_octets_);
     offset_ = run * layout.inner + int64_t(index_) * octet;
@@ -95,15 +95,16 @@ class Walk {
   // From an octet to the one at the same place of the slice so many further on, and whether that has one: a later slice
   // has no octet that an earlier one lacks.
   FASTBN_DEVICE int64_t distance(int slices) const {
-    return by_rows ? int64_t(slices) * plan_.lanes * octet : slices * layout_.inner;
+    return by_rows ? int64_t(slices) * plan_.vectors_per_row * octet : slices * layout_.inner;
   }
   FASTBN_DEVICE bool reaches(int slices) const {
-    return by_rows ? (index_ + slices * plan_.lanes) * octet < plan_.width : slice_channel + slices < layout_.channels;
+    return by_rows ? (index_ + slices * plan_.vectors_per_row) * octet < plan_.row_width
+                   : first_channel + slices < layout_.channels;
   }
 
   // A step of this slice that was moved there, with the elements that it has.
   FASTBN_DEVICE Step ahead(const Step& moved, int slices) const {
-    if constexpr (by_rows && !whole) return row_step(moved.offset, index_ + slices * plan_.lanes);
+    if constexpr (by_rows && !whole) return row_step(moved.offset, index_ + slices * plan_.vectors_per_row);
     return moved;
   }
 
@@ -124,15 +125,15 @@ class Walk {
   template <class Use>
   FASTBN_DEVICE void for_each_channel(Use use) const {
     if constexpr (by_rows) {
-      const int inner = static_cast<int>(layout_.inner), period = plan_.slice_channels * inner;
-      const int first = device::thread_index() % plan_.lanes * octet % period;
+      const int inner = static_cast<int>(layout_.inner), period = plan_.channels_per_tile * inner;
+      const int first = device::thread_index() % plan_.vectors_per_row * octet % period;
       int channel = first / inner, within = first % inner;
       FASTBN_UNROLL
       for (int i = 0; i < octet; ++i) {
         use(i, channel);
         if (++within < inner) continue;
         within = 0;
-        if (++channel == plan_.slice_channels) channel = 0;
+        if (++channel == plan_.channels_per_tile) channel = 0;
       }
     } else {
       use(0, 0);
@@ -142,7 +143,8 @@ class Walk {
   // The channel that for_each_channel gives with i, where i is no constant.
   FASTBN_DEVICE int channel_of(int i) const {
     if constexpr (!by_rows) return 0;
-    return (device::thread_index() % plan_.lanes * octet + i) / static_cast<int>(layout_.inner) % plan_.slice_channels;
+    return (device::thread_index() % plan_.vectors_per_row * octet + i) / static_cast<int>(layout_.inner) %
+           plan_.channels_per_tile;
   }
 
   // Calls use(thread, i) for this lane's part, among `team` that share the work, of all threads' i-th sums that belong
@@ -150,32 +152,32 @@ class Walk {
   template <class Use>
   FASTBN_DEVICE void for_each_sum_of(int channel, int lane, int team, Use use) const {
     if constexpr (by_rows) {
-      const int inner = static_cast<int>(layout_.inner), period = plan_.slice_channels * inner;
-      const int in_a_row = plan_.lanes * octet / period * inner;  // elements of one channel
+      const int inner = static_cast<int>(layout_.inner), period = plan_.channels_per_tile * inner;
+      const int in_a_row = plan_.vectors_per_row * octet / period * inner;  // elements of one channel
       // `across` lanes share a row, the others take other rows: idle lanes would leave long chains of additions.
       int across = team;
       while (across > in_a_row) across /= 2;
       for (int k = lane % across; k < in_a_row; k += across) {
         const int at = k / inner * period + channel * inner + k % inner;
         for (int row = lane / across; row < rows_; row += team / across)
-          use(row * plan_.lanes + at / octet, at % octet);
+          use(row * plan_.vectors_per_row + at / octet, at % octet);
       }
     } else {
       for (int thread = lane; thread < rows_; thread += team) use(thread, 0);
     }
   }
 
-  int split;           // the block among those of its slice
-  int slice_channel;   // the block's first channel
-  int slice_channels;  // and how many it has
+  int split;          // the block among those of its slice
+  int first_channel;  // the block's first channel
+  int tile_channels;  // and how many it has
 
  protected:
-  FASTBN_DEVICE int lanes() const { return by_rows ? plan_.lanes : 1; }
+  FASTBN_DEVICE int lanes() const { return by_rows ? plan_.vectors_per_row : 1; }
 
   // The last row may not be whole where it is several of the tensor's.
   FASTBN_DEVICE Step row_step(int64_t offset, int index) const {
     const int64_t in_all = layout_.numel() - offset;
-    const int in_row = plan_.width - index * octet;
+    const int in_row = plan_.row_width - index * octet;
     const int rest = in_all < in_row ? static_cast<int>(in_all) : in_row;
     return {offset, rest < 0 ? 0 : rest < octet ? rest : octet};
   }
@@ -199,7 +201,7 @@ class Walk {
 inline bool walks_whole_octets(const Plan& plan, const Layout& layout) {
   constexpr int64_t most = 1 << 30;  // a sum of two of them is an int
   return plan.vectorized && layout.outer % plan.fold == 0 &&
-         (plan.kernel == Kernel::row_blocks || plan.octets(layout) < most);
+         (plan.kernel == Kernel::row_tiles || plan.vectors_per_run(layout) < most);
 }
 
 // The octets of a walk with the last ones, as many as the plan has slots for, first and in order, and then the others
@@ -277,15 +279,15 @@ FASTBN_DEVICE void take_coefficients(const Walk& walk, const Coefficients* share
 // part each time.
 template <class Walk, class Use>
 FASTBN_DEVICE void for_each_own_channel(const Walk& walk, Use use) {
-  for (int i = device::thread_index(); i < walk.slice_channels; i += device::block_threads()) {
-    use(i, int64_t(walk.slice_channel) + i);
+  for (int i = device::thread_index(); i < walk.tile_channels; i += device::block_threads()) {
+    use(i, int64_t(walk.first_channel) + i);
   }
 }
 
 // Each is made once a block, as make(channel), and handed on in shared memory.
 template <class Walk, class Coefficients, class Make>
-FASTBN_DEVICE void share_coefficients(const Walk& walk, void* memory, Make make, Coefficients (&own)[Walk::channels]) {
-  Coefficients* shared = static_cast<Coefficients*>(memory);
+FASTBN_DEVICE void share_coefficients(const Walk& walk, Coefficients* shared, Make make,
+                                      Coefficients (&own)[Walk::channels]) {
   for_each_own_channel(walk, [&](int i, int64_t channel) { shared[i] = make(channel); });
   device::sync_block();
   take_coefficients(walk, shared, own);

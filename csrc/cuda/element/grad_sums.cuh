@@ -46,20 +46,19 @@ FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel
 // Makes a thread's totals again in double, element by element: seldom, and so in few registers rather than fast.
 // `shared` are the coefficients of the slice's channels.
 template <class T, class Walk>
-FASTBN_DEVICE void total_grads_in_double(Walk walk, const ReduceMemory<Walk::channels>& memory,
+FASTBN_DEVICE void total_grads_in_double(Walk walk, ReduceMemory<Walk::channels>& memory,
                                          const GradZ<T, Walk::whole>& grad_z, const SumCoefficients<T>* shared) {
-  double *first = memory.first + device::thread_index(), *second = memory.second + device::thread_index();
-  for (int i = 0; i < Walk::channels; ++i) first[i * most_threads] = second[i * most_threads] = 0;
+  const int thread = device::thread_index();
+  for (int i = 0; i < Walk::channels; ++i) memory.first[i][thread] = memory.second[i][thread] = 0;
   FASTBN_KEEP_LOOP
   while (walk.more()) {
     const Step step = walk.step();
     FASTBN_KEEP_LOOP
     for (int i = 0; i < (Walk::whole ? octet : step.count); ++i) {
       const SumCoefficients<T>& coefficients = shared[walk.channel_of(i)];
-      const int at = i % Walk::channels * most_threads;
       const double x = grad_z.load_x(step, i), grad = grad_z.load_grad(step, i, coefficients.affine);
-      first[at] += grad;
-      second[at] += grad * (x - double(coefficients.pivot()));
+      memory.first[i % Walk::channels][thread] += grad;
+      memory.second[i % Walk::channels][thread] += grad * (x - double(coefficients.pivot()));
     }
     walk.next();
   }
@@ -68,10 +67,10 @@ FASTBN_DEVICE void total_grads_in_double(Walk walk, const ReduceMemory<Walk::cha
 // Over a block's share. each(simple, use) calls use(step, item) for its octets, with items of grad_z, and with
 // what grad_z.with_simplicity says; also(step, grad) gets what they come to; keep(channel, sums) is called by one
 // thread for each channel of the slice. Where the items have no x, the second sum means nothing. `coefficients` are
-// those that share_coefficients left in the scratch memory.
+// those that share_coefficients left in `scratch`.
 template <class T, class Walk, class Each, class Also, class Keep>
-FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
-                                   const GradZ<T, Walk::whole>& grad_z,
+FASTBN_DEVICE void block_grad_sums(const Walk& walk, ReduceMemory<Walk::channels>& memory,
+                                   const GradZ<T, Walk::whole>& grad_z, const SumCoefficients<T>* scratch,
                                    const SumCoefficients<T> (&coefficients)[Walk::channels], Each each, Also also,
                                    Keep keep) {
   using A = acc_t<T>;
@@ -96,12 +95,12 @@ FASTBN_DEVICE void block_grad_sums(const Walk& walk, const ReduceMemory<Walk::ch
   bool resolved = true;
   reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
     keep(channel, sums);
-    const bool is_exact_zero = sums.first == 0 || grad_z.may_be_zero(walk.slice_channel + channel);
+    const bool is_exact_zero = sums.first == 0 || grad_z.may_be_zero(walk.first_channel + channel);
     resolved = resolved && resolves(grad_z.reads_input() ? sums : Sums{sums.first, 0}, is_exact_zero);
   });
   if constexpr (sizeof(A) < sizeof(double)) {
     if (block_agrees(resolved, memory.votes)) return;
-    total_grads_in_double(walk, memory, grad_z, static_cast<const SumCoefficients<T>*>(memory.scratch));
+    total_grads_in_double(walk, memory, grad_z, scratch);
     reduce_totals(walk, memory, keep);
   }
 }

@@ -3,17 +3,9 @@
 
 #include "cuda/block/reduce.cuh"
 #include "cuda/element/grad_z.cuh"
+#include "math/grad_coefficients.h"
 
 namespace fastbn::cuda {
-
-// An Affine and a GradAffine, which have the pivot and the scale in common.
-template <class A>
-struct GradCoefficients {
-  Affine<A> affine;
-  A slope, mean_grad, rest;
-
-  FASTBN_DEVICE GradAffine<A> grad() const { return {affine.pivot, slope, mean_grad, rest, affine.scale}; }
-};
 
 // grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
 // grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.

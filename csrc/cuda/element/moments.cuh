@@ -40,7 +40,7 @@ FASTBN_DEVICE Moments moments_of(const Layout& layout, double pivot, const Sums&
 // Sums in A the octets for which each(use) calls use(step, x), once each. keep(channel, sums) is called by one thread
 // for each channel of the slice. Returns whether float32 was enough for all.
 template <class T, class A, class Walk, class Each, class Keep>
-FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
+FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,
                                const acc_t<T> (&pivot)[Walk::channels], Each each, Keep keep) {
   sum_octets<T, A>(memory, each, [&](const Step& step, const auto& x, A(&sum)[octet], A(&squares)[octet]) {
     FASTBN_UNROLL
@@ -60,7 +60,7 @@ FASTBN_DEVICE bool sum_moments(const Walk& walk, const ReduceMemory<Walk::channe
 
 // Over a block's share, by each(use), and in float64, by each_again(use), where float32 is not enough.
 template <class T, class Walk, class Each, class EachAgain, class Keep>
-FASTBN_DEVICE void block_moments(const Walk& walk, const ReduceMemory<Walk::channels>& memory,
+FASTBN_DEVICE void block_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,
                                  const acc_t<T> (&pivot)[Walk::channels], Each each, EachAgain each_again, Keep keep) {
   using A = acc_t<T>;
   const bool resolved = sum_moments<T, A>(walk, memory, pivot, each, keep);

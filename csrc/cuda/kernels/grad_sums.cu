@@ -8,18 +8,20 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? 1 : 2)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? 1 : 2)
     grad_sums_kernel(BackwardParams params, Plan plan, Sums* partials) {
   using A = acc_t<T>;
-  const ReduceMemory<Walk::channels> memory;
+  auto& memory = reduce_memory<Walk::channels>();
+  const SharedMemoryMap<T, GradCoefficients<A>> map(plan, Walk::channels);
+  auto* const scratch = map.template scratch_in<SumCoefficients<T>>(&memory);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
   const GradZ<T, Walk::whole> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
   const InputGrad<T, Walk::whole> input_grad(params, plan, true, false);
   SumCoefficients<T> coefficients[Walk::channels];
   share_coefficients(
-      walk, memory.scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients);
+      walk, scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients);
   block_grad_sums(
-      walk, memory, grad_z, coefficients,
+      walk, memory, grad_z, scratch, coefficients,
       [&](auto simple, auto use) {
         constexpr int batch = simple.value ? octets_in_flight<GradZ<T, Walk::whole>::bytes_in_flight> : 1;
         for_each_octet<batch>(walk, [&](const Step& step) { return grad_z.load(step); }, use);
@@ -28,11 +30,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
         if (params.statistics == Statistics::running) input_grad.store_frozen(step, grad, coefficients);
       },
       [&](int channel, const Sums& sums) {
-        partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
+        partials[walk.split * params.layout.channels + walk.first_channel + channel] = sums;
       });
 }
 
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads)
     finish_grad_sums_kernel(BackwardParams params, int splits, const Sums* partials) {
   const int64_t channels = params.layout.channels;
   const int64_t channel = finish_channel();
@@ -48,7 +50,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
 
 cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&grad_sums_kernel<T, Walk>, sums_shape<T>(plan, true), stream, params, plan, partials);
+    return device::launch(&grad_sums_kernel<T, Walk>, (sums_shape<T, GradCoefficients<acc_t<T>>>(plan)), stream, params,
+                          plan, partials);
   });
 }
 

@@ -5,25 +5,22 @@
 namespace fastbn::cuda {
 namespace {
 
-// In front of the coefficients. Sums of the same plan take more than both.
-template <class A>
-constexpr int votes_bytes = sizeof(A) == sizeof(double) ? 0 : most_threads / 32 * int(sizeof(uint32_t));
-
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? least_blocks : 3)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? least_blocks : 3)
     input_grad_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   constexpr int channels = Walk::channels;
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
   const bool frozen = !params.sum_grad;  // or only grad_residual is wanted
   const GradZ<T, Walk::whole> grad_z(params, plan, params.grad_input && !frozen);
-  auto* const votes = device::shared_memory<uint32_t>();
-  const bool is_far = !frozen && some_are_far<A>(params, walk, votes);
+  const InputGradMap<A> map(plan);
+  void* const memory = device::shared_memory<char>();
+  const bool is_far = !frozen && some_are_far<A>(params, walk, map.votes.in(memory));
   const InputGrad<T, Walk::whole> input_grad(params, plan, frozen, is_far);
 
   GradCoefficients<A> both[channels];
   share_coefficients(
-      walk, reinterpret_cast<char*>(votes) + votes_bytes<A>,
+      walk, map.coefficients.in(memory),
       [&](int64_t channel) {
         const double count = params.count ? *params.count : double(params.layout.count());
         return frozen ? grad_coefficients<A>(params, channel, 0, 0, 1, false)
@@ -45,8 +42,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows || sizeof(T)
 
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&input_grad_kernel<T, Walk>,
-                          last_pass_shape(plan, sizeof(GradCoefficients<acc_t<T>>), votes_bytes<acc_t<T>>), stream,
+    return device::launch(&input_grad_kernel<T, Walk>, grid_of(plan, InputGradMap<acc_t<T>>(plan).bytes()), stream,
                           params, plan);
   });
 }

@@ -6,9 +6,9 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, sizeof(T) == sizeof(double) ? 1
-                                                      : Walk::by_rows             ? 2
-                                                                                  : 3)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double) ? 1
+                                                     : Walk::by_rows             ? 2
+                                                                                 : 3)
     moments_kernel(ForwardParams params, Plan plan, Sums* partials) {
   if (params.num_batches_tracked && device::block_x() == 0 && device::thread_index() == 0) {
     ++*params.num_batches_tracked;
@@ -18,18 +18,21 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, sizeof(T) == sizeof(double
   const auto load = [&](const Step& step) {
     return load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
   };
-  const ReduceMemory<Walk::channels> memory;
-  acc_t<T> pivot[Walk::channels];
-  share_coefficients(walk, memory.scratch, [&](int64_t channel) { return acc_t<T>(pivot_of(params, channel)); }, pivot);
+  using A = acc_t<T>;
+  auto& memory = reduce_memory<Walk::channels>();
+  const SharedMemoryMap<T, Affine<A>> map(plan, Walk::channels);
+  A pivot[Walk::channels];
+  share_coefficients(
+      walk, map.template scratch_in<A>(&memory), [&](int64_t channel) { return A(pivot_of(params, channel)); }, pivot);
   block_moments<T>(
       walk, memory, pivot, [&](auto use) { for_each_octet<octets_in_flight<sizeof(Octet<T>)>>(walk, load, use); },
       [&](auto use) { for_each_octet<1>(walk, load, use); },
       [&](int channel, const Sums& sums) {
-        partials[walk.split * params.layout.channels + walk.slice_channel + channel] = sums;
+        partials[walk.split * params.layout.channels + walk.first_channel + channel] = sums;
       });
 }
 
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads)
     finish_moments_kernel(ForwardParams params, int splits, const Sums* partials) {
   const int64_t channels = params.layout.channels;
   const int64_t channel = finish_channel();
@@ -46,7 +49,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads)
 
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&moments_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan, partials);
+    return device::launch(&moments_kernel<T, Walk>, (sums_shape<T, Affine<acc_t<T>>>(plan)), stream, params, plan,
+                          partials);
   });
 }
 

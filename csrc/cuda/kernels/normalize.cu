@@ -16,7 +16,7 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? 2 : least_blocks)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows ? 2 : least_blocks)
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);
@@ -26,7 +26,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? 2 : least_
   const bool saves = params.statistics == Statistics::running && walk.split == 0;
   Affine<A> affine[Walk::channels];
   share_coefficients(
-      walk, device::shared_memory<char>(),
+      walk, LastPassMap<Affine<A>>(plan).coefficients.in(device::shared_memory<char>()),
       [&](int64_t channel) {
         const Normalizer n = normalizer_of(params, channel);
         if (saves && params.mean) params.mean[channel] = n.mean;
@@ -55,8 +55,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, Walk::by_rows ? 2 : least_
 
 cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&normalize_kernel<T, Walk>, last_pass_shape(plan, sizeof(Affine<acc_t<T>>)), stream, params,
-                          plan);
+    return device::launch(&normalize_kernel<T, Walk>, grid_of(plan, LastPassMap<Affine<acc_t<T>>>(plan).bytes()),
+                          stream, params, plan);
   });
 }
 

@@ -9,11 +9,12 @@
 #include "cuda/block/walk.cuh"
 #include "cuda/device/device.cuh"
 #include "math/params.h"
+#include "math/sums.h"
 #include "plan/plan.h"
+#include "plan/shared_memory.h"
+#include "plan/walk.h"
 
 namespace fastbn::cuda {
-
-struct Sums;
 
 // Partials lie as [splits, channels].
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
@@ -39,8 +40,8 @@ cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& p
 template <class Run>
 cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run run) {
   const auto with_kernel = [&]<class T, bool whole>() {
-    return plan.kernel == Kernel::row_blocks ? run.template operator()<T, Walk<Kernel::row_blocks, whole>>()
-                                             : run.template operator()<T, Walk<Kernel::channel_blocks, whole>>();
+    return plan.kernel == Kernel::row_tiles ? run.template operator()<T, Walk<Kernel::row_tiles, whole>>()
+                                            : run.template operator()<T, Walk<Kernel::channel_tiles, whole>>();
   };
   const auto with_walk = [&]<class T>() {
     return walks_whole_octets(plan, layout) ? with_kernel.template operator()<T, true>()
@@ -57,15 +58,17 @@ cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run ru
 
 // Warps merge by halving, which takes full warps; channels and the elements of a row are counted in int.
 inline bool is_runnable(const Plan& plan, const Layout& layout) {
-  const bool threads = plan.threads > 0 && plan.threads <= most_threads && plan.threads % device::kWarp == 0;
-  const bool rows = plan.kernel == Kernel::channel_blocks || plan.width == plan.fold * layout.channels * layout.inner;
+  const bool threads = plan.threads > 0 && plan.threads <= max_threads && plan.threads % device::kWarp == 0;
+  const bool rows =
+      plan.kernel == Kernel::channel_tiles || plan.row_width == plan.fold * layout.channels * layout.inner;
   // Places that come round do so in whole stages, and threads take octets of a stage side by side.
-  const bool all_kept = plan.slots >= slots_for(layout, plan, plan.splits);
+  const bool all_kept = plan.slots >= vectors_per_thread(layout, plan, plan.splits);
   const bool stages =
-      plan.slots > 0 && plan.slots <= copy_stages * plan.slots_a_stage &&
-      (all_kept || (plan.kernel == Kernel::row_blocks && plan.slots == copy_stages * plan.slots_a_stage));
+      plan.slots > 0 && plan.slots <= copy_stages * plan.slots_per_stage &&
+      (all_kept || (plan.kernel == Kernel::row_tiles && plan.slots == copy_stages * plan.slots_per_stage));
   const bool places = !is_one_pass(plan) || stages;
-  return threads && rows && places && plan.lanes >= 1 && plan.lanes <= plan.threads && layout.channels <= INT32_MAX;
+  return threads && rows && places && plan.vectors_per_row >= 1 && plan.vectors_per_row <= plan.threads &&
+         layout.channels <= INT32_MAX;
 }
 
 inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
@@ -80,14 +83,9 @@ inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
 }
 
 // A launch that reduces, whatever it does afterwards.
-template <class T>
-device::Launch sums_shape(const Plan& plan, bool backward) {
-  return grid_of(plan, shared_memory_of(plan, backward, sizeof(acc_t<T>), octet * sizeof(T)).bytes());
-}
-
-// A last pass over the elements, which needs only the coefficients of the block's channels.
-inline device::Launch last_pass_shape(const Plan& plan, int64_t bytes_a_channel, int64_t more_bytes = 0) {
-  return grid_of(plan, bytes_a_channel * plan.slice_channels + more_bytes);
+template <class T, class Coefficients>
+device::Launch sums_shape(const Plan& plan) {
+  return grid_of(plan, SharedMemoryMap<T, Coefficients>(plan, channels_per_thread(plan.kernel)).bytes());
 }
 
 inline device::Launch finish_shape(const Layout& layout) {

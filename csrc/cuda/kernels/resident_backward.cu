@@ -15,30 +15,29 @@ struct Merged {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, true, Walk::whole)))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), Walk::kind, true, Walk::whole)))
     resident_backward_kernel(BackwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
-  const SharedMemory parts = shared_memory_of(plan, true, sizeof(A), octet * sizeof(T));
-  char* const exchange = device::shared_memory<char>() + parts.totals + parts.votes + parts.scratch;
-  auto* const coefficients = reinterpret_cast<GradCoefficients<A>*>(exchange + parts.exchange);
-  Slab<T> slab(exchange + parts.exchange + parts.coefficients, plan);
-  Rendezvous rendezvous(plan, exchange, workspace);
+  const SharedMemoryMap<T, GradCoefficients<A>> map(plan, Walk::channels);
+  auto& memory = reduce_memory<Walk::channels>();
+  auto* const coefficients = map.coefficients.in(&memory);
+  Slab<T> slab(map.ring.in(&memory), plan);
+  Rendezvous rendezvous(plan, map.exchange.in(&memory), workspace);
 
   const GradZ<T, Walk::whole> grad_z(params, plan, true);
   const auto fetch = [&](const Step& step, int place) { grad_z.fetch(slab, step, place); };
 
-  const ReduceMemory<Walk::channels> memory;
+  auto* const scratch = map.template scratch_in<SumCoefficients<T>>(&memory);
   auto* const merged = reinterpret_cast<Merged*>(memory.first);
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool) {
     const bool is_far = some_are_far<A>(params, walk, memory.votes);
     SumCoefficients<T> coefficients_of_sums[Walk::channels];
     share_coefficients(
-        walk, memory.scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); },
-        coefficients_of_sums);
+        walk, scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients_of_sums);
     block_grad_sums(
-        walk, memory, grad_z, coefficients_of_sums,
+        walk, memory, grad_z, scratch, coefficients_of_sums,
         [&](auto simple, auto use) {
-          for_each_kept<simple.value && !Walk::by_rows ? octets_together(sizeof(T)) : 1>(
+          for_each_kept<simple.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
               walk, slab, [&](const Step& step) { return grad_z.load_mask(step); },
               [&](const Step& step, uint8_t mask) { use(step, grad_z.load(slab, mask)); },
               [&](const Step& step, int visit) { slab.after_sums(walk, step, visit, fetch); });
@@ -46,10 +45,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
         [](const Step&, const auto&) {}, [&](int channel, const Sums& sums) { rendezvous.own(channel) = sums; });
     rendezvous.meet();
 
-    by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+    by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
       const Sums sums = rendezvous.merged(channel, lane, team);
       if (!exists || lane != 0) return;
-      const int c = walk.slice_channel + channel;
+      const int c = walk.first_channel + channel;
       const double xhat = sum_grad_xhat(params, c, sums);
       merged[channel] = {sums.first, xhat};
       coefficients[channel] = grad_coefficients<A>(params, c, sums.first, xhat, double(params.layout.count()), is_far);
@@ -66,7 +65,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     const InputGrad<T, Walk::whole> input_grad(params, plan, false, is_far);
     slab.begin_last_pass(walk);
     grad_z.with_simplicity([&](auto simple) {
-      for_each_kept<simple.value && !Walk::by_rows ? octets_together(sizeof(T)) : 1>(
+      for_each_kept<simple.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
           KeptFirst(walk), slab, [&](const Step& step) { return grad_z.load_mask(step); },
           [&](const Step& step, uint8_t mask) {
             input_grad.template operator()<simple.value>(step, grad_z, grad_z.load(slab, mask), both);
@@ -81,8 +80,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
 cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
                                      cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&resident_backward_kernel<T, Walk>, sums_shape<T>(plan, true), stream, params, plan,
-                          workspace);
+    return device::launch(&resident_backward_kernel<T, Walk>, (sums_shape<T, GradCoefficients<acc_t<T>>>(plan)), stream,
+                          params, plan, workspace);
   });
 }
 

@@ -18,14 +18,14 @@ union Channel {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T), Walk::kind, false, Walk::whole)))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), Walk::kind, false, Walk::whole)))
     resident_forward_kernel(ForwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
-  const SharedMemory parts = shared_memory_of(plan, false, sizeof(A), octet * sizeof(T));
-  char* const exchange = device::shared_memory<char>() + parts.totals + parts.votes + parts.scratch;
-  auto* const coefficients = reinterpret_cast<Affine<A>*>(exchange + parts.exchange);
-  Slab<T> slab(exchange + parts.exchange + parts.coefficients, plan);
-  Rendezvous rendezvous(plan, exchange, workspace);
+  const SharedMemoryMap<T, Affine<A>> map(plan, Walk::channels);
+  auto& memory = reduce_memory<Walk::channels>();
+  auto* const coefficients = map.coefficients.in(&memory);
+  Slab<T> slab(map.ring.in(&memory), plan);
+  Rendezvous rendezvous(plan, map.exchange.in(&memory), workspace);
 
   const T* input = static_cast<const T*>(params.input);
   const auto fetch = [&](const Step& step, int place) {
@@ -35,8 +35,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
   const int64_t batch = batches.number();
 
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
-    const ReduceMemory<Walk::channels> memory;
-    auto* const known = static_cast<Channel*>(memory.scratch);
+    auto* const known = map.template scratch_in<Channel>(&memory);
     for_each_own_channel(walk, [&](int channel, int64_t c) {
       known[channel].prepared = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
     });
@@ -47,7 +46,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     block_moments<T>(
         walk, memory, pivot,
         [&](auto use) {
-          for_each_kept<Walk::by_rows ? 1 : octets_together(sizeof(T))>(
+          for_each_kept<Walk::by_rows ? 1 : unroll_of(sizeof(T))>(
               walk, slab, [](const Step&) { return Nothing(); },
               [&](const Step& step, Nothing) { use(step, slab.load(0)); },
               [&](const Step& step, int visit) { slab.after_sums(walk, step, visit, fetch); });
@@ -64,7 +63,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     rendezvous.meet();
     if (is_first) batches.count();
 
-    by_teams(walk.slice_channels, [&](int channel, int lane, int team, bool exists) {
+    by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
       const Sums sums = rendezvous.merged(channel, lane, team);
       if (!exists || lane != 0) return;
       const auto [pivot, weight, bias] = known[channel].prepared;
@@ -84,7 +83,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
     const Normalize<T, Walk::whole> normalize(params, plan);
     slab.begin_last_pass(walk);
     with_simplicity(params.activation, [&](auto simple) {
-      for_each_kept<simple.value && !Walk::by_rows ? octets_together(sizeof(T)) : 1>(
+      for_each_kept<simple.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
           KeptFirst(walk), slab, [&](const Step& step) { return normalize.load_residual(step); },
           [&](const Step& step, const Octet<T>& residual) {
             normalize.template operator()<simple.value>(step, slab.load(0), residual, affine);
@@ -99,8 +98,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(most_threads, (blocks_together(sizeof(T)
 cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
                                     cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&resident_forward_kernel<T, Walk>, sums_shape<T>(plan, false), stream, params, plan,
-                          workspace);
+    return device::launch(&resident_forward_kernel<T, Walk>, (sums_shape<T, Affine<acc_t<T>>>(plan)), stream, params,
+                          plan, workspace);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "bindings/cuda_backend.h"
 #include "emulator.h"
+#include "plan/planner.h"
 
 namespace fastbn {
 namespace {
@@ -32,8 +33,8 @@ struct EmulatorContext {
     if (blocks_a_group == 0 || !request.cooperative || !is_one_pass(chosen)) return chosen;
     Plan plan = choose_walk(request);
     const int64_t room = emulated_limits.shared_bytes_per_block;
-    if (!keep_on_chip(request, Schedule::cooperative, blocks_a_group, room, plan)) return chosen;
-    plan.groups = std::min(plan.slices, 2);
+    if (!fit_on_chip(request, Schedule::cooperative, blocks_a_group, room, plan)) return chosen;
+    plan.groups = std::min(plan.tiles, 2);
     add_traffic(request, plan);
     return plan;
   }

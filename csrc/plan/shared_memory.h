@@ -1,0 +1,118 @@
+// The map of a block's dynamic shared memory. The planner sizes plans by it, launches ask for its bytes, and kernels
+// find their arrays through it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "math/affine.h"
+#include "math/grad_coefficients.h"
+#include "math/sums.h"
+#include "plan/plan.h"
+
+namespace fastbn {
+
+// `count` elements of T, `offset` bytes from the start of shared memory.
+template <class T>
+struct SharedArray {
+  int64_t offset = 0, count = 0;
+
+  FASTBN_INLINE int64_t end() const { return offset + count * int64_t(sizeof(T)); }
+  FASTBN_INLINE T* in(void* memory) const { return reinterpret_cast<T*>(static_cast<char*>(memory) + offset); }
+};
+
+// What every kernel that reduces begins with. Totals are float64: two sums per thread, for each of its channels.
+template <int channels_per_thread>
+struct ReduceMemory {
+  double first[channels_per_thread][max_threads];
+  double second[channels_per_thread][max_threads];
+  uint32_t votes[max_threads / 32];  // one word per warp
+};
+
+// Channels that a thread keeps sums of.
+FASTBN_INLINE constexpr int channels_per_thread(Kernel kernel) { return kernel == Kernel::row_tiles ? vec_size : 1; }
+
+// Room for what a kernel keeps per channel of the tile beside the sums: pivot, coefficients or moments.
+struct alignas(8) ChannelScratch {
+  double numbers[4];
+};
+
+// Eight elements as they lie in global memory.
+template <class T>
+struct alignas(16) StoredVector {
+  T elements[vec_size];
+};
+
+// The map of a kernel that reduces elements of type T. A one-pass kernel also has Coefficients per channel.
+template <class T, class Coefficients>
+struct SharedMemoryMap {
+  SharedArray<ChannelScratch> scratch;  // per channel of the tile, after ReduceMemory
+  // One-pass plans only:
+  SharedArray<Sums> exchange;  // two buffers of the block's sums per channel, for its cluster to read (resident)
+  SharedArray<Coefficients> coefficients;  // per channel of the tile; others may still read `exchange` as they are made
+  SharedArray<StoredVector<T>> ring;       // per slot, tensor and thread
+
+  // `channels` is channels_per_thread(plan.kernel): a constant where a kernel passes it.
+  FASTBN_INLINE SharedMemoryMap(const Plan& plan, int channels) {
+    constexpr int64_t alignment = 16;
+    const int64_t per_tile = plan.channels_per_tile;
+    scratch = {channels == 1 ? int64_t(sizeof(ReduceMemory<1>)) : int64_t(sizeof(ReduceMemory<vec_size>)), per_tile};
+    const bool has_exchange = plan.schedule == Schedule::resident, one_pass = is_one_pass(plan);
+    exchange = {scratch.end(), has_exchange ? 2 * per_tile : 0};
+    coefficients = {exchange.end(), one_pass ? per_tile : 0};
+    ring.offset = (coefficients.end() + alignment - 1) / alignment * alignment;
+    ring.count = one_pass ? int64_t(plan.slots) * plan.resident_tensors * plan.threads : 0;
+  }
+
+  // Returns the scratch memory as the kernel's own type.
+  template <class U>
+  FASTBN_INLINE U* scratch_in(void* memory) const {
+    static_assert(sizeof(U) <= sizeof(ChannelScratch) && alignof(U) <= alignof(ChannelScratch));
+    return reinterpret_cast<U*>(scratch.in(memory));
+  }
+
+  FASTBN_INLINE int64_t bytes() const { return ring.end(); }
+};
+
+// The map of a last pass over the elements, which needs the coefficients of the block's channels, and where those
+// depend on a vote (`votes`), a word per warp for that.
+template <class Coefficients, bool has_votes = false>
+struct LastPassMap {
+  SharedArray<uint32_t> votes{0, has_votes ? max_threads / 32 : 0};
+  SharedArray<Coefficients> coefficients;
+
+  FASTBN_INLINE explicit LastPassMap(const Plan& plan) : coefficients{votes.end(), plan.channels_per_tile} {}
+
+  FASTBN_INLINE int64_t bytes() const { return coefficients.end(); }
+};
+
+// Gradients in float32 have two forms, and which one a tile takes is voted on.
+template <class A>
+using InputGradMap = LastPassMap<GradCoefficients<A>, sizeof(A) == sizeof(float)>;
+
+// Returns the most shared memory that a launch of the plan takes per block, in bytes.
+template <class T>
+int64_t shared_bytes_of(const Plan& plan, Direction direction) {
+  using A = acc_t<T>;
+  const int channels = channels_per_thread(plan.kernel);
+  switch (direction) {
+    case Direction::eval: return LastPassMap<Affine<A>>(plan).bytes();
+    case Direction::forward:
+      return std::max(SharedMemoryMap<T, Affine<A>>(plan, channels).bytes(), LastPassMap<Affine<A>>(plan).bytes());
+    case Direction::backward:
+    case Direction::frozen_backward: break;
+  }
+  return std::max(SharedMemoryMap<T, GradCoefficients<A>>(plan, channels).bytes(), InputGradMap<A>(plan).bytes());
+}
+
+inline void add_shared_bytes(const Request& request, Plan& plan) {
+  const auto bytes_of = [&]<class T>() { plan.shared_bytes = shared_bytes_of<T>(plan, request.direction); };
+  switch (request.dtype) {
+    case DType::float32: return bytes_of.template operator()<float>();
+    case DType::float64: return bytes_of.template operator()<double>();
+    case DType::bfloat16: return bytes_of.template operator()<bfloat16>();
+    case DType::float16: return bytes_of.template operator()<float16>();
+  }
+}
+
+}  // namespace fastbn

@@ -215,7 +215,7 @@ class Bench {
     }
     FASTBN_CHECK(run(plans[0], expected_));  // in two phases
     for (const Plan& plan : plans) {
-      if (cuda::workspace_bytes(plan, layout) > workspace_bytes) continue;
+      if (cuda::workspace_bytes(plan, params) > workspace_bytes) continue;
       FASTBN_CHECK(cudaMemsetAsync(result_, 0xff, layout.numel() * sizeof(T), stream_));
       FASTBN_CHECK(cudaMemsetAsync(counter_, 0, sizeof *counter_, stream_));
       FASTBN_CHECK(run(plan, result_));

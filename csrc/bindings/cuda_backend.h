@@ -65,7 +65,7 @@ class CudaBackend {
     cudaError_t error;
     do {
       plan = context_.plan(request);
-      const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params.layout), ScalarType::Byte);
+      const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params), ScalarType::Byte);
       error = launcher(params, plan, workspace.data_ptr(), context_.stream());
       // Another process has a share of the GPU, or a tool of its registers. Nothing has run then: a cooperative plan is
       // a single launch.

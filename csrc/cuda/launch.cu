@@ -1,5 +1,6 @@
 // The ops as launches: one by a one-pass plan; by a two-phase plan reduce, finish, then a second pass over the
 // elements.
+#include "cuda/block/batch_counter.cuh"
 #include "cuda/block/reduce.cuh"
 #include "cuda/block/rendezvous.cuh"
 #include "cuda/kernels/passes.cuh"
@@ -18,17 +19,25 @@ struct Workspace {
       : first(static_cast<double*>(memory)), second(first + layout.channels), partials(second + layout.channels) {}
 };
 
-}  // namespace
-
-int64_t workspace_bytes(const Plan& plan, const Layout& layout) {
+int64_t bytes_of_sums(const Plan& plan, const Layout& layout) {
   constexpr int64_t partial = sizeof(Sums), number = sizeof(double);
-  if (plan.schedule == Schedule::resident) return 0;
-  if (plan.schedule == Schedule::cooperative) {
-    return plan.groups *
-           (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.channels_per_tile);
+  switch (plan.schedule) {
+    case Schedule::resident: return 0;
+    case Schedule::cooperative:
+      return plan.groups *
+             (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.channels_per_tile);
+    case Schedule::two_phase: break;
   }
   return layout.channels * (plan.splits * partial + 2 * number);
 }
+
+}  // namespace
+
+int64_t workspace_bytes(const Plan& plan, const ForwardParams& params) {
+  return needs_ticket(params, plan) ? int64_t(sizeof(uint32_t)) : bytes_of_sums(plan, params.layout);
+}
+
+int64_t workspace_bytes(const Plan& plan, const BackwardParams& params) { return bytes_of_sums(plan, params.layout); }
 
 cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
   if (!is_runnable(plan, given.layout) || is_one_pass(plan)) return cudaErrorInvalidValue;
@@ -46,7 +55,13 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
   if (!is_runnable(plan, given.layout) || (is_one_pass(plan) && !batch)) return cudaErrorInvalidValue;
   ForwardParams params = given;
   if (batch) {
-    if (is_one_pass(plan)) return launch_resident_forward(params, plan, memory, stream);
+    if (is_one_pass(plan)) {
+      if (needs_ticket(params, plan)) {
+        const cudaError_t error = device::clear(static_cast<uint32_t*>(memory), stream);
+        if (error != cudaSuccess) return error;
+      }
+      return launch_resident_forward(params, plan, memory, stream);
+    }
     const Workspace workspace(memory, params.layout);
     if (!params.mean) params.mean = workspace.first;
     if (!params.inv_std) params.inv_std = workspace.second;

@@ -11,8 +11,9 @@
 
 namespace fastbn::cuda {
 
-// What `workspace` must hold, for any function below; nothing for resident plans. Aligned to 16 bytes.
-int64_t workspace_bytes(const Plan& plan, const Layout& layout);
+// Returns the size of the `workspace` that the functions below need, aligned to 16 bytes.
+int64_t workspace_bytes(const Plan& plan, const ForwardParams& params);
+int64_t workspace_bytes(const Plan& plan, const BackwardParams& params);
 
 // batch: statistics, running averages, output. running or given: output in one launch; with running, mean and inv_std
 // are written where not null. The workspace may be null for these two.

@@ -82,6 +82,33 @@ void test_empty(const Layout& layout) {
   CHECK(a.grad_weight == Doubles(channels, 0) && a.grad_bias == Doubles(channels, 0));
 }
 
+// A launch that is killed leaves a counter that a checkpoint may keep: at every moment it is the old or the new one.
+// And it is the new one only after every block has read the old one, or else averages would be off.
+void test_counter(const Shape& shape) {
+  for (bool has_momentum : {false, true}) {
+    Case<float> a(shape);
+    int64_t batches = 3, foreign = 0, moments = 0;
+    ForwardParams p = a.forward_params(Statistics::batch, Activation::none, false);
+    p.running_mean = vector_of(a.running_mean);
+    p.running_var = vector_of(a.running_var);
+    p.num_batches_tracked = &batches;
+    p.has_momentum = has_momentum;
+    p.momentum = 0.25;
+    emulator::set_observer([&] {
+      ++moments;
+      foreign += batches != 3 && batches != 4;
+    });
+    CHECK_EQUAL(a.forward(p), cudaSuccess);
+    emulator::set_observer({});
+    CHECK_EQUAL(batches, 4);
+    CHECK_EQUAL(foreign, 0);
+    CHECK(moments > a.plan.threads);
+    for (int64_t k = 0; k < a.layout.channels; ++k) {
+      CHECK_NEAR(a.running_mean[k], -2.5 + 0.25 * (a.channels.mean[k] + 2.5), arithmetic<float>);
+    }
+  }
+}
+
 // A channel of one element has no unbiased variance.
 void test_single(const Layout& layout) {
   Case<float> a({layout, 0, 0, 0});
@@ -148,6 +175,7 @@ void test_edges() {
     test_constant<bfloat16>(shape, -7.3);
     test_constant<float16>(shape, 60000);
     test_extremes(shape);
+    test_counter(shape);
   }
   for (const Layout& layout : {Layout{0, 5, 1}, Layout{0, 5, 16}}) test_empty(layout);
   for (const Layout& layout : {Layout{1, 5, 1}, Layout{1, 16, 1}}) test_single(layout);

@@ -175,8 +175,14 @@ struct Case {
     Shape in_phases = shape;
     in_phases.cluster = in_phases.groups = in_phases.slots = in_phases.sms = 0;
     two_phase = plan_of<T>(in_phases, masked);
-    const int64_t bytes = std::max(cuda::workspace_bytes(plan, layout), cuda::workspace_bytes(two_phase, layout));
-    workspace.assign(bytes / sizeof(double), NAN);
+    ForwardParams cumulative;  // the op that needs the most of it
+    int64_t batches = 0;
+    cumulative.layout = layout;
+    cumulative.num_batches_tracked = &batches;
+    cumulative.has_momentum = false;
+    const int64_t bytes =
+        std::max(cuda::workspace_bytes(plan, cumulative), cuda::workspace_bytes(two_phase, cumulative));
+    workspace.assign((bytes + sizeof(double) - 1) / sizeof(double), NAN);
   }
 
   ForwardParams forward_params(Statistics statistics, Activation activation, bool with_residual) {

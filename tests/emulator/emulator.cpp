@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <numeric>
 #include <string>
@@ -163,6 +164,7 @@ bool run_clusters(const int64_t* order, size_t count) {
     machine.current = machine.ready.back();
     machine.ready.pop_back();
     switch_context(machine.host, machine.current->context);
+    if (machine.observe) machine.observe();
   }
   const bool finished = std::all_of(blocks.begin(), blocks.end(), [](const auto& b) { return b->running == 0; });
   if (!finished && !machine.failed) record_failure(describe_deadlock(blocks));
@@ -199,6 +201,11 @@ void set_seed(uint64_t seed) {
 int64_t launches() {
   std::lock_guard lock(machine.mutex);
   return machine.launches;
+}
+
+void set_observer(std::function<void()> observe) {
+  std::lock_guard lock(machine.mutex);
+  machine.observe = std::move(observe);
 }
 
 const char* last_failure() { return machine.failure.c_str(); }

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <source_location>
 
 #include "cuda/device/runtime.h"
@@ -16,6 +17,9 @@ void set_seed(uint64_t seed);
 
 // The number of launches that ran, failed ones included, refused ones not.
 int64_t launches();
+
+// Calls `observe` whenever a thread of a launch has stopped, at a primitive that waits or at its end. Empty: never.
+void set_observer(std::function<void()> observe);
 
 // Why the latest launch that returned cudaErrorLaunchFailure did; also printed to stderr. Valid until the next launch.
 const char* last_failure();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -73,6 +74,7 @@ struct Machine {
   std::mutex mutex;
   uint64_t random = 0;
   int64_t launches = 0;
+  std::function<void()> observe;
   std::string failure;
   bool failed = false;
 

@@ -80,9 +80,15 @@ FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
   sync_block();
 }
 
-// Returns what was there before.
-FASTBN_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
-  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<uint64_t>(value)));
+// Adds to a word of global memory, and returns what was there before. Release/acquire: what the thread did before it
+// has happened for every thread that adds later.
+FASTBN_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(to)), "r"(value)
+               : "memory");
+  return before;
 }
 
 namespace detail {
@@ -275,6 +281,11 @@ inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_byt
   }
   while (power * 2 <= most && power * 2 <= kMaxCluster) power *= 2;
   return power;
+}
+
+// Sets a word of global memory to 0 in the order of the stream: a memset, not a launch.
+inline cudaError_t clear(uint32_t* word, cudaStream_t stream) {
+  return cudaMemsetAsync(word, 0, sizeof(*word), stream);
 }
 
 // Returns the launch's own error, and leaves no trace of it; errors of the running kernel surface later, as usual.

@@ -69,34 +69,6 @@ FASTBN_DEVICE void block_moments(const Walk& walk, ReduceMemory<Walk::channels>&
   }
 }
 
-// num_batches_tracked in a launch of many blocks. With a momentum nobody needs its value, and one thread increments it.
-// Without one, every block needs the value from before: each adds itself to the upper half of the counter when it has
-// read the lower one, and the last to do so leaves the number of batches, one more.
-class Batches {
- public:
-  FASTBN_DEVICE explicit Batches(const ForwardParams& params)
-      : counter_(params.num_batches_tracked), read_by_all_(!params.has_momentum) {}
-
-  // This batch counted.
-  FASTBN_DEVICE int64_t number() const { return counter_ && read_by_all_ ? (*counter_ & lower_half) + 1 : 0; }
-
-  // To be called by all threads, when all of the block are behind number() and a barrier.
-  FASTBN_DEVICE void count() const {
-    if (!counter_ || device::thread_index() != 0) return;
-    if (!read_by_all_) {
-      if (device::block_x() == 0) ++*counter_;
-      return;
-    }
-    const int64_t before = device::atomic_add(counter_, upper_one);
-    if (before / upper_one + 1 == device::grid_x()) *counter_ = (before & lower_half) + 1;
-  }
-
- private:
-  static constexpr int64_t upper_one = int64_t(1) << 32, lower_half = upper_one - 1;
-  int64_t* counter_;
-  bool read_by_all_;
-};
-
 // Writes the statistics of a channel that are wanted and moves the running ones; `batches` counts this one too.
 FASTBN_DEVICE void save_statistics(const ForwardParams& params, int64_t channel, const Moments& moments,
                                    int64_t batches) {

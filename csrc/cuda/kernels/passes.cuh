@@ -29,8 +29,8 @@ cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& pl
 // The statistics are frozen where sum_grad is null; a null count is the layout's.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
 
-// Sums and the last pass in one launch, by one-pass plans; with the statistics of the batch. Only cooperative plans
-// have a workspace.
+// Sums and the last pass in one launch, by one-pass plans; with the statistics of the batch. The workspace
+// is that of cooperative plans, or the ticket of a cumulative average (batch_counter.cuh), then 0.
 cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
                                     cudaStream_t stream);
 cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,

@@ -1,6 +1,7 @@
 // A training forward in one launch that reads the input once: the blocks of a slice keep its elements on chip, exchange
 // their moments, and normalise what they kept while they bring in their next slice. Of a slice larger than the chip
 // they keep a part and read the rest again.
+#include "cuda/block/batch_counter.cuh"
 #include "cuda/block/slices.cuh"
 #include "cuda/element/moments.cuh"
 #include "cuda/element/normalize.cuh"
@@ -31,7 +32,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
   const auto fetch = [&](const Step& step, int place) {
     slab.template fetch<Walk::whole>(place, 0, input + step.offset, step.count, plan.vectorized);
   };
-  const Batches batches(params);
+  const BatchCounter batches(params, plan, static_cast<uint32_t*>(workspace));
   const int64_t batch = batches.number();
 
   for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
@@ -61,7 +62,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
         },
         [&](int channel, const Sums& sums) { rendezvous.own(channel) = sums; });
     rendezvous.meet();
-    if (is_first) batches.count();
+    if (is_first) batches.increment();
 
     by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
       const Sums sums = rendezvous.merged(channel, lane, team);

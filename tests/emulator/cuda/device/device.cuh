@@ -35,8 +35,8 @@ void sync_grid(const Location& where = Location::current());
 void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where = Location::current());
 void thread_fence(const Location& where = Location::current());
 
-inline int64_t atomic_add(int64_t* to, int64_t value) {
-  const int64_t before = *to;
+inline uint32_t atomic_add(uint32_t* to, uint32_t value) {
+  const uint32_t before = *to;
   *to += value;
   return before;
 }
@@ -117,6 +117,11 @@ void copy_async_commit();
 template <int kPending>
 void copy_async_wait() {
   emulator::copy_async_wait(kPending);
+}
+
+inline cudaError_t clear(uint32_t* word, cudaStream_t) {
+  *word = 0;
+  return cudaSuccess;
 }
 
 template <class... P>

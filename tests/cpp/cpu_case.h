@@ -7,6 +7,7 @@
 #include "check.h"
 #include "cpu/launch.h"
 #include "kernel_reference.h"
+#include "math/pivot.h"
 
 namespace fastbn::test {
 
@@ -109,13 +110,9 @@ struct Case {
   // The five elements that a channel's pivot is the median of lie far from all others in some channels, so that half
   // types need their second look there, and only there. float64 has no wider type to take such sums in.
   void move_pivots() {
-    const int64_t count = layout.count();
-    for (int64_t c = 1; c < layout.channels && count >= 100; c += 4)
-      for (int64_t i = 1; i < 10; i += 2) {
-        const int64_t element = count * i / 10;
-        const int64_t run = element / layout.inner * layout.channels + c;
-        input.data()[run * layout.inner + element % layout.inner] = from_acc<T>(acc_t<T>(30));
-      }
+    for (int64_t c = 1; c < layout.channels && layout.count() >= 100; c += 4)
+      for (int i = 0; i < pivot_samples; ++i)
+        input.data()[pivot_sample(layout, i) + c * layout.inner] = from_acc<T>(acc_t<T>(30));
   }
 
   Tensor<uint8_t> new_mask() const { return Tensor<uint8_t>(layout.runs() * layout.mask_bytes_per_run(), shift); }

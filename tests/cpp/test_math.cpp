@@ -1,5 +1,6 @@
 // The shared math against what it is defined by: half conversions against every value, moments of hard data, layouts
 // and formats against torch's rules.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "math/affine.h"
 #include "math/layout.h"
 #include "math/moments.h"
+#include "math/pivot.h"
 #include "math/types.h"
 
 using namespace fastbn;
@@ -137,6 +139,27 @@ void test_what_rounding_a_mean_loses() {
   CHECK(Moments::rest_of_mean(2, 1, inf) == 0);
 }
 
+void test_median_of_five() {
+  const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  const double largest = std::numeric_limits<double>::max();
+  double x[] = {-2, -1, 0.5, 1, 3};
+  do CHECK(median(x) == 0.5);
+  while (std::next_permutation(x, x + 5));
+  for (double value : {inf, -inf, nan}) CHECK(finite_sample(value) == 0 && finite_sample(float(value)) == 0);
+  CHECK(finite_sample(largest) == largest && finite_sample(-0.5f) == -0.5f);
+}
+
+void test_samples_of_pivots_lie_in_one_channel_and_off_its_ends() {
+  for (const Layout layout : {Layout{1, 3, 5}, {5, 3, 1}, {2, 4, 49}, {1, 1, 1}, {7, 2, 3}, {32, 3, 3136}}) {
+    for (int i = 0; i < pivot_samples; ++i) {
+      const int64_t sample = pivot_sample(layout, i), run = sample / layout.inner, inner = sample % layout.inner;
+      CHECK(run % layout.channels == 0 && run / layout.channels < layout.outer);
+      if (layout.inner >= 10) CHECK(inner > 0 && inner < layout.inner - 1);
+      if (layout.outer >= 10) CHECK(run > 0 && run / layout.channels < layout.outer - 1);
+    }
+  }
+}
+
 // Near the mean, and such that float differences from it are exact, of an x farther from zero than the mean.
 void test_gradient_pivots() {
   for (double inv_std : {1e-6, 0.3, 1.0, 1.7, 316.0, 1e9}) {
@@ -195,6 +218,8 @@ int main() {
   test_gradients_keep_the_rounding_of_their_mean();
   test_coefficients_at_the_ends_of_the_range();
   test_what_rounding_a_mean_loses();
+  test_median_of_five();
+  test_samples_of_pivots_lie_in_one_channel_and_off_its_ends();
   test_gradient_pivots();
   test_layouts();
   return fastbn::test::result();

@@ -29,14 +29,14 @@ def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(10, CHANNELS, 10, 10, generator=generator, dtype=torch.float64)
     data = {name: (normal + float(name.split()[1]), 1e-6) for name in MEANS}
-    # The five samples that a pivot is the median of are in the first row or column of images whose border is padded.
+    # The five samples that a pivot is the median of lie in the first row or column of images whose border is padded.
     border = torch.zeros(10, 10, dtype=torch.bool)
     border[0] = border[:, 0] = True
     data["padded"] = (torch.where(border, 0.0, normal + 100), 1e-6)
     # The samples alone are far off, so that sums about them cancel.
-    sampled = torch.zeros(COUNT, dtype=torch.bool)
-    sampled[[COUNT * (2 * i + 1) // 10 for i in range(5)]] = True
-    sampled = sampled.view(10, 1, 10, 10)
+    sampled = torch.zeros(10, 1, 10, 10, dtype=torch.bool)
+    for i in (1, 3, 5, 7, 9):  # of ten images, and of rows and of pixels in channels_last
+        sampled[i, 0, i, 0] = sampled[i, 0, 0, 0] = True
     data["pivot far off"] = (torch.where(sampled, 30.0, normal * 0.01), 1e-6)
     data["squares overflow"] = (normal * 1e25, 1e-6)
     data["squares vanish"] = (normal * 1e-25, 1e-6)

@@ -269,6 +269,27 @@ def test_a_channel_of_inf_has_an_infinite_mean(ops, dtype, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pivot_far_off_costs_no_digits(ops, dtype, channels_last):
+    """The five samples that a pivot is the median of are the outliers, so that nearly all of the squares cancel.
+
+    Summed in float32 about them, the variance is off by 5e-6 to 1e-5.
+    """
+    x = torch.randn(16, 8, 25, 40, generator=torch.Generator().manual_seed(0)) * 0.01
+    for i in (1, 3, 5, 7, 9):  # tenths of the images and of the pixels of one, and of all pixels in channels_last
+        x[16 * i // 10].flatten(1)[:, 1000 * i // 10] = 30
+        image, pixel = divmod(16 * 1000 * i // 10, 1000)
+        x[image].flatten(1)[:, pixel] = 30
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    exact, _ = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    _, var = ops.namespace.channel_stats(x.to(ops.device))
+    unfused = [None, None, None, None, None, None, 0.1, 0.0, 0, False]
+    _, _, inv_std, _ = ops.namespace.batch_norm_train(x.to(ops.device), *unfused)
+    torch.testing.assert_close(var.cpu(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(inv_std.cpu(), exact.rsqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_half_gradients_are_about_the_mean_before_it_was_rounded(ops, dtype, channels_last):
     """A grad_out of ones, whose sum is as large as the rounding of a mean of many standard deviations shows in.

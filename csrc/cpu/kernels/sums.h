@@ -2,11 +2,10 @@
 // double, which a second look, where phases.h takes one, does not. A constant channel has sums of exactly zero.
 #pragma once
 
-#include <concepts>
-
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/loops.h"
 #include "cpu/simd/vec_memory.h"
+#include "math/pivot.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 
@@ -216,41 +215,11 @@ FASTBN_INLINE void sum_columns(const Block& block, int64_t rows, ColumnSums sums
   for_each_strip<T>(block, std::min(rows, Terms::longest), strip);
 }
 
-// Of the finite ones; 0 where there are none. About infinity every sum would be NaN.
-template <class A, int samples>
-A finite_median(const A (&sample)[samples]) {
-  A sorted[samples];
-  int count = 0;
-  for (const A value : sample) {
-    if (value - value != 0) continue;
-    int at = count++;
-    for (; at > 0 && sorted[at - 1] > value; --at) sorted[at] = sorted[at - 1];
-    sorted[at] = value;
-  }
-  return count > 0 ? sorted[count / 2] : 0;
-}
-
-template <std::floating_point A>
-FASTBN_INLINE A least(A a, A b) {
-  return a < b ? a : b;
-}
-template <std::floating_point A>
-FASTBN_INLINE A most(A a, A b) {
-  return a > b ? a : b;
-}
-
-// Without the branches of a sort, of which random data would take half the wrong way. Of numbers, or lane by lane.
-template <class A>
-FASTBN_INLINE A median(const A (&x)[5]) {
-  const A low = most(least(x[0], x[1]), least(x[2], x[3])), high = least(most(x[0], x[1]), most(x[2], x[3]));
-  return most(least(low, high), least(most(low, high), x[4]));
-}
-
 // The mean of 16 elements of a channel where it lies among the five samples, else `median`. Five are often some
 // standard deviations off, and what that adds to the squares multiplies the error of a float64 variance. The mean of 16
 // equal elements is exactly they.
 FASTBN_INLINE double nearer_pivot(const double* data, const Layout& layout, int64_t channel, double median,
-                                  const double (&sample)[5]) {
+                                  const double (&sample)[pivot_samples]) {
   constexpr int elements = 16;
   double sum[elements];
   for (int i = 0; i < elements; ++i) {
@@ -268,45 +237,29 @@ FASTBN_INLINE double nearer_pivot(const double* data, const Layout& layout, int6
   return sum[0] >= low && sum[0] <= high && sum[0] - sum[0] == 0 ? sum[0] : median;
 }
 
-// Of each channel an element near the middle of its data: of five, spread over the channel and off its ends, the
-// median. Images are often padded, so that a first element alone may lie far from all others.
+// Writes the pivot (pivot.h) of each channel in [begin, end). Rows of channels are taken a vector at a time.
 template <class T>
 void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, void* result) {
   using A = acc_t<T>;
-  constexpr int samples = 5;
-  const T* first[samples];  // of channel 0
-  for (int i = 0; i < samples; ++i) {
-    const int64_t element = layout.count() * (2 * i + 1) / (2 * samples);
-    const int64_t run = element / layout.inner * layout.channels;
-    first[i] = static_cast<const T*>(data) + run * layout.inner + element % layout.inner;
-  }
+  const T* first[pivot_samples];  // of channel 0
+  for (int i = 0; i < pivot_samples; ++i) first[i] = static_cast<const T*>(data) + pivot_sample(layout, i);
   A* const pivot = static_cast<A*>(result);
-  auto one_by_one = [&](int64_t from, int64_t to) {
-    for (int64_t channel = from; channel < to; ++channel) {
-      A sample[samples], zero = 0;
-      for (int i = 0; i < samples; ++i) {
-        sample[i] = to_acc(first[i][channel * layout.inner]);
-        zero += sample[i] - sample[i];
-      }
-      pivot[channel] = zero == 0 ? median(sample) : finite_median(sample);
-      if constexpr (std::is_same_v<T, double>)
-        pivot[channel] = nearer_pivot(static_cast<const T*>(data), layout, channel, pivot[channel], sample);
-    }
-  };
   int64_t channel = begin;
   if constexpr (!std::is_same_v<T, double>) {
     constexpr int64_t lanes = Vec<A>::lanes;
     for (; layout.inner == 1 && channel + lanes <= end; channel += lanes) {
-      Vec<A> sample[samples], zero(0);
-      for (int i = 0; i < samples; ++i) {
-        sample[i] = load(first[i] + channel, AllLanes<T>{});
-        zero += sample[i] - sample[i];
-      }
+      Vec<A> sample[pivot_samples];
+      for (int i = 0; i < pivot_samples; ++i) sample[i] = finite_sample(load(first[i] + channel, AllLanes<T>{}));
       store(pivot + channel, from_order_of<T>(median(sample)));
-      if (to_bits<T>(zero <= Vec<A>(0)) != (uint64_t(1) << lanes) - 1) one_by_one(channel, channel + lanes);
     }
   }
-  one_by_one(channel, end);
+  for (; channel < end; ++channel) {
+    A sample[pivot_samples];
+    for (int i = 0; i < pivot_samples; ++i) sample[i] = finite_sample(to_acc(first[i][channel * layout.inner]));
+    pivot[channel] = median(sample);
+    if constexpr (std::is_same_v<T, double>)
+      pivot[channel] = nearer_pivot(static_cast<const T*>(data), layout, channel, pivot[channel], sample);
+  }
 }
 
 template <class T, class Terms>

@@ -159,14 +159,14 @@ FASTBN_INLINE Vec<A> select(const Mask<A>& mask, const Vec<A>& yes, const Vec<A>
 // behind the intrinsics of AVX-512.
 // clang-format off
 #if defined(__AVX512F__)
-FASTBN_INLINE Floats least_lanes(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
-FASTBN_INLINE Floats most_lanes(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTBN_INLINE Floats min_lanes(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+FASTBN_INLINE Floats max_lanes(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 #else
-FASTBN_INLINE Floats least_lanes(Floats a, Floats b) { return select_lanes(a < b, a, b); }
-FASTBN_INLINE Floats most_lanes(Floats a, Floats b) { return select_lanes(a > b, a, b); }
+FASTBN_INLINE Floats min_lanes(Floats a, Floats b) { return select_lanes(a < b, a, b); }
+FASTBN_INLINE Floats max_lanes(Floats a, Floats b) { return select_lanes(a > b, a, b); }
 #endif
-FASTBN_INLINE Vec<float> least(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = least_lanes(a.part[i], b.part[i]); return a; }
-FASTBN_INLINE Vec<float> most(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = most_lanes(a.part[i], b.part[i]); return a; }
+FASTBN_INLINE Vec<float> min(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = min_lanes(a.part[i], b.part[i]); return a; }
+FASTBN_INLINE Vec<float> max(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = max_lanes(a.part[i], b.part[i]); return a; }
 // clang-format on
 
 }  // namespace fastbn::cpu::FASTBN_ISA

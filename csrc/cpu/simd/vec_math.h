@@ -38,7 +38,7 @@ FASTBN_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[terms]) {
 
 // NaN stays NaN.
 FASTBN_INLINE Vec<float> clamp(const Vec<float>& x, float low, float high) {
-  return least(Vec<float>(high), most(Vec<float>(low), x));
+  return min(Vec<float>(high), max(Vec<float>(low), x));
 }
 
 // x = n log(2) + r with |r| <= log(2) / 2, and exp(r) - 1. Adding 1.5 * 2^23 rounds to an integer, which is then in the
@@ -130,7 +130,7 @@ __attribute__((noinline)) void differentiate_called(Activation activation, const
 template <Known known, class A>
 FASTBN_INLINE Vec<A> activate(Activation activation, Vec<A> z) {
   if constexpr (known == Known::none) return z;
-  if constexpr (known == Known::relu && std::is_same_v<A, float>) return most(Vec<A>(0), z);  // one instruction
+  if constexpr (known == Known::relu && std::is_same_v<A, float>) return max(Vec<A>(0), z);  // one instruction
   if constexpr (known == Known::relu) return activation_forward(Activation::relu, z);
   if constexpr (known == Known::silu) return activation_forward(Activation::silu, z);
   if constexpr (known == Known::called) activate_called(activation, z);

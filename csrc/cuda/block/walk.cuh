@@ -120,6 +120,21 @@ class Walk {
     }
   }
 
+  // Returns how many elements of each of its channels the block visits.
+  FASTBN_DEVICE int64_t elements_per_channel() const {
+    const WorkRange range(plan_.work_items(layout_), plan_.splits, split);
+    if constexpr (by_rows) {
+      const int64_t end = range.end * plan_.fold;
+      return ((end < layout_.outer ? end : layout_.outer) - range.begin * plan_.fold) * layout_.inner;
+    }
+    if constexpr (whole) return (range.end - range.begin) * octet;
+    const auto elements_before = [&](int64_t item) {
+      const int64_t vectors = plan_.vectors_per_run(layout_), in_run = item % vectors * octet;
+      return item / vectors * layout_.inner + in_run;  // only a run's last vector is shorter
+    };
+    return elements_before(range.end) - elements_before(range.begin);
+  }
+
   // Calls use(i, channel) for the thread's channels, counted from the slice's first, also for those behind the last
   // one.
   template <class Use>

@@ -1,6 +1,6 @@
 // The sums that the statistics of a channel come from, of d and d * d about a pivot, and what becomes of them. The
 // pivot is an element of the channel, the same to all threads and blocks, so that parts of the sums add up. Where float
-// sums overflow, vanish, or meet inf or NaN, the block starts again in double.
+// sums overflow, vanish, meet inf or NaN, or cancel about a pivot far off, the block starts again in double.
 #pragma once
 
 #include "cuda/block/loop.cuh"
@@ -9,32 +9,32 @@
 #include "cuda/block/walk.cuh"
 #include "math/moments.h"
 #include "math/params.h"
+#include "math/pivot.h"
 
 namespace fastbn::cuda {
 
-// The median of five elements of a channel, spread over it and off its ends: an outlier only where three of them are.
-// One that is inf or NaN counts as 0, for about it every sum would be NaN.
+// Returns the pivot of a channel's sums (pivot.h), 0 for an empty input.
 FASTBN_DEVICE double pivot_of(const ForwardParams& params, int64_t channel) {
-  constexpr int samples = 5;
   const Layout& layout = params.layout;
   if (layout.numel() == 0) return 0;
   const ChannelVector input{const_cast<void*>(params.input), params.dtype};
-  double x[samples];
+  double sample[pivot_samples];
   FASTBN_UNROLL
-  for (int i = 0; i < samples; ++i) {
-    const int64_t outer = layout.outer * (2 * i + 1) / (2 * samples),
-                  inner = layout.inner * (2 * i + 1) / (2 * samples);
-    const double value = input.load((outer * layout.channels + channel) * layout.inner + inner);
-    x[i] = value - value == 0 ? value : 0;
-  }
-  const auto least = [](double a, double b) { return a < b ? a : b; };
-  const auto most = [](double a, double b) { return a < b ? b : a; };
-  const double low = most(least(x[0], x[1]), least(x[2], x[3])), high = least(most(x[0], x[1]), most(x[2], x[3]));
-  return most(least(low, high), least(most(low, high), x[4]));
+  for (int i = 0; i < pivot_samples; ++i)
+    sample[i] = finite_sample(input.load(pivot_sample(layout, i) + channel * layout.inner));
+  return median(sample);
 }
 
 FASTBN_DEVICE Moments moments_of(const Layout& layout, double pivot, const Sums& sums) {
   return layout.count() > 0 ? Moments::from_shifted(double(layout.count()), pivot, sums.first, sums.second) : Moments{};
+}
+
+// Says whether float32 sums about the pivot leave too few digits of a block's squares: whether the pivot lies more than
+// 8 standard deviations from the mean of the block's `count` elements of a channel. If no block's part cancels, neither
+// do the sums over all of them. Parts of a few elements may be as narrow by chance, and lose little.
+FASTBN_DEVICE bool cancels(const Sums& sums, double count) {
+  constexpr double min_count = 32, max_ratio = 64;  // of the squares to those about the mean
+  return count >= min_count && (max_ratio - 1) * sums.second * count < max_ratio * sums.first * sums.first;
 }
 
 // Sums in A the octets for which each(use) calls use(step, x), once each. keep(channel, sums) is called by one thread
@@ -51,9 +51,10 @@ FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& m
     }
   });
   bool resolved = true;
+  const double count = double(walk.elements_per_channel());
   reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
     keep(channel, sums);
-    resolved = resolved && resolves(sums, sums.first == 0);
+    resolved = resolved && resolves(sums, sums.first == 0) && !cancels(sums, count);
   });
   return block_agrees(resolved, memory.votes);
 }

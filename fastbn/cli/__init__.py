@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import sys
+from typing import IO
 
 from fastbn.cli import bench, demo, info, verify
 from fastbn.cli.errors import CommandError, reason
@@ -13,13 +14,13 @@ _COMMANDS = {"info": info, "verify": verify, "bench": bench, "demo": demo}
 
 
 class _Parser(argparse.ArgumentParser):
-    def print_help(self, file=None):
-        # argparse's own ignores that it cannot be written.
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        # argparse's own method ignores errors of writing.
         print(self.format_help(), end="", file=file)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; each subcommand's arguments hold its function as `run`."""
+    """Build the parser of the command line. The parsed arguments hold the subcommand's function as `run`."""
     parser = _Parser(prog="fastbn", description="BatchNorm for PyTorch with fused kernels.")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
@@ -32,17 +33,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand with `argv` (None: the process's own arguments).
 
-    Returns the exit status: 0 for success; 1 where a check or the command itself failed; 2 for misuse, which is
-    arguments or files that the command cannot use; 130 for an interrupt; 141 where nobody reads the output any more.
+    Returns the exit status: 0 for success; 1 where a check or the command itself failed; 2 for misuse (arguments or
+    files that the command cannot use); 130 for an interrupt; 141 for a closed pipe.
     argparse itself exits with SystemExit(2) on arguments that it refuses.
     """
     _prepare_streams()
     try:
         try:
             args = build_parser().parse_args(argv)
-            return args.run(args)
+            status: int = args.run(args)
+            return status
         finally:
-            sys.stdout.flush()  # here, where a failure can be told, and not as the interpreter exits
+            sys.stdout.flush()  # while a failure can still be reported; at exit it could not
     except CommandError as error:
         return _end(error.status, str(error))
     except KeyboardInterrupt:
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return _end(1, f"fastbn: {where}{reason(error)}")
 
 
-def _prepare_streams():
+def _prepare_streams() -> None:
     """Point closed streams at the null device, and escape characters that the encoding of stdout lacks."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -72,7 +74,7 @@ def _end(status: int, message: str | None = None) -> int:
         try:
             stream.flush()
         except OSError:
-            # As it exits the interpreter would try again to write what the stream still holds.
+            # At exit the interpreter would try again to write what the stream still holds.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status

@@ -1,42 +1,46 @@
-"""What the commands ask of their arguments: argparse types that say what was expected and what was got, and whether the
-files that a path stands for can be written."""
+"""Checks of the commands' arguments: argparse types that say what was expected and what was got, and tests of whether
+files can be written."""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
-import math
 import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from fastbn.cli.errors import CommandError, reason
 
-# Far more than there are epochs or images, and far from what overflows 64 bits.
+Number = TypeVar("Number", int, float)
+
+# Far more than there are epochs or images, and far from overflowing 64 bits.
 MAX_COUNT = 2**31 - 1
 
 
 def integer(low: int, high: int = MAX_COUNT) -> Callable[[str], int]:
-    """A type of argparse: an integer from `low` to `high`."""
+    """Make an argparse type: an integer from `low` to `high`."""
     return _number(int, f"an integer from {low} to {high}", lambda value: low <= value <= high)
 
 
 def number(high: float, *, or_zero: bool = False) -> Callable[[str], float]:
-    """A type of argparse: a number above 0, or 0 itself with `or_zero`, and at most `high`."""
+    """Make an argparse type: a number above 0, or 0 itself with `or_zero`, and at most `high`."""
     low = "of at least 0" if or_zero else "above 0"
     fits = (lambda value: 0 <= value <= high) if or_zero else (lambda value: 0 < value <= high)
     return _number(float, f"a number {low} and at most {high:g}", fits)
 
 
 def path(text: str) -> Path:
-    """A type of argparse: a path, which need not exist."""
+    """Parse a path, which need not exist. An argparse type."""
     if not text or "\0" in text:
         raise _refusal("a path", text)
     return Path(text)
 
 
 def patterns(text: str) -> list[str]:
-    """A type of argparse: shell-style patterns, separated by commas."""
+    """Parse shell-style patterns, separated by commas. An argparse type."""
     found = [pattern.strip() for pattern in text.split(",")]
     if not all(found):
         raise _refusal("patterns separated by commas", text)
@@ -44,29 +48,29 @@ def patterns(text: str) -> list[str]:
 
 
 def check_directory(option: str, directory: Path, *names: str) -> None:
-    """Make sure that files called `names` can be written to `directory`, which need not exist; leave it as it was.
+    """Check that files called `names` can be written to `directory`, which need not exist, and leave it as it was.
 
-    Raises CommandError that names `option` where one cannot be written.
+    Raises CommandError, naming `option`, where one cannot be written.
     """
     for name in names:
         _try_to_write(f"{option}: expected a directory that can be written", directory, directory / name)
 
 
 def check_file(option: str, *files: Path) -> None:
-    """Make sure that `files`, the first of which the user named, can be written; leave them as they were.
+    """Check that `files`, the first of which the user named, can be written, and leave them as they were.
 
-    Raises CommandError that names `option` where one cannot be written.
+    Raises CommandError, naming `option`, where one cannot be written.
     """
     for file in files:
         _try_to_write(f"{option}: expected a file that can be written", files[0], file)
 
 
-def _number(kind, expected, fits):
-    def parse(text):
+def _number(kind: type[Number], expected: str, fits: Callable[[Number], bool]) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            raise _refusal(expected, text) from None
         if not fits(value):
             raise _refusal(expected, text)
         return value
@@ -74,17 +78,17 @@ def _number(kind, expected, fits):
     return parse
 
 
-def _refusal(expected, text):
+def _refusal(expected: str, text: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"expected {expected}, got {reprlib.repr(text)}")
 
 
-def _try_to_write(expected, named, file):
-    file = Path(os.path.realpath(file))  # what a dangling link points to is what would be made
+def _try_to_write(expected: str, named: Path, file: Path) -> None:
+    file = Path(os.path.realpath(file))  # opening a dangling link creates the file that it points to
     made = [folder for folder in file.parents if not os.path.lexists(folder)]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         is_new = not file.exists()
-        # Opening a pipe would wait for a reader, and a device is not to be replaced by a file.
+        # Opening a pipe would wait for a reader, and a device must not be replaced by a file.
         if not is_new and not file.is_file() and not file.is_dir():
             raise OSError(errno.EINVAL, "Not a regular file")
         file.open("ab").close()

@@ -8,7 +8,7 @@ from fastbn.cli.arguments import number, path, patterns
 
 SUMMARY = "time fastbn and its rivals on this machine"
 
-# In seconds. Nobody waits longer, and every sum of such times is finite.
+# Upper limits of times, in seconds. Nobody waits longer, and every sum of such times is finite.
 DAY, WEEK = 86400, 604800
 
 _NOTE = """\
@@ -19,7 +19,8 @@ was interrupted; what was measured until then is written and shown.
 """
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fastbn bench`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _NOTE
     what = parser.add_argument_group("what to measure")
@@ -65,5 +66,7 @@ def add_arguments(parser):
     out.add_argument("--compare", type=path, metavar="OLD", help="compare with the records of OLD, regressions first")
 
 
-def run(args) -> int:
-    return clone.load("bench", "bench.command").run(args)
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark of the clone. Returns the exit status that `_NOTE` describes."""
+    status: int = clone.load("bench", "bench.command").run(args)
+    return status

@@ -1,4 +1,6 @@
-"""Finds the parts of a command that a clone of fastbn has and the wheel has not: the benchmark and the examples."""
+"""Finds what a clone of fastbn has and the wheel has not: the benchmark and the examples."""
+
+from __future__ import annotations
 
 import importlib
 import sys
@@ -12,7 +14,7 @@ from fastbn.cli.errors import CommandError
 def load(command: str, name: str) -> ModuleType:
     """Import module `name` of the clone that fastbn was installed from in place, or else of the current directory's.
 
-    Raises CommandError, which speaks of `fastbn command`, where neither is such a clone.
+    Raises CommandError, naming `fastbn command`, where neither is such a clone.
     """
     for root in (Path(fastbn.__file__).parents[1], Path.cwd()):
         if (root / name.replace(".", "/")).with_suffix(".py").is_file():

@@ -13,9 +13,9 @@ from fastbn.cli.arguments import integer, number, path
 SUMMARY = "train LeNet without BatchNorm, with torch.nn's and with fastbn's"
 
 EPOCHS = {"idx": 10, "digits": 30}
-# NumPy's, which splits the digits.
+# The largest seed that NumPy takes, which splits the digits.
 MAX_SEED = 2**32 - 1
-# SGD multiplies by it in the parameters' type.
+# SGD multiplies by the learning rate in the type of the parameters.
 MAX_LR = torch.finfo(torch.float32).max
 
 _NOTE = """\
@@ -31,7 +31,8 @@ and the logits after an epoch are reported, not judged.
 """
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fastbn demo`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _NOTE
     parser.add_argument(
@@ -63,5 +64,7 @@ def add_arguments(parser):
     parser.add_argument("--out", type=path, default=Path("demo"), metavar="DIR", help=where)
 
 
-def run(args) -> int:
-    return clone.load("demo", "examples.lenet.command").run(args)
+def run(args: argparse.Namespace) -> int:
+    """Run examples/lenet of the clone. Returns 0, or 1 where fastbn does not train as torch.nn does."""
+    status: int = clone.load("demo", "examples.lenet.command").run(args)
+    return status

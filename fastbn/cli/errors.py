@@ -1,6 +1,9 @@
-"""What a command says when it cannot do its work: one sentence and an exit status, no traceback."""
+"""Errors of the command line: one sentence and an exit status, no traceback."""
+
+from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -21,15 +24,16 @@ class RunError(CommandError):
 
 
 def reason(error: OSError) -> str:
-    """What the system says, in words: without number and path."""
+    """Return the system's own words for `error`, without number and path."""
     return error.strerror or str(error)
 
 
-def require(command: str, *names: str):
+def require(command: str, *names: str) -> Any:
     """Import the optional modules `names` for `fastbn command`, whose extra has the command's name.
 
     Returns the last one. Raises CommandError where the package is not installed.
     """
+    module = None
     for name in names:
         package = name.partition(".")[0]
         try:
@@ -43,7 +47,7 @@ def require(command: str, *names: str):
 
 
 def device(name: str) -> torch.device:
-    """The torch.device called `name`. Raises CommandError where this torch cannot reach it."""
+    """Return the torch.device called `name`. Raises CommandError where this torch cannot reach it."""
     if name == "cuda" and not torch.cuda.is_available():
         why = "finds no GPU" if torch.version.cuda or torch.version.hip else "was built for the CPU alone"
         raise CommandError(f"--device cuda needs a GPU, but this torch ({torch.__version__}) {why}")

@@ -2,12 +2,15 @@
 statistics and gradients, over shapes, layouts, dtypes and fused operations. Exits with 1 if fastbn's error exceeds its
 bound anywhere."""
 
+import argparse
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from fastbn.cli.errors import device
 from fastbn.cli.text import table
 from fastbn.testing import extended
-from fastbn.testing.compare import ParityCase, compare_case
+from fastbn.testing.compare import Comparison, ParityCase, compare_case
 from fastbn.testing.tolerance import ACCEPTED_ULPS, ACCEPTED_ULPS_FLOAT64
 
 SUMMARY = "compare fastbn and torch.nn with float64 on this machine"
@@ -43,24 +46,26 @@ _FULL = _QUICK + [
 _HEADER = ["mode", "operation", "shape", "layout", "dtype", "data", "quantity", "fastbn", "stock", "bound", ""]
 _GROUPS = ("output", "running_", "grad_")
 _NOTE = f"""\
-Errors are the largest difference from float64, in ulp of the quantity's dtype at its largest value. Of the running
-statistics and of the gradients a row shows the one that comes closest to its bound. The bound is the larger of stock's
-error and {ACCEPTED_ULPS:g} ulp. float64 itself is compared with numpy.longdouble, to {ACCEPTED_ULPS_FLOAT64:g} ulp."""
+Errors are the largest difference from float64, in ulp of the quantity's dtype at its largest value. A row for the
+running statistics, or for the gradients, shows the one closest to its bound. The bound is the larger of stock's error
+and {ACCEPTED_ULPS:g} ulp. float64 itself is compared with numpy.longdouble, to {ACCEPTED_ULPS_FLOAT64:g} ulp."""
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fastbn verify`."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both run (default: cpu)")
     parser.add_argument("--quick", action="store_true", help=f"only the {len(_QUICK)} smallest of {len(_FULL)} cases")
     parser.epilog = _NOTE
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Compare all cases and print a table. Returns 1 if an error exceeds its bound, else 0."""
     where = device(args.device)
     cases = _QUICK if args.quick else _FULL
     left_out = extended.why_unavailable()
     if left_out:
         cases = [case for case in cases if case.dtype != _F64]
-    rows, failures, quantities = [_HEADER], [], 0
+    rows, failures, quantities = [_HEADER], list[tuple[ParityCase, Comparison]](), 0
     for case in cases:
         comparisons = list(compare_case(case, where))
         quantities += len(comparisons)
@@ -79,7 +84,7 @@ def run(args) -> int:
     return 1 if failures else 0
 
 
-def _rows(case, comparisons):
+def _rows(case: ParityCase, comparisons: Sequence[Comparison]) -> Iterator[list[str]]:
     about = [
         "train" if case.training else "eval",
         case.operation,

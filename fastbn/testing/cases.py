@@ -220,7 +220,9 @@ def make_on_device(case: Case, dtype: torch.dtype, device: str | torch.device, s
     return x.normal_(generator=generator)
 
 
-def make_vector(channels: int, dtype: torch.dtype, device: str | torch.device, seed: int, low: float, high: float):
+def make_vector(
+    channels: int, dtype: torch.dtype, device: str | torch.device, seed: int, low: float, high: float
+) -> torch.Tensor:
     """Uniform values in [low, high): a weight, bias or running statistic of shape [channels]."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(channels, dtype=torch.float64, generator=generator) * (high - low) + low

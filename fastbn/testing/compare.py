@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +78,13 @@ def compare_case(case: ParityCase, device: str | torch.device = "cpu") -> Iterat
     fast, stock = _run(_fastbn, case, data), _run(_stock, case, data)
     if case.dtype == torch.float64:
         for quantity, exact in _extend(case, data).items():
-            errors = (extended.error_in_ulp(got[quantity], exact) for got in (fast, stock))
-            yield Comparison(quantity, *errors, float(abs(exact).max()), tolerance.ACCEPTED_ULPS_FLOAT64)
+            ours, theirs = (extended.error_in_ulp(got[quantity], exact) for got in (fast, stock))
+            yield Comparison(quantity, ours, theirs, float(abs(exact).max()), tolerance.ACCEPTED_ULPS_FLOAT64)
         return
     for quantity, expected in reference.items():
         dtype = stock[quantity].dtype
-        errors = (tolerance.error_in_ulp(got[quantity], expected, dtype) for got in (fast, stock))
-        yield Comparison(quantity, *errors, expected.abs().max().item())
+        ours, theirs = (tolerance.error_in_ulp(got[quantity], expected, dtype) for got in (fast, stock))
+        yield Comparison(quantity, ours, theirs, expected.abs().max().item())
 
 
 def _draw(case: ParityCase, device: str | torch.device) -> dict[str, Tensor]:
@@ -155,11 +154,12 @@ def _compose(
     return {"z": z, "output": z.relu() if case.relu else z}
 
 
-def _extend(case: ParityCase, data: dict[str, Tensor]) -> dict[str, Any]:
+def _extend(case: ParityCase, data: dict[str, Tensor]) -> dict[str, extended.Array]:
     """Compute the results of `_run(_compose, ...)` in longdouble."""
     wide = {name: extended.wide(value) for name, value in data.items()}
     x, weight, grad_z = wide["input"], wide["weight"], wide["grad_out"]
-    deviation, var, result = extended.deviations(x, wide["running_mean"]), wide["running_var"], {}
+    deviation, var = extended.deviations(x, wide["running_mean"]), wide["running_var"]
+    result: dict[str, extended.Array] = {}
     if case.training:
         count = x.size // x.shape[1]
         deviation, (mean, var) = extended.deviations(x), extended.statistics(x)

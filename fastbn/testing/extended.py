@@ -1,18 +1,24 @@
-"""BatchNorm in numpy.longdouble, whose 64 bits of mantissa on x86 are what float64 is measured against.
+"""BatchNorm in numpy.longdouble, whose 64 bits of mantissa on x86 are enough to measure float64.
 
-Tensors come in as float64 or narrower and results go out as longdouble arrays of the same shape; [C] vectors likewise.
+Arguments are longdouble arrays (`wide`), (N, C, *) or [C], and so are results.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 try:
     import numpy as np
-except ModuleNotFoundError:  # torch does without it, and so does all else here
-    np = None
+except ModuleNotFoundError:  # torch works without it, and so does all of fastbn but this
+    np = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[np.longdouble]]
+else:
+    Array = Any
 
 
 def why_unavailable() -> str | None:
@@ -25,13 +31,13 @@ def why_unavailable() -> str | None:
     return None
 
 
-def wide(tensor: Tensor):
-    """The tensor as an array of longdouble."""
+def wide(tensor: Tensor) -> Array:
+    """Convert `tensor` to an array of longdouble."""
     return tensor.detach().cpu().double().numpy().astype(np.longdouble)
 
 
-def deviations(x, mean=None):
-    """x less `mean` ([C]), or less its own mean over each channel, which itself would be rounded where it is large."""
+def deviations(x: Array, mean: Array | None = None) -> Array:
+    """Return x - `mean` ([C]), or x less its own mean, in two steps: a large mean would itself be rounded."""
     if mean is not None:
         return x - _along(x, mean)
     axes = _reduced(x)
@@ -39,29 +45,31 @@ def deviations(x, mean=None):
     return near - near.mean(axes, keepdims=True)
 
 
-def statistics(x):
-    """Mean and biased variance of an (N, C, *) array, two [C]."""
+def statistics(x: Array) -> tuple[Array, Array]:
+    """Return the mean and the biased variance of (N, C, *), two [C]."""
     axes = _reduced(x)
     return (x - deviations(x)).mean(axes), np.square(deviations(x)).mean(axes)
 
 
-def running(before, batch, momentum: float):
-    """A running statistic after a batch, of which momentum enters."""
+def running(before: Array, batch: Array, momentum: float) -> Array:
+    """Return (1 - momentum) * before + momentum * batch, a running statistic after a batch."""
     return (1 - np.longdouble(momentum)) * before + np.longdouble(momentum) * batch
 
 
-def inverse_std(var, eps: float):
-    """1 / sqrt(var + eps)."""
+def inverse_std(var: Array, eps: float) -> Array:
+    """Return 1 / sqrt(var + eps)."""
     return 1 / np.sqrt(var + np.longdouble(eps))
 
 
-def normalize(deviation, weight, bias, inv_std):
-    """deviation * inv_std * weight + bias."""
+def normalize(deviation: Array, weight: Array, bias: Array, inv_std: Array) -> Array:
+    """Return deviation * inv_std * weight + bias."""
     return deviation * _along(deviation, inv_std * weight) + _along(deviation, bias)
 
 
-def gradients(grad_z, deviation, weight, inv_std, batch_stats: bool):
-    """(grad_input, grad_weight, grad_bias) of `normalize`, whose statistics are those of the input or constants."""
+def gradients(
+    grad_z: Array, deviation: Array, weight: Array, inv_std: Array, batch_stats: bool
+) -> tuple[Array, Array, Array]:
+    """Return (grad_input, grad_weight, grad_bias) of `normalize`, with the input's own statistics or constant ones."""
     axes = _reduced(grad_z)
     xhat = deviation * _along(grad_z, inv_std)
     grad_weight, grad_bias = (grad_z * xhat).sum(axes), grad_z.sum(axes)
@@ -71,18 +79,26 @@ def gradients(grad_z, deviation, weight, inv_std, batch_stats: bool):
     return grad_z * _along(grad_z, weight * inv_std), grad_weight, grad_bias
 
 
-def scales_of_gradients(grad_z, deviation, weight, inv_std):
-    """How large (grad_input, grad_weight, grad_bias) are where their terms do not happen to cancel: the largest term,
-    and the root of the sum of the squares of terms, which is what independent terms add up to."""
+def scales_of_gradients(
+    grad_z: Array, deviation: Array, weight: Array, inv_std: Array
+) -> tuple[np.longdouble, np.longdouble, np.longdouble]:
+    """Return the sizes that (grad_input, grad_weight, grad_bias) have where their terms do not cancel.
+
+    They are the largest term, and for the sums the root of the sum of squares, to which independent terms add up.
+    """
     axes = _reduced(grad_z)
     xhat = deviation * _along(grad_z, inv_std)
     largest = np.abs(grad_z * _along(grad_z, weight * inv_std)).max()
-    return largest, *(np.sqrt(np.square(terms).sum(axes)).max() for terms in (grad_z * xhat, grad_z))
+    of_weight, of_bias = (np.sqrt(np.square(terms).sum(axes)).max() for terms in (grad_z * xhat, grad_z))
+    return largest, of_weight, of_bias
 
 
-def error_in_ulp(actual: Tensor, exact, scale=None) -> float:
-    """The largest difference of a float64 tensor from longdoubles, in spacings of float64 at `scale`, which is their
-    largest value if not given. Infinite where the tensor is not finite."""
+def error_in_ulp(actual: Tensor, exact: Array, scale: float | np.floating[Any] | None = None) -> float:
+    """Return the largest difference of float64 `actual` from `exact`, in spacings of float64.
+
+    They are those at `scale`, or if it is None at the largest exact value. The error is infinite where `actual` is not
+    finite.
+    """
     if exact.size == 0:
         return 0.0
     spacing = np.spacing(np.float64(np.abs(exact).max() if scale is None else scale))
@@ -90,9 +106,9 @@ def error_in_ulp(actual: Tensor, exact, scale=None) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _along(x, per_channel):
+def _along(x: Array, per_channel: Array) -> Array:
     return per_channel.reshape(1, -1, *[1] * (x.ndim - 2))
 
 
-def _reduced(x):
+def _reduced(x: Array) -> tuple[int, ...]:
     return tuple(axis for axis in range(x.ndim) if axis != 1)

@@ -4,25 +4,31 @@ Only `__class__` changes: parameters, buffers, hooks, flags and whatever else re
 objects, so optimisers built before and checkpoints written before or after keep working.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 from torch import nn
 
 from fastbn import nn as layers
 from fastbn.transforms.module import require_module
 
-_TO_FASTBN = {
+_Classes = Mapping[type[nn.Module], type[nn.Module]]
+
+_TO_FASTBN: _Classes = {
     nn.BatchNorm1d: layers.BatchNorm1d,
     nn.BatchNorm2d: layers.BatchNorm2d,
     nn.BatchNorm3d: layers.BatchNorm3d,
 }
-_TO_TORCH = {fast: stock for stock, fast in _TO_FASTBN.items()}
+_TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
 
 
 def convert(model: nn.Module) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, in place.
 
-    Exact types only: SyncBatchNorm, Lazy*, parametrised modules and users' subclasses may override what fastbn would
-    change, and are left alone. `model` may itself be a BatchNorm. Converting twice is converting once. Keys, shapes and
-    dtypes of the state_dict stay.
+    Only these exact types are swapped: SyncBatchNorm, Lazy*, parametrised modules and users' subclasses may override
+    what fastbn would change, and are left alone. `model` may itself be a BatchNorm. A second call changes nothing.
+    Keys, shapes and dtypes of the state_dict stay.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module.
     """
@@ -47,12 +53,12 @@ def revert(model: nn.Module) -> nn.Module:
     return _swap(model, _TO_TORCH)
 
 
-def _swap(model, classes):
+def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
     for module in model.modules():
         target = classes.get(type(module))
         if target is not None:
             module.__class__ = target
             if classes is _TO_TORCH:
-                # An instance that fastbn itself made may carry the attribute; torch.nn's has none.
+                # A module that was built as fastbn's may have the attribute in its __dict__; torch.nn's has none.
                 vars(module).pop("activation", None)
     return model

@@ -12,8 +12,8 @@ from fastbn._torch import BatchNormBase
 from fastbn.ops.activations import index as activation_index
 
 
-def leaf_of_symbolic_tracing(module: nn.Module, input: Tensor, residual: Tensor | None) -> fx.Proxy | None:
-    """Return a call of `module` in the graph that torch.fx is tracing, as torch.nn's own modules are, or None."""
+def leaf_of_symbolic_tracing(module: nn.Module, input: Tensor, residual: Tensor | None) -> Any:
+    """Return a call of `module` in the graph that torch.fx is tracing (an fx.Proxy), as for torch.nn's own, or None."""
     if not isinstance(input, fx.Proxy):
         return None
     arguments = (input,) if residual is None else (input, residual)

@@ -5,6 +5,9 @@ One op a direction, like the layers that train: the contract has a fused op for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +27,7 @@ class _FrozenBatchNorm(nn.Module):
     bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
+    _check_input_dim: Callable[[Tensor], None]
 
     def __init__(
         self,
@@ -60,7 +64,9 @@ class _FrozenBatchNorm(nn.Module):
             activation=self.activation,
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
         """Take a BatchNorm's state, which has a counter, and a frozen one's, which has none, whatever this one has."""
         key, counter = prefix + _COUNTER, self._buffers.get(_COUNTER)
         if counter is None:

@@ -1,0 +1,79 @@
+"""Tasks of this project: `nox -l` lists them, `nox -s lint` runs one. `.ci/run` and GitHub Actions run the same ones.
+
+They run in the environment that calls nox, for building torch's extensions into one for each would take longer than
+the tasks: `pip install -e '.[dev]' -r requirements-lint.txt` makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "test_fast"]
+
+CLANG_FORMATTED = ("*.h", "*.cpp", "*.cu", "*.cuh", "*.inl")
+PYTEST = ("python", "-m", "pytest")
+# The tests of the benchmark time what they run, and so run alone.
+TIMED = "tests/bench"
+CMAKE_BUILD = ".build/cmake"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the style of Python, C++ and CUDA."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    listed = session.run("git", "ls-files", *CLANG_FORMATTED, silent=True, external=True)
+    assert isinstance(listed, str)
+    session.run("clang-format", "--dry-run", "--Werror", *listed.split())
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of fastbn/ as pyproject.toml configures it."""
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def test_fast(session: nox.Session) -> None:
+    """Run the tests of two minutes, before each commit."""
+    session.run(*PYTEST, "-q", "-n", "auto", "-m", "not slow", *session.posargs)
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """Run all tests, or what `-- -m slow` selects of them."""
+    session.run(*PYTEST, "-q", "-n", "auto", f"--ignore={TIMED}", *session.posargs)
+    session.run(*PYTEST, "-q", TIMED, *session.posargs)
+
+
+@nox.session
+def cpp(session: nox.Session) -> None:
+    """Build the layers without torch under AddressSanitizer and UBSan, and run their C++ tests."""
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    session.run("cmake", "-S", ".", "-B", CMAKE_BUILD, *generator, "-DFASTBN_SANITIZE=ON", external=True)
+    jobs = str(os.cpu_count() or 1)
+    session.run("cmake", "--build", CMAKE_BUILD, "--parallel", jobs, external=True)
+    session.run("ctest", "--test-dir", CMAKE_BUILD, "--output-on-failure", "--parallel", jobs, external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the quick suite of the benchmark (a minute); options follow --."""
+    session.run("python", "-m", "bench", "--suite", "quick", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Write docs/plans.md again, and fail where it was out of date."""
+    target = Path("docs", "plans.md")
+    before = target.read_text()
+    plans = session.run("python", "docs/plans.py", silent=True)
+    assert isinstance(plans, str)
+    target.write_text(plans)
+    if plans != before:
+        session.error(f"{target} was out of date and has been written again")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fastbn.ops.dispatch import Backend, Call
 from fastbn.ops.layout import suggest_memory_format
 
 
-def below_autograd():
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
     """Return a guard under which eager calls go straight to the kernel; compilers trace the call as it is."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
@@ -57,7 +58,15 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
         raise
 
 
-def _forward(input, residual, weight, bias, settings: Settings, *, save_mask: bool) -> tuple[Tensor, ...]:
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    settings: Settings,
+    *,
+    save_mask: bool,
+) -> tuple[Tensor, ...]:
     """Return (output, mean, inv_std, mask)."""
     running_mean, running_var, num_batches_tracked, momentum, eps, activation, batch_stats, backend = settings
     operands = (input, residual, weight, bias, running_mean, running_var)
@@ -74,7 +83,14 @@ class BatchNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, residual, weight, bias, settings: Settings) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: Settings,
+    ) -> Tensor:
         *_, eps, activation, batch_stats, backend = settings
         masked = residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
         output, mean, inv_std, mask = _forward(input, residual, weight, bias, settings, save_mask=masked)
@@ -110,20 +126,20 @@ class BatchNormFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (batch_stats, eps, activation, backend), is_saved, strides, absent_input, bias_dtype = ctx.options
         has_input, has_mask, has_weight, has_bias, has_residual = is_saved
-        take = list(ctx.saved_tensors).pop
+        take: Callable[[], Any] = list(ctx.saved_tensors).pop
         residual = take() if has_residual else None
         bias = take() if has_bias else None
         mask = take() if has_mask else None
-        input = take() if has_input else None
+        input: Any = take() if has_input else None
         weight = take() if has_weight else None
         inv_std, mean = take(), take()
         need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
         differentiable = torch.is_grad_enabled()
         if not has_input:
-            input = _stand_in(grad_out, *absent_input, differentiable)
+            input = _stand_in(grad_out, differentiable, *absent_input)
         elif not (input.is_contiguous() if strides is None else input.stride() == strides):
             input = _with_strides(input, strides)
         if weight is None and bias is None and bias_dtype is not None:  # only its dtype matters: its gradient's
@@ -173,10 +189,12 @@ class BatchNormFunction(torch.autograd.Function):
 _apply_below_transforms = _torch.apply_below_transforms(BatchNormFunction)
 
 
-def _apply(input, residual, weight, bias, settings: Settings) -> Tensor:
+def _apply(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, settings: Settings
+) -> Tensor:
     """Call BatchNormFunction.apply; in eager mode without its handling of functorch, which takes 1.4 us."""
     if torch.compiler.is_compiling() or _torch.has_functorch_transforms():
-        return BatchNormFunction.apply(input, residual, weight, bias, settings)
+        return BatchNormFunction.apply(input, residual, weight, bias, settings)  # type: ignore[no-untyped-call]
     if dispatch.cannot_be_saved(input, residual, weight, bias, settings.running_mean, settings.running_var):
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # A tensor that left a functorch transform that is over is still wrapped.
@@ -185,7 +203,7 @@ def _apply(input, residual, weight, bias, settings: Settings) -> Tensor:
 
 
 def _with_strides(saved: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """A saved input in the memory format that those strides of forward are of (None: contiguous)."""
+    """Return a saved input in the memory format that `strides`, those of forward, have (None: contiguous)."""
     if torch.compiler.is_compiling():
         return saved
     if strides is None:
@@ -194,8 +212,10 @@ def _with_strides(saved: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     return saved.contiguous(memory_format=suggest_memory_format(forward))
 
 
-def _stand_in(grad_out: Tensor, shape, dtype, memory_format, differentiable: bool) -> Tensor:
-    """In the place of an input of which only shape, dtype and format matter: grad_out, which costs no memory."""
+def _stand_in(
+    grad_out: Tensor, differentiable: bool, shape: torch.Size, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Tensor:
+    """Return a tensor in place of an input that was not saved, since only its shape, dtype and format matter."""
     if differentiable:  # not a second use of grad_out
         return torch.zeros((), dtype=dtype, device=grad_out.device).expand(shape)
     if not torch.compiler.is_compiling() and _torch.is_legacy_batched(grad_out):
@@ -204,8 +224,17 @@ def _stand_in(grad_out: Tensor, shape, dtype, memory_format, differentiable: boo
 
 
 def _differentiable_backward(
-    grad_out, input, residual, mask, weight, bias, activation, stats, memory_format
+    grad_out: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    stats: dict[str, Any],
+    memory_format: torch.memory_format,
 ) -> tuple[Tensor, ...]:
+    """Return `backward_formula` in the dtype and memory format that it has to have."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     grads = backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
     grad_input, *others = grads

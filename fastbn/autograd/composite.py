@@ -62,14 +62,16 @@ def backward_formula(
     w, b = (None if t is None else t.to(dtype) for t in (weight, bias))
     batch_stats = mean is None
     unit = None
-    if batch_stats:
-        if x.numel():
-            x_, unit, eps = to_unit_scale(x_, eps)
-            eps = eps.to(dtype)
-        m, var = moments(x_)
-        s = (var + eps).rsqrt()
-    else:
+    if mean is not None and inv_std is not None:
         m, s = mean.to(dtype), inv_std.to(dtype)
+    else:
+        assert eps is not None
+        unit_eps: float | Tensor = eps
+        if x.numel():
+            x_, unit, scaled_eps = to_unit_scale(x_, eps)
+            unit_eps = scaled_eps.to(dtype)
+        m, var = moments(x_)
+        s = (var + unit_eps).rsqrt()
     grad_z = grad_z_of(g, x_, r, upper, w, b, m, s, activation)
     xhat = (x_ - wide(x_, m)) * wide(x_, s)
     dims = reduced_dims(x)

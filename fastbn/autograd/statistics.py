@@ -9,7 +9,8 @@ replaces them, or corrects the normalised value by r and d. The gradients are th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,11 @@ from fastbn.ops.layout import suggest_memory_format, unpack_mask
 
 
 class Moments(NamedTuple):
-    """mean and biased var, float64 [C], of `count` elements per channel, float64 [1]."""
+    """mean and biased var, float64 [C], of as many `elements` per channel, float64 [1]."""
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    elements: Tensor
 
 
 class Hooks:
@@ -80,7 +81,9 @@ def batch_norm(
     if settings.backend.ops is None:
         return _composition(input, residual, weight, bias, settings)
     try:
-        output, *moments = StatisticsFunction.apply(input, residual, weight, bias, settings)
+        output, *moments = StatisticsFunction.apply(  # type: ignore[no-untyped-call]
+            input, residual, weight, bias, settings
+        )
     except RuntimeError as error:
         errors.raise_of_torch(error)
         raise
@@ -91,7 +94,14 @@ class StatisticsFunction(torch.autograd.Function):
     """The four primitives with hooks between them."""
 
     @staticmethod
-    def forward(ctx, input, residual, weight, bias, settings: Settings):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor, ...]:
         hooks, eps, activation, backend = settings
         with below_autograd():
             selected, replacement = hooks.select(input), hooks.replace()
@@ -106,8 +116,10 @@ class StatisticsFunction(torch.autograd.Function):
                 x, residual, scale, shift, moments.mean, inv_std, activation, saves_mask
             )
         r, d = correction or (None, None)
-        saved = dict(input=input, weight=weight, bias=bias, scale=scale, shift=shift, mean=moments.mean)
-        saved |= dict(inv_std=inv_std, count=moments.count, selected=selected, r=r, d=d)
+        saved: dict[str, Tensor | None] = dict(
+            input=input, weight=weight, bias=bias, scale=scale, shift=shift, mean=moments.mean
+        )
+        saved |= dict(inv_std=inv_std, count=moments.elements, selected=selected, r=r, d=d)
         saved |= {"mask": mask} if saves_mask else {"residual": residual}
         saved = {name: tensor for name, tensor in saved.items() if tensor is not None}
         ctx.save_for_backward(*saved.values())
@@ -117,9 +129,11 @@ class StatisticsFunction(torch.autograd.Function):
         return output, *moments
 
     @staticmethod
-    def backward(ctx, grad_out, *_):
+    def backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         hooks, _, activation, backend = ctx.settings
-        saved = dict.fromkeys(("residual", "mask", "weight", "bias", "scale", "shift", "selected", "r", "d"))
+        saved: dict[str, Any] = dict.fromkeys(
+            ("residual", "mask", "weight", "bias", "scale", "shift", "selected", "r", "d")
+        )
         saved |= zip(ctx.saved_names, ctx.saved_tensors, strict=True)
         need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -155,7 +169,9 @@ def _cleared(x: Tensor, selected: Tensor | None) -> Tensor:
     return x if selected is None else torch.where(selected, x, 0.0)
 
 
-def _moments(channel_stats, input: Tensor, selected: Tensor | None) -> Moments:
+def _moments(
+    channel_stats: Callable[[Tensor], tuple[Tensor, Tensor]], input: Tensor, selected: Tensor | None
+) -> Moments:
     """Return the moments of the selected elements, where all others are 0, by a primitive that takes all elements."""
     total = input.numel() // input.shape[1]
     if selected is None:
@@ -192,7 +208,9 @@ def _corrected(
     return scale.to(dtype), shift.to(dtype)
 
 
-def _parameter_gradients(saved: dict, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _parameter_gradients(
+    saved: dict[str, Any], sum_grad: Tensor, sum_grad_xhat: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of weight and bias from the sums of this rank."""
     weight, bias, r, d = (saved[name] for name in ("weight", "bias", "r", "d"))
     grad_weight = sum_grad_xhat if r is None else r * sum_grad_xhat + d * sum_grad
@@ -215,7 +233,7 @@ def _differentiable_moments(x: Tensor, selected: Tensor | None) -> Moments:
     return Moments(mean, deviation.square().sum(dims) / count.clamp(min=1), count)
 
 
-def _differentiable_backward(ctx, saved: dict, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of input, residual, weight and bias as a differentiable composition in float64."""
     if ctx.is_merged:
         raise RuntimeError("batch_norm: moments merged with those of other ranks cannot be differentiated twice")

@@ -44,15 +44,16 @@ TORCH = AtenBackend()
 def batch_norm(call: Call) -> Tensor:
     """Run a call by torch's operations, in whose words it may fail; then no buffer has changed."""
     input, residual, weight, bias, running_mean, running_var, counter, momentum, eps, activation, training = call
-    factor = momentum
-    if momentum is None:
+    if momentum is not None:
+        factor = momentum
+    else:
         factor = 0.0 if counter is None else 1.0 / float(counter + 1)
     if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
         counter.add_(0)  # raises what counting would raise after the averages had moved
     if training and weight is not None and bias is not None and weight.dtype != bias.dtype:
         # torch compares the two after it has moved the averages: so first with copies of them.
-        copies = (t if t is None else t.clone() for t in (running_mean, running_var))
-        F.batch_norm(input, *copies, weight, bias, True, factor, eps)
+        mean, var = (t if t is None else t.clone() for t in (running_mean, running_var))
+        F.batch_norm(input, mean, var, weight, bias, True, factor, eps)
     # torch's backward of (N, C) reads beside a vector that is not contiguous.
     weight, bias = _contiguous(weight), _contiguous(bias)
     if not training:

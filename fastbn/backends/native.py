@@ -68,7 +68,7 @@ class CudaBackend:
     def plan(self, call: Call, direction: str, reason: str) -> Plan:
         return self.plan_on(_C.device_limits(call.input.device.index), call, direction, reason)
 
-    def plan_on(self, limits: dict[str, Any], call: Call, direction: str, reason: str) -> Plan:
+    def plan_on(self, limits: _C.DeviceLimits, call: Call, direction: str, reason: str) -> Plan:
         """Return the plan on a device of those limits (`_C.named_device`), which need not be here."""
         input = call.input
         wanted = {("forward", True): "forward", ("forward", False): "eval", ("backward", True): "backward"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from fastbn._version import __version__
 from fastbn.backends import registry
 
 
-def info() -> dict:
+def info() -> dict[str, Any]:
     """A dict of strings, lists and nested dicts, ready to print or to dump as JSON."""
     build = _C.build_info()
     return {

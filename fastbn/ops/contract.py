@@ -98,17 +98,17 @@ def _fake_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return fake
 
 
-def _refuse_backward(op: str):
-    def backward(ctx, *grads):
+def _refuse_backward(op: str) -> Callable[..., None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(f"{op} cannot be differentiated directly: use fastbn.functional.batch_norm")
 
     return backward
 
 
-def _refuse_forward(op):
+def _refuse_forward(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """torch registers backward formulas for functional ops only; the op with buffers refuses when it is called."""
 
-    def forward(keyset, *args):
+    def forward(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             _refuse_backward(op.name())(None)
         return op.redispatch(keyset & _torch.after_autograd, *args)
@@ -116,7 +116,7 @@ def _refuse_forward(op):
     return forward
 
 
-_libraries = []  # registrations last as long as these
+_libraries: list[torch.library.Library] = []  # registrations last as long as these
 
 
 def bind(ops: str) -> SimpleNamespace:

@@ -104,7 +104,7 @@ def why_torch_must_see(call: Call) -> str | None:
     input = call.input
     if type(input) is not Tensor and _torch.is_traceable_wrapper_subclass(input):
         return f"{type(input).__name__} knows aten::batch_norm, not fastbn's ops"
-    if _torch.is_exporting() or torch.jit.is_tracing():
+    if _torch.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "what consumes an exported graph knows aten::batch_norm, not fastbn's ops"
     return None
 

@@ -57,10 +57,10 @@ class OfTwoRanks(Hooks):
         self.others, self.sums = others, sums
 
     def merge(self, own):
-        other, count = self.others, own.count + self.others.count
-        mean = (own.mean * own.count + other.mean * other.count) / count
-        squares = own.var * own.count + other.var * other.count
-        squares = squares + (other.mean - own.mean).square() * own.count * other.count / count
+        other, count = self.others, own.elements + self.others.elements
+        mean = (own.mean * own.elements + other.mean * other.elements) / count
+        squares = own.var * own.elements + other.var * other.elements
+        squares = squares + (other.mean - own.mean).square() * own.elements * other.elements / count
         return Moments(mean, squares / count, count)
 
     def merge_sums(self, sum_grad, sum_grad_xhat):
@@ -128,7 +128,7 @@ def test_without_hooks_it_is_batch_norm(backend, shape, residual, activation):
     dims = [dim for dim in range(x.dim()) if dim != 1]
     torch.testing.assert_close(moments.mean, x.detach().mean(dims))
     torch.testing.assert_close(moments.var, x.detach().var(dims, correction=0))
-    assert moments.count.item() == x.numel() // x.shape[1] and not any(t.requires_grad for t in moments)
+    assert moments.elements.item() == x.numel() // x.shape[1] and not any(t.requires_grad for t in moments)
 
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "gelu"])
@@ -167,13 +167,13 @@ def test_moments_of_selected_elements_far_from_zero(backend):
     chosen = x.double().transpose(0, 1)[:, mask.squeeze(1)]
     torch.testing.assert_close(moments.mean, chosen.mean(1), rtol=1e-12, atol=0)
     torch.testing.assert_close(moments.var, chosen.var(1, correction=0), rtol=1e-7, atol=0)
-    assert moments.count.item() == mask.sum().item()
+    assert moments.elements.item() == mask.sum().item()
 
 
 def test_nothing_selected(backend):
     tensors, grad_out = _tensors((3, 4, 5))
     output, moments, grads = _run(backend, Masked(torch.zeros(3, 1, 5, dtype=torch.bool)), tensors, grad_out, "relu")
-    assert not moments.mean.any() and not moments.var.any() and moments.count.item() == 0
+    assert not moments.mean.any() and not moments.var.any() and moments.elements.item() == 0
     assert output.isfinite().all() and not any(grad.any() for grad in grads)
 
 

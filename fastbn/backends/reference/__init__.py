@@ -82,6 +82,7 @@ def _update_buffers(
     if x.numel() == 0:
         return
     count = x.numel() // x.shape[1]
+    factor: float | Tensor
     if momentum is not None:
         factor = momentum
     else:

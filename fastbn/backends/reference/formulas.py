@@ -67,7 +67,11 @@ def grad_z_of(
 
 
 def input_gradient(
-    grad_z: Tensor, xhat: Tensor, weight: Tensor | None, inv_std: Tensor, sums: tuple[Tensor, Tensor, object] | None
+    grad_z: Tensor,
+    xhat: Tensor,
+    weight: Tensor | None,
+    inv_std: Tensor,
+    sums: tuple[Tensor, Tensor, float | Tensor] | None,
 ) -> Tensor:
     if sums is not None:
         sum_grad, sum_grad_xhat, count = sums

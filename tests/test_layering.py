@@ -156,9 +156,23 @@ def test_kernels_touch_cuda_only_through_the_device_header(path):
         assert not DEVICE_LANGUAGE.findall(_code(path))
 
 
+DEVICE = CSRC / "cuda" / "device"
+
+
 def test_device_code_and_its_emulation_have_the_same_headers():
     emulated = {path.name for path in (ROOT / "tests" / "emulator" / "cuda" / "device").iterdir()}
     assert emulated == {"device.cuh", "runtime.h"}
+
+
+def test_every_device_primitive_has_a_kernel():
+    """A primitive that only its emulation and tests use is one more thing to emulate."""
+    public = re.sub(
+        r"namespace detail \{.*?\}  // namespace detail", "", (DEVICE / "device.cuh").read_text(), flags=re.DOTALL
+    )
+    primitives = set(re.findall(r"^FASTBN_DEVICE [^(;]*?(\w+)\(", public, re.MULTILINE))
+    assert {"sync_block", "shuffle_xor", "copy_async16", "load16"} <= primitives
+    kernels = "".join(_code(path) for path in SOURCES if _relative(path).startswith("cuda/") and path.parent != DEVICE)
+    assert {name for name in primitives if f"device::{name}" not in kernels} == set()
 
 
 def test_bindings_hold_no_arithmetic():

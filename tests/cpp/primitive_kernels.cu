@@ -47,8 +47,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(256) warp_sum_kernel(const float* in, fl
   sync_block();
   if (t >= kWarp) return;
   Pair total = t < block_threads() / kWarp ? partial[t] : Pair{0, 0};
-  for (int delta = 16; delta > 0; delta /= 2) {
-    const Pair other = shuffle_down(total, delta);
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const Pair other = shuffle_xor(total, mask);
     total.sum += other.sum;
     total.count += other.count;
   }
@@ -58,17 +58,17 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(256) warp_sum_kernel(const float* in, fl
   }
 }
 
-// out[block] = the sum over the block's cluster, each block reading all the others' shared memory.
+// out[block] = the sum over the block's cluster, each block reading all the others' shared memory, its own first.
 template <bool kBarrier>
-FASTBN_GLOBAL void cluster_sum_kernel(const float* in, float* out) {
+FASTBN_GLOBAL void cluster_sum_kernel(int cluster, const float* in, float* out) {
   float* partial = shared_memory<float>();
   const int t = thread_index();
-  const float sum = warp_sum(in[(block_y() * grid_x() + block_x()) * block_threads() + t]);
+  const float sum = warp_sum(in[block_x() * block_threads() + t]);
   if (t == 0) *partial = sum;
   if (kBarrier) sync_cluster();
   float total = 0;
-  for (int rank = 0; rank < cluster_blocks(); ++rank) total += *cluster_shared(partial, rank);
-  if (t == 0) out[block_y() * grid_x() + block_x()] = total;
+  for (int i = 0; i < cluster; ++i) total += *cluster_shared(partial, (cluster_rank() + i) % cluster);
+  if (t == 0) out[block_x()] = total;
   sync_cluster();
 }
 
@@ -78,7 +78,6 @@ FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) 
   const int64_t i = block_x() * block_threads() + t;
   const float sum = warp_sum(in[i]);
   if (t == 0) partial[block_x()] = sum;
-  thread_fence();
   sync_grid();
   float total = 0;
   for (int64_t block = 0; block < grid_x(); ++block) total += partial[block];
@@ -122,15 +121,11 @@ FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
   if (kWait) copy_async_wait<0>();
   sync_block();
   const Vector16<float> from = load16(tile + 4 * (threads - 1 - t));
-  const Vector16<float> global = load16_streaming(in + base + 4 * (threads - 1 - t));
+  const Vector16<float> global = load16(in + base + 4 * (threads - 1 - t));
   Vector16<float> reversed;
   FASTBN_UNROLL
   for (int i = 0; i < Vector16<float>::size; ++i) reversed.lane[i] = (from.lane[3 - i] + global.lane[3 - i]) / 2;
-  if (t % 2) {
-    store16(out + base + 4 * t, reversed);
-  } else {
-    store16_streaming(out + base + 4 * t, reversed);
-  }
+  store16(out + base + 4 * t, reversed);
 }
 
 FASTBN_GLOBAL void broken_write_kernel(float* out) {
@@ -185,10 +180,9 @@ inline cudaError_t warp_sums(int64_t blocks, const float* in, float* sums, int64
   return launch(warp_sum_kernel, {.grid_x = blocks, .shared_bytes = 8 * sizeof(Pair)}, s, in, sums, counts);
 }
 
-inline cudaError_t cluster_sum(bool barrier, int64_t x, int64_t y, int cluster, const float* in, float* out,
-                               cudaStream_t s) {
-  const Launch shape{.grid_x = x, .grid_y = y, .threads = 32, .shared_bytes = 4, .cluster = cluster};
-  return launch(barrier ? cluster_sum_kernel<true> : cluster_sum_kernel<false>, shape, s, in, out);
+inline cudaError_t cluster_sum(bool barrier, int64_t blocks, int cluster, const float* in, float* out, cudaStream_t s) {
+  const Launch shape{.grid_x = blocks, .threads = 32, .shared_bytes = 4, .cluster = cluster};
+  return launch(barrier ? cluster_sum_kernel<true> : cluster_sum_kernel<false>, shape, s, cluster, in, out);
 }
 
 inline cudaError_t grid_sum(int64_t blocks, const float* in, float* partial, float* out, cudaStream_t s) {

@@ -66,7 +66,7 @@ void test_missing_barrier_is_found() {
   found = false;
   for_each_seed([&] {
     std::vector<float> out(4, kNaN);
-    CHECK_EQUAL(cluster_sum(false, 4, 1, 4, wide.data(), out.data(), nullptr), cudaSuccess);
+    CHECK_EQUAL(cluster_sum(false, 4, 4, wide.data(), out.data(), nullptr), cudaSuccess);
     for (float value : out) found |= !(value == sum(wide, 0, 128));
   });
   CHECK(found);
@@ -87,12 +87,12 @@ void test_warp_sums() {
 }
 
 void test_cluster_sum() {
-  const auto in = numbers(16 * 3 * 32);
+  const auto in = numbers(48 * 32);
   for (int cluster : {1, 2, 8, 16}) {
     for_each_seed([&] {
-      std::vector<float> out(16 * 3, kNaN);
-      CHECK_EQUAL(cluster_sum(true, 16, 3, cluster, in.data(), out.data(), nullptr), cudaSuccess);
-      for (int b = 0; b < 16 * 3; ++b) CHECK_EQUAL(out[b], sum(in, b / cluster * cluster * 32, cluster * 32));
+      std::vector<float> out(48, kNaN);
+      CHECK_EQUAL(cluster_sum(true, 48, cluster, in.data(), out.data(), nullptr), cudaSuccess);
+      for (int b = 0; b < 48; ++b) CHECK_EQUAL(out[b], sum(in, b / cluster * cluster * 32, cluster * 32));
     });
   }
 }
@@ -156,7 +156,7 @@ void test_broken_sync_blocks() {
   for_each_seed([&] {
     uint32_t arrived = 0;
     CHECK_EQUAL(device::launch(broken_round_kernel, two, nullptr, &arrived), cudaErrorLaunchFailure);
-    CHECK(mentions("deadlock in block (0, 0)") && mentions("32 at sync_blocks") && mentions("1 of 2 blocks returned"));
+    CHECK(mentions("deadlock in block 0") && mentions("32 at sync_blocks") && mentions("1 of 2 blocks returned"));
 
     // A failed launch leaves no round behind.
     arrived = 0;
@@ -203,7 +203,7 @@ void test_broken_kernels() {
   for (int i = 0; i < 64; ++i) CHECK(std::isnan(out[i]) == (i == 5));
 
   CHECK_EQUAL(device::launch(broken_barrier_kernel, one, nullptr), cudaErrorLaunchFailure);
-  CHECK(mentions("deadlock in block (0, 0) of 64 threads") && mentions("63 at sync_block") && mentions("1 returned"));
+  CHECK(mentions("deadlock in block 0 of 64 threads") && mentions("63 at sync_block") && mentions("1 returned"));
   CHECK_EQUAL(device::launch(broken_shuffle_kernel, one, nullptr, out.data()), cudaErrorLaunchFailure);
   CHECK(mentions("lanes of one warp at different warp operations"));
   CHECK_EQUAL(device::launch(broken_warp_kernel, one, nullptr, out.data()), cudaErrorLaunchFailure);
@@ -218,7 +218,6 @@ void test_refused_launches() {
   std::vector<float> out(64);
   const auto try_shape = [&](Launch shape) { return device::launch(broken_write_kernel, shape, nullptr, out.data()); };
   const int64_t before = emulator::launches();
-  CHECK_EQUAL(try_shape({.grid_y = 65536, .shared_bytes = 1024}), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(try_shape({.grid_x = int64_t{1} << 31, .shared_bytes = 1024}), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(try_shape({.grid_x = 0}), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(try_shape({.threads = 1025}), cudaErrorInvalidConfiguration);

@@ -114,7 +114,6 @@ std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& blocks)
 // Runs the clusters [first, first + count) of `order` to their end.
 bool run_clusters(const int64_t* order, size_t count) {
   const Launch& shape = machine.shape;
-  const int64_t clusters_x = shape.grid_x / shape.cluster;
   const size_t threads = static_cast<size_t>(shape.threads);
   std::vector<Cluster> clusters(count);
   std::vector<std::unique_ptr<Block>> blocks;
@@ -127,8 +126,7 @@ bool run_clusters(const int64_t* order, size_t count) {
     clusters[i].barrier.expected = shape.cluster * threads;
     for (int rank = 0; rank < shape.cluster; ++rank) {
       auto block = std::make_unique<Block>();
-      block->x = order[i] % clusters_x * shape.cluster + rank;
-      block->y = order[i] / clusters_x;
+      block->x = order[i] * shape.cluster + rank;
       block->rank = rank;
       block->cluster = &clusters[i];
       block->running = shape.threads;
@@ -184,9 +182,7 @@ std::string describe(const Location& where) {
   return std::string(name ? name + 1 : where.file_name()) + ":" + std::to_string(where.line());
 }
 
-std::string describe(const Block& block) {
-  return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ")";
-}
+std::string describe(const Block& block) { return "block " + std::to_string(block.x); }
 
 void record_failure(std::string what) {
   machine.failed = true;
@@ -216,7 +212,7 @@ cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   const cudaError_t error = cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (error != cudaSuccess || shape.shared_bytes > max_shared_bytes) return cudaErrorInvalidValue;
   std::lock_guard lock(machine.mutex);
-  const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster * shape.grid_y);
+  const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster);
   const size_t together = shape.cooperative ? clusters : 1;
   const size_t fibres_each = static_cast<size_t>(shape.cluster * shape.threads);
   if (together > kMaxFibres / fibres_each) return cudaErrorCooperativeLaunchTooLarge;

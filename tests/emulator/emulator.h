@@ -28,7 +28,7 @@ const char* last_failure();
 
 using Location = std::source_location;
 
-enum class Exchange { shuffle_xor, shuffle_down, ballot };
+enum class Exchange { shuffle_xor, ballot };
 
 // Waits for the warp, then receives `bytes` bytes of what another lane sends; of ballot, one word.
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where);

@@ -59,7 +59,6 @@ struct Cluster {
 
 struct Block {
   int64_t x = 0;
-  int64_t y = 0;
   int rank = 0;
   Cluster* cluster = nullptr;
   int running = 0;

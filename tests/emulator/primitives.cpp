@@ -75,8 +75,7 @@ void exchange(Exchange kind, int argument, const void* send, void* receive, size
       uint32_t vote;
       memcpy(&vote, to.send, sizeof(vote));
       votes |= (vote != 0 ? 1u : 0u) << lane;
-      const int source = kind == Exchange::shuffle_xor ? lane ^ argument : lane + argument;
-      memcpy(to.receive, source >= 0 && source < kWarp ? block.fibres[base + source]->send : to.send, bytes);
+      if (kind == Exchange::shuffle_xor) memcpy(to.receive, block.fibres[base + (lane ^ argument)]->send, bytes);
     }
     if (kind == Exchange::ballot) {
       for (int lane = 0; lane < kWarp; ++lane) memcpy(block.fibres[base + lane]->receive, &votes, sizeof(votes));
@@ -102,11 +101,8 @@ using namespace fastbn::emulator;
 int thread_index() { return machine.current->index; }
 int block_threads() { return machine.shape.threads; }
 int64_t block_x() { return machine.current->block->x; }
-int64_t block_y() { return machine.current->block->y; }
 int64_t grid_x() { return machine.shape.grid_x; }
-int64_t grid_y() { return machine.shape.grid_y; }
 int cluster_rank() { return machine.current->block->rank; }
-int cluster_blocks() { return machine.shape.cluster; }
 
 void sync_block(const Location& where) {
   Barrier& barrier = machine.current->block->barrier;
@@ -147,12 +143,6 @@ void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where
   }
   *arrived = before + static_cast<uint32_t>((barrier.waiting.size() + 1) / threads);
   wait_at(barrier, State::in_sync_blocks, where);
-}
-
-void thread_fence(const Location& where) {
-  machine.current->where = where;
-  make_ready(machine.current);
-  suspend();
 }
 
 void copy_async16(void* shared, const void* global, const Location& where) {

@@ -22,9 +22,7 @@ namespace fastbn::device {
 FASTBN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FASTBN_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 FASTBN_DEVICE int64_t block_x() { return blockIdx.x; }
-FASTBN_DEVICE int64_t block_y() { return blockIdx.y; }
 FASTBN_DEVICE int64_t grid_x() { return gridDim.x; }
-FASTBN_DEVICE int64_t grid_y() { return gridDim.y; }
 
 // The value itself, of which the compiler knows nothing: what is made of it inside a loop is made there, instead of
 // once before it in registers that the loop needs.
@@ -60,7 +58,6 @@ FASTBN_DEVICE T* shared_memory() {
 
 FASTBN_DEVICE void sync_block() { __syncthreads(); }
 FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
-FASTBN_DEVICE void thread_fence() { __threadfence(); }
 
 // A barrier among `blocks` blocks of a cooperative launch, all of which are therefore running. `arrived` counts in
 // global memory, 0 before the first round; rounds count from 1. What a block wrote before it, the others see behind it.
@@ -117,12 +114,6 @@ FASTBN_DEVICE T shuffle_xor(T value, int lane_mask) {
                                [=](uint32_t word) { return __shfl_xor_sync(detail::kAllLanes, word, lane_mask); });
 }
 
-// Lanes whose source would lie beyond the warp keep their own value.
-template <class T>
-FASTBN_DEVICE T shuffle_down(T value, int delta) {
-  return detail::shuffle_words(value, [=](uint32_t word) { return __shfl_down_sync(detail::kAllLanes, word, delta); });
-}
-
 FASTBN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(detail::kAllLanes, predicate); }
 
 #if __CUDA_ARCH__ >= 900
@@ -131,12 +122,6 @@ FASTBN_DEVICE int cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
-}
-
-FASTBN_DEVICE int cluster_blocks() {
-  uint32_t blocks;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
-  return static_cast<int>(blocks);
 }
 
 FASTBN_DEVICE void sync_cluster() {
@@ -161,7 +146,6 @@ FASTBN_DEVICE T* cluster_shared(T* own, int rank) {
 #else
 
 FASTBN_DEVICE int cluster_rank() { return 0; }
-FASTBN_DEVICE int cluster_blocks() { return 1; }
 FASTBN_DEVICE void sync_cluster() { __syncthreads(); }
 FASTBN_DEVICE void sync_cluster_after_reads() { __syncthreads(); }
 
@@ -199,17 +183,6 @@ FASTBN_DEVICE Vector16<T> load16(const T* from) {
 template <class T>
 FASTBN_DEVICE void store16(T* to, const Vector16<T>& value) {
   *reinterpret_cast<int4*>(to) = detail::to_words(value);
-}
-
-// The streaming variants take global memory only, and leave their lines first to be evicted from the caches.
-template <class T>
-FASTBN_DEVICE Vector16<T> load16_streaming(const T* from) {
-  return detail::from_words<T>(__ldcs(reinterpret_cast<const int4*>(from)));
-}
-
-template <class T>
-FASTBN_DEVICE void store16_streaming(T* to, const Vector16<T>& value) {
-  __stcs(reinterpret_cast<int4*>(to), detail::to_words(value));
 }
 
 #if __CUDA_ARCH__ >= 800
@@ -314,7 +287,7 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
     ++count;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid_x));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;

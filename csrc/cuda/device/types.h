@@ -5,10 +5,9 @@
 
 namespace fastbn::device {
 
-// Blocks are one-dimensional; clusters lie along x, so that grid_x is a multiple of cluster.
+// Grids and blocks are one-dimensional. grid_x is a multiple of cluster.
 struct Launch {
   int64_t grid_x = 1;
-  int64_t grid_y = 1;
   int threads = 256;
   int64_t shared_bytes = 0;
   int cluster = 1;
@@ -17,16 +16,15 @@ struct Launch {
 
 inline constexpr int kWarp = 32;
 inline constexpr int64_t kMaxGridX = 2147483647;
-inline constexpr int64_t kMaxGridY = 65535;
 inline constexpr int kMaxThreads = 1024;
 inline constexpr int kPortableCluster = 8;
 inline constexpr int kMaxCluster = 16;
 
 // The limits that hold on every GPU; those of one model (shared memory, cooperative grids) are left to the launch.
 inline bool is_valid(const Launch& launch) {
-  return launch.grid_x >= 1 && launch.grid_x <= kMaxGridX && launch.grid_y >= 1 && launch.grid_y <= kMaxGridY &&
-         launch.threads >= 1 && launch.threads <= kMaxThreads && launch.shared_bytes >= 0 && launch.cluster >= 1 &&
-         launch.cluster <= kMaxCluster && launch.grid_x % launch.cluster == 0;
+  return launch.grid_x >= 1 && launch.grid_x <= kMaxGridX && launch.threads >= 1 && launch.threads <= kMaxThreads &&
+         launch.shared_bytes >= 0 && launch.cluster >= 1 && launch.cluster <= kMaxCluster &&
+         launch.grid_x % launch.cluster == 0;
 }
 
 template <class T>

@@ -22,18 +22,14 @@ using emulator::Location;
 int thread_index();
 int block_threads();
 int64_t block_x();
-int64_t block_y();
 int64_t grid_x();
-int64_t grid_y();
 int cluster_rank();
-int cluster_blocks();
 
 void sync_block(const Location& where = Location::current());
 void sync_cluster(const Location& where = Location::current());
 inline void sync_cluster_after_reads(const Location& where = Location::current()) { sync_cluster(where); }
 void sync_grid(const Location& where = Location::current());
 void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where = Location::current());
-void thread_fence(const Location& where = Location::current());
 
 inline uint32_t atomic_add(uint32_t* to, uint32_t value) {
   const uint32_t before = *to;
@@ -68,11 +64,6 @@ T shuffle_xor(T value, int lane_mask, const Location& where = Location::current(
   return detail::exchange(emulator::Exchange::shuffle_xor, lane_mask, value, where);
 }
 
-template <class T>
-T shuffle_down(T value, int delta, const Location& where = Location::current()) {
-  return detail::exchange(emulator::Exchange::shuffle_down, delta, value, where);
-}
-
 inline uint32_t ballot(bool predicate, const Location& where = Location::current()) {
   return detail::exchange(emulator::Exchange::ballot, 0, static_cast<uint32_t>(predicate), where);
 }
@@ -89,16 +80,6 @@ template <class T>
 void store16(T* to, const Vector16<T>& value, const Location& where = Location::current()) {
   emulator::require_aligned(to, where);
   memcpy(to, &value, 16);
-}
-
-template <class T>
-Vector16<T> load16_streaming(const T* from, const Location& where = Location::current()) {
-  return load16(from, where);
-}
-
-template <class T>
-void store16_streaming(T* to, const Vector16<T>& value, const Location& where = Location::current()) {
-  store16(to, value, where);
 }
 
 template <class A>

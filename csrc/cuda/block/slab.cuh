@@ -175,41 +175,16 @@ struct Nothing {};
 template <int batch, class Walk, class T, class Load, class Use, class After>
 FASTBN_DEVICE void for_each_kept(Walk walk, Slab<T>& slab, Load load, Use use, After after) {
   static_assert(unroll_of(sizeof(T)) % batch == 0);
-  using Item = decltype(load(Step{}));
   const int count = slab.kept(walk);
   int visit = 0;
-  if constexpr (batch > 1) {
-    FASTBN_KEEP_LOOP
-    while (walk.left() >= batch) {
-      Step steps[batch];
-      Item items[batch];
-      FASTBN_UNROLL
-      for (int i = 0; i < batch; ++i) {
-        steps[i] = walk.step();
-        items[i] = load(steps[i]);
-        walk.next();
-      }
-      slab.await();
-      FASTBN_UNROLL
-      for (int i = 0; i < batch; ++i) {
-        use(steps[i], items[i]);
-        after(steps[i], visit++);
+  for_each_batch<batch>(
+      walk, load, [&] { slab.await(); },
+      [&](const Step& step, const auto& item) {
+        use(step, item);
+        after(step, visit++);
         slab.pass(count);
-      }
-      slab.leave(batch);
-    }
-  }
-  FASTBN_KEEP_LOOP
-  while (walk.more()) {
-    const Step step = walk.step();
-    const Item item = load(step);
-    slab.await();
-    use(step, item);
-    after(step, visit++);
-    slab.pass(count);
-    slab.leave(1);
-    walk.next();
-  }
+      },
+      [&](int octets) { slab.leave(octets); });
 }
 
 }  // namespace fastbn::cuda

@@ -256,31 +256,43 @@ constexpr int octets_in_flight = bytes >= 64   ? 1
                                  : bytes >= 32 ? 2
                                                : 4;
 
-// Calls use(step, load(step)) for every octet of the walk, the loads of `batch` octets before the first use.
-template <int batch, class Walk, class Load, class Use>
-FASTBN_DEVICE void for_each_octet(Walk walk, Load load, Use use) {
+// Visits every vector of the walk, `unroll` of them side by side where there are as many: calls load(step) for each,
+// then wait() and use(step, item) for each, then done(how many).
+template <int unroll, class Walk, class Load, class Wait, class Use, class Done>
+FASTBN_DEVICE void for_each_batch(Walk walk, Load load, Wait wait, Use use, Done done) {
   using Item = decltype(load(Step{}));
-  if constexpr (batch > 1) {
+  if constexpr (unroll > 1) {
     FASTBN_KEEP_LOOP
-    while (walk.left() >= batch) {
-      Step steps[batch];
-      Item items[batch];
+    while (walk.left() >= unroll) {
+      Step steps[unroll];
+      Item items[unroll];
       FASTBN_UNROLL
-      for (int i = 0; i < batch; ++i) {
+      for (int i = 0; i < unroll; ++i) {
         steps[i] = walk.step();
         items[i] = load(steps[i]);
         walk.next();
       }
+      wait();
       FASTBN_UNROLL
-      for (int i = 0; i < batch; ++i) use(steps[i], items[i]);
+      for (int i = 0; i < unroll; ++i) use(steps[i], items[i]);
+      done(unroll);
     }
   }
   FASTBN_KEEP_LOOP
   while (walk.more()) {
     const Step step = walk.step();
-    use(step, load(step));
+    const Item item = load(step);
+    wait();
+    use(step, item);
+    done(1);
     walk.next();
   }
+}
+
+// Calls use(step, load(step)) for every octet of the walk, the loads of `unroll` octets before the first use.
+template <int unroll, class Walk, class Load, class Use>
+FASTBN_DEVICE void for_each_octet(Walk walk, Load load, Use use) {
+  for_each_batch<unroll>(walk, load, [] {}, use, [](int) {});
 }
 
 // The coefficients of a thread's channels, from those of the slice; behind the last one they mean nothing.

@@ -41,7 +41,7 @@ MOVES = {
     "resident_forward": {"load": 1, "copy": 1, "store": 1},
     "resident_backward": {"copy": 3, "store": 2},
 }
-MOVE_NO_ELEMENTS = {"finish_moments", "finish_grad_sums", "probe"}
+MOVE_NO_ELEMENTS = {"finish", "probe"}
 
 # LD and ST take any address space: nvcc's choice where it loses sight of an address being global, as it does for
 # sm_100 with resident_forward's residual.

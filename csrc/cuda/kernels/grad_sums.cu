@@ -2,6 +2,7 @@
 // are frozen the gradients of the elements do not wait for the sums, and are made in the same pass.
 #include "cuda/element/grad_sums.cuh"
 #include "cuda/element/input_grad.cuh"
+#include "cuda/kernels/finish.cuh"
 #include "cuda/kernels/passes.cuh"
 
 namespace fastbn::cuda {
@@ -34,17 +35,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
       });
 }
 
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads)
-    finish_grad_sums_kernel(BackwardParams params, int splits, const Sums* partials) {
-  const int64_t channels = params.layout.channels;
-  const int64_t channel = finish_channel();
-  if (channel >= channels) return;
-  const int lane = device::thread_index() % device::kWarp;
-  const Sums sums =
-      merge_parts(splits, lane, device::kWarp, [&](int split) { return partials[split * channels + channel]; });
-  if (lane != 0) return;
-  save_grad_sums(params, channel, sums.first, sum_grad_xhat(params, channel, sums));
-}
+struct FinishGradSums {
+  FASTBN_DEVICE void operator()(const BackwardParams& params, int64_t channel, const Sums& sums) const {
+    save_grad_sums(params, channel, sums.first, sum_grad_xhat(params, channel, sums));
+  }
+};
 
 }  // namespace
 
@@ -57,7 +52,7 @@ cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sum
 
 cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
                                     cudaStream_t stream) {
-  return device::launch(&finish_grad_sums_kernel, finish_shape(params.layout), stream, params, plan.splits, partials);
+  return launch_finish<FinishGradSums>(params, plan, partials, stream);
 }
 
 }  // namespace fastbn::cuda

@@ -1,5 +1,6 @@
 // The statistics of all channels by the two-phase plans: partial moments a block, merged over the splits.
 #include "cuda/element/moments.cuh"
+#include "cuda/kernels/finish.cuh"
 #include "cuda/kernels/passes.cuh"
 
 namespace fastbn::cuda {
@@ -32,18 +33,12 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double)
       });
 }
 
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads)
-    finish_moments_kernel(ForwardParams params, int splits, const Sums* partials) {
-  const int64_t channels = params.layout.channels;
-  const int64_t channel = finish_channel();
-  if (channel >= channels) return;
-  const int lane = device::thread_index() % device::kWarp;
-  const Sums sums =
-      merge_parts(splits, lane, device::kWarp, [&](int split) { return partials[split * channels + channel]; });
-  if (lane != 0) return;
-  const Moments moments = moments_of(params.layout, pivot_of(params, channel), sums);
-  save_statistics(params, channel, moments, params.num_batches_tracked ? *params.num_batches_tracked : 0);
-}
+struct FinishMoments {
+  FASTBN_DEVICE void operator()(const ForwardParams& params, int64_t channel, const Sums& sums) const {
+    const Moments moments = moments_of(params.layout, pivot_of(params, channel), sums);
+    save_statistics(params, channel, moments, params.num_batches_tracked ? *params.num_batches_tracked : 0);
+  }
+};
 
 }  // namespace
 
@@ -56,7 +51,7 @@ cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* 
 
 cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
                                   cudaStream_t stream) {
-  return device::launch(&finish_moments_kernel, finish_shape(params.layout), stream, params, plan.splits, partials);
+  return launch_finish<FinishMoments>(params, plan, partials, stream);
 }
 
 }  // namespace fastbn::cuda

@@ -2,7 +2,6 @@
 // plan's grid; a finishing pass takes a warp a channel.
 #pragma once
 
-#include <algorithm>
 #include <cassert>
 #include <cstdint>
 
@@ -86,19 +85,6 @@ inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
 template <class T, class Coefficients>
 device::Launch sums_shape(const Plan& plan) {
   return grid_of(plan, SharedMemoryMap<T, Coefficients>(plan, channels_per_thread(plan.kernel)).bytes());
-}
-
-inline device::Launch finish_shape(const Layout& layout) {
-  constexpr int warps = 4;
-  device::Launch shape;
-  shape.grid_x = std::max<int64_t>(1, (layout.channels + warps - 1) / warps);
-  shape.threads = warps * device::kWarp;
-  return shape;
-}
-
-// The channel of a warp of a finishing pass, at or behind the last one where there is none left.
-FASTBN_DEVICE int64_t finish_channel() {
-  return device::block_x() * (device::block_threads() / device::kWarp) + device::thread_index() / device::kWarp;
 }
 
 }  // namespace fastbn::cuda

@@ -1,0 +1,37 @@
+// The second launch of two-phase plans: adds the partial sums of a channel over the splits, one warp per channel, and
+// makes of them what the op wants.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/block/reduce.cuh"
+#include "cuda/device/device.cuh"
+#include "math/sums.h"
+#include "plan/plan.h"
+
+namespace fastbn::cuda {
+
+// Finish()(params, channel, sums) is called by one thread per channel.
+template <class Params, class Finish>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) finish_kernel(Params params, int splits, const Sums* partials) {
+  const int64_t channels = params.layout.channels;
+  const int64_t channel =
+      device::block_x() * (device::block_threads() / device::kWarp) + device::thread_index() / device::kWarp;
+  if (channel >= channels) return;
+  const int lane = device::thread_index() % device::kWarp;
+  const Sums sums =
+      merge_parts(splits, lane, device::kWarp, [&](int split) { return partials[split * channels + channel]; });
+  if (lane == 0) Finish()(params, channel, sums);
+}
+
+template <class Finish, class Params>
+cudaError_t launch_finish(const Params& params, const Plan& plan, const Sums* partials, cudaStream_t stream) {
+  constexpr int warps = 4;
+  device::Launch shape;
+  shape.grid_x = std::max<int64_t>(1, (params.layout.channels + warps - 1) / warps);
+  shape.threads = warps * device::kWarp;
+  return device::launch(&finish_kernel<Params, Finish>, shape, stream, params, plan.splits, partials);
+}
+
+}  // namespace fastbn::cuda

@@ -12,12 +12,11 @@ from fastbn._torch import BatchNormBase
 from fastbn.ops.activations import index as activation_index
 
 
-def leaf_of_symbolic_tracing(module: nn.Module, input: Tensor, residual: Tensor | None) -> Any:
-    """Return a call of `module` in the graph that torch.fx is tracing (an fx.Proxy), as for torch.nn's own, or None."""
-    if not isinstance(input, fx.Proxy):
-        return None
+def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Proxy | None) -> Any:
+    """Return a call of `module` in the graph that torch.fx is tracing: modules of torch.nn are leaves of it too."""
     arguments = (input,) if residual is None else (input, residual)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), arguments, {})
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 class _FastBatchNorm(BatchNormBase):
@@ -36,9 +35,8 @@ class _FastBatchNorm(BatchNormBase):
             self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        proxy = leaf_of_symbolic_tracing(self, input, residual)
-        if proxy is not None:
-            return proxy
+        if isinstance(input, fx.Proxy):
+            return leaf_of_symbolic_tracing(self, input, residual)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracks = self.training and self.track_running_stats
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)

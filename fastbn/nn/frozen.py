@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
@@ -47,9 +47,8 @@ class _FrozenBatchNorm(nn.Module):
             self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        proxy = leaf_of_symbolic_tracing(self, input, residual)
-        if proxy is not None:
-            return proxy
+        if isinstance(input, fx.Proxy):
+            return leaf_of_symbolic_tracing(self, input, residual)
         self._check_input_dim(input)
         return functional.batch_norm(
             input,

@@ -151,7 +151,7 @@ def why_left_to_torch(call: Call) -> str | None:
             return "evaluation needs running statistics"
     elif running_mean.requires_grad or running_var.requires_grad:
         return "running statistics require a gradient"
-    elif not torch.compiler.is_compiling() and (running_mean.is_neg() or running_var.is_neg()):
+    elif training and not torch.compiler.is_compiling() and (running_mean.is_neg() or running_var.is_neg()):
         # The dispatcher would hand the op a copy to update.
         return "running statistics are negative views"
     if training and input.dim() > 1 and input.numel() == input.shape[1]:

@@ -218,15 +218,16 @@ def _measure_again(runner: Runner, workloads: Sequence[Workload], old: Results) 
 def _report(results: Results) -> list[str]:
     lines = [] if results.complete else ["", "Not complete: interrupted, or out of time."]
     few = len(results.measurements) <= 3 * SHOWN_CASES
-    parts = (
+    shown = (
         tables.cases(results, None if few else SHOWN_CASES // 3),
         tables.calls(results),
         tables.networks(results),
-        tables.refusals(results),
+        tables.wrong(results),
+        tables.unsupported(results),
         tables.summary(results),
     )
-    for part in parts:
-        lines += ["", *part] if part else []
+    for table in shown:
+        lines += ["", *table.lines()] if table.rows else []
     return lines
 
 

@@ -38,13 +38,16 @@ def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
         yield from ("", f"**WRONG RESULTS: {wrong}. They are listed under Refused.**")
     yield from ("", *_markdown(Table(("", ""), list(_machine_rows(results)), (0, 1))))
     yield from ("", "## How it was measured", "", " ".join(_method(results)))
-    yield from ("", "## Summary", "", *_section(tables.summary_table(results)))
-    yield from ("", "## Figures", "", *_figures(plots))
-    yield from ("", "## Calls", "", *_section(tables.calls_table(results)))
-    yield from ("", "## Networks", "", *_section(tables.networks_table(results)))
-    yield from ("", "## Refused", "", *_refused(results))
-    yield from ("", "## Every case", "", *_section(tables.cases_table(results, kernels=True)))
-    yield from ("", "## Copy bandwidth", "", *_section(tables.copy_table(results)))
+    for title, content in (
+        ("Summary", _section(tables.summary(results))),
+        ("Figures", _figures(plots)),
+        ("Calls", _section(tables.calls(results))),
+        ("Networks", _section(tables.networks(results))),
+        ("Refused", _refused(results)),
+        ("Every case", _section(tables.cases(results, kernels=True))),
+        ("Copy bandwidth", _section(tables.copies(results))),
+    ):
+        yield from ("", f"## {title}", "", *content)
 
 
 def _machine_rows(results: Results) -> Iterator[tuple[str, str]]:
@@ -102,7 +105,7 @@ def _figures(plots: Sequence[Path]) -> Iterator[str]:
 
 
 def _refused(results: Results) -> Iterator[str]:
-    wrong, unsupported = tables.wrong_table(results), tables.unsupported_table(results)
+    wrong, unsupported = tables.wrong(results), tables.unsupported(results)
     if not results.refusals:
         yield "No implementation was refused."
     if wrong.rows:

@@ -1,4 +1,4 @@
-"""What a run says, as tables: rows are built once, `lines` gives them as aligned text, bench/report.py as Markdown.
+"""Tables of a run: each function builds one, `Table.lines` renders it as aligned text, bench/report.py as Markdown.
 
 Speed-ups are averaged by their geometric mean: a case twice as fast and one twice as slow cancel. Sweeps are left out
 of averages: their sizes were chosen to show growth, not for what users run.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bench.implementations import AGAIN, FASTBN, STOCK
 from bench.operations import MODES
-from bench.results import DTYPES, Measurement, Results
+from bench.results import DTYPES, Call, Measurement, NetworkStep, Results
 from fastbn.cli.text import table
 
 # A case below it counts as slower: nearer to 1 the noise of a run decides.
@@ -23,7 +23,7 @@ SLOWER = 0.97
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header; the columns in `left` hold text, the others numbers. A note is a line above."""
+    """Rows of cells under a header. Columns in `left` hold text, the others numbers. Notes stand above the table."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -31,36 +31,12 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
+        """Return the notes and the table as aligned text, or nothing for a table without rows."""
         return [*self.notes, *table([self.header, *self.rows], self.left)] if self.rows else []
 
 
-def summary(results: Results) -> list[str]:
-    """A row per op and dtype: fastbn against every rival, over all cases but the sweeps."""
-    return summary_table(results).lines()
-
-
-def cases(results: Results, limit: int | None = None) -> list[str]:
-    """A row per case, dtype and op; of `limit` rows, those in which fastbn does worst against torch."""
-    return cases_table(results, limit).lines()
-
-
-def calls(results: Results) -> list[str]:
-    """A row per call that was counted: host time, launches, memory."""
-    return calls_table(results).lines()
-
-
-def networks(results: Results) -> list[str]:
-    """A row per network and implementation."""
-    return networks_table(results).lines()
-
-
-def refusals(results: Results) -> list[str]:
-    """Wrong results one by one, then how often an implementation could not take a case, by reason."""
-    wrong, unsupported = wrong_table(results).lines(), unsupported_table(results).lines()
-    return [*wrong, *[""] * bool(wrong and unsupported), *unsupported]
-
-
-def summary_table(results: Results) -> Table:
+def summary(results: Results) -> Table:
+    """Compare fastbn with every rival, over all cases but the sweeps: a row per op and dtype."""
     measurements = [m for m in results.measurements if not is_sweep(m.group)]
     rivals = [name for name in implementations(measurements) if name not in (STOCK, FASTBN) and not is_again(name)]
     header = ("op", "dtype", "cases", f"over {STOCK}", "worst", "best", f"below {SLOWER}")
@@ -92,8 +68,11 @@ def summary_table(results: Results) -> Table:
     return Table(header, rows, (0, 1, len(header) - 1), tuple(notes))
 
 
-def cases_table(results: Results, limit: int | None = None, kernels: bool = False) -> Table:
-    """`kernels` adds what torch and fastbn ran on inside."""
+def cases(results: Results, limit: int | None = None, kernels: bool = False) -> Table:
+    """List every case, dtype and op, or the `limit` of them in which fastbn does worst against torch.
+
+    `kernels` adds columns with the kernels that torch and fastbn ran.
+    """
     names = implementations(results.measurements)
     header = ("case", "dtype", "op", *[f"{name} µs" for name in names])
     header += (f"over {STOCK}", "over fastest rival", "GB/s", "of a copy")
@@ -126,7 +105,8 @@ def cases_table(results: Results, limit: int | None = None, kernels: bool = Fals
     return Table(header, rows, text, tuple(notes))
 
 
-def calls_table(results: Results) -> Table:
+def calls(results: Results) -> Table:
+    """List the calls that were counted: host time, launches, memory."""
     header = ("case", "dtype", "op", "implementation", "host µs", "p20", "p80", "launches", "held", "peak", "ran on")
     rows = [
         (
@@ -134,7 +114,7 @@ def calls_table(results: Results) -> Table:
             call.dtype,
             call.op,
             call.implementation,
-            *[significant(time) for time in (call.median_us, call.p20_us, call.p80_us)],
+            *_times(call),
             _known(call.launches, str),
             _known(call.held_bytes, size),
             _known(call.peak_bytes, size),
@@ -149,7 +129,8 @@ def calls_table(results: Results) -> Table:
     return Table(header, rows, (0, 1, 2, 3, 10), notes)
 
 
-def networks_table(results: Results) -> Table:
+def networks(results: Results) -> Table:
+    """List the training steps of each network and implementation."""
     header = ("network", "source", "batch", "image", "dtype", "layout", "implementation", "ms", "p20", "p80")
     header += ("images/s", f"over {STOCK}", "norm share", "first loss", "peak")
     rows = [
@@ -161,7 +142,7 @@ def networks_table(results: Results) -> Table:
             step.dtype,
             step.layout,
             step.implementation,
-            *[significant(time / 1e3) for time in (step.median_us, step.p20_us, step.p80_us)],
+            *_times(step, 1e3),
             significant(1e6 * step.batch / step.median_us),
             _known(step.speedup_over.get(STOCK), factor),
             _known(step.norm_share, percent),
@@ -177,16 +158,18 @@ def networks_table(results: Results) -> Table:
     return Table(header, rows, (0, 1, 4, 5, 6), notes)
 
 
-def wrong_table(results: Results) -> Table:
-    wrong = [refusal for refusal in results.refusals if refusal.wrong]
-    rows = [(r.implementation, r.case, r.dtype, r.op, str(r.count), _one_line(r.reason)) for r in wrong]
+def wrong(results: Results) -> Table:
+    """List the wrong results one by one."""
+    refusals = [refusal for refusal in results.refusals if refusal.wrong]
+    rows = [(r.implementation, r.case, r.dtype, r.op, str(r.count), _one_line(r.reason)) for r in refusals]
     notes = (
         f"WRONG RESULTS: {count_wrong(results)}, not timed. Where a reason came up more than once, the first case:",
     )
     return Table(("implementation", "case", "dtype", "op", "times", "reason"), rows, (0, 1, 2, 3, 5), notes)
 
 
-def unsupported_table(results: Results) -> Table:
+def unsupported(results: Results) -> Table:
+    """Count how often each implementation could not take a case, by reason."""
     counts: Counter[tuple[str, str]] = Counter()
     for r in results.refusals:
         if not r.wrong:
@@ -196,15 +179,18 @@ def unsupported_table(results: Results) -> Table:
     return Table(("implementation", "times", "reason"), rows, (0, 2), notes)
 
 
-def copy_table(results: Results) -> Table:
+def copies(results: Results) -> Table:
+    """List the bandwidth that copies reached, by size."""
     rows = [(size(p.bytes), significant(p.median_us), significant(p.gb_per_s)) for p in results.copy]
     notes = ("Copies of one tensor, which read it and write it once each:",)
     return Table(("tensor", "µs", "GB/s"), rows, (), notes)
 
 
 def by_workload(measurements: Iterable[Measurement]) -> dict[tuple[str, str, str], dict[str, Measurement]]:
-    """Measurements by (case, dtype, op), then by implementation: in the order of the run, but all of a group together,
-    and all of a case."""
+    """Group measurements by (case, dtype, op), then by implementation.
+
+    The order is that of the run, but a group's cases stand together, and so do a case's measurements.
+    """
     found: dict[tuple[str, str, str], dict[str, Measurement]] = {}
     groups: dict[str, int] = {}
     cases: dict[str, tuple[int, int]] = {}
@@ -217,7 +203,7 @@ def by_workload(measurements: Iterable[Measurement]) -> dict[tuple[str, str, str
 
 
 def implementations(measurements: Iterable[Measurement]) -> list[str]:
-    """The names that occur: torch first, fastbn last, the others as they come."""
+    """Return the names that occur: torch first, fastbn last, the others in the order of the run."""
     names = dict.fromkeys(m.implementation for m in measurements)
     return sorted(names, key=lambda name: (name == FASTBN, name.startswith(FASTBN), name.removesuffix(AGAIN) != STOCK))
 
@@ -231,7 +217,7 @@ def is_sweep(group: str) -> bool:
 
 
 def is_again(name: str) -> bool:
-    """Whether it is an implementation measured a second time, for the noise."""
+    """Return whether this is an implementation measured a second time, for the noise."""
     return name.endswith(AGAIN)
 
 
@@ -240,7 +226,7 @@ def is_rival(name: str) -> bool:
 
 
 def op_order(op: str) -> tuple:
-    """Sorts ops by mode, then by how much is fused."""
+    """Return a key that sorts ops by mode, then by how much is fused."""
     mode, *fused = op.split("+")
     return MODES.index(mode) if mode in MODES else len(MODES), len(fused), op
 
@@ -250,7 +236,7 @@ def dtype_order(dtype: str) -> tuple:
 
 
 def significant(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Write three significant digits without an exponent."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     rounded = float(f"{value:.3g}")
@@ -266,7 +252,7 @@ def percent(share: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units, as bandwidths count them."""
+    """Write bytes in decimal units, as bandwidths count them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{significant(count / scale)} {unit}"
@@ -274,7 +260,7 @@ def size(count: int) -> str:
 
 
 def _mean_speedup(measurements: Sequence[Measurement], rival: str) -> str:
-    """Geometric mean, with the number of cases in brackets where the rival was not measured on all."""
+    """Write the geometric mean, with the number of cases in brackets where the rival was not measured on all."""
     over = [m.speedup_over[rival] for m in measurements if rival in m.speedup_over]
     if not over:
         return "-"
@@ -283,7 +269,7 @@ def _mean_speedup(measurements: Sequence[Measurement], rival: str) -> str:
 
 
 def _noise(measurements: Sequence[Measurement]) -> list[str]:
-    """What an implementation measured twice makes of itself."""
+    """Write the speed-up of each implementation that was measured twice over itself."""
     notes = []
     for name in filter(is_again, implementations(measurements)):
         once = name.removesuffix(AGAIN)
@@ -292,6 +278,11 @@ def _noise(measurements: Sequence[Measurement]) -> list[str]:
             mean, low, high = (f"{value:.3f}" for value in (statistics.geometric_mean(over), min(over), max(over)))
             notes.append(f"noise: {once} over itself {mean}, from {low} to {high}, on {len(over)} rows of cases.")
     return notes
+
+
+def _times(record: Measurement | Call | NetworkStep, unit_us: float = 1.0) -> list[str]:
+    """Write the median and the 20th and 80th percentile in units of `unit_us`."""
+    return [significant(time / unit_us) for time in (record.median_us, record.p20_us, record.p80_us)]
 
 
 def _is_compared(item: tuple[object, dict[str, Measurement]]) -> bool:

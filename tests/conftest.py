@@ -64,6 +64,15 @@ def ops(request: pytest.FixtureRequest, _gpu: None, _loaded: dict) -> implementa
     return _loaded[request.param]
 
 
+@pytest.fixture
+def one_thread():
+    """Run torch on one thread: for calls on few elements, where waking a second thread takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
     """Fresh tensors, also those that an op allocates, start as NaN: an element that nobody writes is seen."""

@@ -16,6 +16,9 @@ from fastbn.ops.activations import ACTIVATIONS
 from tests import implementations
 from tests.stock import normal
 
+# Thousands of calls on a few dozen elements.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = {
     "2d": ((6, 3), torch.contiguous_format),
     "3d": ((2, 3, 4), torch.contiguous_format),
@@ -38,15 +41,6 @@ def _configurations():
         pytest.param(name, add, train, layout, affine, id=f"{name}-{add=:d}-{train=:d}-{layout}-{affine}")
         for (name, add, train, layout), affine in zip(sorted(chosen), turns)
     ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of calls on a few dozen elements: waking a second thread would cost more than all of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["cpu", "reference", "emulator"])

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from bench import plots, report, tables
+from bench.command import _report
 from bench.results import Call, CopyPoint, Measurement, NetworkStep, Refusal, Results
 
 MACHINE = {
@@ -129,7 +130,7 @@ def lines_header(lines):
 
 
 def test_summary_states_means_extremes_and_counts():
-    lines = tables.summary(make_results())
+    lines = tables.summary(make_results()).lines()
     start = ("train", "float32")
     got = {name: column(lines, name, *start) for name in lines_header(lines)}
     assert got == {
@@ -148,7 +149,7 @@ def test_summary_states_means_extremes_and_counts():
 
 
 def test_summary_orders_by_mode_and_dtype_and_leaves_sweeps_out():
-    rows = tables.summary_table(make_results()).rows
+    rows = tables.summary(make_results()).rows
     assert [row[:3] for row in rows] == [
         ("train", "float32", "3"),
         ("train", "bfloat16", "1"),
@@ -158,12 +159,12 @@ def test_summary_orders_by_mode_and_dtype_and_leaves_sweeps_out():
 
 
 def test_a_case_at_the_limit_does_not_count_as_slower():
-    assert column(tables.summary(make_results()), "below 0.97", "train", "bfloat16") == "0"
+    assert column(tables.summary(make_results()).lines(), "below 0.97", "train", "bfloat16") == "0"
 
 
 def test_summary_keeps_an_op_that_fastbn_was_refused_for():
     results = Results({}, {}, measurements=layer((2, 3), "train", {"torch": 5}))
-    (row,) = tables.summary_table(results).rows
+    (row,) = tables.summary(results).rows
     assert row == ("train", "float32", "0", "-", "-", "-", "-", "-", "-")
 
 
@@ -173,10 +174,10 @@ def test_noise_is_stated_and_is_no_rival():
         results.measurements += layer(
             (again, 3), "frozen", {"torch": torch_time, "torch (again)": again, "compile": 60, "fastbn": 50}
         )
-    text = "\n".join(tables.summary(results))
+    text = "\n".join(tables.summary(results).lines())
     assert "noise: torch over itself 1.005, from 0.909 to 1.111, on 2 rows of cases." in text
     assert "over torch (again)" not in text
-    lines = tables.cases(results)
+    lines = tables.cases(results).lines()
     assert column(lines, "torch (again) µs", "resnet50-90x3", "float32", "frozen") == "90.0"
     assert column(lines, "over fastest rival", "resnet50-90x3", "float32", "frozen") == "1.20"
     labels = [label for figure in plots.speedup(results).values() for label in row_labels(figure)]
@@ -184,7 +185,7 @@ def test_noise_is_stated_and_is_no_rival():
 
 
 def test_cases_states_times_speedups_and_bandwidth():
-    lines = tables.cases(make_results())
+    lines = tables.cases(make_results()).lines()
     start = ("resnet50-16x64x56x56", "float32", "train")
     assert column(lines, "torch µs", *start) == "200"
     assert column(lines, "compile µs", *start) == "150"
@@ -200,7 +201,7 @@ def test_cases_keeps_groups_and_cases_together_however_they_were_measured():
     results = make_results()
     results.measurements += layer((16, 64, 56, 56), "train+relu", {"torch": 3, "fastbn": 1})
     results.measurements += layer((9, 9), "train", {"torch": 3, "fastbn": 1})
-    rows = [row[:3] for row in tables.cases_table(results).rows]
+    rows = [row[:3] for row in tables.cases(results).rows]
     assert rows[:7] == [
         ("resnet50-16x64x56x56", "float32", "train"),
         ("resnet50-16x64x56x56", "float32", "train+relu"),
@@ -217,34 +218,36 @@ def test_cases_keeps_groups_and_cases_together_however_they_were_measured():
 def test_limited_cases_are_the_worst_and_say_so():
     results = make_results()
     results.measurements += layer((9, 9), "train", {"torch": 1})  # compares nothing
-    table = tables.cases_table(results, limit=2)
+    table = tables.cases(results, limit=2)
     assert [row[:2] for row in table.rows] == [("resnet50-16x512x7x7", "float32"), ("resnet50-16x64x56x56", "bfloat16")]
     assert table.lines()[0] == "The 2 of 12 rows in which fastbn does worst against torch, worst first:"
 
 
 def test_calls_and_networks():
-    lines = tables.calls(make_results())
+    lines = tables.calls(make_results()).lines()
     assert column(lines, "host µs", "small") == "12.3"
     assert column(lines, "launches", "small") == "-"
     assert column(lines, "held", "small") == "12.3 MB"
     results = make_results()
     results.calls = [call(1, None)]
-    assert tables.calls_table(results).rows[0][7:9] == ("1", "-")
-    torch_row, fused_row = tables.networks_table(results).rows
+    assert tables.calls(results).rows[0][7:9] == ("1", "-")
+    torch_row, fused_row = tables.networks(results).rows
     assert torch_row[6:] == ("torch", "250", "240", "260", "64.0", "-", "31%", "6.9078", "-")
     assert fused_row[6:] == ("fused", "250", "240", "260", "64.0", "1.25", "-", "6.9078", "-")
 
 
 def test_wrong_results_come_first_and_the_unsupported_are_counted():
-    lines = tables.refusals(make_results())
-    assert lines[0].startswith("WRONG RESULTS: 3,")
-    assert cells(lines, "fastbn") == ["fastbn", "b", "float32", "train", "3", "output: got 1, expected 2 | within 0.1"]
-    assert cells(lines, "onednn") == ["onednn", "8", "float32 alone"]
-    assert lines.index("") < len(lines) - 2
+    wrong, unsupported = (table(make_results()).lines() for table in (tables.wrong, tables.unsupported))
+    assert wrong[0].startswith("WRONG RESULTS: 3,")
+    assert cells(wrong, "fastbn") == ["fastbn", "b", "float32", "train", "3", "output: got 1, expected 2 | within 0.1"]
+    assert cells(unsupported, "onednn") == ["onednn", "8", "float32 alone"]
+    shown = _report(make_results())
+    assert shown.index("") < shown.index(wrong[0]) < shown.index(unsupported[0]) - 1
+    assert shown[shown.index(unsupported[0]) - 1] == ""
 
 
 def test_copy():
-    assert tables.copy_table(make_results()).lines()[-1].split() == ["67.1", "MB", "4100", "32.8"]
+    assert tables.copies(make_results()).lines()[-1].split() == ["67.1", "MB", "4100", "32.8"]
 
 
 @pytest.mark.parametrize(
@@ -255,13 +258,21 @@ def test_three_significant_digits(value, text):
     assert tables.significant(value) == text
 
 
-TEXTS = (tables.summary, tables.cases, tables.calls, tables.networks, tables.refusals)
+TABLES = (
+    tables.summary,
+    tables.cases,
+    tables.calls,
+    tables.networks,
+    tables.wrong,
+    tables.unsupported,
+    tables.copies,
+)
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.__name__)
-def test_no_records_no_lines(text):
-    assert text(Results({}, {})) == []
-    assert text(make_results())
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
+def test_no_records_no_lines(table):
+    assert table(Results({}, {})).lines() == []
+    assert table(make_results()).lines()
 
 
 def without(name):
@@ -303,8 +314,8 @@ PARTIAL = {
 @pytest.mark.parametrize("make", PARTIAL.values(), ids=PARTIAL.keys())
 def test_partial_results_make_tables_plots_and_a_report(make, tmp_path):
     results = make()
-    for text in TEXTS:
-        assert all(isinstance(line, str) for line in text(results))
+    for table in TABLES:
+        assert all(isinstance(line, str) for line in table(results).lines())
     paths = plots.save_all(results, tmp_path)
     assert all(path.is_file() for path in paths)
     report.write(results, paths, tmp_path / "report.md")

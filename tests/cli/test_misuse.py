@@ -28,6 +28,8 @@ from tests.examples.test_lenet import TEST_LABELS, TRAIN_IMAGES, idx_bytes
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 idx_directory = test_lenet.idx_directory
 
 NO_INTEGERS = [
@@ -77,15 +79,6 @@ ACCEPTED = [
     ["bench", "--seconds", "0.01", "--time-limit", "0"],
     ["bench", "--time-limit", "1e5"],
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for one another take seconds for these small nets where the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbn.testing import cases
-from tests import implementations
+from tests import implementations, tiers
 from tests.emulator import build
 
 
@@ -33,7 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # An emulated launch costs milliseconds a block; layouts that no kernel sees are left to the CPU.
         table = cases.SMALL_DENSE if param.id in implementations.EMULATED_LIMITS else cases.ORDINARY
         for setup in cases.setups(table):
-            pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=param.marks))
+            marks = [*param.marks, *tiers.marks(setup.case)]
+            pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=marks))
     metafunc.parametrize("ops,setup", pairs, indirect=["ops"])
 
 

@@ -409,6 +409,7 @@ def test_calls_are_valid_too(brief, tmp_path):
     assert names == ["torch", "fastbn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["keyboard", "terminate"])
 def test_an_interrupt_keeps_what_was_measured(brief, tmp_path, capsys, monkeypatch, how):
     path = tmp_path / "run.json"
@@ -434,6 +435,7 @@ def test_an_interrupt_keeps_what_was_measured(brief, tmp_path, capsys, monkeypat
     assert "Not complete" in shown and "lenet-256x6x24x24" in shown
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_keeps_what_was_measured(brief, tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     layer, made = runner.Runner.layer, []
@@ -458,6 +460,7 @@ def test_the_time_limit_ends_a_run_between_steps(brief, tmp_path):
     assert not content["complete"] and content["measurements"] == []
 
 
+@pytest.mark.slow
 def test_a_wrong_fastbn_fails_the_command(brief, monkeypatch, capsys):
     forward = fastbn.BatchNorm2d.forward
     monkeypatch.setattr(fastbn.BatchNorm2d, "forward", lambda self, x, residual=None: forward(self, x, residual) * 1.01)
@@ -465,6 +468,7 @@ def test_a_wrong_fastbn_fails_the_command(brief, monkeypatch, capsys):
     assert "output: got" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_against_itself_times_a_second_instance(brief, tmp_path):
     path = tmp_path / "run.json"
     arguments = ["--op", "train", "--implementation", "torch,fastbn", "--against-itself", "--json", str(path)]
@@ -589,6 +593,7 @@ def test_compare_leaves_alone_what_is_within_the_noise():
     assert compare.compare(run_of(measured("a", "fastbn", 100.0)), precise).regressions
 
 
+@pytest.mark.slow
 def test_a_suspected_regression_is_measured_again(brief, tmp_path, capsys, monkeypatch):
     path = tmp_path / "old.json"
     assert main([*brief, "--op", "train", "--json", str(path)]) == 0

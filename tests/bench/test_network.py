@@ -61,6 +61,7 @@ def test_is_resnet50(models):
     assert sum(getattr(module, "activation", None) == "relu" for module in models[1].modules()) == 49
 
 
+@pytest.mark.slow
 def test_plain_and_fused_agree(models):
     images, labels = _batch(torch.float64)
     results = []
@@ -79,6 +80,7 @@ def test_plain_and_fused_agree(models):
         assert error < AMPLIFICATION * torch.finfo(torch.float64).eps, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case,device",
     [
@@ -111,6 +113,7 @@ def test_measure(case, device, monkeypatch):
     assert steps[2].source == OWN_SOURCE
 
 
+@pytest.mark.slow
 def test_a_network_without_one_of_its_residuals_is_refused(monkeypatch):
     _shrink(monkeypatch)
     style = resnet50.FUSED
@@ -135,6 +138,7 @@ def test_a_loss_that_is_off_or_not_finite_is_refused(monkeypatch):
     assert [(refusal.implementation, refusal.wrong) for refusal in refusals] == [(CONVERT, True), (FUSED, True)]
 
 
+@pytest.mark.slow
 def test_only_torch_is_timed_where_fastbn_has_no_kernels(monkeypatch):
     _shrink(monkeypatch)
     monkeypatch.setattr(network, "serving", lambda device: (None, "there are none"))
@@ -159,6 +163,7 @@ def test_norm_share_counts_neither_the_optimizer_nor_sums_of_gradients(monkeypat
     assert network.norm_share(training) is None
 
 
+@pytest.mark.slow
 def test_norm_ops_of_a_step(models):
     images, labels = _batch(torch.float32)
     counted = []

@@ -311,6 +311,7 @@ PARTIAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", PARTIAL.values(), ids=PARTIAL.keys())
 def test_partial_results_make_tables_plots_and_a_report(make, tmp_path):
     results = make()

@@ -22,6 +22,7 @@ def test_verify(capsys):
     assert "10000 ± 0.01" in printed
 
 
+@pytest.mark.slow
 def test_verify_finds_an_error(capsys, monkeypatch):
     exact = compare.batch_norm
     monkeypatch.setattr(compare, "batch_norm", lambda *args, **kwargs: exact(*args, **kwargs) * (1 + 2**-8))

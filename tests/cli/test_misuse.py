@@ -554,6 +554,7 @@ def test_a_pipe_that_nobody_reads():
     assert (ran.returncode, said) == (141, "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_trains(idx_directory, tmp_path):
     out = tmp_path / "out"
     arguments = ["--epochs", "1000000", "--batch-size", "33", "--data", str(idx_directory), "--out", str(out)]

@@ -147,7 +147,15 @@ def test_inference_tensors(inference, training, wants_grad, activation):
 GRADIENTS = list(itertools.product(ACTIVATIONS, (True, False), (True, False), ("2d", "contiguous", "channels_last")))
 
 
-@pytest.mark.parametrize("what", ["jacobian", "hessian", "batched", "batched_permuted"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("jacobian", marks=pytest.mark.slow),
+        pytest.param("hessian", marks=pytest.mark.slow),
+        "batched",
+        "batched_permuted",
+    ],
+)
 @pytest.mark.parametrize("wants_weight", [True, False], ids=["affine", "frozen_affine"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_batches_of_gradients(training, wants_weight, what):

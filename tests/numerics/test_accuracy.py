@@ -9,7 +9,7 @@ import fastbn
 from fastbn.backends import native, reference
 from fastbn.testing import cases
 from fastbn.testing.tolerance import assert_error_bound
-from tests import implementations
+from tests import implementations, tiers
 
 EPS = 1e-5
 MOMENTUM = 0.3
@@ -17,7 +17,7 @@ CASES = [case for case in cases.ORDINARY if case.numel]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", tiers.params(CASES))
 @pytest.mark.parametrize("ops", implementations.params("reference", "cpu", "cuda"), indirect=True)
 def test_error_is_at_most_stocks_or_two_ulp(ops, case, dtype):
     x, grad_out = cases.make_input(case, dtype, ops.device), cases.make_normal(case, dtype, ops.device, seed=2)

@@ -11,7 +11,7 @@ import torch
 
 from fastbn.cli import main
 from fastbn.testing import cases, compare, extended, tolerance
-from tests import implementations
+from tests import implementations, tiers
 
 EPS = 1e-5
 MOMENTUM = 0.3
@@ -49,7 +49,7 @@ def _params():
     for name in ("reference", "cpu", "emulator", "resident", "cooperative", "cuda"):
         marks = [pytest.mark.gpu] if name == "cuda" else []
         for case in SMALL if name in implementations.EMULATED_LIMITS else CASES:
-            yield pytest.param(name, case, id=f"{name}-{case}", marks=marks)
+            yield pytest.param(name, case, id=f"{name}-{case}", marks=[*marks, *tiers.marks(case)])
 
 
 @pytest.mark.parametrize("ops, case", list(_params()), indirect=["ops"])
@@ -102,6 +102,7 @@ def test_far_from_zero(ops, layout, steepness):
     assert extended.error_in_ulp(y, exact) <= tolerance.ACCEPTED_ULPS_FLOAT64
 
 
+@pytest.mark.slow
 def test_verify_measures_float64(capsys, monkeypatch):
     assert main(["verify", "--quick"]) == 0
     assert "float64" in capsys.readouterr().out.split("Errors are")[0]
@@ -116,6 +117,7 @@ def test_verify_measures_float64(capsys, monkeypatch):
     assert "FAIL  output: expected at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_verify_says_why_it_leaves_float64_out(capsys, monkeypatch):
     monkeypatch.setattr(extended, "np", None)
     assert main(["verify", "--quick"]) == 0

@@ -138,7 +138,15 @@ def test_a_zero_derivative_stops_an_infinite_gradient(ops):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    "shape", [(2, 64, 7, 7), (2, 65, 7, 7), (3, 7, 16, 32), (2, 130, 1, 2), (1, 41, 28, 28)], ids=str
+    "shape",
+    [
+        (2, 64, 7, 7),
+        (2, 65, 7, 7),
+        pytest.param((3, 7, 16, 32), marks=pytest.mark.slow),
+        (2, 130, 1, 2),
+        pytest.param((1, 41, 28, 28), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_no_channel_is_left_out(ops, shape, channels_last):
     """Channels are handled in groups: whole ones, and what is left over, or nothing."""

@@ -58,7 +58,7 @@ def _eval(function, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("gap", [0, 1])
-@pytest.mark.parametrize("dim", [4, 5])
+@pytest.mark.parametrize("dim", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_output_has_the_format_of_torch(dim, gap):
     """And the strides that layout.suggest_memory_format and the fake kernels say: the twins of the rule in C++."""
     for x in _tensors(dim, gap):
@@ -71,7 +71,7 @@ def test_output_has_the_format_of_torch(dim, gap):
 
 
 @pytest.mark.parametrize("gap", [0, 1])
-@pytest.mark.parametrize("dim", [4, 5])
+@pytest.mark.parametrize("dim", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_gradient_has_the_format_of_the_output(dim, gap):
     """Torch makes that of an odd stride contiguous, and then copies it where the layer before is channels_last."""
     for x in random.Random(dim).sample(_tensors(dim, gap), 200):

@@ -1,4 +1,4 @@
-"""The copy that everything is compared with: one tensor into another, over a ladder of sizes."""
+"""The copy that everything is compared with: one tensor into another, for a range of sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LARGEST = {"cpu": 2**28, "cuda": 2**30}
 
 
 def measure_copies(device: torch.device, clock: Clock, budget: Budget) -> list[CopyPoint]:
-    """`dst.copy_(src)` for tensors from 4 KiB up; it reads each byte once and writes it once."""
+    """Time `dst.copy_(src)` for tensors from 4 KiB up. A copy reads each byte once and writes it once."""
     points = []
     for size in _LADDER:
         if size > _LARGEST[device.type]:

@@ -1,7 +1,7 @@
-"""What a call costs beside its device time: the host's time, kernel launches, and memory.
+"""The costs of a call beside its device time: host time, kernel launches, and memory.
 
-The host's time is from call to return with an empty queue, of a layer so small that a CPU too spends it on the way to
-the kernel rather than in it. Launches and allocations are counted by torch's profiler.
+Host time is measured from call to return with an empty queue, on a layer so small that a CPU too spends the time on the
+way to the kernel, not in it. Launches and allocations are counted by torch's profiler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.timer import Call
 
 
 def count_launches(call: Call, device: torch.device) -> tuple[int | None, list[str]]:
-    """(kernels that one call runs on the GPU, their names in order); copies and fills count. None on a CPU."""
+    """Return (kernels that one call runs on the GPU, their names in order); copies and fills count. None on a CPU."""
     if device.type != "cuda":
         return None, []
     call()
@@ -33,25 +33,28 @@ def count_launches(call: Call, device: torch.device) -> tuple[int | None, list[s
 
 
 def held_bytes(prepared: Prepared, input: Tensor) -> int | None:
-    """What a forward call keeps for its backward beyond the input and the parameters: its output, and what it saves.
-    None where a tensor's layout hides its size, as oneDNN's does."""
-    kept: list[Tensor] = []
+    """Return the bytes that a forward call keeps for its backward beyond the input and the parameters: its output and
+    what it saves.
+
+    None where a tensor's layout hides its size, as oneDNN's does.
+    """
+    saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pack(prepared.forward())
-    if any(tensor.is_mkldnn for tensor in kept):
+    if any(tensor.is_mkldnn for tensor in saved):
         return None
     known = {tensor.untyped_storage().data_ptr() for tensor in (input, *prepared.module.parameters())}
-    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
     return sum(size for pointer, size in sizes.items() if pointer not in known)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that a call allocates at once beyond what was allocated before."""
+    """Return the maximum that a call allocates at once beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -61,7 +64,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    # What allocates is known only to the raw events: those of ops hold sums.
+    # Only the raw events tell single allocations: those of ops hold sums.
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(sizes), default=0)

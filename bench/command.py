@@ -1,4 +1,4 @@
-"""What `python -m bench` does: choose the steps, measure them or load records, then show, write and compare."""
+"""The work of `python -m bench`: choose the steps, measure them or load records, then show, write and compare."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from bench.workloads import Workload, call_suite, dtype_name, suite
 from fastbn.cli.arguments import check_directory, check_file
 from fastbn.cli.errors import CommandError, RunError, device, reason, require
 
-# The CPU suite has to end within a quarter of an hour; its ratios are noisier for it.
+# Seconds per implementation. The CPU suite has to end within a quarter of an hour, at the price of noisier ratios.
 SECONDS = {"quick": 0.15, "cpu": 0.08, "gpu": 0.15}
 SAVE_EVERY_SECONDS = 10.0
-# How often a regression must come up again before it is reported.
+# A regression is reported after it was seen again this many times.
 CONFIRMATIONS = 2
-# More than these and the terminal shows the worst.
+# Above this number of cases the terminal shows the worst ones.
 SHOWN_CASES = 70
 NETWORKS = {
     "quick": (NetworkCase(batch=4, image_size=64),),
@@ -40,7 +40,7 @@ REPORT = "report.md"
 
 
 def run(args) -> int:
-    """Exit status 0, 1 for a wrong result of fastbn or a regression, 130 for an interrupt."""
+    """Run the command. Returns 0, 1 for a wrong result of fastbn or a regression, or 130 for an interrupt."""
     old = _load("--compare", args.compare) if args.compare else None
     interrupted = False
     if args.load:
@@ -62,7 +62,7 @@ def run(args) -> int:
     print("\n".join(_report(results)))
     if args.plots:
         _plot(results, args.plots)
-    # fastbn takes every case: that it was refused means that it is wrong, raised an error, or cannot run here.
+    # fastbn takes every case, so a refusal means a wrong result, an error, or that it cannot run here.
     ours = (FASTBN, CONVERT, FUSED)
     wrong = any(refusal.implementation.startswith(ours) for refusal in results.refusals)
     regressed = False
@@ -74,7 +74,7 @@ def run(args) -> int:
 
 
 def _check_outputs(args) -> None:
-    """Find what cannot be written before anything is measured for it."""
+    """Check that all outputs can be written before anything is measured."""
     if args.json:
         check_file("--json", args.json, partial_path(args.json))
     if args.plots:
@@ -86,7 +86,7 @@ def _check_outputs(args) -> None:
 
 
 def _plan(args) -> tuple[Runner, list[Step]]:
-    """A runner with empty results, and the steps that fill them."""
+    """Return a runner with empty results, and the steps that fill them."""
     of_suite = {"cpu": "cpu", "gpu": "cuda"}.get(args.suite)
     if of_suite and args.device not in (of_suite, None):
         raise CommandError(f"--device: expected {of_suite} or none for the {args.suite} suite, got {args.device}")
@@ -110,7 +110,7 @@ def _plan(args) -> tuple[Runner, list[Step]]:
         steps += [runner.call(workload) for workload in _selected(call_suite(), args)]
     if "networks" in parts:
         steps += [runner.network(case) for case in NETWORKS[args.suite] if _fits(str(case), args.case)]
-    # Last, for they are many and --time-limit may cut them off.
+    # Layers come last: they are many, and --time-limit may cut them off.
     if "layers" in parts:
         steps += [runner.layer(workload) for workload in _selected(suite(args.suite), args)]
     if not steps:
@@ -134,7 +134,7 @@ def _rivals(args, where: torch.device) -> list[Implementation]:
 
 
 def _check_patterns(args) -> None:
-    """Refuse patterns of one option that nothing in the suite fits, whatever the other options leave of it."""
+    """Refuse the patterns of an option if nothing in the suite matches them, whatever the other options select."""
     workloads = [*suite(args.suite), *call_suite()]
     known = {
         "case": {name for workload in workloads for name in (workload.case.name, workload.group)}
@@ -156,7 +156,7 @@ def _shape_name(workload: Workload) -> str:
 
 
 def _selected(workloads: Sequence[Workload], args) -> list[Workload]:
-    # Whoever asks for torch.compile by name gets it for every case.
+    # If torch.compile is asked for by name, it takes part in every case.
     compiled = args.implementation != ["*"]
     return [
         dataclasses.replace(workload, compiled=workload.compiled or compiled)
@@ -174,10 +174,10 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _measure(steps: Sequence[Step], results: Results, path: Path | None, time_limit: float | None) -> bool:
-    """Run the steps behind a progress bar, saving now and then. Returns whether it was interrupted."""
+    """Run the steps under a progress bar and save now and then. Returns whether it was interrupted."""
     progress = require("bench", "tqdm").tqdm
     begun = saved = time.monotonic()
-    # What `kill` and `timeout` send ends a run as Ctrl-C does.
+    # SIGTERM, which `kill` and `timeout` send, ends a run as Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     shape = "{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left, {desc}"
     try:
@@ -198,11 +198,11 @@ def _measure(steps: Sequence[Step], results: Results, path: Path | None, time_li
     finally:
         signal.signal(signal.SIGTERM, previous)
         if path:
-            _save(results, path)  # also where a step failed
+            _save(results, path)  # even if a step failed
 
 
 def _measure_again(runner: Runner, workloads: Sequence[Workload], old: Results) -> None:
-    """Measure what seems to be a regression anew: what a neighbour on the machine did is gone then."""
+    """Measure suspected regressions again: what a neighbour on the machine caused is gone by then."""
     by_name = {str(workload): workload for workload in workloads}
     for _ in range(CONFIRMATIONS):
         suspects = {" ".join(change.measurement.key[:3]) for change in compare.compare(old, runner.results).regressions}

@@ -1,7 +1,7 @@
-"""Two runs against each other, case by case.
+"""Comparison of two runs, case by case.
 
-Machines drift by more than code changes, and not only as a whole: large tensors may take twice as long in one process
-as in another. So a change counts only where it shows twice, in units of torch's time in the same rounds and as time by
+Machines drift by more than code changes, and not uniformly: large tensors may take twice as long in one process as in
+another. So a change counts only where it shows twice, in units of torch's time in the same rounds and as time by
 itself, both beyond the tolerance and beyond what the spread of the rounds explains.
 """
 
@@ -20,8 +20,11 @@ TOLERANCE = 0.10
 
 @dataclass(frozen=True)
 class Change:
-    """New over old: `time`, over what torch's changed by in the median case; `ratio`, in units of torch's time, where
-    both runs have it. noise: how far from 1 the spread of the rounds may bring them."""
+    """The change of one case, new over old.
+
+    `time` is divided by the drift of torch's time in the median case; `ratio` is in units of torch's time, where both
+    runs have it. `noise` is how far from 1 the spread of the rounds may bring either.
+    """
 
     measurement: Measurement
     time: float
@@ -39,7 +42,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: of fastbn, the worst first. drift: by implementation, the median over cases of new time over old."""
+    """Changes of fastbn, worst first, and by implementation the drift: the median over cases of new time over old."""
 
     changes: list[Change]
     drift: dict[str, float]
@@ -52,7 +55,7 @@ class Comparison:
 
 
 def compare(old: Results, new: Results) -> Comparison:
-    """Cases that both runs timed; the others are counted."""
+    """Compare the cases that both runs timed, and count the others."""
     before = {measurement.key: measurement for measurement in old.measurements}
     after = {measurement.key: measurement for measurement in new.measurements}
     both = [key for key in after if key in before]
@@ -71,17 +74,17 @@ def _change(old: dict, new: dict, key: tuple, drift: float) -> Change:
     stock = (*key[:-1], STOCK)
     relative = all(STOCK in run[key].speedup_over and stock in run for run in (old, new))
     time = new[key].median_us / old[key].median_us
-    # Without torch the machine's drift cannot be told from a change of the code.
+    # Without torch, drift of the machine cannot be told from a change of the code.
     ratio = old[key].speedup_over[STOCK] / new[key].speedup_over[STOCK] if relative else time
     involved = [run[each] for run in (old, new) for each in ((key, stock) if relative else (key,))]
-    # A median is known better than single samples; but from one process to the next, with other pages, it moves by as
-    # much as they do.
+    # A median varies less than single samples within a process, but as much from one process to the next, which gets
+    # other memory pages.
     noise = math.hypot(*((each.p80_us - each.p20_us) / each.median_us for each in involved))
     return Change(new[key], time / drift, ratio, noise)
 
 
 def lines(comparison: Comparison, shown: int = 20) -> list[str]:
-    """Plain text: the drift of each implementation, regressions first, then the other changes that count."""
+    """Write as plain text the drift of each implementation, the regressions, then the improvements."""
     drift = ", ".join(f"{name} {ratio:.3f}" for name, ratio in comparison.drift.items())
     yields = [f"Compared with the earlier run, new time over old, medians over the cases: {drift or 'no common case'}."]
     if comparison.only_old or comparison.only_new:

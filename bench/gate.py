@@ -1,8 +1,8 @@
 """The correctness gate: no implementation is timed before its results agree with the float64 reference.
 
-Checked are output, running statistics and gradients of a call, dtype, shape and memory format, and that everything is
-finite. Of a large case the reference is made for channels spread evenly from the first to the last: the others are the
-same code on other data.
+It checks the output, running statistics and gradients of a call, dtype, shape and memory format, and that everything is
+finite. For a large case the reference is computed for channels spread evenly from the first to the last: the others are
+the same code on other data.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastbn.ops.activations import index as activation_index
 from fastbn.testing import tolerance
 
 MAX_COMPARED = 2**19  # elements
-# What unfused rivals round to the tensor's dtype on the way, beside fastbn's one rounding at the end: the normalised
-# value, the sum with the residual, the gradient behind the activation; one more is for what the first does to the last.
+# Roundings to the tensor's dtype in unfused rivals, where fastbn rounds once: the normalised value, the sum with the
+# residual, the gradient after the activation, and one for the effect of the first on the last.
 ROUNDINGS = 4
 _GRADS = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
 _PER_CHANNEL = ("grad_weight", "grad_bias")
@@ -30,20 +30,20 @@ _PER_CHANNEL = ("grad_weight", "grad_bias")
 
 @dataclass(frozen=True)
 class Expected:
-    """By name, the float64 results of those channels and what a result may be off by."""
+    """Float64 results of those channels by name, each with its tolerance."""
 
     channels: Tensor
     results: dict[str, tuple[Tensor, Tensor]]
 
 
 def expect(operation: Operation, inputs: Inputs) -> Expected:
-    """What every implementation of an operation has to give for these inputs."""
+    """Compute the results that every implementation of an operation must give for these inputs."""
     channels = _compared_channels(inputs)
     return Expected(channels, dict(_reference(operation, inputs, channels)))
 
 
 def why_wrong(prepared: Prepared, inputs: Inputs, expected: Expected) -> str | None:
-    """Run the call once, its first time, and say what is wrong with its results; None if nothing is."""
+    """Run the call for the first time. Returns what is wrong with its results, or None."""
     results = [result.to_dense() if result.is_mkldnn else result for result in prepared.call()]  # contiguous
     names = ("output", *_GRADS)[: len(results)]
     tensors = dict(zip(names, (result.detach() for result in results)))
@@ -56,7 +56,7 @@ def why_wrong(prepared: Prepared, inputs: Inputs, expected: Expected) -> str | N
         exact, allowed = expected.results[name]
         picked = got[expected.channels] if got.dim() == 1 else got[:, expected.channels]
         error = (picked.double() - exact).abs()
-        # Not `error > allowed`: NaN must count as beyond.
+        # `error > allowed` would let NaN pass.
         if not bool((error <= allowed).all()):
             excess = error / allowed
             at = int(excess.nan_to_num(torch.inf).argmax())
@@ -85,7 +85,7 @@ def _compared_channels(inputs: Inputs) -> Tensor:
 
 
 def _reference(operation: Operation, inputs: Inputs, channels: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """(name, (float64 result, what a result may be off by)) for those channels."""
+    """Yield (name, (float64 result, tolerance)) for those channels."""
     x, grad_out = (t[:, channels].double() for t in (inputs.input, inputs.grad_out))
     residual = inputs.residual[:, channels].double() if operation.residual else None
     vectors = (inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var)
@@ -116,20 +116,24 @@ def _reference(operation: Operation, inputs: Inputs, channels: Tensor) -> Iterat
 
 
 def _sum_error(count: int) -> float:
-    """Relative error of a float32 sum. Not all rivals take it in a tree; the error of a serial one is a random walk,
-    which grows with the root of its length."""
+    """Return the relative error of a float32 sum.
+
+    Not all rivals sum in a tree. The error of a serial sum is a random walk, which grows with the root of its length.
+    """
     return torch.finfo(torch.float32).eps * (tolerance.ELEMENT_ROUNDINGS + count**0.5)
 
 
 def _element_tolerance(exact: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """At the scale of the channel's largest value: elements are made of terms of that size, which may cancel."""
+    """Bound the error of elements at the scale of the channel's largest: terms are of that size and may cancel."""
     dims = reference.reduced_dims(exact)
     scale = exact.abs().amax(dims, keepdim=True)
     return ROUNDINGS * tolerance.ulp(dtype, scale) + _sum_error(count) * scale
 
 
 def _sum_tolerance(terms: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """Rounded terms err independently of each other: by six standard deviations, of the root of their squares' sum."""
+    """Bound the error of a sum of rounded terms, which err independently: six standard deviations, from the root of the
+    sum of squares.
+    """
     dims = reference.reduced_dims(terms)
     rounding = ROUNDINGS * torch.finfo(dtype).eps * terms.square().sum(dims).sqrt()
     return 6 * rounding / 12**0.5 + _sum_error(count) * terms.abs().sum(dims)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything for one visit to a machine with a GPU, in under nine minutes: build, tests, compute-sanitizer, verify, bench.
+# Runs everything for one visit to a machine with a GPU, in under nine minutes: build, tests, compute-sanitizer, verify, bench.
 #
 #   OUT       where results go (default: .build/gpu_report): results.json, report.md, plots.tar.gz, log.txt, summary.txt
 #   DEVICE    cuda, or cpu to try the script without a GPU (default: cuda)
@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 trap 'rm -rf "$LOGS"' EXIT
 : > "$LOGS/status"
 
-# step NAME LIMIT COMMAND...: at most LIMIT seconds, and never beyond the whole; output to a log of its own.
+# step NAME LIMIT COMMAND...: runs COMMAND for LIMIT seconds at most, and within the total; it has a log of its own.
 step() {
   local name=$1 limit=$2 left=$((SECONDS_IN_ALL - SECONDS)) begun=$SECONDS status outcome
   shift 2
@@ -29,7 +29,7 @@ step() {
     return
   fi
   printf '== %s (at most %s s)\n' "$name" "$limit"
-  # To commands that a shell started in the background INT would mean nothing; bench takes TERM as an interrupt.
+  # Background commands of a shell ignore INT; bench takes TERM as an interrupt.
   LIMIT=$limit timeout --signal=TERM --kill-after=10 "$limit" "$@" > "$LOGS/$name" 2>&1
   status=$?
   case $status in
@@ -48,7 +48,7 @@ machine() {
 }
 
 build() {
-  # Only for the GPU that is here: a third of the time of the default.
+  # Build for the GPU that is here alone: a third of the time of the default.
   if [ "$DEVICE" = cuda ] && [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
     TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return
     export TORCH_CUDA_ARCH_LIST
@@ -62,7 +62,7 @@ tests() {
   exec "$PYTHON" -m pytest -q -m gpu -n "$(($(nproc) / 2))"
 }
 
-# sanitize TOOL: the small cases of every op and both kinds of layout.
+# sanitize TOOL: runs the small cases of every op and both kinds of layout.
 sanitize() {
   OMP_NUM_THREADS=2 compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
     tests/ops/test_ops.py -m gpu -k "prime or rgb or aligned"
@@ -87,8 +87,8 @@ verify() { exec "$PYTHON" -m fastbn verify --device "$DEVICE"; }
 bench() {
   local suite=gpu
   [ "$DEVICE" = cuda ] || suite=quick
-  # The rest is for the plots, and for what the last case takes beyond the limit.
-  # In the place of this shell: what `timeout` sends must reach bench, and be waited for.
+  # The rest of the time is for the plots, and for the last case, which may exceed the limit.
+  # exec replaces this shell: the signal of `timeout` must reach bench, and bench must be waited for.
   exec "$PYTHON" -m bench --suite "$suite" --device "$DEVICE" --time-limit "$((LIMIT - 40))" \
     --json "$OUT/results.json" --plots "$LOGS/plots"
 }

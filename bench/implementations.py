@@ -1,6 +1,6 @@
-"""The rivals, and how each is called: as a user's layer, torch.nn's followed by addition and activation in place.
+"""The rivals, each called as a layer of a user's model: torch.nn's is followed by addition and activation in place.
 
-`prepare` gives a call without arguments, which `bench.timer` times and `bench.gate` checks before.
+`prepare` returns a call without arguments, which `bench.gate` checks and `bench.timer` times.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ _COMPILE_MODES = {"compile": "default", "compile-max-autotune": "max-autotune-no
 
 @dataclass(frozen=True)
 class Prepared:
-    """`call` runs the operation once and returns output, grad_input, grad_weight, grad_bias and grad_residual, as far
-    as the operation has them; `forward` only its first half. `module` holds the running statistics. `kernel` is what
-    the call runs on inside."""
+    """A prepared call.
+
+    `call` runs the operation once and returns output, grad_input, grad_weight, grad_bias and grad_residual, as far as
+    the operation has them; `forward` runs only the forward pass. `module` holds the running statistics. `kernel` names
+    the kernels that run.
+    """
 
     call: Callable[[], tuple[Tensor, ...]]
     forward: Callable[[], Tensor]
@@ -40,8 +43,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Implementation:
-    """`why_not` says why a workload is not for it, or None. `prepare` raises what its library raises. What `compiles`
-    takes seconds a workload, and part only in those that ask for it."""
+    """A rival. `why_not` returns why it cannot take a workload, or None; `prepare` raises the errors of its library.
+
+    If it `compiles`, it takes seconds per workload, and takes part only in those that ask for it.
+    """
 
     name: str
     prepare: Callable[[Operation, Inputs], Prepared]
@@ -64,7 +69,7 @@ def _can_serve(backend: str, device: torch.device) -> bool:
 
 
 def implementations(device: torch.device) -> list[Implementation]:
-    """All that this installation has for a device, in the order of the tables."""
+    """Return all implementations that this installation has for a device, in the order of the tables."""
     default, reason = serving(device)
     others = [name for name in registry.names() if name not in (default, "reference", "torch")]
     compiled = [
@@ -102,7 +107,7 @@ def _prepared(
     grad_out: Tensor,
     kernel: str,
 ) -> Prepared:
-    """The call of an operation: `forward` takes x, and residual where the operation has one."""
+    """Prepare an operation: `forward` takes x, and the residual where the operation has one."""
     gradients = operation.mode != "eval"
     arguments = (x, residual) if operation.residual else (x,)
     if gradients:
@@ -123,7 +128,7 @@ def _prepared(
 
 
 def _stock_forward(operation: Operation, module: nn.Module) -> Callable[..., Tensor]:
-    """In place where autograd allows it, as model code does: torchvision's blocks, for one."""
+    """Add and activate in place where autograd allows it, as model code does (torchvision's blocks, for one)."""
 
     def forward(x: Tensor, residual: Tensor | None = None) -> Tensor:
         output = module(x)
@@ -145,8 +150,8 @@ def _prepare_stock(operation: Operation, inputs: Inputs) -> Prepared:
 
 
 def _prepare_compiled(mode: str, operation: Operation, inputs: Inputs) -> Prepared:
-    # Without CUDA graphs: they would copy the input, which no producer writes in place here, and device time is what
-    # is measured. A fresh closure each, so that no earlier shape makes this one dynamic.
+    # CUDA graphs are off: they would copy the input, which no producer writes in place here, and device time is what
+    # is measured. Each gets a fresh closure, so that no earlier shape makes this one dynamic.
     module = _module(_STOCK_MODULES, operation, inputs)
     forward = torch.compile(_stock_forward(operation, module), mode=mode, fullgraph=True, dynamic=False)
     return _prepared(operation, module, forward, inputs.input, inputs.residual, inputs.grad_out, "inductor")

@@ -1,4 +1,4 @@
-"""What the implementations of a workload are given: the same tensors for all."""
+"""The inputs of a workload, the same tensors for all implementations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a case: input, residual and grad_out in its dtype and layout, the vectors float32."""
+    """Tensors of a case: input, residual and grad_out in its dtype and layout, the others float32, [C]."""
 
     case: Case
     input: Tensor
@@ -29,7 +29,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Normal values with another mean and scale in each channel, from fixed seeds."""
+    """Make normal values with another mean and scale in each channel, from fixed seeds."""
 
     def vector(seed: int, low: float, high: float) -> Tensor:
         return make_vector(case.channels, torch.float32, device, seed, low, high)
@@ -45,8 +45,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def _away_from_kinks(x, residual, grad_out, weight, bias, running_mean, running_var) -> None:
-    """No gradient where rounding decides on which side of relu's kink an element lies: either answer is right, and an
-    implementation that rounds the sum before the activation gives another than one that does not."""
+    """Zero the gradient where rounding decides on which side of relu's kink an element lies.
+
+    Either answer is right: an implementation that rounds the sum before the activation gives another than one that does
+    not.
+    """
     for training in (True, False):
         z = F.batch_norm(x.float(), running_mean.clone(), running_var.clone(), weight, bias, training, MOMENTUM, EPS)
         scale = z.abs().max().item() + residual.abs().max().item()

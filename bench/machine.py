@@ -1,4 +1,4 @@
-"""What ran the benchmark: machine, versions, revision of the source."""
+"""The machine that ran the benchmark, its versions, and the revision of the source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
-# NVIDIA's datasheets, 1e9 bytes a second, by part of the device's name. The first that fits counts.
+# NVIDIA's datasheets, in GB/s, by a part of the device's name. The first match counts.
 _DATASHEET_GB_PER_S = {
     "B200": 8000,
     "H200": 4800,
@@ -27,7 +27,7 @@ _DATASHEET_GB_PER_S = {
 
 
 def machine(device: torch.device) -> dict:
-    """A flat dict but for `gpu`; None where something is not known."""
+    """Describe this machine in a dict, flat except for `gpu`; None where something is not known."""
     info = fastbn.info()
     gpu = _gpu() if device.type == "cuda" else None
     return {
@@ -52,7 +52,7 @@ def machine(device: torch.device) -> dict:
 
 
 def describe(machine: dict) -> str:
-    """One line: the device, and the versions that its figures belong to."""
+    """Write the device and the versions in one line."""
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
     cuda = f", CUDA {machine['cuda']}" if machine["device"] == "cuda" else ""
     revision = (machine["revision"] or "unknown revision")[:10] + (" and changes" if machine["modified"] else "")
@@ -93,7 +93,7 @@ def _triton() -> str | None:
 
 
 def _source() -> dict:
-    """The git revision of the checkout; FASTBN_REVISION names it where the source came without its history."""
+    """Return the git revision of the checkout; FASTBN_REVISION names it for a tree without its history."""
     revision = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if revision is None:
         return {"revision": os.environ.get("FASTBN_REVISION"), "modified": None}

@@ -31,7 +31,7 @@ BUDGET = Budget(seconds=10, warm_up_seconds=1, min_rounds=3, max_rounds=101)
 # A tenth of the usual rate: hundreds of steps on the same batch stay finite.
 LEARNING_RATE = 0.01
 SEED = 0
-# For the float64 pass of the gate; more would cost memory and prove no more.
+# Images of the float64 pass of the gate; more would cost memory and prove no more.
 GATE_IMAGES = 8
 
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -42,7 +42,7 @@ _BACKWARD_OPS = {"aten::threshold_backward"}
 
 @dataclass(frozen=True)
 class NetworkCase:
-    """A batch of square images. dtype: float32, or bfloat16 for autocast to it with float32 parameters."""
+    """A batch of square images. `dtype` is float32, or bfloat16 for autocast with float32 parameters."""
 
     batch: int
     image_size: int
@@ -60,7 +60,7 @@ class NetworkCase:
 
 
 class Training:
-    """A model, its optimizer and the one batch it trains on. `loss` is that of the latest forward."""
+    """A model, its optimizer and the one batch it trains on. `loss` is that of the latest forward pass."""
 
     def __init__(self, model: nn.Module, source: str, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
         self.model, self.source, self.images, self.labels = model, source, images, labels
@@ -87,9 +87,9 @@ class Training:
 def measure(
     case: NetworkCase, device: torch.device, budget: Budget = BUDGET
 ) -> tuple[list[NetworkStep], list[Refusal]]:
-    """Time a step of each of the three, in turns, but for those that the gate refuses.
+    """Time a step of each of the three in turns, except those that the gate refuses.
 
-    peak_bytes is the most that a step allocates at once beyond what is there before: parameters, momenta and batch.
+    peak_bytes is the maximum that a step allocates at once beyond parameters, momenta and the batch.
     """
     with _cudnn_benchmark():
         steps, refusals = _measure(case, device, budget)
@@ -127,11 +127,12 @@ def _measure(case: NetworkCase, device: torch.device, budget: Budget) -> tuple[l
 
 
 def norm_share(training: Training) -> float | None:
-    """Of the profiled time of a step, what ran in BatchNorm, ReLU, residual addition and their backward.
+    """Return the fraction of the profiled time of a step spent in BatchNorm, ReLU, residual addition and their
+    backward.
 
-    By op, as `is_norm_op` says: device time of the kernels an op launched or, on a CPU, the op's own time. None where
-    the profiler saw no time. Forward, backward and update are profiled one by one, since an op's name does not tell a
-    residual addition from a sum of gradients or an update of parameters.
+    It is counted by op, as `is_norm_op` says: device time of the kernels that an op launched or, on a CPU, the op's own
+    time. None where the profiler saw no time. Forward, backward and update are profiled one by one, since the name of
+    an op does not tell a residual addition from a sum of gradients or an update of parameters.
     """
     device = training.images.device
     forward, backward, update = (
@@ -148,7 +149,7 @@ def norm_share(training: Training) -> float | None:
 
 
 def is_norm_op(op: str, forward: bool) -> bool:
-    """Whether an op of the forward or backward pass is BatchNorm, ReLU or residual addition.
+    """Return whether an op of the forward or backward pass is BatchNorm, ReLU or residual addition.
 
     In forward, add_ is the residual addition or, in torch's BatchNorm, the count of batches. In backward, sums of
     gradients at a block's fork are autograd's, whoever computed them.
@@ -203,7 +204,7 @@ def _trainings(case: NetworkCase, device: torch.device) -> dict[str, Training]:
 
 
 def _stock(plain: nn.Module) -> tuple[nn.Module, str]:
-    """torchvision's model where it is installed, else ours. timm's needs torchvision, so it would never be the one."""
+    """Return torchvision's model where it is installed, else ours. timm needs torchvision, so it is not tried."""
     try:
         import torchvision
     except Exception:  # a torchvision of another torch than this fails by other errors than ImportError
@@ -214,8 +215,8 @@ def _stock(plain: nn.Module) -> tuple[nn.Module, str]:
 def _gate(trainings: dict[str, Training], case: NetworkCase, device: torch.device) -> list[Refusal]:
     """Take the first step of each, and refuse those that fastbn cannot run here or that disagree with torch's.
 
-    The loss of the first step has to agree as far as its dtype tells (`loss_tolerance`), which in bfloat16 is not far:
-    a network that leaves out a residual addition passes. So a pass of a few images in float64 has to agree too.
+    The loss of the first step has to agree within `loss_tolerance`, which in bfloat16 is wide enough for a network that
+    leaves out a residual addition. So a pass of a few images in float64 has to agree too.
     """
     refusal = functools.partial(Refusal, str(case), dtype_name(case.dtype), "step")
     backend, why = serving(device)
@@ -237,11 +238,11 @@ def _gate(trainings: dict[str, Training], case: NetworkCase, device: torch.devic
 
 
 def loss_tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """How far the first loss may be off, relatively: half of the digits of the type that convolutions compute in.
+    """Return the relative tolerance of the first loss: half of the digits of the type that convolutions compute in.
 
     In training mode an untrained ResNet-50 multiplies rounding errors by some thousands on the way to its logits, which
-    is what 1 / sqrt(eps) of float32 is. In bfloat16 that leaves logits that agree in little more than their mean over
-    the batch; the loss, itself a mean over the batch, moves less.
+    is 1 / sqrt(eps) of float32. In bfloat16 the logits then agree in little more than their mean over the batch; the
+    loss, itself a mean over the batch, moves less.
     """
     tf32_eps = 2**-10  # what cuDNN's convolutions of float32 round to unless told otherwise
     eps = tf32_eps if dtype == torch.float32 and device.type == "cuda" else torch.finfo(dtype).eps
@@ -249,7 +250,7 @@ def loss_tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def float64_pass(training: Training) -> dict[str, Tensor]:
-    """Logits, gradients and running statistics of a training pass of a copy of the model in float64."""
+    """Compute logits, gradients and running statistics of a training pass of a copy of the model in float64."""
     model = copy.deepcopy(training.model).double()
     logits = model(training.images[:GATE_IMAGES].double())
     F.cross_entropy(logits, training.labels[:GATE_IMAGES]).backward()
@@ -258,10 +259,10 @@ def float64_pass(training: Training) -> dict[str, Tensor]:
 
 
 def _disagreement(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """Why results of `float64_pass` are not the same but for rounding, or None.
+    """Return why results of `float64_pass` differ by more than rounding, or None.
 
-    Half of the digits have to agree, as of a loss: rounding grows less, but for batches so small that the last
-    BatchNorms see two or three values a channel.
+    Half of the digits have to agree, as in a loss. Rounding grows less here, except for batches so small that the last
+    BatchNorms see two or three values per channel.
     """
     tolerance = math.sqrt(torch.finfo(torch.float64).eps)
     for name, tensor in expected.items():
@@ -283,7 +284,7 @@ def _peak_bytes(training: Training, device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def _cudnn_benchmark() -> Iterator[None]:
-    """Convolutions by the fastest algorithm, as whoever cares about the time of a step has it."""
+    """Let cuDNN search for the fastest convolutions, as users who care about the time of a step do."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -1,7 +1,8 @@
-"""The operations that are timed, each with the bytes that it has to move at least: every tensor read or written once.
+"""The operations that are timed, each with the bytes that it has to move: every tensor read or written once.
 
-Modes: train (training forward), train_backward (training forward and backward), eval (running statistics, without
-gradients), frozen (running statistics, forward and backward). Then what is fused: an addition, an activation.
+An operation is a mode and what is fused (an addition, an activation). Modes: train (training forward), train_backward
+(training forward and backward), eval (running statistics, without gradients), frozen (running statistics, forward and
+backward).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class Operation:
         return self.mode in ("train_backward", "frozen")
 
     def floor_bytes(self, numel: int, itemsize: int) -> int:
-        """Bytes for tensors of `numel` elements of `itemsize` bytes: x and the output, a residual; then backward
-        grad_out, x, grad_input, and where an activation follows an addition its gradient and a bit an element, which
-        forward wrote (or, for an activation that is not piecewise linear, the residual)."""
+        """Return the bytes for tensors of `numel` elements of `itemsize` bytes: x, the output and a residual; then for
+        backward grad_out, x and grad_input, and where an activation follows an addition its gradient and a bit per
+        element, which forward wrote (or, for an activation that is not piecewise linear, the residual).
+        """
         tensors, bits = 2 + self.residual, 0
         if self.backward:
             tensors += 3

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# How to read a figure, by the first part of its file's name.
+# Captions, by the first part of the file name.
 CAPTIONS = {
-    "bandwidth": "The bytes that an op has to move at least over its time, against the size of one tensor. The line is "
+    "bandwidth": "The minimum of bytes that an op moves, over its time, against the size of one tensor. The line is "
     "what a copy of such a tensor reached in the same run. Filled markers are contiguous tensors, hollow ones "
     "channels_last. Higher is better.",
-    "speedup": "How many times as fast as a rival fastbn was: a row a case, a marker an op. Right of the line at 1 "
+    "speedup": "How many times as fast as a rival fastbn was: a row per case, a marker per op. Right of the line at 1 "
     "fastbn is faster, in the shaded part the rival. A marker at 16 or 1/16 belongs there or beyond.",
     "growth": "Time against one size of the tensor, the others fixed, both axes logarithmic. Along the dotted line "
     "time is in proportion to size; a flat start is the cost of a call. Hollow markers on dashed lines are "
     "channels_last. Lower is better.",
 }
 _BANDWIDTH_OPS = ("train", "train_backward", "train_backward+relu", "eval")
-# Colour and marker.
+# (colour, marker)
 _Style = tuple[str, str]
 _STYLES = {
     "torch": ("#0072B2", "o"),
@@ -64,7 +64,7 @@ _COPY = {"color": _BLACK, "linewidth": 1.2}
 _DATASHEET = {"color": _BLACK, "linewidth": 1.2, "linestyle": "--"}
 _PROPORTIONAL = {"color": _GREY, "linewidth": 1.2, "linestyle": ":"}
 _ROWS_A_PAGE = 44
-# One case of 100 would leave the others on a line.
+# Speed-ups beyond this factor are drawn at it: one of 100 would leave the others on a line.
 _WIDEST = 16
 
 
@@ -74,7 +74,7 @@ def save_all(results: Results, directory: Path) -> list[Path]:
     Raises CommandError where matplotlib is not installed.
     """
     paths = []
-    # Names of machines and cases are no formulas, whatever they hold.
+    # Names of machines and cases are not formulas, even if they contain $.
     with require("bench", "matplotlib").rc_context({"text.parse_math": False}):
         for name, figure in {**bandwidth(results), **speedup(results), **growth(results)}.items():
             paths.append(directory / f"{name}.png")
@@ -83,7 +83,7 @@ def save_all(results: Results, directory: Path) -> list[Path]:
 
 
 def bandwidth(results: Results) -> dict[str, Figure]:
-    """Achieved GB/s against the bytes of one tensor, a panel an op, with what a copy reached."""
+    """Plot achieved GB/s against the bytes of one tensor, a panel per op, with the copy."""
     shown = [m for m in results.measurements if not is_sweep(m.group) and not is_again(m.implementation)]
     ops = [op for op in _BANDWIDTH_OPS if any(m.op == op for m in shown)]
     if not ops:
@@ -117,7 +117,7 @@ def bandwidth(results: Results) -> dict[str, Figure]:
 
 
 def _bandwidth_lines(results: Results) -> dict[str, tuple[list[tuple], dict]]:
-    """Points and style of a line, by its name in the legend."""
+    """Return points and style of each line, by its name in the legend."""
     copied = sorted((point.bytes, point.gb_per_s) for point in results.copy)
     lines = {"copy": (copied, _COPY)} if copied else {}
     datasheet = results.machine.get("datasheet_gb_per_s")
@@ -135,7 +135,9 @@ class _Row(NamedTuple):
 
 
 def speedup(results: Results) -> dict[str, Figure]:
-    """fastbn's speed-up over each rival, a page or more a dtype: a row a case, a panel a mode, a marker an op."""
+    """Plot fastbn's speed-up over each rival, one or more pages per dtype: a row per case, a panel per mode, a marker
+    per op.
+    """
     figures = {}
     workloads = by_workload(m for m in results.measurements if not is_sweep(m.group))
     for dtype in sorted({dtype for _, dtype, _ in workloads}, key=dtype_order):
@@ -150,7 +152,7 @@ def speedup(results: Results) -> dict[str, Figure]:
 
 
 def _speedup_blocks(ours: list[Measurement]) -> Iterator[list[_Row]]:
-    """Rows under a heading, a block a rival and group."""
+    """Yield rows under a heading, a block per rival and group."""
     for rival in dict.fromkeys(name for m in ours for name in m.speedup_over if is_rival(name)):
         against = [m for m in ours if rival in m.speedup_over]
         for group in dict.fromkeys(m.group for m in against):
@@ -162,14 +164,14 @@ def _speedup_blocks(ours: list[Measurement]) -> Iterator[list[_Row]]:
 
 
 def _pages(blocks: Iterable[list[_Row]]) -> Iterator[list[_Row]]:
-    """Fill pages about evenly; a block that goes on over a page's end repeats its heading."""
+    """Fill pages about evenly. A block that continues on the next page repeats its heading."""
     blocks = list(blocks)
     total = sum(map(len, blocks))
     length = math.ceil(total / math.ceil(total / _ROWS_A_PAGE)) + 1 if total else 0
     page: list[_Row] = []
     for heading, *rows in blocks:
         while rows:
-            # No page ends with a heading and a row or two.
+            # Keep at least three rows with a heading.
             if page and len(page) + min(len(rows), 3) >= length:
                 yield page
                 page = []
@@ -189,17 +191,19 @@ def _speedup_page(results: Results, title: str, rows: list[_Row]) -> Figure:
     figure = _figure(results, title, 2.6 + 2.1 * len(modes), 1.6 + 0.19 * len(rows), keys)
     panels = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     speedups = [speedup for row in rows for speedup in row.over.values()]
-    least, most = max(1 / _WIDEST, min(speedups + [0.53])), min(_WIDEST, max(speedups + [1.9]))
-    low, high = 0.9 * least, 1.1 * most
+    low_edge, high_edge = max(1 / _WIDEST, min(speedups + [0.53])), min(_WIDEST, max(speedups + [1.9]))
+    low, high = 0.9 * low_edge, 1.1 * high_edge
     for axes, mode in zip(panels, modes):
         axes.axvspan(low, 1, color=_SHADE, zorder=0)
         axes.axvline(1, color=_BLACK, linewidth=1, zorder=1)
         for index, (rest, style) in enumerate(styles.items()):
             op = f"{mode}+{rest}" if rest else mode
-            # Each a little below the last, for equal speed-ups would hide one another.
+            # Markers of a row are shifted, since equal speed-ups would hide each other.
             shift = (index - (len(styles) - 1) / 2) * min(0.2, 0.6 / len(styles))
             points = [
-                (min(max(row.over[op], least), most), at + shift) for at, row in enumerate(rows) if op in row.over
+                (min(max(row.over[op], low_edge), high_edge), at + shift)
+                for at, row in enumerate(rows)
+                if op in row.over
             ]
             axes.plot(*_columns(points), linestyle="none", **_marker(style, markersize=4))
         axes.hlines([at for at, row in enumerate(rows) if row.over], low, high, color=_LIGHT, linewidth=0.5, zorder=0.5)
@@ -210,7 +214,7 @@ def _speedup_page(results: Results, title: str, rows: list[_Row]) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", top=True, labeltop=len(rows) > 25)
     labels = [row.label for row in rows]
-    # Of a shape in two layouts, the second row names the layout alone.
+    # A shape in two layouts: the second row names the layout alone.
     short = [label.removeprefix(f"{above} ") for above, label in zip(["", *labels], labels)]
     panels[0].set_yticks(range(len(rows)), short)
     for row, label in zip(rows, panels[0].get_yticklabels()):
@@ -219,7 +223,7 @@ def _speedup_page(results: Results, title: str, rows: list[_Row]) -> Figure:
 
 
 def _octaves(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic x axis with ticks at powers of 2, or of 4, 8 and so on where those would be many."""
+    """Make a logarithmic x axis with ticks at powers of 2, or of 4, 8 and so on where those would be many."""
     axes.set(xscale="log", xlim=(low, high))
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
     step = math.ceil((last - first + 1) / 6)
@@ -229,7 +233,7 @@ def _octaves(axes: Axes, low: float, high: float) -> None:
 
 
 def _log_axes(axes: Axes) -> None:
-    """Logarithmic axes with plain numbers; within two decades also at 2 and 5."""
+    """Make logarithmic axes with plain numbers, within two decades also at 2 and 5."""
     ticker = require("bench", "matplotlib.ticker")
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -240,7 +244,7 @@ def _log_axes(axes: Axes) -> None:
 
 
 def growth(results: Results) -> dict[str, Figure]:
-    """Time against the size that a sweep changes: a figure a dtype, a column a sweep, a row an op."""
+    """Plot time against the size that a sweep changes: a figure per dtype, a column per sweep, a row per op."""
     sweeps = [m for m in results.measurements if is_sweep(m.group) and not is_again(m.implementation)]
     figures = {}
     for dtype in sorted({m.dtype for m in sweeps}, key=dtype_order):
@@ -263,10 +267,10 @@ def _growth_page(results: Results, title: str, shown: list[Measurement]) -> Figu
             points = sorted((_swept(m), m.median_us) for m in some)
             axes.plot(*_columns(points), linestyle="--" if hollow else "-", linewidth=1.2, **_marker(style, hollow))
         if here:
-            # Through the longest time, so that the lines leave it where the cost of a call takes over.
+            # It goes through the longest time, so that lines leave it where the cost of a call dominates.
             end, time = max((_swept(m), m.median_us) for m in here)
-            least = min(m.median_us for m in here)
-            axes.plot([end * least / time, end], [least, time], zorder=1, **_PROPORTIONAL)
+            shortest = min(m.median_us for m in here)
+            axes.plot([end * shortest / time, end], [shortest, time], zorder=1, **_PROPORTIONAL)
         shape = _swept_shape([m for m in shown if m.group == sweep])
         axes.set(title=f"{op}, {shape}", xlabel=sweep.removeprefix("sweep "), ylabel="µs")
         _frame(axes)
@@ -275,19 +279,19 @@ def _growth_page(results: Results, title: str, shown: list[Measurement]) -> Figu
 
 
 def _swept(m: Measurement) -> int:
-    """The size that a sweep changes: N, C, or the number of pixels."""
+    """Return the size that a sweep changes: N, C, or the number of pixels."""
     return {"sweep N": m.shape[0], "sweep C": m.shape[1]}.get(m.group, math.prod(m.shape[2:]))
 
 
 def _swept_shape(sweep: list[Measurement]) -> str:
-    """The shapes of a sweep as one: numbers where they agree, letters where they differ."""
+    """Write the shapes of a sweep as one: numbers where they agree, letters where they differ."""
     names = ("N", "C", *{1: "L", 2: "HW", 3: "DHW"}.get(len(sweep[0].shape) - 2, ""))
     sizes = [set(of_dimension) for of_dimension in zip(*[m.shape for m in sweep])]
     return "x".join(str(*some) if len(some) == 1 else name for name, some in zip(names, sizes))
 
 
 def _case_label(m: Measurement) -> str:
-    """A case under its group's heading."""
+    """Write a case under its group's heading."""
     return "x".join(map(str, m.shape)) + (f" {m.layout}" if m.layout != "contiguous" else "")
 
 
@@ -315,7 +319,7 @@ def _key(style: _Style, hollow: bool = False) -> dict:
 
 
 def _keys(styles: dict[str, _Style], shown: list[Measurement]) -> dict[str, dict]:
-    """The legend of implementations and, where both occur, of layouts."""
+    """Return the legend of implementations and, where both occur, of layouts."""
     keys = {name: _key(style) for name, style in styles.items()}
     if len({_is_channels_last(m) for m in shown}) == 2:
         keys["contiguous"], keys["channels_last"] = (_key((_GREY, "o"), hollow) for hollow in (False, True))
@@ -323,17 +327,18 @@ def _keys(styles: dict[str, _Style], shown: list[Measurement]) -> dict[str, dict
 
 
 def _figure(results: Results, title: str, width: float, height: float, keys: dict[str, dict]) -> Figure:
-    """A titled figure of so many inches; at its foot a legend, and in small print the machine and the versions.
+    """Make a figure of `width` x `height` inches with a title, a legend at the bottom, and below it the machine and the
+    versions.
 
     `keys` gives the line or marker of each entry of the legend.
     """
     # A Figure of its own, without pyplot, needs no display and leaves no global state.
-    width = max(width, 7)  # of the small print
+    width = max(width, 7)  # the small print needs as much
     figure = require("bench", "matplotlib.figure").Figure(figsize=(width, height), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=12)
     figure.text(0.5, 0.08 / height, _small_print(results), fontsize=7.5, color=_GREY, horizontalalignment="center")
     columns = min(len(keys), int(width / 1.4))
-    # The layout engine knows no text below a legend: both get their inches here.
+    # The layout engine ignores text below a legend: reserve the space for both here.
     foot = 0.3 + 0.2 * math.ceil(len(keys) / columns)
     figure.get_layout_engine().set(rect=(0, foot / height, 1, 1 - foot / height))
     Line2D = require("bench", "matplotlib.lines").Line2D

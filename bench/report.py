@@ -1,6 +1,6 @@
-"""A run as one Markdown file that needs no other: figures are embedded as data URIs.
+"""Writes a run as one Markdown file that needs no other: figures are embedded as data URIs.
 
-What was not measured is said to be absent; no sentence states a figure that is not in the records.
+It says what was not measured, and states no figure that is not in the records.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _method(results: Results) -> Iterator[str]:
         spread = statistics.median((m.p80_us - m.p20_us) / m.median_us for m in results.measurements)
         yield f"Rounds: {min(rounds)} to {max(rounds)}."
         yield f"The 80th percentile of a time is {100 * spread:.1f}% of it above the 20th (median over the rows)."
-    yield "GB/s counts the bytes that an op has to move at least, each tensor read or written once;"
-    yield "its share of a copy is that over what a copy of a tensor of the same size reached in this run."
+    yield "GB/s counts the minimum of bytes that an op moves, each tensor read or written once;"
+    yield "its fraction of a copy is relative to what a copy of a tensor of the same size reached in this run."
 
 
 def _figures(plots: Sequence[Path]) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _figures(plots: Sequence[Path]) -> Iterator[str]:
         content = base64.b64encode(plot.read_bytes()).decode("ascii")
         yield from [""] * (number > 0)
         yield f"![{name}](data:image/png;base64,{content})"
-        # Pages of one kind are read alike.
+        # Explain the first page of each kind.
         how = f". {escape(CAPTIONS[kind])}" if kind in CAPTIONS and kind not in explained else ""
         explained.add(kind)
         yield from ("", f"*Figure {number + 1}: {name}*{how}")
@@ -117,7 +117,7 @@ def _refused(results: Results) -> Iterator[str]:
 
 
 def _section(table: Table) -> Iterator[str]:
-    """The table's notes, a paragraph each, and the table; or that there is none."""
+    """Yield the table's notes, a paragraph each, and the table; or that there is none."""
     if not table.rows:
         yield _ABSENT
         return
@@ -133,7 +133,7 @@ def _markdown(table: Table) -> Iterator[str]:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 

@@ -1,6 +1,8 @@
-"""ResNet-50 v1.5 (He et al. 2015, arXiv:1512.03385, but with the stride in the 3x3 convolution), with the state_dict
-keys and shapes of torchvision's. What follows a convolution is a parameter: PLAIN leaves normalisation, residual
-addition and ReLU to an op each, as torchvision does; FUSED makes them one call of fastbn.
+"""ResNet-50 v1.5 (He et al. 2015, arXiv:1512.03385, with the stride in the 3x3 convolution), with torchvision's
+state_dict keys and shapes.
+
+The layers after a convolution are a parameter: PLAIN leaves normalisation, residual addition and ReLU to an op each, as
+torchvision does; FUSED makes them one call of fastbn.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import fastbn
 
-# Width of the bottlenecks, how many there are, and the stride of the first.
+# (width of the bottlenecks, number of them, stride of the first)
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 EXPANSION = 4
 CLASSES = 1000
@@ -22,7 +24,11 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class NormStyle:
-    """norm, norm_before_relu: a module from a number of channels. norm_relu(norm_before_relu, input, residual=None)."""
+    """The layers after a convolution.
+
+    `norm` and `norm_before_relu` make a module from a number of channels; norm_relu(norm_before_relu, input,
+    residual=None) applies one.
+    """
 
     norm: Callable[[int], nn.Module]
     norm_before_relu: Callable[[int], nn.Module]
@@ -45,7 +51,9 @@ FUSED = NormStyle(fastbn.BatchNorm2d, functools.partial(fastbn.BatchNorm2d, acti
 
 
 class Bottleneck(nn.Module):
-    """1x1 convolution to `width` channels, 3x3 with the stride, 1x1 to EXPANSION times the width, and the input."""
+    """1x1 convolution to `width` channels, 3x3 with the stride, 1x1 to EXPANSION times the width; then the input is
+    added.
+    """
 
     def __init__(self, in_channels: int, width: int, stride: int, style: NormStyle) -> None:
         super().__init__()
@@ -70,7 +78,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Images (N, 3, H, W) to logits (N, 1000)."""
+    """ResNet-50 from images (N, 3, H, W) to logits (N, 1000)."""
 
     def __init__(self, style: NormStyle) -> None:
         super().__init__()

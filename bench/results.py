@@ -1,7 +1,7 @@
-"""What a run leaves behind: records as dataclasses, and the JSON file of them, whose schema is results.schema.json.
+"""Records of a run as dataclasses, and the JSON file of them, whose schema is results.schema.json.
 
-Times are microseconds a call, statistics over the rounds of a measurement. `implementation` names a row of
-bench/implementations.py, `kernel` what it ran on inside: cudnn or native for torch, a plan's name for fastbn.
+Times are in microseconds per call, statistics over the rounds of a measurement. `implementation` names a row of
+bench/implementations.py, `kernel` the kernels that ran: cudnn or native for torch, a plan's name for fastbn.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 FORMAT = "fastbn bench 1"
 SCHEMA = Path(__file__).with_name("results.schema.json")
-# A hundred times the largest run.
+# The largest file that is read: a hundred times the largest run.
 MAX_BYTES = 2**28
 # From 0 to 1.
 Share = typing.NewType("Share", float)
-# One of DTYPES; files are named after it.
+# One of DTYPES, since files are named after it.
 Dtype = typing.NewType("Dtype", str)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a call over `rounds` samples: median and the 20th and 80th percentile."""
+    """Microseconds per call over `rounds` samples: median, 20th and 80th percentile."""
 
     median_us: float
     p20_us: float
@@ -38,7 +38,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Subject:
-    """What was measured: an op on a case by an implementation."""
+    """An op on a case by an implementation."""
 
     group: str
     case: str
@@ -61,10 +61,10 @@ class Subject:
 class Measurement(Subject, Times):
     """Device time (on a CPU: time) of one op.
 
-    tensor_bytes: S, the bytes of one activation tensor. floor_bytes: what the op has to move at least.
-    gb_per_s: floor_bytes over the median, in 1e9 bytes a second. copy_share: that over what a copy of S bytes reached
-    in the same run. speedup_over: by name of another implementation of the same rounds, the median over the rounds of
-    its time over this one's.
+    tensor_bytes: S, the bytes of one activation tensor. floor_bytes: minimum of bytes that the op moves. gb_per_s:
+    floor_bytes over the median, in 1e9 bytes per second. copy_share: its fraction of what a copy of S bytes reached in
+    the same run. speedup_over: by name of another implementation of the same rounds, the median over the rounds of its
+    time over this one's.
     """
 
     tensor_bytes: int
@@ -76,10 +76,10 @@ class Measurement(Subject, Times):
 
 @dataclass(frozen=True)
 class Call(Subject, Times):
-    """What a call costs beside its device time. Times are the host's, from call to return, the device's queue empty.
+    """Costs of a call beside its device time. Times are the host's, from call to return, with an empty queue.
 
-    launches: kernels a call, counted by the profiler, None on a CPU. held_bytes: what stays allocated between forward
-    and backward beyond the input; peak_bytes: the most that was allocated at once beyond inputs; None where not known.
+    launches: kernels per call, counted by the profiler, None on a CPU. held_bytes: what stays allocated between forward
+    and backward beyond the input; peak_bytes: the maximum allocated at once beyond the inputs; None where not known.
     """
 
     launches: int | None
@@ -92,8 +92,8 @@ class Call(Subject, Times):
 class NetworkStep(Times):
     """A training step (forward, loss, backward, SGD) of a network.
 
-    norm_share: of the step's time, by the profiler, that ran in BatchNorm, activation and residual addition.
-    first_loss: of the first step, equal but for rounding for every implementation. peak_bytes: on a GPU.
+    norm_share: fraction of the step's time, by the profiler, in BatchNorm, activation and residual addition.
+    first_loss: loss of the first step, equal up to rounding for every implementation. peak_bytes: on a GPU.
     """
 
     network: str
@@ -111,7 +111,7 @@ class NetworkStep(Times):
 
 @dataclass(frozen=True)
 class CopyPoint:
-    """A copy of a tensor of `bytes`: it moves twice as much."""
+    """A copy of a tensor of `bytes` bytes; it moves twice as many."""
 
     bytes: int
     median_us: float
@@ -120,9 +120,9 @@ class CopyPoint:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An implementation that was not timed, and why: it cannot take the case, or its result was wrong.
+    """An implementation that was not timed: it cannot take the case, or its result was wrong.
 
-    count: of workloads that it cannot take for the same reason; case, dtype and op are the first one's.
+    count: number of workloads that it cannot take for the same reason; case, dtype and op are those of the first.
     """
 
     case: str
@@ -136,7 +136,7 @@ class Refusal:
 
 @dataclass
 class Results:
-    """A run. `machine` and `settings` are flat dicts; complete is False where it was interrupted or ran out of time."""
+    """A run. `machine` and `settings` are flat dicts; `complete` is False if it was interrupted or ran out of time."""
 
     machine: dict
     settings: dict
@@ -148,7 +148,7 @@ class Results:
     refusals: list[Refusal] = field(default_factory=list)
 
     def copy_gb_per_s(self, tensor_bytes: int) -> float:
-        """What a copy of a tensor of that size reached, interpolated between the sizes that were copied."""
+        """Return the bandwidth of a copy of a tensor of that size, interpolated between the sizes that were copied."""
         points = sorted(self.copy, key=lambda point: point.bytes)
         if tensor_bytes <= points[0].bytes:
             return points[0].gb_per_s
@@ -161,7 +161,7 @@ class Results:
         return points[-1].gb_per_s
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all: a reader, or an interrupt, never sees half of it."""
+        """Write the whole file or nothing: a reader, or an interrupt, never sees half of it."""
         partial = partial_path(path)
         try:
             partial.write_text(_dump({"format": FORMAT, **dataclasses.asdict(self)}))
@@ -172,7 +172,7 @@ class Results:
 
 
 def partial_path(path: Path) -> Path:
-    """The file that `Results.save` writes before it becomes `path`, beside the file that a link points to."""
+    """Return the path of the file that `Results.save` renames to `path`, beside the file that a link points to."""
     path = Path(os.path.realpath(path))
     return path.parent / f"{path.name}.partial"
 
@@ -184,15 +184,17 @@ _RECORDS = {
     "networks": NetworkStep,
     "refusals": Refusal,
 }
-# No measurement is beyond, and nothing that tables and plots make of such numbers overflows.
+# Limits of numbers that a file may hold. No measurement exceeds them, and no table or plot overflows by them.
 _MIN, _MAX = 1e-18, 1e18
-# What tables and plots rely on.
+# The fields that tables and plots rely on.
 _MACHINE = {"device": str | None, "gpu": dict | None, "datasheet_gb_per_s": float | None, "modified": bool | None}
 _GPU = {"capability": str, "memory_bytes": int, "l2_bytes": int, "sm_count": int}
 
 
 def _dump(content: dict) -> str:
-    """JSON with one record a line, which version control can compare, and five digits a number: the rest is noise."""
+    """Write JSON with one record per line, which version control can compare, and five digits per number: the rest is
+    noise.
+    """
     lines = []
     for key, value in content.items():
         if key in _RECORDS and value:
@@ -250,7 +252,7 @@ def _check(name: str, value: object, hint: object) -> None:
 
 
 def _is(value: object, hint: object) -> bool:
-    """Whether a field of type `hint` may hold `value`. Numbers are finite; only integers may be 0."""
+    """Return whether a field of type `hint` may hold `value`. Numbers are finite; only integers may be 0."""
     kind, of = typing.get_origin(hint), typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):  # the latter is what | makes of a NewType
         return any(_is(value, each) for each in of)

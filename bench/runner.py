@@ -1,4 +1,4 @@
-"""Goes through what is to be measured, one step after the other, and appends records to a Results.
+"""Runs the steps of a benchmark one after the other, and appends records to a Results.
 
 A step is a workload by all its implementations, so an interrupt loses one step, never the comparison within one.
 """
@@ -26,7 +26,7 @@ COMPILE_SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Step:
-    """`seconds` is a guess, which the progress bar corrects."""
+    """A step. `seconds` is a guess, which the progress bar corrects."""
 
     name: str
     seconds: float
@@ -34,7 +34,7 @@ class Step:
 
 
 class Runner:
-    """Measures on one device into `results`. `rivals` are all implementations that may take part."""
+    """A runner on one device, which appends to `results`. `rivals` are all implementations that may take part."""
 
     def __init__(self, device: torch.device, rivals: Iterable[Implementation], budget: Budget, results: Results):
         self.device, self.rivals, self.budget, self.results = device, tuple(rivals), budget, results
@@ -48,7 +48,7 @@ class Runner:
         return Step("copy", 6.0, run)
 
     def layer(self, workload: Workload) -> Step:
-        """Device time of every implementation that takes the workload and passes the gate."""
+        """Return a step that measures device time of all implementations that take the workload and pass the gate."""
 
         def run() -> None:
             prepared = self._prepare(workload)
@@ -60,7 +60,7 @@ class Runner:
         return Step(str(workload), self._guess(workload), run)
 
     def call(self, workload: Workload) -> Step:
-        """What a call of every such implementation costs beside device time."""
+        """Return a step that measures the other costs of a call of every such implementation."""
 
         def run() -> None:
             prepared = self._prepare(workload)
@@ -85,10 +85,10 @@ class Runner:
         return Step(f"call {workload}", self._guess(workload), run)
 
     def network(self, case: NetworkCase) -> Step:
-        """A training step by torch's modules, converted and fused."""
+        """Return a step that measures a training step by torch's modules, converted and fused."""
 
         def run() -> None:
-            self._inputs = None  # room for the networks
+            self._inputs = None  # make room for the networks
             steps, refusals = measure(case, self.device, Budget(8 * self.budget.seconds, 0.5, 5, 101))
             self.results.networks += steps
             self.results.refusals += refusals
@@ -100,9 +100,9 @@ class Runner:
         return self.budget.seconds * len(self.rivals) + 0.2 + COMPILE_SECONDS * compiled + 80e-9 * workload.tensor_bytes
 
     def _prepare(self, workload: Workload) -> dict[str, Prepared]:
-        """By name, the implementations that take the workload and are right. The others are recorded as refused."""
+        """Return the implementations that take the workload and pass the gate, by name; record the others."""
         self._make_inputs(workload)
-        # Else earlier shapes of the same code count towards torch.compile's limit, beyond which it runs eagerly.
+        # Otherwise earlier shapes count towards torch.compile's limit of recompilations, above which it runs eagerly.
         torch.compiler.reset()
         prepared, expected = {}, None
         for rival in self.rivals:
@@ -115,7 +115,7 @@ class Runner:
                     expected = expected or expect(workload.operation, self._inputs)
                     reason = why_wrong(candidate, self._inputs, expected)
                     wrong = reason is not None
-                except Exception as error:  # whatever a rival's library raises is the reason why it is not timed
+                except Exception as error:  # any error of a rival's library is the reason why it is not timed
                     reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if reason is None:
                 prepared[rival.name] = candidate
@@ -135,7 +135,7 @@ class Runner:
     def _make_inputs(self, workload: Workload) -> None:
         made = self._inputs
         if made is None or (made.case, made.input.dtype) != (workload.case, workload.dtype):
-            self._inputs = None  # first, for the two may not fit at once
+            self._inputs = None  # first, since the two may not fit at once
             self._inputs = make_inputs(workload.case, workload.dtype, self.device)
 
     def _append_measurements(self, workload: Workload, prepared: dict[str, Prepared], samples) -> None:

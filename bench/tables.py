@@ -17,7 +17,7 @@ from bench.operations import MODES
 from bench.results import DTYPES, Call, Measurement, NetworkStep, Results
 from fastbn.cli.text import table
 
-# A case below it counts as slower: nearer to 1 the noise of a run decides.
+# A case counts as slower below this speed-up: nearer to 1 the noise of a run decides.
 SLOWER = 0.97
 
 
@@ -62,7 +62,7 @@ def summary(results: Results) -> Table:
         )
     notes = [
         "fastbn's speed-up: geometric mean over the cases, sweeps left out; in brackets over how many, where not all.",
-        "of a copy: median share of the bandwidth that a copy of the same tensor reached.",
+        "of a copy: median fraction of the bandwidth that a copy of the same tensor reached.",
         *_noise(results.measurements),
     ]
     return Table(header, rows, (0, 1, len(header) - 1), tuple(notes))
@@ -124,7 +124,7 @@ def calls(results: Results) -> Table:
     ]
     notes = (
         "host µs: from call to return, nothing else queued. launches: of kernels, on a GPU.",
-        "held: the output and what forward keeps for backward, without the input. peak: the most allocated at once.",
+        "held: the output and what forward keeps for backward, without the input. peak: the maximum allocated at once.",
     )
     return Table(header, rows, (0, 1, 2, 3, 10), notes)
 
@@ -153,7 +153,7 @@ def networks(results: Results) -> Table:
     ]
     notes = (
         "A training step: forward, loss, backward, SGD.",
-        "norm share: of the step's time, in BatchNorm, activation and residual addition.",
+        "norm share: fraction of the step's time in BatchNorm, activation and residual addition.",
     )
     return Table(header, rows, (0, 1, 4, 5, 6), notes)
 
@@ -247,8 +247,8 @@ def factor(value: float) -> str:
     return f"{value:.2f}"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f}%"
 
 
 def size(count: int) -> str:

@@ -1,10 +1,10 @@
-"""The one timer: calls take turns in rounds, so that whatever drifts on the machine reaches all of them alike, in an
-order that changes from round to round, so that none is always behind the same other.
+"""The one timer: calls take turns in rounds, so that drift of the machine reaches all of them alike.
 
-A clock times one sample. On a CPU that is the host's, over as many calls as make a sample long enough to read, after
-one that is not timed: what caches and allocator hold is then each implementation's own, whichever ran before. On a GPU
-it is a pair of CUDA events around one call: L2 is flushed before it, and a spin on the device lets the host enqueue the
-whole call first, so that the events bracket device time and no wait for the host.
+The order changes from round to round, so that no call always follows the same other one. A clock times one sample. On a
+CPU that is the host's, over as many calls as make a sample long enough to read, after one that is not timed: caches and
+allocator then hold the implementation's own data, whichever ran before. On a GPU it is a pair of CUDA events around one
+call: L2 is flushed before it, and a spin on the device lets the host enqueue the whole call first, so that the events
+bracket device time and no wait for the host.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure. Rounds end after `seconds` a call that takes part, but not before `min_rounds` nor after
-    `max_rounds`. On two cores of a shared machine that keeps the ratio of two equal calls within 3 percent nine times
-    in ten: bench/results/cpu-against-itself.json."""
+    """The length of a measurement.
+
+    Rounds end after `seconds` per call that takes part, but not before `min_rounds` nor after `max_rounds`. On two
+    cores of a shared machine that keeps the ratio of two equal calls within 3 percent nine times in ten:
+    bench/results/cpu-against-itself.json.
+    """
 
     seconds: float = 0.15
     warm_up_seconds: float = 0.02
@@ -37,12 +40,12 @@ class Budget:
 
 
 class HostClock:
-    """perf_counter around as many calls as take `sample_seconds`, after one more."""
+    """A clock on the host: perf_counter around as many calls as take `sample_seconds`, after one more."""
 
     sample_seconds = 3e-4
 
     def prepare(self, host_seconds: Sequence[float]) -> None:
-        # The same number for all: a sample of one implementation is as exposed to interrupts as of another.
+        # All take the same number, so that samples of all implementations are equally exposed to interrupts.
         self._calls = max(1, round(self.sample_seconds / statistics.mean(host_seconds)))
 
     def sample(self, call: Call) -> Callable[[], float]:
@@ -59,20 +62,20 @@ class HostClock:
 
 
 class CudaClock:
-    """Device time of one call by CUDA events on the current stream, with L2 flushed before it."""
+    """A clock on the device: CUDA events on the current stream around one call, with L2 flushed before it."""
 
-    # Twice the largest L2 known, B200's.
+    # Bytes read to flush L2: twice B200's, the largest known.
     flush_bytes = 256 * 2**20
-    # Faster than GPUs run; a slower clock makes the spin longer, which only costs time.
+    # Cycles per second, more than GPUs run at; a slower clock makes the spin longer, which only costs time.
     cycles_per_second = 3e9
     head_start = 1.5
     enqueue_seconds = 50e-6
-    # A host that was interrupted came too late: the sample holds a wait for it. It is taken again behind a longer spin.
+    # If the host was interrupted, the sample includes a wait for it. It is taken again after a longer spin.
     tries = 5
 
     def __init__(self) -> None:
         l2_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
-        # Read, not written: dirty lines would be written back during the call.
+        # Flush by reading: dirty lines would be written back during the call.
         self._flush = torch.zeros(max(self.flush_bytes, 4 * l2_bytes) // 4, dtype=torch.float32, device="cuda")
 
     def prepare(self, host_seconds: Sequence[float]) -> None:
@@ -97,8 +100,11 @@ class CudaClock:
 
 
 class IdleClock:
-    """Host time of one call that finds the device idle: to its return, or if `to_the_end` until the device is idle
-    again, which is what a training step takes. No flush and no spin: a host too slow to feed the device counts."""
+    """A clock on the host around one call that finds the device idle.
+
+    It stops at the return of the call, or with `to_the_end` when the device is idle again, which is what a training
+    step takes. It neither flushes nor spins: a host too slow to feed the device counts.
+    """
 
     def __init__(self, device: torch.device, to_the_end: bool) -> None:
         self._device, self._to_the_end = device, to_the_end
@@ -128,7 +134,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def time_in_turns(calls: Sequence[Call], clock: Clock, budget: Budget = Budget()) -> list[list[float]]:
-    """Seconds of each of `calls`, one list a call and one number a round, after a warm-up by time."""
+    """Return the seconds of each of `calls`, one list per call and one number per round, after a warm-up by time."""
     with _without_garbage_collection():
         clock.prepare([_warm_up(call, clock, budget) for call in calls])
         samples: list[list[float]] = [[] for _ in calls]
@@ -145,21 +151,22 @@ def time_in_turns(calls: Sequence[Call], clock: Clock, budget: Budget = Budget()
 
 
 def summarize(samples: Sequence[float]) -> Times:
-    """Median and percentiles (linear between samples) of seconds a call."""
+    """Return median and percentiles (linear between samples) of seconds per call."""
     p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
     return Times(*(1e6 * seconds for seconds in (statistics.median(samples), p20, p80)), len(samples))
 
 
 def speedup(samples: Sequence[float], rival: Sequence[float]) -> float:
-    """Median over the rounds of the rival's time over this one's: drift from round to round cancels."""
+    """Return the median over the rounds of the rival's time over this one's: drift from round to round cancels."""
     return statistics.median(theirs / ours for ours, theirs in zip(samples, rival, strict=True))
 
 
 def _orders(number: int) -> Iterator[list[int]]:
-    """Shuffled orders of 0 .. number-1 without end, the same each time; none begins with the last of the one before.
+    """Yield shuffled orders of 0 .. number-1 without end, the same each time; none begins with the last of the one
+    before.
 
-    What a call finds in caches and in the allocator is what the call before it left, so behind itself it would be
-    faster than the others.
+    A call finds in caches and allocator what the call before it left, so after itself it would be faster than the
+    others.
     """
     rng, order = random.Random(0), list(range(number))
     while True:
@@ -171,7 +178,7 @@ def _orders(number: int) -> Iterator[list[int]]:
 
 
 def _warm_up(call: Call, clock: Clock, budget: Budget) -> float:
-    """Run until the budget's warm-up time is over; returns the host seconds of a call, the shortest seen."""
+    """Run for the warm-up time of the budget. Returns the shortest host seconds of a call."""
     shortest, calls = float("inf"), 0
     start = time.perf_counter()
     while calls < 2 or time.perf_counter() - start < budget.warm_up_seconds:

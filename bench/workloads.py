@@ -27,7 +27,7 @@ RESNET50 = (
     (512, 7),
     (2048, 7),
 )
-# Of MobileNetV3-Large's: expansions that are not powers of two.
+# Inputs of MobileNetV3-Large's: expansions that are not powers of two.
 MOBILENETV3 = ((16, 112), (72, 56), (40, 28), (184, 14), (480, 14), (672, 7), (960, 7))
 # Inputs of the four BatchNorms of LeNet on 28 x 28 images, after the channel.
 LENET = ((6, 24, 24), (16, 8, 8), (120,), (84,))
@@ -36,7 +36,7 @@ _DECADES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed at once: an operation on a case in a dtype, by all implementations in turns."""
+    """A unit of timing: an operation on a case in a dtype, by all implementations in turns."""
 
     group: str
     case: Case
@@ -57,12 +57,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def suite(name: str) -> list[Workload]:
-    """The workloads of the suite cpu, gpu or quick, the most telling first."""
+    """Return the workloads of the suite cpu, gpu or quick, the most informative first."""
     return list(dict.fromkeys(_SUITES[name]()))
 
 
 def call_suite() -> list[Workload]:
-    """Layers for the costs of a call: one so small that the host's time shows, one whose memory matters."""
+    """Return layers for the costs of a call: one so small that the host's time shows, one whose memory matters."""
     operations = _named("train+relu", "train_backward+relu", "eval+relu")
     small = _cross(_in_layouts("small layer", (2, 64, 7, 7), (32, 128)), (torch.float32,), operations)
     memory = _named("train_backward+relu", "train_backward+add+relu")
@@ -137,7 +137,7 @@ def _resnet50(batch: int) -> list[tuple[str, Case]]:
 
 
 def _in_layouts(group: str, *shapes: tuple[int, ...]) -> list[tuple[str, Case]]:
-    """(group, case) for each shape contiguous and, where it has space to order, channels_last."""
+    """Return (group, case) for each shape contiguous and, where it has spatial dimensions, channels_last."""
     kind = group.replace(" ", "_")
     cases = []
     for shape in shapes:
@@ -147,18 +147,18 @@ def _in_layouts(group: str, *shapes: tuple[int, ...]) -> list[tuple[str, Case]]:
 
 
 def _sweeps(dtype: torch.dtype, n: tuple[int, int, int], c: tuple[int, int], hw: tuple[int, int]) -> list[Workload]:
-    """Growth with N at (C, H, W) = n, with C at (N, H = W) = c, and with H*W at (N, C) = hw."""
+    """Return cases that grow with N at (C, H, W) = n, with C at (N, H = W) = c, and with H*W at (N, C) = hw."""
     cases = [
         *_in_layouts("sweep N", *[(size, *n) for size in _DECADES]),
         *_in_layouts("sweep C", *[(c[0], size, c[1], c[1]) for size in _DECADES]),
-        # One row of pixels, so that H*W is exactly what is swept.
+        # One row of pixels, so that H*W takes exactly the swept value.
         *_in_layouts("sweep HW", *[(*hw, 1, size) for size in _DECADES]),
     ]
     return _cross(cases, (dtype,), _named("train_backward"))
 
 
 def _cross(cases, dtypes, operations, compiled: bool = False) -> list[Workload]:
-    # Operations innermost: those of one case and dtype share their inputs.
+    # Operations are the innermost loop: those of one case and dtype share their inputs.
     return [
         Workload(group, case, dtype, operation, compiled)
         for dtype in dtypes

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit",
         type=number(WEEK, or_zero=True),
         metavar="SECONDS",
-        help="measure no longer; the most telling come first",
+        help="measure no longer; the most informative cases come first",
     )
     how.add_argument(
         "--against-itself",

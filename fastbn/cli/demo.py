@@ -25,7 +25,7 @@ events with --device cuda. Other work on the machine shows in it.
 
 Rounding differs between any two implementations, and training amplifies it: nets that agree to the last digits in the
 first step are visibly different nets after an epoch, though not better or worse ones. The verdict therefore asks that
-the loss of the first step is equal but for rounding, that fastbn evaluates the net that torch.nn trained as torch.nn
+the loss of the first step is equal up to rounding, that fastbn evaluates the net that torch.nn trained as torch.nn
 does, and that the training losses lie close to each other compared with the net without BatchNorm. Test accuracies
 and the logits after an epoch are reported, not judged.
 """
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(2),
         default=256,
         metavar="N",
-        help="at least 2, for one image has no statistics (default: 256)",
+        help="at least 2, since one image has no statistics (default: 256)",
     )
     parser.add_argument("--lr", type=number(MAX_LR), default=1.0, help="SGD's learning rate (default: 1.0)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What results are compared with, and how far off they may be: for tests, `bench`, `fastbn verify` and users.
+"""Cases, tolerances and comparisons with float64, for the tests, `bench`, `fastbn verify` and users' own tests.
 
     from fastbn.testing import ParityCase, assert_parity
     assert_parity(ParityCase((8, 32, 14, 14), torch.bfloat16, relu=True), "cuda")

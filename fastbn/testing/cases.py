@@ -30,7 +30,7 @@ LAYOUTS = (
 DATA = ("normal", "offset", "constant", "inf", "nan")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Most are exact in no binary format; the last two are beyond where a rounded mean or a scale-and-shift survives.
+# Most are exact in no binary format. With the last two, a rounded mean or a scale-and-shift would lose all digits.
 CONSTANTS = (0.1, 0.0, -3.3, 1e4, 12345.678, -5e4, 1e7, 1e30)
 
 
@@ -55,12 +55,12 @@ class Case:
 
     @property
     def memory_format(self) -> str:
-        """What the ops make of the layout; channels_last stands for channels_last_3d too."""
+        """The memory format that the ops give the output; channels_last stands for channels_last_3d too."""
         return "channels_last" if "channels_last" in self.layout else "contiguous"
 
     @property
     def count(self) -> int:
-        """Elements a channel."""
+        """Number of elements per channel."""
         return self.numel // self.channels
 
 
@@ -120,7 +120,7 @@ CASES = (
     make_case("not_a_number", 3, 5, 4, 4, layout="channels_last", data="nan"),
     make_case("long_row", 2, 2, 1021),
     make_case("many_rows", 1031, 3),
-    # Beyond here not for the emulator.
+    # The cases below are too large for the emulator.
     make_case("many_rows", 65537, 2),
     make_case("many_rows", 70001, 1, 1, 1),
     make_case("many_rows", 66000, 2, 1, 2, layout="channels_last"),
@@ -141,7 +141,7 @@ LARGE = tuple(case for case in CASES if case.large)
 ORDINARY = tuple(case for case in CASES if not case.large)
 SMALL_NUMEL = 4096
 SMALL = tuple(case for case in ORDINARY if case.numel <= SMALL_NUMEL)
-# What reaches a kernel: the bindings make the other layouts dense before.
+# The layouts that kernels see: the bindings make the others dense.
 SMALL_DENSE = tuple(
     case for case in SMALL if case.layout not in ("sliced", "sliced_channels_last", "transposed", "expanded")
 )
@@ -149,12 +149,12 @@ SMALL_DENSE = tuple(
 
 @functools.lru_cache(maxsize=16)
 def _normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """float64, shared: not to be written to."""
+    """Return standard normal values, float64. They are cached: do not write to them."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _values(case: Case, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Contiguous values of the kind of data, in dtype, on the CPU."""
+    """Return contiguous values of the kind of data of `case`, in `dtype`, on the CPU."""
     per_channel = (1, case.channels, *[1] * (len(case.shape) - 2))
     if case.data == "constant":
         limit = 0.9 * torch.finfo(dtype).max
@@ -178,7 +178,7 @@ def _values(case: Case, dtype: torch.dtype, seed: int) -> torch.Tensor:
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     """Return the values of contiguous `x` in a layout of `LAYOUTS`."""
     if layout in ("channels_last", "channels_last_3d"):
-        # Not Tensor.contiguous: it leaves the strides of one channel or one pixel, which are also channels_last, alone.
+        # Tensor.contiguous would leave tensors of one channel or one pixel alone, which are channels_last as they are.
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
         return torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2]
@@ -199,21 +199,21 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def make_input(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> torch.Tensor:
-    """The input of a case: its shape, layout and data; the same for every device and run."""
+    """Make the input of a case: its shape, layout and data, the same for every device and run."""
     if case.large:
         return make_on_device(case, dtype, device, seed)
     return lay_out(_values(case, dtype, seed).to(device), case.layout)
 
 
 def make_normal(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 1) -> torch.Tensor:
-    """Standard normal values of the case's shape and layout: its residual, or its grad_out."""
+    """Make standard normal values of the case's shape and layout, for its residual or its grad_out."""
     if case.large:
         return make_on_device(case, dtype, device, seed)
     return lay_out(_normal(case.shape, seed).to(device, dtype, copy=True), case.layout)
 
 
 def make_on_device(case: Case, dtype: torch.dtype, device: str | torch.device, seed: int) -> torch.Tensor:
-    """Standard normal values of a dense case, made on the device and in place: it may fill half of a GPU's memory."""
+    """Make standard normal values of a dense case on the device and in place: it may fill half of a GPU's memory."""
     generator = torch.Generator(device).manual_seed(seed)
     memory_format = torch.contiguous_format if case.layout == "contiguous" else getattr(torch, case.layout)
     x = torch.empty(case.shape, dtype=dtype, device=device, memory_format=memory_format)
@@ -223,7 +223,7 @@ def make_on_device(case: Case, dtype: torch.dtype, device: str | torch.device, s
 def make_vector(
     channels: int, dtype: torch.dtype, device: str | torch.device, seed: int, low: float, high: float
 ) -> torch.Tensor:
-    """Uniform values in [low, high): a weight, bias or running statistic of shape [channels]."""
+    """Make uniform values in [low, high): a weight, bias or running statistic of shape [channels]."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(channels, dtype=torch.float64, generator=generator) * (high - low) + low
     return values.to(dtype).to(device)
@@ -231,7 +231,7 @@ def make_vector(
 
 @dataclass(frozen=True)
 class Setup:
-    """A case with the options of an op. affine: both, weight, bias, neither; momentum as BatchNorm's."""
+    """A case with the options of an op. `affine` is both, weight, bias or neither; `momentum` is BatchNorm's."""
 
     case: Case
     dtype: torch.dtype
@@ -249,11 +249,13 @@ class Setup:
 
 
 def setups(cases: tuple[Case, ...] = ORDINARY) -> list[Setup]:
-    """Every activation x dtype x memory format x residual, and every case x dtype; the other options in turn."""
+    """Cross activations, dtypes, memory formats and residuals, and every case with every dtype; other options take
+    turns.
+    """
     rng = random.Random(20)
     chosen = []
     for memory_format in ("contiguous", "channels_last"):
-        # The larger cases come once a dtype, below. The pool is walked, not sampled, so that each case has its turn.
+        # The larger cases are added once per dtype, below. The pool is cycled, so that each case has its turn.
         pool = [case for case in cases if case.memory_format == memory_format and case.numel <= SMALL_NUMEL]
         walk = itertools.cycle(rng.sample(pool, len(pool)))
         for activation, dtype, residual in itertools.product(range(len(ACTIVATIONS)), DTYPES, (False, True)):

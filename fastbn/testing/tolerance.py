@@ -1,6 +1,6 @@
-"""How far a result may lie from the float64 reference, and why.
+"""Bounds on the error of a result against the float64 reference, as functions with their reasons.
 
-The arithmetic behind every bound: elements are computed in float32 (float64 for float64), each operation rounding by
+All bounds rest on this arithmetic: elements are computed in float32 (float64 for float64), and each operation rounds by
 half of `unit`; sums of n terms are taken in blocks and merged in a tree, so their relative error grows with log2(n);
 results are rounded once to their dtype.
 """
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-# Roundings on the way of an element through the affine step and an activation with an exp or erf of some 2 ulp.
+# Roundings of an element in the affine step and in an activation with an exp or erf of some 2 ulp.
 ELEMENT_ROUNDINGS = 8
 # The accepted error where torch's own is smaller: two roundings to the result's dtype, which a correct implementation
 # may need however exact its arithmetic. float64 has no wider type to be computed in, and so rounds at every step.
@@ -20,12 +20,12 @@ ACCEPTED_ULPS, ACCEPTED_ULPS_FLOAT64 = 2.0, 4.0
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Spacing at 1 of the type that elements of dtype are computed in."""
+    """Return the spacing at 1 of the type in which elements of `dtype` are computed."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def ulp(dtype: torch.dtype, scale: Tensor | float) -> Tensor:
-    """Spacing of dtype at the magnitude `scale`, float64."""
+    """Return the spacing of `dtype` at the magnitude `scale`, as float64."""
     scale = torch.as_tensor(scale, dtype=torch.float64).abs()
     info = torch.finfo(dtype)
     exponent = torch.floor(torch.log2(scale.clamp(min=info.tiny, max=info.max)))
@@ -33,40 +33,47 @@ def ulp(dtype: torch.dtype, scale: Tensor | float) -> Tensor:
 
 
 def sum_tolerance(dtype: torch.dtype, count: int, magnitude: Tensor | float) -> Tensor:
-    """Of a sum of `count` terms whose absolute values add up to `magnitude`.
+    """Bound the error of a sum of `count` terms whose absolute values add up to `magnitude`.
 
-    A block's serial part is a random walk and the tree adds a level a doubling; both are below 2 roundings a doubling.
+    The serial part of a block is a random walk, and the tree adds a level per doubling; both are below 2 roundings per
+    doubling.
     """
     doublings = math.log2(max(count, 1))
     return unit(dtype) * (ELEMENT_ROUNDINGS + 2 * doublings) * torch.as_tensor(magnitude, dtype=torch.float64)
 
 
 def mean_tolerance(dtype: torch.dtype, count: int, deviation: Tensor, mean: Tensor) -> Tensor:
-    """Sums are taken about a pivot inside the data: the error scales with the largest deviation, not with the mean."""
+    """Bound the error of a mean.
+
+    Sums are taken about a pivot inside the data: the error scales with the largest deviation, not with the mean.
+    """
     return sum_tolerance(dtype, count, 2 * deviation) + 4 * ulp(torch.float64, mean)
 
 
 def variance_tolerance(dtype: torch.dtype, count: int, var: Tensor, mean: Tensor) -> Tensor:
-    """Squares about a pivot up to sqrt(3) standard deviations off the mean add up to 4 variances.
+    """Bound the error of a biased variance.
 
-    Blocks are merged by the difference of their float64 means, which differ by at most some standard deviations and
-    are each off by the rounding `r` of float64 at the mean: (std + r)^2 - std^2, taken 4 times, is the other term.
+    Squares about a pivot up to sqrt(3) standard deviations from the mean add up to 4 variances. Blocks are merged by
+    the difference of their float64 means, which differ by a few standard deviations at most and are each off by the
+    rounding `r` of float64 at the mean: (std + r)^2 - std^2, taken 4 times, is the other term.
     """
     r = ulp(torch.float64, mean)
     return sum_tolerance(dtype, count, 4 * var) + 4 * (2 * var.sqrt() * r + r**2)
 
 
 def inv_std_tolerance(var_tolerance: Tensor, inv_std: Tensor) -> Tensor:
-    """d(1/sqrt(v)) = 1/2 v^(-3/2) dv, and the rounding of float64's square root and division."""
+    """Bound the error of 1/sqrt(v) by 1/2 v^(-3/2) dv and the rounding of float64's square root and division."""
     return 0.5 * inv_std**3 * var_tolerance + 4 * ulp(torch.float64, inv_std)
 
 
 def forward_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float, steepness: Tensor | float = 0.0) -> Tensor:
-    """Of an output whose largest term (xhat * weight, bias or residual, added up) has the magnitude `scale`.
+    """Bound the error of an output whose largest term (xhat * weight, bias or residual, added up) has the magnitude
+    `scale`.
 
-    The error of z, at most 1.5 times as large behind the steepest activation (hardswish), and the output's rounding.
-    inv_std contributes half of the relative error of the variance. `steepness` is |mean| / std: times float64's spacing
-    it is what the mean's own rounding moves xhat and, through the variance, inv_std by. It shows in float64 only.
+    The bound is the error of z, times 1.5 for the steepest activation (hardswish), and the rounding of the output.
+    inv_std contributes half of the relative error of the variance. `steepness` is |mean| / std: in units of float64's
+    spacing, it is how far the rounding of the mean moves xhat and, through the variance, inv_std. It shows in float64
+    only.
     """
     scale = torch.as_tensor(scale, dtype=torch.float64)
     z = unit(dtype) * ELEMENT_ROUNDINGS * scale + sum_tolerance(dtype, count, 2 * scale)
@@ -75,15 +82,16 @@ def forward_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float, ste
 
 
 def activation_tolerance(dtype: torch.dtype, grad_scale: Tensor | float, z_scale: Tensor | float) -> Tensor:
-    """Of grad_out * activation'(z): z's error times a second derivative below 1, and a few roundings.
+    """Bound the error of grad_out * activation'(z): the error of z times a second derivative below 1, and a few
+    roundings.
 
-    Not for elements at a jump of the derivative: tests set their grad_out to 0.
+    It does not hold for elements at a jump of the derivative: tests set their grad_out to 0.
     """
     return unit(dtype) * ELEMENT_ROUNDINGS * torch.as_tensor(grad_scale) * (1 + torch.as_tensor(z_scale))
 
 
 def gradient_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float) -> Tensor:
-    """Of a gradient of an element whose largest term has the magnitude `scale`; the terms may cancel."""
+    """Bound the error of a gradient's element whose largest term has the magnitude `scale`; the terms may cancel."""
     return sum_tolerance(dtype, count, scale) + ulp(dtype, scale)
 
 
@@ -149,9 +157,10 @@ def _worst(error: Tensor, allowed: Tensor, actual: Tensor, exact: Tensor) -> str
 def assert_close_to_reference(
     actual: Tensor, exact: Tensor, tolerance: Tensor | float, what: str = "result", which_nonfinite: bool = True
 ) -> None:
-    """actual, in its own dtype, lies within tolerance (broadcast) of the float64 exact.
+    """Assert that `actual`, in its own dtype, lies within `tolerance` (broadcast) of the float64 `exact`.
 
-    Where exact, rounded to that dtype, is not finite, actual is the same inf or NaN; with `which_nonfinite` False, any.
+    Where `exact`, rounded to that dtype, is not finite, `actual` must be the same inf or NaN, or with `which_nonfinite`
+    False any of them.
     """
     assert actual.shape == exact.shape, f"{what}: expected shape {list(exact.shape)}, got {list(actual.shape)}"
     exact = exact.detach().cpu().double()
@@ -182,9 +191,9 @@ def assert_error_bound(
     what: str = "result",
     ulps: float = ACCEPTED_ULPS,
 ) -> None:
-    """Assert the acceptance criterion: the error against float64 is at most torch's own, or `ulps` of `dtype`.
+    """Assert that the error against float64 is at most the larger of torch's own (`stock`) and `ulps` of `dtype`.
 
-    Elements that are not finite in `dtype` are left out, of stock's error also those where stock is not finite.
+    Elements that are not finite in `dtype` are left out; for the error of stock, also those where stock is not finite.
     """
     exact = exact.detach().cpu().double()
     actual, stock = (t.detach().cpu().double() for t in (actual, stock))

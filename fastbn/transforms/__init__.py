@@ -1,1 +1,1 @@
-"""What changes a whole model."""
+"""Functions that change a whole model."""

@@ -1,4 +1,4 @@
-"""What every transform asks of its argument."""
+"""The check that every transform makes of its argument."""
 
 from torch import nn
 

@@ -1,10 +1,10 @@
-// Times every plan that the planner could choose, for a table of shapes, on the GPU that is here: the kernels alone,
-// without torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run,
+// Times every plan that the planner could choose, for a table of shapes, on the current GPU: the kernels alone, without
+// torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run,
 // and tests/csrc/test_plans.py holds the planner to it.
 //
 //   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans && ./plans >
 //   plans.csv
-//   ./plans 128,64,    those shapes alone whose "outer,channels,inner" begins so, as for a profiler
+//   ./plans 128,64,    only shapes whose "outer,channels,inner" starts with the argument, for a profiler
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -32,8 +32,8 @@ constexpr int samples = 7;
 enum Epilogue { none, relu, add_relu };
 constexpr const char* epilogue_names[] = {"none", "relu", "add_relu"};
 
-// Contiguous and channels_last activations of ResNet-50 and MobileNetV3, some of other networks, few channels, and ones
-// that are little but a launch.
+// Returns contiguous and channels_last activations of ResNet-50 and MobileNetV3, some of other networks, some of few
+// channels, and some so small that the launch takes most of the time.
 std::vector<Layout> make_layouts() {
   std::vector<Layout> layouts;
   const auto add = [&](int64_t n, int64_t channels, int64_t space) {
@@ -54,15 +54,15 @@ std::vector<Layout> make_layouts() {
   return layouts;
 }
 
-// All one-pass plans, and two-phase plans with several numbers of blocks.
+// Returns all one-pass plans, and two-phase plans with several numbers of blocks.
 std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
   Request request = given;
-  if (request.direction == Direction::forward) {  // as choose_plan has it
+  if (request.direction == Direction::forward) {  // as in choose_plan
     request.residual = false;
     request.masked = request.masked && request.layout.run() % vec_size != 0;
   }
   std::vector<Plan> plans;
-  const auto keep = [&](Plan plan) {
+  const auto add = [&](Plan plan) {
     add_traffic(given, plan);
     plans.push_back(plan);
   };
@@ -73,9 +73,9 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
     Plan plan = walk;
     plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, most_splits));
     add_shared_bytes(request, plan);
-    keep(plan);
+    add(plan);
   }
-  for_each_one_pass_plan(request, limits, walk, true, keep);
+  for_each_one_pass_plan(request, limits, walk, true, add);
   return plans;
 }
 
@@ -88,7 +88,7 @@ __global__ void read_all(const int4* from, int64_t count, int* sink) {
   if (seen == 0x12345) *sink = seen;
 }
 
-// About normal, by a hash of the index.
+// Fills a tensor with roughly normal numbers, by a hash of the index.
 template <class T>
 __global__ void fill(T* to, int64_t count, uint64_t seed, float mean) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
@@ -234,7 +234,7 @@ class Bench {
     std::fflush(stdout);
   }
 
-  // Microseconds, the median and the minimum.
+  // Returns the median and the minimum time, in microseconds.
   template <class Run>
   std::pair<double, double> time(Run run) {
     for (int i = 0; i < samples; ++i) {

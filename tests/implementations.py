@@ -14,9 +14,9 @@ import torch
 # the kernels.
 NAMES = ("reference", "cpu", "emulator", "resident", "cooperative", "cuda")
 EMULATED_LIMITS = {
-    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "max_cluster": 1, "blocks_a_group": 0},
-    "resident": {"sm_count": 64, "shared_bytes_per_block": 232448, "max_cluster": 4, "blocks_a_group": 0},
-    "cooperative": {"sm_count": 4, "shared_bytes_per_block": 232448, "max_cluster": 1, "blocks_a_group": 2},
+    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "max_cluster": 1, "blocks_per_group": 0},
+    "resident": {"sm_count": 64, "shared_bytes_per_block": 232448, "max_cluster": 4, "blocks_per_group": 0},
+    "cooperative": {"sm_count": 4, "shared_bytes_per_block": 232448, "max_cluster": 1, "blocks_per_group": 2},
 }
 
 

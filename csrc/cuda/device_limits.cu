@@ -1,5 +1,5 @@
-// What the planner must know of a device, by attributes one at a time: cudaGetDeviceProperties takes milliseconds.
-// Empty for g++: the emulator has no device to ask.
+// Limits of a device for the planner. They are asked for one attribute at a time: cudaGetDeviceProperties takes
+// milliseconds. Empty for g++: the emulator has no device to ask.
 #ifdef __CUDACC__
 
 #include "cuda/device/device.cuh"
@@ -8,7 +8,7 @@
 namespace fastbn::cuda {
 namespace {
 
-// Compiled as the other kernels are: what the device runs of it tells what it runs of them.
+// Compiled as the other kernels are, so that its attributes tell which code the device runs.
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) probe_kernel(int* rank) { *rank = device::cluster_rank(); }
 
 }  // namespace
@@ -25,9 +25,9 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   asked.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   asked.l2_bytes = attribute(cudaDevAttrL2CacheSize);
   if (error != cudaSuccess) return error;
-  // Two transfers a clock; 7/8 of that is what a copy reaches on an H200. Not all devices tell.
+  // Two transfers per clock; a copy reaches 7/8 of that on an H200. Not all drivers report clocks.
   const double kilohertz = attribute(cudaDevAttrMemoryClockRate), bits = attribute(cudaDevAttrGlobalMemoryBusWidth);
-  if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
+  if (error != cudaSuccess) cudaGetLastError();  // clear the error, so that the next launch does not report it
   if (kilohertz * bits > 0) asked.copy_bytes_per_us = kilohertz * 1e-3 * 2 * bits / 8 * 7 / 8;
   asked.max_cluster = device::largest_cluster(&probe_kernel, max_threads, asked.shared_bytes_per_block);
   *limits = asked;

@@ -1,4 +1,4 @@
-// The ops as launches: one by a one-pass plan; by a two-phase plan reduce, finish, then a second pass over the
+// The ops as launches: one for a one-pass plan; for a two-phase plan reduce, finish, then a second pass over the
 // elements.
 #include "cuda/block/batch_counter.cuh"
 #include "cuda/block/reduce.cuh"
@@ -9,7 +9,7 @@
 namespace fastbn::cuda {
 namespace {
 
-// Two doubles a channel that live between launches, then the partials.
+// The workspace of a two-phase plan: two doubles per channel that one launch leaves to the next, then the partial sums.
 struct Workspace {
   double* first;
   double* second;
@@ -102,7 +102,7 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
       auto* partials = static_cast<Sums*>(workspace.partials);
       cudaError_t error = launch_grad_sums(params, plan, partials, stream);
       if (error == cudaSuccess) error = launch_finish_grad_sums(params, plan, partials, stream);
-      if (error != cudaSuccess || !batch) return error;  // frozen, all is done
+      if (error != cudaSuccess || !batch) return error;  // frozen: no gradient is left
     }
   }
   if (!params.grad_input && !params.grad_residual) return cudaSuccess;

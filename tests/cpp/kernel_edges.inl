@@ -1,4 +1,4 @@
-// The edges of the contract, included by test_kernels.cu: what is constant, huge, infinite, empty or not wanted.
+// The edges of the contract, included by test_kernels.cu: constant, huge, infinite and empty input, absent operands.
 
 template <class T>
 void test_constant(const Shape& shape, double value) {
@@ -9,7 +9,7 @@ void test_constant(const Shape& shape, double value) {
   for (double inv_std : a.inv_std) CHECK_EQUAL(inv_std, 1 / std::sqrt(kEps));
 }
 
-// Calls check(channel, mean, var, mean in double, var in double) for float input after change(value, index).
+// Calls check(channel, mean, var, mean in double, var in double) for float input that change(value, index) has altered.
 template <class Change, class Check>
 void test_stats(const Shape& shape, Change change, Check check) {
   Case<float> a(shape);
@@ -21,7 +21,7 @@ void test_stats(const Shape& shape, Change change, Check check) {
   CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
   for (int64_t k = 0; k < a.layout.channels; ++k) check(k, a.mean[k], var[k], a.channels.mean[k], a.var[k]);
 
-  // What a forward makes of them, by its own plan.
+  // The same by a forward, with its own plan.
   p.var = nullptr;
   a.mean.assign(a.layout.channels, NAN);
   CHECK_EQUAL(a.forward(p), cudaSuccess);
@@ -39,11 +39,11 @@ void test_extremes(const Shape& shape) {
   test_stats(shape, [](double x, int64_t) { return 1e4 + 0.01 * x; }, close);
   test_stats(shape, [](double x, int64_t) { return 1e6 + x; }, close);
 
-  // One value that is not finite, in channel 0 and at the first element or a late one, leaves the other channels alone.
+  // One value that is not finite, as the first or the last element of channel 0, leaves the other channels alone.
   for (double value : {kInfinity, -kInfinity, double(NAN)}) {
-    for (int64_t place : {int64_t(0), shape.layout.count() - 1}) {
+    for (int64_t index : {int64_t(0), shape.layout.count() - 1}) {
       const int64_t inner = shape.layout.inner;
-      const int64_t at = place / inner * inner * shape.layout.channels + place % inner;
+      const int64_t at = index / inner * inner * shape.layout.channels + index % inner;
       test_stats(
           shape, [=](double x, int64_t i) { return i == at ? value : x; },
           [&](int64_t channel, double mean, double var, double true_mean, double true_var) {
@@ -82,8 +82,8 @@ void test_empty(const Layout& layout) {
   CHECK(a.grad_weight == Doubles(channels, 0) && a.grad_bias == Doubles(channels, 0));
 }
 
-// A launch that is killed leaves a counter that a checkpoint may keep: at every moment it is the old or the new one.
-// And it is the new one only after every block has read the old one, or else averages would be off.
+// A killed launch leaves a counter that a checkpoint may keep, so it must hold its old or its new value at every
+// moment. Where a block reads the new value instead of the old one, the average is off.
 void test_counter(const Shape& shape) {
   for (bool has_momentum : {false, true}) {
     Case<float> a(shape);
@@ -109,7 +109,7 @@ void test_counter(const Shape& shape) {
   }
 }
 
-// A channel of one element has no unbiased variance.
+// Checks that a channel of one element has a NaN for its unbiased variance.
 void test_single(const Layout& layout) {
   Case<float> a({layout, 0, 0, 0});
   ForwardParams p = a.forward_params(Statistics::batch, Activation::none, false);
@@ -124,7 +124,7 @@ void test_single(const Layout& layout) {
   }
 }
 
-// What is absent has its default, what is not wanted costs no launch.
+// Checks that absent operands have their defaults, and that gradients that are not wanted cost no launch.
 void test_wanted() {
   Case<bfloat16> a(shapes[0]);
   const auto launches = [&](BackwardParams p) {

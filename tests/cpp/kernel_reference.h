@@ -1,4 +1,4 @@
-// What the kernels should compute, straight from the definitions in double; and tensors of T that know their layout.
+// The results that kernels are held to, from the definitions in double; and tensors of T.
 #pragma once
 
 #include <sys/mman.h>
@@ -27,11 +27,11 @@ constexpr DType dtype_of<bfloat16> = DType::bfloat16;
 template <>
 constexpr DType dtype_of<float16> = DType::float16;
 
-// What arithmetic in acc_t<T> may lose at scale 1: some tens of roundings, or an exp with its argument's error.
+// Bound on the error of arithmetic in acc_t<T> at scale 1: some tens of roundings, or an exp of a rounded argument.
 template <class T>
 constexpr double arithmetic = sizeof(acc_t<T>) == 8 ? 1e-13 : 4e-6;
 
-// Half a unit in the last place of T, with float16's subnormals.
+// Returns half a unit in the last place of T, with float16's subnormals.
 template <class T>
 double rounding(double value) {
   if (dtype_of<T> == DType::bfloat16) return std::fabs(value) * 0x1p-8;
@@ -41,8 +41,8 @@ double rounding(double value) {
 
 inline ChannelVector vector_of(Doubles& values) { return {values.data(), DType::float64}; }
 
-// In place of a shift: the elements end where a page begins that nothing may touch. AddressSanitizer does not see the
-// accesses of intrinsics, such as masked loads; the processor does.
+// A `shift` that puts the last element before a page that nothing may touch. AddressSanitizer does not see accesses by
+// intrinsics, such as masked loads; the processor does.
 constexpr int64_t before_guard = -1;
 
 template <class T>
@@ -54,7 +54,8 @@ std::shared_ptr<T> allocate_before_guard(int64_t size) {
   return {reinterpret_cast<T*>(guard) - size, [=](T*) { munmap(memory, bytes + page); }};
 }
 
-// Exactly the elements, so that AddressSanitizer sees an overrun; `shift` elements off 16-byte alignment.
+// A tensor in memory of exactly its elements, so that AddressSanitizer sees an overrun, `shift` elements off 16-byte
+// alignment.
 template <class T>
 struct Tensor {
   std::shared_ptr<T> memory;  // copies share it
@@ -92,11 +93,11 @@ Tensor<T> random_tensor(int64_t size, uint64_t seed, double mean, int64_t shift 
 
 inline int64_t channel_of(const Layout& layout, int64_t i) { return i / layout.inner % layout.channels; }
 
-// Byte and bit of element i in the mask.
+// Returns the bit of element i in the mask.
 inline bool mask_bit(const Layout& layout, const uint8_t* mask, int64_t i) {
   const int64_t run = i / layout.run();
-  const int64_t place = i % layout.run();
-  return mask[run * layout.mask_bytes_per_run() + place / 8] >> (place % 8) & 1;
+  const int64_t index = i % layout.run();
+  return mask[run * layout.mask_bytes_per_run() + index / 8] >> (index % 8) & 1;
 }
 
 template <class T>

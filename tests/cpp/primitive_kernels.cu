@@ -1,5 +1,5 @@
-// Small kernels over each device primitive, with their launchers; some are wrong on purpose (named broken_*), for the
-// emulator to find. Compiled by nvcc too, to check that both headers offer the same.
+// Small kernels for each device primitive, with their launchers. Those named broken_* are wrong on purpose, for the
+// emulator to find. nvcc compiles them too, to check that both headers offer the same primitives.
 #include <cstdint>
 
 #include "cuda/device/device.cuh"
@@ -21,7 +21,7 @@ FASTBN_DEVICE T warp_sum(T value) {
   return value;
 }
 
-// out[block] = the sum of the block's stretch of `in`, by a tree in shared memory.
+// Sums each block's part of `in` into out[block], by a tree in shared memory.
 template <bool kBarrier>
 FASTBN_GLOBAL void block_sum_kernel(const float* in, float* out) {
   float* partial = shared_memory<float>();
@@ -35,7 +35,7 @@ FASTBN_GLOBAL void block_sum_kernel(const float* in, float* out) {
   if (t == 0) out[block_x()] = partial[0];
 }
 
-// Sums across the warps of a block: one barrier, two rounds of shuffles, ballot to count.
+// Sums across the warps of a block with one barrier and two rounds of shuffles, and counts with a ballot.
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(256) warp_sum_kernel(const float* in, float* sums, int64_t* counts) {
   Pair* partial = shared_memory<Pair>();
   const int t = thread_index();
@@ -58,7 +58,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(256) warp_sum_kernel(const float* in, fl
   }
 }
 
-// out[block] = the sum over the block's cluster, each block reading all the others' shared memory, its own first.
+// Sums over each block's cluster into out[block]. Every block reads the shared memory of all, its own first.
 template <bool kBarrier>
 FASTBN_GLOBAL void cluster_sum_kernel(int cluster, const float* in, float* out) {
   float* partial = shared_memory<float>();
@@ -72,7 +72,7 @@ FASTBN_GLOBAL void cluster_sum_kernel(int cluster, const float* in, float* out) 
   sync_cluster();
 }
 
-// y = x - the sum of all x, in one cooperative launch; partial has one element a block.
+// Subtracts the sum of all elements from each, in one cooperative launch. `partial` has one element per block.
 FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) {
   const int t = thread_index();
   const int64_t i = block_x() * block_threads() + t;
@@ -84,9 +84,9 @@ FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) 
   out[i] = in[i] - total;
 }
 
-// y = x - the sum of x over the block's group, once a round, in one cooperative launch; x is [round, block, thread].
-// `partial` has two elements a thread, for a block may write the next round's while others read this one's, and
-// `arrived` one a group. Without kZero the host zeroes `arrived`.
+// Subtracts the sum over the block's group from each element, round by round, in one cooperative launch. `in` is
+// [round, block, thread]. `partial` has two elements per thread, because a block may write those of the next round
+// while others read those of this one, and `arrived` has one per group. Without kZero the host clears `arrived`.
 template <bool kZero, bool kBarrier>
 FASTBN_GLOBAL void group_sum_kernel(int group, int rounds, const float* in, float* partial, uint32_t* arrived,
                                     float* out) {
@@ -109,7 +109,7 @@ FASTBN_GLOBAL void group_sum_kernel(int group, int rounds, const float* in, floa
   }
 }
 
-// Reverses each block's stretch by way of shared memory, 16 bytes a thread.
+// Reverses each block's part through shared memory, 16 bytes per thread.
 template <bool kWait>
 FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
   float* tile = shared_memory<float>();
@@ -124,7 +124,8 @@ FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
   const Vector16<float> global = load16(in + base + 4 * (threads - 1 - t));
   Vector16<float> reversed;
   FASTBN_UNROLL
-  for (int i = 0; i < Vector16<float>::size; ++i) reversed.lane[i] = (from.lane[3 - i] + global.lane[3 - i]) / 2;
+  for (int i = 0; i < Vector16<float>::size; ++i)
+    reversed.element[i] = (from.element[3 - i] + global.element[3 - i]) / 2;
   store16(out + base + 4 * t, reversed);
 }
 

@@ -1,4 +1,4 @@
-// The emulator: right kernels give right results under every seed, wrong ones are found.
+// The emulator: correct kernels give correct results under every seed, and wrong ones are found.
 #include <algorithm>
 #include <bit>
 #include <chrono>
@@ -22,7 +22,7 @@ namespace {
 constexpr int kSeeds = 8;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Small integers: every order of summation is exact.
+// Returns small integers, whose sum is exact in every order.
 std::vector<float> numbers(int64_t size) {
   std::vector<float> values(size);
   for (int64_t i = 0; i < size; ++i) values[i] = static_cast<float>((i * 37) % 101 - 40);
@@ -158,7 +158,7 @@ void test_broken_sync_blocks() {
     CHECK_EQUAL(device::launch(broken_round_kernel, two, nullptr, &arrived), cudaErrorLaunchFailure);
     CHECK(mentions("deadlock in block 0") && mentions("32 at sync_blocks") && mentions("1 of 2 blocks returned"));
 
-    // A failed launch leaves no round behind.
+    // A failed launch leaves no open round.
     arrived = 0;
     CHECK_EQUAL(device::launch(broken_zero_kernel, one, nullptr, &arrived), cudaSuccess);
 
@@ -189,7 +189,7 @@ void test_copies() {
     for (int i = 0; i < 512; ++i) CHECK_EQUAL(out[i], in[i / 256 * 256 + 255 - i % 256]);
   });
   CHECK_EQUAL(reverse(false, 2, 64, in, out, nullptr), cudaSuccess);
-  // Half of the poison of copies under way, and of a number; or NaN where no copy has begun.
+  // Half of the poison of a copy in flight plus half of a number; or NaN where no copy has started.
   const float poison = std::bit_cast<float>(0x4b4b4b4bu);
   CHECK(std::all_of(std::begin(out), std::end(out), [=](float v) { return v > poison / 4 || std::isnan(v); }));
   CHECK_EQUAL(reverse(true, 1, 64, in + 1, out, nullptr), cudaErrorLaunchFailure);
@@ -209,7 +209,7 @@ void test_broken_kernels() {
   CHECK_EQUAL(device::launch(broken_warp_kernel, one, nullptr, out.data()), cudaErrorLaunchFailure);
   CHECK(mentions("deadlock") && mentions("at a warp operation"));
 
-  // A failed launch leaves nothing behind.
+  // A failed launch does not affect the next one.
   CHECK_EQUAL(device::launch(broken_write_kernel, one, nullptr, out.data()), cudaSuccess);
   CHECK_EQUAL(std::string(emulator::last_failure()), "");
 }
@@ -249,13 +249,13 @@ void print_speed() {
     const auto start = std::chrono::steady_clock::now();
     CHECK_EQUAL(warp_sums(64, in.data(), sums.data(), counts.data(), nullptr), cudaSuccess);
     const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-    std::cout << "64 blocks of 256 threads, 8 waits a thread: " << time.count() << " ms\n";
+    std::cout << "64 blocks of 256 threads, 8 waits per thread: " << time.count() << " ms\n";
   }
 }
 
 }  // namespace
 
-// With the argument "overrun": writes past the end of shared memory, for AddressSanitizer to report.
+// Runs the tests. With the argument "overrun", writes past the end of shared memory, for AddressSanitizer to report.
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "overrun") {
     return device::launch(broken_overrun_kernel, {.threads = 32, .shared_bytes = 128}, nullptr);

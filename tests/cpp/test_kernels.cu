@@ -1,5 +1,5 @@
-// The kernels of all schedules on the emulator against the definitions in double: every dtype, layout, activation,
-// source of statistics; the edges of the contract; and the same bits under every schedule.
+// The kernels of all schedules on the emulator, against the definitions in double: every dtype, layout, activation and
+// source of statistics; the edges of the contract; and the same bits in whatever order threads run.
 #include <limits>
 #include <utility>
 
@@ -19,29 +19,29 @@ constexpr double kEps = 1e-5;
 
 struct Shape {
   Layout layout;
-  int threads = 0;  // 0: as planned; more where a row takes more
+  int threads = 0;  // per block, at least one per vector of a row; 0: as planned
   int splits = 0;
   int64_t shift = 0;
-  int cluster = 0;  // 0: two phases; else a resident plan with clusters of so many blocks
-  int groups = 0;   // else a cooperative plan with so many, of `splits` blocks each
-  int slots = 0;    // 0: a place for every octet; else so many, and the rest of a slice is read again
-  int sms = 0;  // 0: as above; else the planner's grid for so many multiprocessors, and slots only if it keeps a part
+  int cluster = 0;  // blocks per cluster of a resident plan; 0: no such plan
+  int groups = 0;   // groups of a cooperative plan, of `splits` blocks each; 0: no such plan
+  int slots = 0;    // slots per thread, fewer than it has vectors; 0: a slot for every vector
+  int sms = 0;      // SMs of a device whose cooperative grid the planner chooses; `slots` says whether it keeps a part
 };
 
 const Shape shapes[] = {
-    {{3, 5, 16}, 0, 0, 0},            // octets whole and aligned
-    {{3, 5, 16}, 64, 2, 1},           // whole, but not aligned
+    {{3, 5, 16}, 0, 0, 0},            // full and aligned vectors
+    {{3, 5, 16}, 64, 2, 1},           // full, but not aligned
     {{2, 3, 49}, 64, 3, 0},           // a tail in every run
     {{4, 2, 200}, 32, 3, 0},          // runs longer than a block, splits that cut them
-    {{70, 2, 8}, 32, 1, 0},           // many runs a block
+    {{70, 2, 8}, 32, 1, 0},           // many runs per block
     {{1, 1, 8 * 32 * 67}, 32, 1, 0},  // promotions of the running sums
     {{37, 16, 1}, 0, 0, 0},
     {{37, 16, 1}, 64, 5, 1},
     {{29, 13, 1}, 64, 2, 0},   // a tail in every row
-    {{40, 264, 1}, 64, 2, 0},  // two slices, the second one octet wide
-    {{6, 3, 1}, 32, 4, 0},     // less than an octet, splits without rows
+    {{40, 264, 1}, 64, 2, 0},  // two channel tiles, the second one vector wide
+    {{6, 3, 1}, 32, 4, 0},     // less than a vector, splits without rows
     {{32 * 67, 8, 1}, 32, 1, 0},
-    // The same resident: in one block, in clusters, with blocks that have nothing, slots in every stage of arrival.
+    // Resident: one block, clusters, blocks without work, slots in every stage of the pipeline.
     {{3, 5, 16}, 0, 0, 0, 1},
     {{3, 5, 16}, 64, 0, 1, 2},
     {{2, 3, 49}, 32, 0, 0, 4},
@@ -54,7 +54,8 @@ const Shape shapes[] = {
     {{40, 264, 1}, 64, 0, 0, 4},
     {{6, 3, 1}, 32, 0, 0, 16},
     {{32 * 67, 8, 1}, 32, 0, 0, 4},
-    // Rows that are whole octets where runs are not: some channels, or all of several rows, the last of them not whole.
+    // Rows that fill vectors where runs do not: some channels of a row, or several packed rows, of which the last lack
+    // some.
     {{9, 16, 49}, 64, 2, 0},
     {{9, 16, 49}, 64, 0, 0, 2},
     {{5, 6, 4}, 32, 1, 0},
@@ -63,7 +64,7 @@ const Shape shapes[] = {
     {{5, 7, 9}, 0, 1, 0},
     {{21, 20, 1}, 64, 2, 0},
     {{20, 16, 4}, 32, 0, 0, 4},
-    // The same in groups of a cooperative grid: one slice or several a group, fewer for the last one.
+    // Cooperative: one channel tile per group, several, and fewer for the last group.
     {{3, 5, 16}, 32, 2, 0, 0, 2},
     {{4, 2, 200}, 32, 3, 0, 0, 1},
     {{2, 3, 49}, 32, 2, 0, 0, 2},
@@ -76,7 +77,8 @@ const Shape shapes[] = {
     {{3, 7, 16}, 32, 2, 0, 0, 2},
     {{5, 600, 1}, 64, 3, 0, 0, 1},
     {{5, 600, 1}, 64, 2, 1, 0, 2},
-    // The same with places for a part: most octets, half of them, few; blocks and threads with fewer than others.
+    // Cooperative, with slots for most vectors, half of them, or few; with blocks and threads that have fewer than
+    // others.
     {{300, 24, 1}, 32, 2, 0, 0, 1, 16},
     {{600, 24, 1}, 32, 2, 1, 0, 1, 16},
     {{1200, 24, 1}, 32, 2, 0, 0, 1, 16},
@@ -87,7 +89,7 @@ const Shape shapes[] = {
     {{45, 16, 49}, 64, 2, 0, 0, 1, 16},
     {{5003, 3, 1}, 32, 3, 0, 0, 1, 16},
     {{4000, 3, 1}, 32, 3, 0, 0, 1, 16},
-    // The planner's own cooperative grids: two groups; one; one that keeps a part.
+    // Cooperative grids that the planner chooses: two groups; one; one that keeps a part.
     {.layout = {40, 2, 200}, .groups = 2, .sms = 4},
     {.layout = {600, 24, 1}, .groups = 1, .sms = 3},
     {.layout = {3001, 24, 1}, .groups = 1, .slots = 1, .sms = 2},
@@ -106,7 +108,7 @@ Plan plan_of(const Shape& shape, bool masked) {
     request.activation = Activation::silu;
     request.residual = request.fused = true;
     const Plan walk = choose_walk(request);
-    request.masked = false;  // so that there is room for what any op keeps
+    request.masked = false;  // so that every op has room for what it keeps
     const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
     Plan plan = walk;
     const bool keeps_all = fit_on_grid(request, limits, 1, plan);
@@ -119,7 +121,7 @@ Plan plan_of(const Shape& shape, bool masked) {
   if (shape.threads) plan.threads = std::max(shape.threads, (plan.vectors_per_row + 31) / 32 * 32);
   if (shape.splits) plan.splits = shape.splits;
   if (shape.cluster || shape.groups) {
-    // Room for what any op keeps.
+    // Room for what every op keeps.
     request.direction = Direction::backward;
     request.activation = Activation::silu;
     request.residual = true;
@@ -136,12 +138,12 @@ Plan plan_of(const Shape& shape, bool masked) {
   return plan;
 }
 
-// Everything one case needs, and the parameters that point at it.
+// Everything that one case needs, and the parameters that point to it.
 template <class T>
 struct Case {
   Shape shape;
   Layout layout = shape.layout;
-  Plan plan, two_phase;  // the latter for what is not a batch's statistics and their use in one
+  Plan plan, two_phase;  // the latter for ops that do not both compute and use the statistics of the batch
   Tensor<T> input, residual, grad_out, output, grad_input, grad_residual;
   Tensor<uint8_t> mask;
   Channels channels;
@@ -315,8 +317,8 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
   for (int64_t i = 0; i < a.mask.size; ++i) a.mask.data()[i] = 0;
   for (int64_t i = 0; i < a.layout.numel(); ++i) {
     const bool upper = activation_is_upper(activation, reference_z(a.layout, a.channels, a.input, residual, i));
-    const int64_t place = i % a.layout.run();
-    if (upper) a.mask.data()[i / a.layout.run() * a.layout.mask_bytes_per_run() + place / 8] |= 1 << place % 8;
+    const int64_t index = i % a.layout.run();
+    if (upper) a.mask.data()[i / a.layout.run() * a.layout.mask_bytes_per_run() + index / 8] |= 1 << index % 8;
   }
   Doubles sums(a.layout.channels), sums_xhat(a.layout.channels);
   const bool masks = with_residual && is_piecewise_linear(activation);
@@ -351,7 +353,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
   }
 }
 
-// The same bits, whatever the order in which threads and blocks run.
+// Checks that results have the same bits in whatever order threads and blocks run.
 template <class T>
 void test_seeds(const Shape& shape) {
   Doubles first;

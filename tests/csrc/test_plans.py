@@ -144,7 +144,7 @@ def test_a_cooperative_launch_that_is_refused_is_planned_again(ops):
     counter = torch.tensor(0)
     given = (x, None, None, None, None, None, counter, 0.1, 1e-5, 0, False)
     granted = ops.namespace.batch_norm_train(*given)
-    emulator.set_limits(**{**EMULATED_LIMITS["cooperative"], "blocks_a_group": 1 << 16})
+    emulator.set_limits(**{**EMULATED_LIMITS["cooperative"], "blocks_per_group": 1 << 16})
     begun = emulator.launches()
     output, mean, inv_std, _ = ops.namespace.batch_norm_train(*given)
     assert counter.item() == 2 and emulator.launches() - begun == 1  # of a resident plan

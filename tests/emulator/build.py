@@ -16,7 +16,7 @@ NEEDS_A_DEVICE = {"device_limits.cu"}
 
 
 def _sources(folder: Path) -> list[str]:
-    """The emulator, the bindings, and a C++ file around each kernel file: torch would give a .cu to nvcc."""
+    """Return the emulator, the bindings, and a C++ wrapper of each kernel file: torch would give a .cu to nvcc."""
     wrapped = []
     for kernel in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
         if kernel.name in NEEDS_A_DEVICE:

@@ -1,4 +1,4 @@
-// The assembly behind context.h. A new context starts with the registers that make_context laid on its stack.
+// The assembly of context.h. A new context starts with the registers that make_context put on its stack.
 #include "context.h"
 
 #if !defined(FASTBN_EMULATOR_UCONTEXT) && defined(__x86_64__)

@@ -1,5 +1,5 @@
 // Stackful contexts for one host thread: a short assembly switch on x86-64 and arm64 (swapcontext makes a system call
-// a switch), ucontext elsewhere; AddressSanitizer is told of each switch.
+// per switch), ucontext elsewhere; AddressSanitizer is told of each switch.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,7 @@ struct Context {
 
 inline Context* previous_context = nullptr;
 
-// Called first thing in a context, and after every switch back into it.
+// Ends a switch. Call it first thing in a context, and after every switch back into it.
 inline void after_switch([[maybe_unused]] Context& entered) {
 #if FASTBN_EMULATOR_ASAN
   __sanitizer_finish_switch_fiber(entered.fake_stack, &previous_context->stack, &previous_context->stack_bytes);
@@ -59,8 +59,8 @@ inline void switch_context(Context& from, Context& to) {
   after_switch(from);
 }
 
-// `entry` must begin with after_switch and must not return. The first frame lies `offset` bytes (a multiple of 16)
-// below the top of the stack.
+// Makes a context that starts with `entry`, which must begin with after_switch and must not return. The first frame
+// lies `offset` bytes (a multiple of 16) below the top of the stack.
 inline void make_context(Context& context, unsigned char* stack, size_t bytes, size_t offset, void (*entry)()) {
   context.stack = stack;
   context.stack_bytes = bytes;

@@ -1,5 +1,5 @@
-// The scheduler behind emulator.h. One launch runs at a time, on the host thread that asked for it; fibres and their
-// stacks are kept for the next one.
+// The scheduler of emulator.h. One launch runs at a time, on the host thread that made it; fibres and their stacks are
+// reused by the next one.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -21,7 +21,7 @@ namespace {
 using device::kWarp;
 using device::Launch;
 
-// Estimates: kernels keep at most a few kilobytes a thread, and sanitizers several times that.
+// Estimates: kernels use at most a few kilobytes of stack per thread, and sanitizers several times that.
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
 constexpr const char* kStateNames[] = {"ready",        "at a warp operation", "at sync_block", "at sync_cluster",
@@ -35,7 +35,7 @@ uint64_t random_below(uint64_t bound) {
   return (z ^ (z >> 31)) % bound;
 }
 
-// A returned block's shared memory belongs to nobody; what another block of the cluster still reads there is NaN.
+// Fills the shared memory of a block that has returned with NaN, for another block of the cluster to read by mistake.
 void retire(Block& block) {
   const size_t bytes = static_cast<size_t>(machine.shape.shared_bytes);
   if (bytes == 0) return;
@@ -64,14 +64,14 @@ bool grow_pool(size_t count) {
   if (stacks == MAP_FAILED) return false;
   for (size_t i = 0; i < added; ++i) {
     machine.pool.push_back(std::make_unique<Fibre>());
-    // Stacks that began at the same address modulo 64 KB would all fall on the same few cache sets.
+    // Stacks that start at the same address modulo 64 KB would all fall on the same few cache sets.
     make_context(machine.pool.back()->context, static_cast<unsigned char*>(stacks) + i * kStackBytes, kStackBytes,
                  (machine.pool.size() % 61) * 64, fibre_main);
   }
   return true;
 }
 
-// After a failure fibres stand in the middle of a kernel: they begin anew.
+// Restarts all fibres: a failure leaves them in the middle of a kernel.
 void reset_pool() {
   for (size_t i = 0; i < machine.pool.size(); ++i) {
     Context& context = machine.pool[i]->context;
@@ -83,24 +83,24 @@ void reset_pool() {
   }
 }
 
-// Says of the first block that cannot go on where its threads are.
+// Describes where the threads of the first block are that cannot go on.
 std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
   for (const auto& block : blocks) {
     if (block->running == 0) continue;
     std::string text = "deadlock in " + describe(*block) + " of " + std::to_string(machine.shape.threads) + " threads:";
-    std::vector<std::pair<std::string, int>> places;
+    std::vector<std::pair<std::string, int>> states;
     for (const Fibre* fibre : block->fibres) {
-      std::string place = kStateNames[static_cast<int>(fibre->state)];
-      if (fibre->state != State::returned) place += " (" + describe(fibre->where) + ")";
-      auto found = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
-      if (found == places.end()) {
-        places.emplace_back(place, 1);
+      std::string state = kStateNames[static_cast<int>(fibre->state)];
+      if (fibre->state != State::returned) state += " (" + describe(fibre->where) + ")";
+      auto found = std::find_if(states.begin(), states.end(), [&](const auto& s) { return s.first == state; });
+      if (found == states.end()) {
+        states.emplace_back(state, 1);
       } else {
         ++found->second;
       }
     }
-    for (size_t i = 0; i < places.size(); ++i) {
-      text += (i ? ", " : " ") + std::to_string(places[i].second) + " " + places[i].first;
+    for (size_t i = 0; i < states.size(); ++i) {
+      text += (i ? ", " : " ") + std::to_string(states[i].second) + " " + states[i].first;
     }
     const auto returned = std::count_if(blocks.begin(), blocks.end(), [](const auto& b) { return b->running == 0; });
     if (blocks.size() > 1) {
@@ -149,8 +149,8 @@ bool run_clusters(const int64_t* order, size_t count) {
     }
   }
 
-  // Evenly chosen fibres keep all blocks level. In every other round one block runs only when hardly any other can, so
-  // that the others are as far ahead of it as barriers let them be.
+  // Choosing among all fibres evenly keeps all blocks level. Half of the time one block runs only when hardly any other
+  // can, so that the others get as far ahead of it as barriers allow.
   const bool starves = blocks.size() > 1 && random_below(2) == 0;
   const Block* starved = starves ? blocks[random_below(blocks.size())].get() : nullptr;
   while (!machine.ready.empty() && !machine.failed) {
@@ -213,10 +213,10 @@ cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   if (error != cudaSuccess || shape.shared_bytes > max_shared_bytes) return cudaErrorInvalidValue;
   std::lock_guard lock(machine.mutex);
   const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster);
-  const size_t together = shape.cooperative ? clusters : 1;
-  const size_t fibres_each = static_cast<size_t>(shape.cluster * shape.threads);
-  if (together > kMaxFibres / fibres_each) return cudaErrorCooperativeLaunchTooLarge;
-  if (!grow_pool(together * fibres_each)) return cudaErrorMemoryAllocation;
+  const size_t clusters_at_once = shape.cooperative ? clusters : 1;
+  const size_t fibres_per_cluster = static_cast<size_t>(shape.cluster * shape.threads);
+  if (clusters_at_once > kMaxFibres / fibres_per_cluster) return cudaErrorCooperativeLaunchTooLarge;
+  if (!grow_pool(clusters_at_once * fibres_per_cluster)) return cudaErrorMemoryAllocation;
 
   ++machine.launches;
   machine.shape = shape;
@@ -228,8 +228,8 @@ cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   std::vector<int64_t> order(clusters);
   std::iota(order.begin(), order.end(), int64_t{0});
   for (size_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
-  for (size_t first = 0; first < clusters; first += together) {
-    if (run_clusters(order.data() + first, together)) continue;
+  for (size_t first = 0; first < clusters; first += clusters_at_once) {
+    if (run_clusters(order.data() + first, clusters_at_once)) continue;
     reset_pool();
     fprintf(stderr, "emulator: %s\n", machine.failure.c_str());
     return cudaErrorLaunchFailure;

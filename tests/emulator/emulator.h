@@ -1,5 +1,5 @@
-// Runs kernels on a CPU: every thread is a fibre, and where a thread waits, a seeded generator chooses which one runs
-// next. Blocks run one cluster at a time in random order, or all at once if the launch is cooperative.
+// Runs kernels on a CPU: every thread is a fibre, and where a thread waits, a seeded generator chooses the one that
+// runs next. Clusters run one at a time in random order, or all at once if the launch is cooperative.
 #pragma once
 
 #include <cstddef>
@@ -15,13 +15,14 @@ namespace fastbn::emulator {
 // Restarts the schedule from a seed (0 at first). The same launches after the same seed run in the same order.
 void set_seed(uint64_t seed);
 
-// The number of launches that ran, failed ones included, refused ones not.
+// Returns how many launches ran, including those that failed, but not those that were refused.
 int64_t launches();
 
 // Calls `observe` whenever a thread of a launch has stopped, at a primitive that waits or at its end. Empty: never.
 void set_observer(std::function<void()> observe);
 
-// Why the latest launch that returned cudaErrorLaunchFailure did; also printed to stderr. Valid until the next launch.
+// Returns why the latest launch failed with cudaErrorLaunchFailure, which is also printed to stderr. Valid until the
+// next launch.
 const char* last_failure();
 
 // The rest serves the device primitives.
@@ -30,16 +31,16 @@ using Location = std::source_location;
 
 enum class Exchange { shuffle_xor, ballot };
 
-// Waits for the warp, then receives `bytes` bytes of what another lane sends; of ballot, one word.
+// Waits for the warp, then receives the `bytes` bytes that another lane sends, or the word of a ballot.
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where);
 
 unsigned char* shared_memory();
-unsigned char* cluster_shared(const void* own, int rank, const Location& where);
+unsigned char* cluster_shared(const void* local, int rank, const Location& where);
 void copy_async_wait(int pending);
 
 [[noreturn]] void fail(const char* what, const Location& where);
 
-// A GPU traps where 16 bytes are moved at another address than a multiple of 16.
+// Fails at an address that is not a multiple of 16, as a GPU does when it moves 16 bytes.
 inline void require_aligned(const void* address, const Location& where) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("16-byte access at an unaligned address", where);
 }

@@ -45,7 +45,7 @@ struct Barrier {
   std::vector<Fibre*> waiting;
 };
 
-// What the waiting fibres asked of sync_blocks.
+// The arguments of the sync_blocks that fibres wait at.
 struct Round {
   Barrier barrier;
   int blocks = 0;
@@ -65,7 +65,7 @@ struct Block {
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<Fibre*> fibres;
-  // Of exactly the bytes asked for, so that AddressSanitizer sees an overrun.
+  // Exactly the bytes that the launch asks for, so that AddressSanitizer sees an overrun.
   std::unique_ptr<unsigned char[]> shared;
 };
 

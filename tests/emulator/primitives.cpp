@@ -1,4 +1,4 @@
-// What a running thread calls: the device primitives, which suspend its fibre where a GPU's thread would wait.
+// The device primitives, which suspend the fibre of a running thread where a thread of a GPU would wait.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -26,7 +26,7 @@ void wait_at(Barrier& barrier, State at, const Location& where) {
   suspend();
 }
 
-bool same_place(const Location& a, const Location& b) {
+bool same_call(const Location& a, const Location& b) {
   return a.line() == b.line() && a.column() == b.column() && strcmp(a.file_name(), b.file_name()) == 0;
 }
 
@@ -41,11 +41,11 @@ void fail(const char* what, const Location& where) {
 
 unsigned char* shared_memory() { return machine.current->block->shared.get(); }
 
-unsigned char* cluster_shared(const void* own, int rank, const Location& where) {
+unsigned char* cluster_shared(const void* local, int rank, const Location& where) {
   const Block& block = *machine.current->block;
   const auto& blocks = block.cluster->blocks;
   if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("rank outside of the cluster", where);
-  const int64_t offset = static_cast<const unsigned char*>(own) - block.shared.get();
+  const int64_t offset = static_cast<const unsigned char*>(local) - block.shared.get();
   if (offset < 0 || offset > machine.shape.shared_bytes) fail("address outside of shared memory", where);
   if (blocks[rank]->running == 0) fail("shared memory of a block that has returned", where);
   return blocks[rank]->shared.get() + offset;
@@ -62,12 +62,12 @@ void exchange(Exchange kind, int argument, const void* send, void* receive, size
   self->receive = receive;
   if (!warp.waiting.empty()) {
     const Fibre& first = *warp.waiting.front();
-    if (!same_place(first.where, where) || first.kind != kind || first.argument != argument || first.bytes != bytes) {
+    if (!same_call(first.where, where) || first.kind != kind || first.argument != argument || first.bytes != bytes) {
       fail("lanes of one warp at different warp operations", where);
     }
   }
   if (warp.waiting.size() + 1 == kWarp) {
-    // Of all lanes at once: one that ran ahead would overwrite what others have yet to receive.
+    // Exchange for all lanes at once: one that ran ahead would overwrite what others have yet to receive.
     const int base = self->index / kWarp * kWarp;
     uint32_t votes = 0;
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -106,7 +106,7 @@ int cluster_rank() { return machine.current->block->rank; }
 
 void sync_block(const Location& where) {
   Barrier& barrier = machine.current->block->barrier;
-  if (!barrier.waiting.empty() && !same_place(barrier.waiting.front()->where, where)) {
+  if (!barrier.waiting.empty() && !same_call(barrier.waiting.front()->where, where)) {
     fail("threads of one block at different calls of sync_block", where);
   }
   wait_at(barrier, State::in_sync_block, where);
@@ -121,7 +121,7 @@ void sync_grid(const Location& where) {
   wait_at(machine.grid, State::in_sync_grid, where);
 }
 
-// The count goes up while a round's threads arrive, as it does on a GPU: so a zeroing that comes too late is found.
+// Counts up while the threads of a round arrive, as a GPU does, so that clearing the counter too late is found.
 void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where) {
   if (!machine.shape.cooperative) fail("sync_blocks in a launch that is not cooperative", where);
   const size_t threads = static_cast<size_t>(machine.shape.threads);
@@ -148,7 +148,7 @@ void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where
 void copy_async16(void* shared, const void* global, const Location& where) {
   require_aligned(shared, where);
   require_aligned(global, where);
-  // Not NaN, which the kernels take for a reason to sum again, in float64, and by then the copy has come.
+  // Poison that is not NaN: NaN would make the kernels sum again in float64, by when the copy has arrived.
   memset(shared, 0x4b, 16);
   machine.current->copies.push_back({shared, global, machine.current->committed});
 }

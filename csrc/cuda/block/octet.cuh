@@ -22,18 +22,18 @@ struct Octet {
 
   FASTBN_DEVICE acc_t<T> operator[](int i) const {
     if constexpr (is_half) {
-      return i % 2 ? upper_to_acc<T>(part[0].lane[i / 2]) : lower_to_acc<T>(part[0].lane[i / 2]);
+      return i % 2 ? upper_to_acc<T>(part[0].element[i / 2]) : lower_to_acc<T>(part[0].element[i / 2]);
     } else {
-      return part[i / Vector::size].lane[i % Vector::size];
+      return part[i / Vector::size].element[i % Vector::size];
     }
   }
 
   // In an octet that was all zeros.
   FASTBN_DEVICE void set(int i, T value) {
     if constexpr (is_half) {
-      part[0].lane[i / 2] |= uint32_t(value.bits) << i % 2 * 16;
+      part[0].element[i / 2] |= uint32_t(value.bits) << i % 2 * 16;
     } else {
-      part[i / Vector::size].lane[i % Vector::size] = value;
+      part[i / Vector::size].element[i % Vector::size] = value;
     }
   }
 };
@@ -63,14 +63,14 @@ FASTBN_DEVICE void store_octet(T* to, int count, bool vectorized, const acc_t<T>
   constexpr int lanes = device::Vector16<T>::size;
   device::Vector16<T> rounded[octet / lanes];
   FASTBN_UNROLL
-  for (int i = 0; i < octet; ++i) rounded[i / lanes].lane[i % lanes] = from_acc<T>(value[i]);
+  for (int i = 0; i < octet; ++i) rounded[i / lanes].element[i % lanes] = from_acc<T>(value[i]);
   if (whole || (vectorized && count == octet)) {
     FASTBN_UNROLL
     for (int i = 0; i < octet; i += lanes) device::store16(to + i, rounded[i / lanes]);
   } else {
     FASTBN_UNROLL
     for (int i = 0; i < octet; ++i) {
-      if (i < count) to[i] = rounded[i / lanes].lane[i % lanes];
+      if (i < count) to[i] = rounded[i / lanes].element[i % lanes];
     }
   }
 }

@@ -67,7 +67,7 @@ class Rendezvous {
   }
 
  private:
-  static FASTBN_DEVICE int block() { return device::anew(static_cast<int>(device::block_x())); }
+  static FASTBN_DEVICE int block() { return device::opaque(static_cast<int>(device::block_x())); }
 
   FASTBN_DEVICE bool cooperative() const { return plan_.schedule == Schedule::cooperative; }
 

@@ -15,7 +15,7 @@ FASTBN_DEVICE void for_each_slice(const Layout& layout, const Plan& plan, Slab<T
                                   Fetch fetch, Work work) {
   FASTBN_KEEP_LOOP
   while (true) {
-    const int block = device::anew(static_cast<int>(device::block_x()));
+    const int block = device::opaque(static_cast<int>(device::block_x()));
     const int slice = block / plan.splits + rendezvous.slices() * plan.groups;
     if (slice >= plan.tiles) break;
     const Walk walk(layout, plan, slice, block % plan.splits);

@@ -1,6 +1,6 @@
 // The device primitives, and the only header through which a kernel touches CUDA; tests/emulator has the same ones for
-// a CPU. Warp operations take full warps: all 32 lanes must reach them. Before sm_90 a block is its own cluster, and
-// before sm_80 an asynchronous copy is an ordinary one.
+// a CPU. All 32 lanes of a warp must reach a warp operation. Before sm_90 a block is its own cluster, and before sm_80
+// an asynchronous copy is an ordinary one.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -24,10 +24,10 @@ FASTBN_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 FASTBN_DEVICE int64_t block_x() { return blockIdx.x; }
 FASTBN_DEVICE int64_t grid_x() { return gridDim.x; }
 
-// The value itself, of which the compiler knows nothing: what is made of it inside a loop is made there, instead of
-// once before it in registers that the loop needs.
+// Hides the value from the optimizer, so that expressions of it are recomputed in a loop instead of hoisted into
+// registers that the loop needs.
 template <class T>
-FASTBN_DEVICE T anew(T value) {
+FASTBN_DEVICE T opaque(T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   if constexpr (sizeof(T) == 4) {
     asm volatile("" : "+r"(value));
@@ -37,7 +37,7 @@ FASTBN_DEVICE T anew(T value) {
   return value;
 }
 
-// The larger of two, of which the second is a number; NaN where the first is; of two zeros, +0.
+// Returns the larger of `a` and `b`, or NaN if `a` is NaN; `b` must be a number. The larger of two zeros is +0.
 FASTBN_DEVICE float max_or_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float result;
@@ -49,7 +49,7 @@ FASTBN_DEVICE float max_or_nan(float a, float b) {
 }
 FASTBN_DEVICE double max_or_nan(double a, double b) { return a < b ? b : a; }
 
-// Dynamic shared memory: one array a block, whatever T, aligned to 16 bytes.
+// Returns the block's dynamic shared memory, aligned to 16 bytes. It is the same memory for every T.
 template <class T>
 FASTBN_DEVICE T* shared_memory() {
   extern __shared__ __align__(16) unsigned char fastbn_shared_memory[];
@@ -59,8 +59,8 @@ FASTBN_DEVICE T* shared_memory() {
 FASTBN_DEVICE void sync_block() { __syncthreads(); }
 FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// A barrier among `blocks` blocks of a cooperative launch, all of which are therefore running. `arrived` counts in
-// global memory, 0 before the first round; rounds count from 1. What a block wrote before it, the others see behind it.
+// Waits for `blocks` blocks of a cooperative launch. `arrived` is their counter in global memory, 0 before the first
+// round; `round` counts from 1. Release/acquire: writes before the barrier are visible to all blocks after it.
 FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
   sync_block();
   if (thread_index() == 0) {
@@ -68,7 +68,7 @@ FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
     const uint32_t complete = static_cast<uint32_t>(blocks) * static_cast<uint32_t>(round);
     uint32_t count;
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    do {  // relaxed: an acquire would empty L1 at every look, also for the block beside this one
+    do {  // relaxed: an acquire would empty L1 at every poll, for the other block of the SM too
       asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
       // Others may be a round ahead, and the count may wrap.
     } while (static_cast<int32_t>(count - complete) < 0);
@@ -77,8 +77,8 @@ FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
   sync_block();
 }
 
-// Adds to a word of global memory, and returns what was there before. Release/acquire: what the thread did before it
-// has happened for every thread that adds later.
+// Adds to a word of global memory and returns its old value. Release/acquire: what a thread read and wrote before its
+// addition comes before whatever follows a later addition.
 FASTBN_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -92,7 +92,7 @@ namespace detail {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Moves a value of any type through shuffles of 32-bit words.
+// Shuffles a value of any type as 32-bit words.
 template <class T, class Shuffle>
 FASTBN_DEVICE T shuffle_words(const T& value, Shuffle shuffle) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % 4 == 0 && sizeof(T) <= 32);
@@ -129,17 +129,18 @@ FASTBN_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same where nothing was written that others read: no write is waited for.
+// Waits for the cluster, but not for writes: for use after reads of the other blocks' shared memory.
 FASTBN_DEVICE void sync_cluster_after_reads() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where block `rank` of the cluster keeps what lies at `own` here. That block must not have returned yet.
+// Maps an address in this block's shared memory to the same place in that of block `rank` of the cluster, which must
+// not have returned yet.
 template <class T>
-FASTBN_DEVICE T* cluster_shared(T* own, int rank) {
+FASTBN_DEVICE T* cluster_shared(T* local, int rank) {
   uint64_t address;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(local), "r"(rank));
   return reinterpret_cast<T*>(address);
 }
 
@@ -150,15 +151,15 @@ FASTBN_DEVICE void sync_cluster() { __syncthreads(); }
 FASTBN_DEVICE void sync_cluster_after_reads() { __syncthreads(); }
 
 template <class T>
-FASTBN_DEVICE T* cluster_shared(T* own, int) {
-  return own;
+FASTBN_DEVICE T* cluster_shared(T* local, int) {
+  return local;
 }
 
 #endif
 
 namespace detail {
 
-// int4 is what the compiler moves in one instruction; a struct of eight halves it may split.
+// An int4 moves in one instruction; the compiler may split a struct of eight halves.
 template <class T>
 FASTBN_DEVICE Vector16<T> from_words(int4 words) {
   Vector16<T> value;
@@ -187,8 +188,8 @@ FASTBN_DEVICE void store16(T* to, const Vector16<T>& value) {
 
 #if __CUDA_ARCH__ >= 800
 
-// Copies 16 bytes past the registers and L1. The bytes are there for this thread after the wait, and for others after
-// a barrier behind it.
+// Copies 16 bytes without going through registers and L1. They are visible to this thread after copy_async_wait, and to
+// others after a barrier that follows it.
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -198,7 +199,7 @@ FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
 
 FASTBN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the kPending latest groups of this thread are still under way.
+// Waits until at most the `kPending` latest groups of this thread are in flight.
 template <int kPending>
 FASTBN_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -219,20 +220,21 @@ FASTBN_DEVICE void copy_async_wait() {}
 
 namespace detail {
 
-// Lets a kernel take as much shared memory as a block can have: less would be a race between threads that launch the
-// same kernel with different amounts.
+// Allows a kernel the maximum of shared memory per block. With less, threads that launch the same kernel with different
+// amounts would race.
 inline cudaError_t allow_shared_memory(const void* kernel) {
-  int device = 0, most = 0;
+  int device = 0, max_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes);
   return error;
 }
 
 }  // namespace detail
 
-// The largest cluster, a power of two, of blocks with all the shared memory that they can have, that the current device
-// launches; 1 where it knows no clusters, or where the code it runs was compiled before there were any.
+// Returns the largest cluster, a power of two, that the current device launches with the maximum of shared memory per
+// block: 1 if the device has no clusters, or runs code that was compiled for one without.
 inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_bytes) {
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes code = {};
@@ -240,36 +242,37 @@ inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_byt
   config.gridDim = dim3(kMaxCluster);
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  int most = 1, power = 1;
+  int max_size = 1, power = 1;
   cudaError_t error = cudaFuncGetAttributes(&code, function);
   if (error == cudaSuccess && code.ptxVersion < 90) return 1;
   if (error == cudaSuccess) error = detail::allow_shared_memory(function);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&most, function, &config);
+  if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&max_size, function, &config);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // not the next launch's
+    cudaGetLastError();  // clear the error, so that the next launch does not report it
     return 1;
   }
-  while (power * 2 <= most && power * 2 <= kMaxCluster) power *= 2;
+  while (power * 2 <= max_size && power * 2 <= kMaxCluster) power *= 2;
   return power;
 }
 
-// Sets a word of global memory to 0 in the order of the stream: a memset, not a launch.
+// Sets a word of global memory to 0, in stream order: a memset, not a launch.
 inline cudaError_t clear(uint32_t* word, cudaStream_t stream) {
   return cudaMemsetAsync(word, 0, sizeof(*word), stream);
 }
 
-// Returns the launch's own error, and leaves no trace of it; errors of the running kernel surface later, as usual.
+// Launches a kernel. Returns the error of the launch, and clears it; errors of the running kernel surface later, as
+// usual.
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std::type_identity_t<P>... params) {
-  constexpr int64_t kSharedWithoutAsking = 48 * 1024;
+  constexpr int64_t kDefaultSharedBytes = 48 * 1024;  // what a kernel may take without opting in
   if (!is_valid(shape)) return cudaErrorInvalidConfiguration;
 
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kSharedWithoutAsking) error = detail::allow_shared_memory(function);
+  if (shape.shared_bytes > kDefaultSharedBytes) error = detail::allow_shared_memory(function);
   if (error == cudaSuccess && shape.cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
@@ -295,7 +298,7 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   config.numAttrs = count;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))..., nullptr};
   if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, arguments);
-  if (error != cudaSuccess) cudaGetLastError();  // not the next launch's
+  if (error != cudaSuccess) cudaGetLastError();  // clear the error, so that the next launch does not report it
   return error;
 }
 

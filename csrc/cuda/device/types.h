@@ -1,4 +1,4 @@
-// What device.cuh and its emulation share: the shape of a launch and the 16 bytes that one memory instruction moves.
+// Types that device.cuh and its emulation share: the shape of a launch, and the 16 bytes that one instruction moves.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ inline constexpr int kMaxThreads = 1024;
 inline constexpr int kPortableCluster = 8;
 inline constexpr int kMaxCluster = 16;
 
-// The limits that hold on every GPU; those of one model (shared memory, cooperative grids) are left to the launch.
+// Checks the limits of every GPU. Those of one model (shared memory, cooperative grids) are left to the launch.
 inline bool is_valid(const Launch& launch) {
   return launch.grid_x >= 1 && launch.grid_x <= kMaxGridX && launch.threads >= 1 && launch.threads <= kMaxThreads &&
          launch.shared_bytes >= 0 && launch.cluster >= 1 && launch.cluster <= kMaxCluster &&
@@ -30,7 +30,7 @@ inline bool is_valid(const Launch& launch) {
 template <class T>
 struct alignas(16) Vector16 {
   static constexpr int size = 16 / sizeof(T);
-  T lane[size];
+  T element[size];
 };
 
 }  // namespace fastbn::device

@@ -75,7 +75,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
     device::sync_block();
     if (rendezvous.leads()) {
       for_each_own_channel(walk, [&](int channel, int64_t c) {
-        save_statistics(params, c, known[channel].moments, device::anew(batch));
+        save_statistics(params, c, known[channel].moments, device::opaque(batch));
       });
     }
     Affine<A> affine[Walk::channels];

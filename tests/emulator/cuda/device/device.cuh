@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is done in its wait and
-// its target is NaN until then; where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
+// Replaces csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is made in its wait, and its
+// target holds poison until then. Where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,8 @@ T* shared_memory() {
 }
 
 template <class T>
-T* cluster_shared(T* own, int rank, const Location& where = Location::current()) {
-  return reinterpret_cast<T*>(emulator::cluster_shared(own, rank, where));
+T* cluster_shared(T* local, int rank, const Location& where = Location::current()) {
+  return reinterpret_cast<T*>(emulator::cluster_shared(local, rank, where));
 }
 
 namespace detail {
@@ -88,7 +88,7 @@ A max_or_nan(A a, A b) {
 }
 
 template <class T>
-T anew(T value) {
+T opaque(T value) {
   return value;
 }
 

@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/device/runtime.h: the CUDA types that host code needs, with CUDA's own numbers, and the
-// properties of the device that the emulator passes for, an H200.
+// Replaces csrc/cuda/device/runtime.h: the CUDA types that host code needs, with CUDA's own numbers, and the properties
+// of the emulated device, an H200.
 #pragma once
 
 enum cudaError_t {

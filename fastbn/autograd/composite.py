@@ -12,22 +12,22 @@ from fastbn.ops.layout import unpack_mask
 
 
 def _power_of_two_below(size: Tensor) -> Tensor:
-    """2^-n for a `size` in [2^(n-1), 2^n), so that their product is below 1; 1 for 0, inf and NaN. float64 [C]."""
+    """Return 2^-n for sizes in [2^(n-1), 2^n), float64 [C], so that the product is below 1; 1 for 0, inf and NaN."""
     size = torch.where(size.isfinite(), size, 0.0)
     return torch.ldexp(torch.ones_like(size), -torch.frexp(size).exponent)
 
 
 def to_unit_scale(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, unit, eps of y): y is `x` less about its mean, times the power of two `unit` ([C], as eps is).
+    """Return (y, unit, eps of y): y is `x` minus about its mean, times the power of two `unit` ([C], as eps is).
 
-    Variances of x leave the range of float32 long before the gradients do, those of y do not: its largest magnitude, or
+    Variances of x leave the range of float32 long before the gradients do. Those of y do not: its largest magnitude, or
     the square root of its eps, is about 1. Derivatives take the shift and the unit for constants.
     """
     dims = reduced_dims(x)
     with torch.no_grad():
         # Not by one power of two: a mean far off would leave no digits of a small x, or x overflow.
-        largest = x.abs().amax(dims).double()
-        first = _power_of_two_below(largest.clamp(min=math.sqrt(eps))).clamp(2.0**-126, 2.0**126)
+        max_magnitude = x.abs().amax(dims).double()
+        first = _power_of_two_below(max_magnitude.clamp(min=math.sqrt(eps))).clamp(2.0**-126, 2.0**126)
         near = x * wide(x, first)
         pivot = near.mean(dims)
         pivot = torch.where(pivot.isfinite(), pivot, 0.0)
@@ -51,7 +51,7 @@ def backward_formula(
     eps: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_input, grad_weight, grad_bias, grad_residual) as a differentiable composition in `dtype`.
+    """Return (grad_input, grad_weight, grad_bias, grad_residual) as a differentiable composition in `dtype`.
 
     With `mean` and `inv_std` ([C]) statistics are frozen. Without them they are those of x, made from it and `eps`
     here, so that derivatives of the result know how they depend on x. `mask` is a constant. The gradients of input and

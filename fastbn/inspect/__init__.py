@@ -1,1 +1,1 @@
-"""What tells of a build, a device and a call."""
+"""What reports on a build, a device or a call."""

@@ -24,7 +24,7 @@ def explain(
     device: str | None = None,
     backend: str | None = None,
 ) -> Plan:
-    """The plan for batch-normalising `input`, a tensor (N, C, *) on any device; meta tensors do.
+    """Return the plan for batch-normalising `input`, (N, C, *), on any device; a meta tensor is enough.
 
     direction: "forward" or "backward". training: batch statistics, else frozen ones. residual: whether one is added.
     device: "a100", "h100", "h200" or "b200" plans for that GPU, which need not be here; None for the input's device.

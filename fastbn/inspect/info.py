@@ -13,7 +13,7 @@ from fastbn.backends import registry
 
 
 def info() -> dict[str, Any]:
-    """A dict of strings, lists and nested dicts, ready to print or to dump as JSON."""
+    """Return a dict of strings, lists and nested dicts, ready to print or to dump as JSON."""
     build = _C.build_info()
     return {
         "fastbn": __version__,

@@ -1,4 +1,4 @@
-"""fastbn.set_max_sms: leaves multiprocessors of a GPU to what runs beside."""
+"""fastbn.set_max_sms: caps the SMs that a kernel may occupy, so that other work can run at the same time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from fastbn import _C
 
 
 def set_max_sms(count: int | None) -> None:
-    """Let cooperative plans take at most `count` multiprocessors of a GPU, or all with None, which is how it begins.
+    """Let cooperative plans occupy at most `count` SMs of a GPU; None allows all (default).
 
-    A cooperative plan holds the multiprocessors that it has until it is done; with fewer of them, communication (NCCL)
-    can run at the same time. Holds for the process, from the next call on; `explain` plans by it too. Results may
-    differ in their last bits, because sums are split otherwise.
+    A cooperative plan holds its SMs until it is done; on fewer SMs, communication (NCCL) can overlap with it. The cap
+    holds for the process from the next call on, and `explain` plans by it too. Results may differ in their last bits,
+    because sums are split differently.
 
     Raises ValueError for a count below 1.
     """

@@ -106,7 +106,7 @@ def _refuse_backward(op: str) -> Callable[..., None]:
 
 
 def _refuse_forward(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """torch registers backward formulas for functional ops only; the op with buffers refuses when it is called."""
+    """Return an autograd kernel that refuses to be differentiated: torch registers formulas for functional ops only."""
 
     def forward(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
@@ -120,7 +120,7 @@ _libraries: list[torch.library.Library] = []  # registrations last as long as th
 
 
 def bind(ops: str) -> SimpleNamespace:
-    """The eight ops of the torch.ops namespace `ops`, made known to torch's tracers."""
+    """Return the eight ops of the torch.ops namespace `ops`, and make them known to torch's tracers."""
     library = torch.library.Library(ops, "IMPL")
     _libraries.append(library)
     packets = getattr(torch.ops, ops)

@@ -1,4 +1,4 @@
-"""How an activation lies in memory: the format of output and gradients, runs, and the bits of the mask."""
+"""The memory layout of an activation: the format of output and gradients, runs, and the bits of the mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def suggest_memory_format(x: Tensor) -> torch.memory_format:
-    """The format of output and gradients.
+    """Return the memory format of output and gradients.
 
     A tensor that is dense in exactly one format has that format. For all others the answer is that of ATen's
     Tensor.suggest_memory_format, which depends on the strides of dimensions of size 1 too.
@@ -25,19 +25,19 @@ def suggest_memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _has_strides_of_channels_last(x: Tensor) -> bool:
-    """Check the strides up to gaps. Those of a contiguous tensor do not count, where sizes of 1 make them fit too."""
+    """Return whether strides are those of channels_last, up to gaps, and not of a contiguous tensor with sizes of 1."""
     if x.stride(1) == 0:
         return False
-    least = 0
+    min_stride = 0
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.size(d) == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+        if x.size(d) == 0 or x.stride(d) < min_stride or (d == 0 and min_stride == x.stride(1)):
             return False
-        least = x.stride(d) * x.size(d)
+        min_stride = x.stride(d) * x.size(d)
     return True
 
 
 def runs_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[bool, int, int]:
-    """(whether a run goes over the channels, runs, elements a run) of a tensor of that shape and format."""
+    """Return (whether a run goes over the channels, runs, elements per run) of a tensor of that shape and format."""
     outer, channels, inner = shape[0], shape[1], math.prod(shape[2:])
     if channels == 1:  # one long run, whatever the format
         return False, 1, outer * inner
@@ -47,7 +47,7 @@ def runs_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple
 
 
 def mask_shape(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
-    """[rows, ceil(C / 8)] where a run goes over the channels, else [N, C, ceil(run / 8)]: it tells the layout."""
+    """Return [rows, ceil(C / 8)] where a run goes over the channels, otherwise [N, C, ceil(run / 8)]."""
     over_channels, runs, run = runs_of(shape, memory_format)
     width = (run + 7) // 8
     if over_channels:
@@ -56,7 +56,7 @@ def mask_shape(shape: tuple[int, ...], memory_format: torch.memory_format) -> tu
 
 
 def pack_mask(upper: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Bits of a bool tensor (N, C, *): uint8 of `mask_shape`, element i of a run in bit i % 8 of byte i / 8."""
+    """Pack a bool tensor (N, C, *) into uint8 of `mask_shape`: element i of a run is bit i % 8 of byte i / 8."""
     shape = tuple(upper.shape)
     over_channels, runs, run = runs_of(shape, memory_format)
     bits = (upper.movedim(1, -1) if over_channels else upper).reshape(runs, run)
@@ -67,7 +67,7 @@ def pack_mask(upper: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def unpack_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack_mask`: bool of the shape given, whatever memory format it was packed in."""
+    """Unpack what `pack_mask` packed, in whatever memory format, into a bool tensor of `shape`."""
     shape = tuple(shape)
     over_channels = mask.dim() == 2
     run = shape[1] if over_channels else math.prod(shape) // math.prod(mask.shape[:2]) if mask.numel() else 0

@@ -121,7 +121,7 @@ def batch_norm_frozen(input, residual, weight, bias, running_mean, running_var, 
 
 
 def channel_stats(input):
-    """(mean, biased var), float64 [C]. Zeros for an empty input: it merges as a rank with count 0."""
+    """Return (mean, biased var), float64 [C]; zeros for an empty input, which merges as a rank with count 0."""
     return moments(input.double())
 
 
@@ -132,7 +132,7 @@ def normalize(input, residual, weight, bias, mean, inv_std, activation, save_mas
 
 
 def _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
-    """grad_z, xhat and the sums over each channel of grad_z and of grad_z * xhat, all float64."""
+    """Return grad_z, xhat and the sums per channel of grad_z and of grad_z * xhat, all float64."""
     upper = None if mask is None else unpack_mask(mask, input.shape)
     g, x, r, w, b = _double(grad_out, input, residual, weight, bias)
     grad_z = grad_z_of(g, x, r, upper, w, b, mean, inv_std, activation)
@@ -157,7 +157,7 @@ def batch_norm_backward(
     need_bias,
     need_residual,
 ):
-    """(grad_input, grad_weight, grad_bias, grad_residual); shape [0] for what is not needed."""
+    """Return (grad_input, grad_weight, grad_bias, grad_residual); shape [0] for what is not needed."""
     grad_z, xhat, sum_grad, sum_grad_xhat = _gradients(
         grad_out, input, residual, mask, weight, bias, mean, inv_std, activation
     )
@@ -174,7 +174,7 @@ def batch_norm_backward(
 
 
 def grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
-    """(sum_grad, sum_grad_xhat) over each channel, float64 [C]."""
+    """Return (sum_grad, sum_grad_xhat) per channel, float64 [C]."""
     return _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation)[2:]
 
 
@@ -193,7 +193,7 @@ def input_grad(
     activation,
     need_residual,
 ):
-    """(grad_input, grad_residual) from the sums of all ranks and their count, or None thrice for frozen statistics."""
+    """Return (grad_input, grad_residual) from the sums of all ranks and their count; three None: frozen statistics."""
     grad_z, xhat, _, _ = _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation)
     sums = None if sum_grad is None else (sum_grad, sum_grad_xhat, count)
     grad_input = _like(input_gradient(grad_z, xhat, weight, inv_std, sums), input)

@@ -12,7 +12,7 @@ from fastbn.ops.activations import is_piecewise_linear
 
 
 def wide(x: Tensor, per_channel: Tensor) -> Tensor:
-    """A [C] vector in the dtype of x, to broadcast against it."""
+    """Return a [C] vector in the dtype of x, in a shape that broadcasts against it."""
     return per_channel.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -21,7 +21,7 @@ def reduced_dims(x: Tensor) -> list[int]:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all dimensions but the second: two [C]. Zeros for an empty input."""
+    """Return mean and biased variance over all dimensions except the second: two [C], zeros for an empty input."""
     if x.numel() == 0:
         zero = x.new_zeros(x.shape[1])
         return zero, zero.clone()
@@ -35,14 +35,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unbiased(var: Tensor, count: int) -> Tensor:
-    """var * n / (n - 1); NaN for one element, as in torch."""
+    """Return var * n / (n - 1); NaN for one element, as in torch."""
     return var * (count / (count - 1)) if count > 1 else var * math.nan
 
 
 def affine(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inv_std: Tensor
 ) -> Tensor:
-    """z = (x - mean) * (weight * inv_std) + bias + residual."""
+    """Return z = (x - mean) * (weight * inv_std) + bias + residual."""
     z = (x - wide(x, mean)) * wide(x, inv_std if weight is None else inv_std * weight.to(inv_std.dtype))
     z = z if bias is None else z + wide(x, bias)
     return z if residual is None else z + residual.to(x.dtype)

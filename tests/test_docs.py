@@ -1,0 +1,43 @@
+"""Paths that README, CONTRIBUTING and docs name exist, so that a move cannot leave them behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
+TOP = "csrc fastbn tests bench docs examples .ci .github".split()
+# What commands write or find elsewhere.
+MADE = {"demo/curves.png"}
+
+
+def _named(text: str) -> set[str]:
+    """Paths below a folder of the tree, between backticks or as a word of a command."""
+    words = re.findall(r"(?<![\w./*-])[\w.-]+(?:/[\w.{},*-]*)+", text)
+    return {word.rstrip(".,") for word in words if word.split("/")[0] in TOP and word not in MADE}
+
+
+def _alternatives(path: str) -> list[str]:
+    braces = re.search(r"\{([^}]*)\}", path)
+    if braces is None:
+        return [path]
+    return [path[: braces.start()] + part + path[braces.end() :] for part in braces[1].split(",")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_named_paths_exist(page):
+    missing = [
+        path
+        for named in _named(page.read_text())
+        for path in _alternatives(named)
+        if not (any(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists())
+    ]
+    assert not missing
+
+
+def test_a_path_that_is_gone_is_found():
+    assert _named("see `tests/gone.py`, or run python docs/gone.py > x") == {"tests/gone.py", "docs/gone.py"}
+    assert _alternatives("csrc/cuda/{device,block}/") == ["csrc/cuda/device/", "csrc/cuda/block/"]

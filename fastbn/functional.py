@@ -7,7 +7,7 @@ from torch import Tensor
 from fastbn.autograd import batch_norm as fused
 from fastbn.backends import aten, registry
 from fastbn.ops.activations import index as activation_index
-from fastbn.ops.dispatch import Call
+from fastbn.ops.dispatch import Call, check_residual
 
 
 def batch_norm(
@@ -55,7 +55,7 @@ def batch_norm(
         training,
     )
     if residual is not None:
-        _check_residual(input, residual)
+        check_residual(input, residual)
     chosen, _ = registry.choose(call, backend)
     if chosen.ops is not None:
         try:
@@ -64,12 +64,3 @@ def batch_norm(
             if registry.choose(call, backend, ask_all=True)[0] is chosen:
                 raise
     return aten.batch_norm(call)
-
-
-def _check_residual(input: Tensor, residual: Tensor) -> None:
-    if residual.shape != input.shape:
-        raise ValueError(f"batch_norm: expected residual of shape {list(input.shape)}, got {list(residual.shape)}")
-    if residual.dtype != input.dtype:
-        raise ValueError(f"batch_norm: expected residual of dtype {input.dtype}, got {residual.dtype}")
-    if residual.device != input.device:
-        raise ValueError(f"batch_norm: expected residual on {input.device}, got {residual.device}")

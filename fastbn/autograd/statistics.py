@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fastbn.autograd.batch_norm import below_autograd
+from fastbn.backends import registry
 from fastbn.backends.reference.activations import activation as activate
 from fastbn.backends.reference.formulas import affine, grad_z_of, input_gradient, reduced_dims, wide
-from fastbn.ops import errors
+from fastbn.ops import dispatch, errors
 from fastbn.ops.activations import is_piecewise_linear
-from fastbn.ops.dispatch import Backend
+from fastbn.ops.dispatch import Backend, Call, check_residual
 from fastbn.ops.layout import suggest_memory_format, unpack_mask
 
 
@@ -88,6 +89,21 @@ def batch_norm(
         errors.raise_of_torch(error)
         raise
     return output, Moments(*moments)
+
+
+def normalize(call: Call, hooks: Hooks, backend: str | None = None) -> tuple[Tensor, Moments]:
+    """Run a variant's call by the backend that serves it: (output, moments) of `batch_norm`.
+
+    Running statistics and counter are neither read nor moved here. Raises ValueError for a call that the ops cannot
+    take, since torch has no function to fall back to.
+    """
+    if call.residual is not None:
+        check_residual(call.input, call.residual)
+    reason = dispatch.why_unsupported(call)
+    if reason is not None:
+        raise ValueError(f"batch_norm: cannot take this call: {reason}")
+    chosen, _ = registry.choose(call, backend)
+    return batch_norm(*call[:4], Settings(hooks, call.eps, call.activation, chosen))
 
 
 class StatisticsFunction(torch.autograd.Function):

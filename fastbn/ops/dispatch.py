@@ -125,6 +125,16 @@ def _is_overridden(*tensors: Tensor | None) -> bool:
     return any(type(mode) is not _torch.DeviceContext for mode in _torch.function_mode_stack())
 
 
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    """Raise ValueError if a residual has not the shape, dtype and device of the input."""
+    if residual.shape != input.shape:
+        raise ValueError(f"batch_norm: expected residual of shape {list(input.shape)}, got {list(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise ValueError(f"batch_norm: expected residual of dtype {input.dtype}, got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"batch_norm: expected residual on {input.device}, got {residual.device}")
+
+
 def why_unsupported(call: Call) -> str | None:
     """Return why no op can take a call that torch may still take, or will refuse in its own words; None if they can."""
     return why_refused(call) or why_left_to_torch(call)

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "backends": {"_C", "ops"},
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
-    "nn": {"_torch", "functional", "ops"},
+    "nn": {"_torch", "autograd", "functional", "ops"},
     "transforms": {"nn"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
@@ -65,7 +65,7 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("batchnorm", "frozen"),
+    "nn": ("batchnorm", "frozen", "renorm"),
     "transforms": ("module", "convert", "freeze"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

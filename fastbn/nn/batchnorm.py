@@ -19,7 +19,7 @@ def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Pr
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
-class _FastBatchNorm(BatchNormBase):
+class FastBatchNorm(BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
     Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs. `activation`
@@ -96,15 +96,15 @@ _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
     """
 
 
-class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(FastBatchNorm, nn.BatchNorm1d):
     __doc__ = _DOC.format(name="BatchNorm1d", shape="input (N, C) or (N, C, L)")
 
 
-class BatchNorm2d(_FastBatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(FastBatchNorm, nn.BatchNorm2d):
     __doc__ = _DOC.format(name="BatchNorm2d", shape="input (N, C, H, W)")
 
 
-class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(FastBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="input (N, C, D, H, W)")
 
 

@@ -1,4 +1,4 @@
-"""Large tests on demand, the check for unwritten outputs, and the fixture `ops`."""
+"""Skips large tests unless asked for, fills unwritten outputs with NaN, and provides the fixture `ops`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of `ops` runs on every implementation; with `setup` too, on the setups that suit each."""
+    """Run a test of `ops` on every implementation; if it takes a `setup` too, on the setups that suit each."""
     marked = any(m.name == "parametrize" and "ops" in m.args[0] for m in metafunc.definition.iter_markers())
     if "ops" not in metafunc.fixturenames or marked:
         return
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     pairs = []
     for param in implementations.params():
-        # An emulated launch costs milliseconds a block; layouts that no kernel sees are left to the CPU.
+        # An emulated launch costs milliseconds per block, and kernels see dense layouts only.
         table = cases.SMALL_DENSE if param.id in implementations.EMULATED_LIMITS else cases.ORDINARY
         for setup in cases.setups(table):
             marks = [*param.marks, *tiers.marks(setup.case)]
@@ -54,13 +54,13 @@ def ops(request: pytest.FixtureRequest, _gpu: None, _loaded: dict) -> implementa
     if request.param not in _loaded:
         try:
             _loaded[request.param] = implementations.load(request.param)
-        except Exception as error:  # kept, so that a broken build is tried once and not per test
+        except Exception as error:  # remembered, so that a broken build is tried once and not per test
             _loaded[request.param] = error
     if isinstance(_loaded[request.param], Exception):
         raise _loaded[request.param]
     if request.param in implementations.EMULATED_LIMITS:
         build.load().set_limits(**implementations.EMULATED_LIMITS[request.param])
-        # A schedule for each test, the same from run to run.
+        # Each test gets a schedule of its own, the same from run to run.
         build.load().set_seed(zlib.crc32(request.node.nodeid.encode()))
     return _loaded[request.param]
 
@@ -76,7 +76,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan():
-    """Fresh tensors, also those that an op allocates, start as NaN: an element that nobody writes is seen."""
+    """Fill fresh tensors with NaN, also those that an op allocates, so that an unwritten element shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""The implementations of the contract that tests run: how to load each, and what a missing GPU means."""
+"""The implementations of the contract that tests run, how to load each, and the treatment of a missing GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-# "emulator" plans for a GPU without room on chip, "resident" and "cooperative" for one with enough: the schedules of
-# the kernels.
+# The emulated implementations are named after the schedules that their GPU's limits lead to: "emulator" has no shared
+# memory to keep a tile in, "resident" and "cooperative" have enough.
 NAMES = ("reference", "cpu", "emulator", "resident", "cooperative", "cuda")
 EMULATED_LIMITS = {
     "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "max_cluster": 1, "blocks_per_group": 0},
@@ -22,7 +22,7 @@ EMULATED_LIMITS = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """`namespace` has the eight ops as attributes; they are called with tensors on `device`."""
+    """An implementation. `namespace` has the eight ops as attributes, which take tensors on `device`."""
 
     name: str
     namespace: Any
@@ -33,12 +33,12 @@ class Implementation:
 
 
 def params(*names: str) -> list:
-    """Values to parametrise the fixture `ops` with (indirect)."""
+    """Return values to parametrise the fixture `ops` with (indirect)."""
     return [pytest.param(name, id=name, marks=[pytest.mark.gpu] if name == "cuda" else []) for name in names or NAMES]
 
 
 def load(name: str) -> Implementation:
-    """An implementation that cannot be loaded is an error: a broken build must not pass for a skipped test."""
+    """Load an implementation. Failing to load raises: a broken build must not pass for a skipped test."""
     if name == "reference":
         return Implementation(name, importlib.import_module("fastbn.backends.reference"), torch.device("cpu"))
     if name in EMULATED_LIMITS:

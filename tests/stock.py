@@ -1,4 +1,4 @@
-"""torch.nn's BatchNorm as the model to follow: equal modules of both kinds, and what one step of each leaves behind."""
+"""torch.nn's BatchNorm as the model to follow: equal modules of both kinds, and the results of a step of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = {1: (7, CHANNELS), 2: (3, CHANNELS, 4, 6), 3: (2, CHANNELS, 3, 4, 3)}
 
 
 def pair(dim: int = 2, channels: int = CHANNELS, dtype: torch.dtype = torch.float64, **options):
-    """A torch.nn module and fastbn's with the same parameters and buffers, none of them at its initial value."""
+    """Return a torch.nn module and fastbn's with the same parameters and buffers, none at its initial value."""
     generator = torch.Generator().manual_seed(dim)
     stock, fast = STOCK[dim](channels, dtype=dtype, **options), FAST[dim](channels, dtype=dtype, **options)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def step(module: nn.Module, x: Tensor, grad_out: Tensor | None = None, *residual: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of one forward and backward pass."""
+    """Return output and gradients of one forward and backward pass."""
     x = x.detach().requires_grad_(grad_out is not None)
     output = module(x, *residual)
     results = {"output": output.detach()}

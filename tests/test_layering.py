@@ -1,4 +1,4 @@
-"""What may include or import what: the arrows of docs/design.md, by reading the tree."""
+"""The arrows of docs/design.md, checked by reading the tree: which file may include or import which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 
-# A folder of csrc, lower ones first: the folders whose files its own may include.
+# For each folder of csrc, lower ones first, the folders whose files its own may include.
 MAY_INCLUDE = {
     "math": {"math"},
     "plan": {"math", "plan"},
@@ -26,12 +26,12 @@ MAY_INCLUDE = {
     "cuda": {"math", "plan", "cuda/device", "cuda/block", "cuda/element", "cuda/kernels", "cuda"},
     "bindings": {"math", "plan", "cpu/kernels", "cpu", "cuda/device", "cuda", "bindings"},
 }
-# What others may include of a folder, where that is not all of it.
+# The headers of a folder that others may include, where that is not all of them.
 OPEN = {
     "cpu/kernels": {"cpu/kernels/kernels.h"},
     "cuda/device": {"cuda/device/device.cuh", "cuda/device/runtime.h"},
 }
-# What no other file than these may include.
+# Headers that only these files may include.
 ONLY_IN = {
     "cuda_runtime_api.h": {"cuda/device/runtime.h"},
     "cooperative_groups.h": {"cuda/device/device.cuh"},
@@ -44,7 +44,7 @@ DEVICE_LANGUAGE = re.compile(
     r"<<<|cooperative_groups|\batomic[A-Z]\w*|cudaLaunch|\basm\b|__nv_bfloat|__half\b"
 )
 
-# A room of fastbn, lower ones first: what of fastbn its modules may import beside their own room.
+# For each room of fastbn, lower ones first, the rooms that its modules may import beside their own.
 MAY_IMPORT = {
     "_torch": set(),
     "_version": set(),
@@ -76,7 +76,7 @@ def _relative(path: Path) -> str:
 
 
 def _code(path: Path) -> str:
-    """Without comments, which may speak of what the code must not use."""
+    """Return the source without comments, which may name what the code must not use."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
 
 
@@ -89,7 +89,7 @@ def _folder(file: str) -> str:
 
 
 def _forbidden_includes(file: str, includes: list[str]) -> list[str]:
-    """Those that a file of csrc may not have."""
+    """Return the includes that a file of csrc may not have."""
     folder, wrong = _folder(file), []
     for include in includes:
         other = _folder(include)
@@ -193,7 +193,7 @@ def _files_of(room: str) -> list[Path]:
 
 
 def _imports(source: str) -> set[tuple[str, ...]]:
-    """What a source imports of fastbn, by its parts: ("ops", "layout"); ("__init__",) for names of the package."""
+    """Return the imports from fastbn by their parts: ("ops", "layout"); ("__init__",) for names of the package."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names = []
@@ -211,16 +211,16 @@ def _imports(source: str) -> set[tuple[str, ...]]:
 
 
 def _upward(path: Path, source: str) -> list[str]:
-    """The imports of a file that its place does not allow."""
+    """Return the imports of a file that its level does not allow."""
     room, wrong = _room(path), []
     parts = path.relative_to(ROOT / "fastbn").parts
-    place = parts[min(1, len(parts) - 1)].removesuffix(".py")
+    module = parts[min(1, len(parts) - 1)].removesuffix(".py")
     order = WITHIN.get(room, ())
     for imported in _imports(source):
         if imported[0] != room:
             allowed = imported[0] in MAY_IMPORT[room]
-        elif len(imported) > 1 and imported[1] in order and place in order:
-            allowed = order.index(imported[1]) <= order.index(place)
+        elif len(imported) > 1 and imported[1] in order and module in order:
+            allowed = order.index(imported[1]) <= order.index(module)
         else:
             allowed = True
         if not allowed:
@@ -262,13 +262,13 @@ def test_an_upward_import_is_found(file, planted):
 
 
 def _taken(path: Path) -> set[str]:
-    """The folders of the clone beside fastbn that a file imports from."""
+    """Return the folders of the clone beside fastbn that a file imports from."""
     found = re.findall(r"^\s*(?:from|import) (tests|bench|examples)\b", path.read_text(), re.MULTILINE)
     return set(found)
 
 
 @pytest.mark.parametrize("folder", ["fastbn", "bench", "examples"])
 def test_what_is_not_a_test_imports_no_test(folder):
-    """fastbn takes nothing of the clone beside it, the benchmark and the examples nothing but themselves."""
+    """fastbn imports nothing of the clone beside it; the benchmark and the examples import only themselves."""
     for path in (ROOT / folder).rglob("*.py"):
         assert _taken(path) <= {folder} - {"fastbn"}, path

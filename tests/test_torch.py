@@ -1,4 +1,4 @@
-"""The private torch APIs of fastbn._torch: the installed torch has each, and it does what fastbn takes it to do."""
+"""The private torch APIs of fastbn._torch: the installed torch has each, and it does what fastbn expects."""
 
 from __future__ import annotations
 

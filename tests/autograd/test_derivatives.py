@@ -16,7 +16,7 @@ from fastbn.ops.activations import ACTIVATIONS
 from tests import implementations
 from tests.stock import normal
 
-# Thousands of calls on a few dozen elements.
+# The tests make thousands of calls on a few dozen elements.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = {
@@ -32,7 +32,7 @@ AFFINE = ("both", "neither", "weight", "bias")
 
 
 def _configurations():
-    """Every activation x residual x mode; every layout x mode x a few activations; affine options in turn."""
+    """Cross activations, residuals and modes, and layouts, modes and a few activations; affine options take turns."""
     chosen = set(itertools.product(ACTIVATIONS, (True, False), (True, False), ("4d",)))
     layouts = [layout for layout in SHAPES if layout != "4d"]
     chosen |= set(itertools.product(("none", "relu", "silu"), (True,), (True, False), layouts))
@@ -51,7 +51,7 @@ def backend(request):
 
 
 def _problem(activation, residual, training, layout, affine, backend):
-    """A function of float64 tensors and the tensors; z goes beyond every kink of every activation."""
+    """Return a function of float64 tensors and the tensors; z goes beyond every kink of every activation."""
     shape, memory_format = SHAPES[layout]
     x = normal(*shape).contiguous(memory_format=memory_format)
     tensors = {"input": x}
@@ -81,7 +81,7 @@ def _problem(activation, residual, training, layout, affine, backend):
 @pytest.mark.parametrize("activation,residual,training,layout,affine", _configurations())
 def test_numerical_derivatives(backend, activation, residual, training, layout, affine):
     function, tensors = _problem(activation, residual, training, layout, affine, backend)
-    # An emulated launch costs milliseconds: there, along random directions instead of each axis.
+    # An emulated launch costs milliseconds, so gradcheck takes random directions there, not each axis.
     assert gradcheck(function, tensors, fast_mode=backend == "emulator")
     if backend != "emulator" or layout == "4d":
         assert gradgradcheck(function, tensors, fast_mode=True)
@@ -91,7 +91,9 @@ def test_numerical_derivatives(backend, activation, residual, training, layout, 
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "leaky_relu", "gelu", "elu"])
 def test_third_derivatives(activation, residual, training):
-    """Those of plain operations: from the third on, torch's own batch_norm takes its saved statistics for constants."""
+    """The reference is plain operations: from the third derivative on, torch's batch_norm treats its saved statistics
+    as constants.
+    """
     function, tensors = _problem(activation, residual, training, "channels_last", "both", "cpu")
 
     def composition(x, *rest):
@@ -112,13 +114,13 @@ def test_third_derivatives(activation, residual, training):
             value = sum((g * (g + i)).mean() for i, g in enumerate(grads))
         results.append(derivatives)
     for actual, expected in zip(*results, strict=True):
-        # Each order multiplies terms that cancel: relative to the largest of a tensor.
+        # Each order multiplies terms that cancel, so the tolerance is relative to the largest element.
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_create_graph_gives_the_same_first_derivative(dtype):
-    """The one that can be differentiated again is another computation: both round to dtype."""
+    """The first derivative that can be differentiated again is another computation; both round to dtype."""
     x, residual = (normal(4, 3, 5, 5, seed=seed, dtype=dtype).requires_grad_() for seed in (0, 1))
     weight = torch.ones(3, requires_grad=True)
     y = fastbn.functional.batch_norm(x, None, None, weight, training=True, residual=residual, activation="relu")
@@ -135,7 +137,7 @@ def test_create_graph_gives_the_same_first_derivative(dtype):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_create_graph_keeps_the_memory_format(memory_format, training, trains_affine):
-    """The input's, whatever the format of grad_out."""
+    """The gradient has the input's memory format, whatever that of grad_out."""
     x = normal(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
     layer = fastbn.BatchNorm2d(3, dtype=torch.float64).train(training).requires_grad_(trains_affine)
     for other in (torch.contiguous_format, torch.channels_last):

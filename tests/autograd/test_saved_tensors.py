@@ -1,4 +1,4 @@
-"""What is saved for backward: which tensors, and that hooks which give them back with other strides change no gradient.
+"""The tensors that are saved for backward. Hooks that return them with other strides change no gradient.
 
 Such hooks are torch.autograd.graph.save_on_cpu(pin_memory=True), offloading to disk, and compression.
 """
@@ -17,7 +17,7 @@ from fastbn.ops.activations import ACTIVATIONS, PIECEWISE_LINEAR
 from tests import implementations
 from tests.stock import normal
 
-# Where C = H * W, a mask in the wrong layout has the right number of bytes.
+# With C = H * W a mask in the wrong layout has the right number of bytes.
 SHAPES = {
     "contiguous": ((2, 16, 4, 4), torch.contiguous_format),
     "channels_last": ((2, 16, 4, 4), torch.channels_last),
@@ -55,7 +55,7 @@ HOOKS = {
 
 
 def _gradients(shape, memory_format, activation, residual, training, backend, hooks=None):
-    # Float64: of the others the formats are the same, and NumPy has no bfloat16.
+    # float64 alone: the formats do not depend on the dtype, and NumPy has no bfloat16.
     x, r, grad_out = (normal(*shape, seed=seed).contiguous(memory_format=memory_format) for seed in (0, 1, 2))
     weight, bias = torch.linspace(0.5, 2, shape[1]).double(), torch.linspace(-1, 1, shape[1]).double()
     tensors = [t.requires_grad_() for t in ((x, r, weight, bias) if residual else (x, weight, bias))]
@@ -109,7 +109,7 @@ def test_save_on_cpu(training, memory_format, adds):
         layer = fastbn.BatchNorm2d(64, activation="relu", dtype=torch.float64).train(training)
         shortcut = normal(4, 64, 8, 8, seed=1).contiguous(memory_format=memory_format) if adds else None
         if save_on_cpu:
-            # What pin_memory=True gives back, without the GPU that pinning needs.
+            # The result of pin_memory=True, without the GPU that pinning needs.
             hooks = torch.autograd.graph.saved_tensors_hooks(
                 lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t), torch.clone
             )
@@ -123,7 +123,7 @@ def test_save_on_cpu(training, memory_format, adds):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_hooks_on_a_compiled_layer(training):
-    """A compiled backward is traced for the strides of forward, so that its mask has to say what layout it is in."""
+    """A compiled backward is traced with the strides of forward, so the mask itself has to tell its layout."""
     torch._dynamo.reset()
     layer = fastbn.BatchNorm2d(16, activation="relu", dtype=torch.float64).train(training)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -163,7 +163,9 @@ def test_hooks_and_second_derivatives(hook):
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_saved(activation, residual, training, wants_weight, backend):
-    """Tensors alone, which tools that walk a graph rely on; of the size of the input no more than backward reads."""
+    """Only tensors are saved, since tools that walk a graph rely on it; of those as large as the input, no more than
+    backward reads.
+    """
     x, r = normal(2, 8, 3, 3).requires_grad_(), normal(2, 8, 3, 3, seed=1).requires_grad_()
     weight, bias = (torch.ones(8, dtype=torch.float64).requires_grad_(wants_weight) for _ in range(2))
     y = fastbn.functional.batch_norm(
@@ -187,8 +189,8 @@ def test_what_is_saved(activation, residual, training, wants_weight, backend):
     assert sum(t.dtype == torch.uint8 for t in saved) == masked
 
 
-def test_a_frozen_layer_saves_a_bit_an_element_for_the_residual():
-    """In bytes: the mask of relu, where neither weight nor bias are trained, and vectors of float64."""
+def test_a_frozen_layer_saves_a_bit_per_element_for_the_residual():
+    """It saves the mask of relu, if neither weight nor bias are trained, and [C] tensors of float64."""
     layer = fastbn.BatchNorm2d(8, activation="relu").requires_grad_(False).eval()
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -1,4 +1,4 @@
-"""The float64 reference against torch itself: everything else is measured against the reference."""
+"""The float64 reference against torch itself. Everything else is measured against the reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_training_forward_and_buffers_are_torchs(case, momentum):
     output, mean, inv_std, mask = reference.batch_norm_train(
         x, None, weight, bias, *buffers, tracked, momentum, EPS, 0, True
     )
-    # Torch's own float64 error where |mean| is a million times std; elsewhere rounding.
+    # torch's own float64 error at |mean| = 1e6 std; for other data it is rounding.
     tolerance = dict(rtol=1e-6, atol=1e-6) if case.data == "offset" else dict(rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(output, expected, **tolerance)
     torch.testing.assert_close(buffers, expected_buffers, **tolerance)
@@ -187,7 +187,7 @@ def test_volumes_against_numpy():
 
 @pytest.mark.parametrize("index", INDICES, ids=ACTIVATIONS)
 def test_derivatives_at_the_boundaries_are_torchs(index):
-    # Whole vectors: at NaN torch's scalar relu6, elu and hardswish, which make the ends of tensors, differ from these.
+    # Full vectors only: at NaN torch's scalar relu6, elu and hardswish, which compute the ends of tensors, differ.
     for value in BOUNDARY:
         z = torch.full((64,), value, dtype=torch.float64, requires_grad=True)
         (expected,) = torch.autograd.grad(_torch_activation(z, index).sum(), z)

@@ -1,4 +1,4 @@
-"""The benchmark: its timer, the gate before it, what it measures and what it writes. Nothing here asserts a speed."""
+"""The benchmark: its timer, its gate, its measurements and its files. Nothing here asserts a speed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(name, op, inputs) -> Prepared:
     return known[name].prepare(operation(op), inputs)
 
 
-# The table of docs/design.md: tensors moved, and bits an element beside them.
+# The table of docs/design.md: tensors moved, and bits per element beside them.
 @pytest.mark.parametrize(
     "op, tensors, bits",
     [
@@ -301,7 +301,7 @@ def test_a_measurement_holds_what_it_was_made_of():
     measured.copy[:] = [results.CopyPoint(1 << 12, 1.0, 8.0)]
     run.layer(_workload("train_backward")).run()
     stock, fast = measured.measurements
-    assert (stock.kernel, fast.kernel) == ("native", "cpu: channel_blocks")
+    assert (stock.kernel, fast.kernel) == ("native", "cpu: channel_tiles")
     assert fast.tensor_bytes == 8 * 5 * 6 * 7 * 4 and fast.floor_bytes == 5 * fast.tensor_bytes
     assert fast.gb_per_s == pytest.approx(fast.floor_bytes / fast.median_us / 1e3)
     assert fast.copy_share == pytest.approx(fast.gb_per_s / 8)
@@ -315,7 +315,7 @@ def test_held_and_peak_bytes():
     size = case.numel * 4
     for name in ("torch", "fastbn"):
         block = prepare(name, "train_backward+relu", inputs)
-        # The output; relu of torch.nn, in place, saves that very tensor.
+        # The output alone: relu of torch.nn, in place, saves that very tensor.
         assert size <= calls.held_bytes(block, inputs.input) < 1.01 * size, name
         assert 2 * size <= calls.peak_bytes(block.call, CPU) < 4.01 * size, name
     # silu of torch.nn saves what it is given: a second tensor.
@@ -361,7 +361,7 @@ def brief(monkeypatch):
             "--op",
             "train,eval",
         ),
-        # By name: other tests may have registered backends of their own.
+        # Selected by name, since other tests may have registered backends.
         *("--implementation", "torch,onednn,fastbn", "--seconds", "0.01", "--part", "layers"),
     ]
 
@@ -618,7 +618,7 @@ def test_device_time_of_a_copy_is_plausible():
     require_gpu()
     device = torch.device("cuda")
     points = bandwidth.measure_copies(device, timer.clock_of(device), Budget(0.05))
-    # Between a slow laptop's GPU and somewhat more than any datasheet: a copy that fits L2 would be beyond.
+    # The limits are a slow laptop's GPU and a little more than any datasheet, which a copy within L2 would exceed.
     assert 50 < points[-1].gb_per_s < (machine(device)["datasheet_gb_per_s"] or 10000)
 
 

@@ -16,7 +16,7 @@ from bench.timer import Budget
 from bench.workloads import dtype_name
 
 CPU = torch.device("cpu")
-# Two values a channel in the last BatchNorms would make rounding errors as large as values; 8 images of 32 make 8.
+# 8 images of 32 give the last BatchNorms 8 values per channel; with two, rounding errors would be as large as values.
 CASE = NetworkCase(8, 32, torch.float32)
 BRIEF = Budget(seconds=0, warm_up_seconds=0, min_rounds=3, max_rounds=3)
 # Rounding errors grow by some 1e4 through an untrained ResNet-50, by ten times that back to the first gradients, and
@@ -40,7 +40,7 @@ def _batch(dtype):
 
 
 def _shrink(monkeypatch):
-    """One narrow block a stage: seconds less a test. torchvision has no such network."""
+    """Leave one narrow block per stage, which takes seconds less per test. torchvision has no such network."""
     monkeypatch.setattr(resnet50, "STAGES", ((8, 1, 1), (16, 1, 2), (32, 1, 2), (64, 1, 2)))
     monkeypatch.setitem(sys.modules, "torchvision", None)
 

@@ -46,7 +46,7 @@ FASTBN_COLOUR, COMPILE_COLOUR = (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)
 
 
 def layer(shape, op, times, dtype="float32", group="resnet50", layout="contiguous", copy_share=0.5):
-    """The measurements of one op: `times` in microseconds by implementation."""
+    """Return the measurements of one op, with `times` in microseconds by implementation."""
     case = "-".join([group.replace(" ", "_"), "x".join(map(str, shape)), *[layout] * (layout != "contiguous")])
     tensor_bytes = math.prod(shape) * {"float32": 4}.get(dtype, 2)
     return [
@@ -74,7 +74,7 @@ def layer(shape, op, times, dtype="float32", group="resnet50", layout="contiguou
 
 
 def call(launches, held_bytes):
-    about = ("resnet50", "small", (2, 64, 7, 7), "contiguous", "float32", "train", "fastbn", "slab")
+    about = ("resnet50", "small", (2, 64, 7, 7), "contiguous", "float32", "train", "fastbn", "resident_channel_tiles")
     return Call(12.34, 11, 13, 21, *about, launches, ["kernel"] * (launches or 0), held_bytes, None)
 
 
@@ -84,7 +84,7 @@ def step(implementation, speedup_over, norm_share=None):
 
 
 def make_results():
-    """Speed-ups over torch of train: 2, 0.5 and 4; a sweep that would change their mean; refusals of either kind."""
+    """Return results with speed-ups 2, 0.5 and 4 in train, a sweep that would change the mean, and both refusals."""
     measurements = [
         *layer((16, 64, 56, 56), "train", {"torch": 200, "compile": 150, "fastbn": 100}, copy_share=0.9),
         *layer((16, 512, 7, 7), "train", {"torch": 50, "fastbn": 100}, copy_share=0.2),
@@ -114,7 +114,7 @@ def make_results():
 
 
 def cells(lines, *start):
-    """The cells of the row of a text table that begins with `start`."""
+    """Return the cells of the row of a text table that begins with `start`."""
     rows = [re.split(" {2,}", line) for line in lines]
     (row,) = [row for row in rows if tuple(row[: len(start)]) == start]
     return row
@@ -125,7 +125,7 @@ def column(lines, name, *start):
 
 
 def lines_header(lines):
-    """The header is the first line of a table that has columns."""
+    """Return the header: the first line of a table that has columns."""
     return next(row for row in (re.split(" {2,}", line) for line in lines) if len(row) > 2)
 
 
@@ -276,7 +276,7 @@ def test_no_records_no_lines(table):
 
 
 def without(name):
-    """Results without an implementation, as a run that was restricted or refused it."""
+    """Return results without an implementation, as a run that was restricted or refused it."""
     results = make_results()
     results.measurements = [
         dataclasses.replace(m, speedup_over={k: v for k, v in m.speedup_over.items() if k != name})
@@ -329,7 +329,7 @@ def row_labels(figure):
 
 
 def pixels(path):
-    """Rows of RGB tuples."""
+    """Return rows of RGB tuples."""
     image = imread(path)
     return (image[..., :3] * 255).round().astype(int).reshape(-1, 3)
 

@@ -1,5 +1,8 @@
-"""Misuse of the command line: no traceback, one line that says what was expected and what was got, a nonzero status,
-and nothing measured, trained or left behind."""
+"""Misuse of the command line.
+
+It ends with a nonzero status and one line that says what was expected and what was got, without a traceback, and
+nothing is measured, trained or left on disk.
+"""
 
 import argparse
 import gzip
@@ -45,7 +48,7 @@ NO_INTEGERS = [
     "9" * 5000,
 ]
 NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "1e300", "-1", "-0.5", "abc", "", "1,5", "9" * 5000]
-# Every option that takes a value, with values that it must refuse before anything runs.
+# The values that each option must refuse before anything runs.
 REFUSED = {
     ("demo", "--epochs"): [*NO_INTEGERS, "0", "-1", "2147483648"],
     ("demo", "--batch-size"): [*NO_INTEGERS, "1", "0", "-1", "2147483648"],
@@ -83,13 +86,13 @@ ACCEPTED = [
 
 @pytest.fixture
 def idle(monkeypatch):
-    """Commands that end at once with 0: only the parser can refuse anything."""
+    """Make every command return 0 at once, so that only the parser can refuse anything."""
     for each in (bench, demo, info, verify):
         monkeypatch.setattr(each, "run", lambda args: 0)
 
 
 def misuse(arguments, capsys):
-    """The last line that the command says; asserts that it is a refusal as misuse has to be."""
+    """Run the command, assert that it refuses as misuse requires, and return the last line that it prints."""
     try:
         status = main(arguments)
     except SystemExit as end:
@@ -146,13 +149,13 @@ def test_usage(idle, capsys, arguments):
     misuse(arguments, capsys)
 
 
-# Paths that no folder can have; {file} is a file.
+# Paths at which no folder can be made; {file} is a file.
 NO_FOLDERS = ["{file}", "{file}/below", "{tmp}/" + "n" * 300, "{tmp}/loop/below", "/proc/nowhere/below"]
 
 
 @pytest.fixture
 def place(tmp_path):
-    """Fills in the paths above."""
+    """Return a function that fills in the paths above."""
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     before = sorted(tmp_path.rglob("*"))
@@ -162,7 +165,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def locked(tmp_path):
-    """A folder that this process may not enter; root's privileges are dropped for it."""
+    """Return a folder that this process may not enter; root's privileges are dropped for it."""
     folder = tmp_path / "locked"
     (folder / "inner").mkdir(parents=True)
     folder.chmod(0)
@@ -239,7 +242,7 @@ def test_a_compressed_file_is_read_no_further_than_its_header_promises(tmp_path)
 
 
 def test_sizes_are_checked_before_elements_are_read(idx_directory, capsys, tmp_path):
-    # Only headers: whoever reads the elements first complains of those.
+    # The files end after the header, so reading elements first would fail with another message.
     (idx_directory / TEST_LABELS).write_bytes(idx_bytes(torch.zeros(19))[:8])
     assert "expected 20 labels, one an image, got 19" in misuse(["demo", "--data", str(idx_directory)], capsys)
     for path in idx_directory.glob("train-images*"):
@@ -292,7 +295,7 @@ def test_a_demo_that_diverges_says_so(idx_directory, capsys, tmp_path):
 
 
 def test_demo_takes_any_name_of_a_folder(idx_directory, capsys, tmp_path):
-    # Neither mathematics for matplotlib nor characters that UTF-8 has.
+    # The name is neither a formula for matplotlib nor valid UTF-8.
     odd = idx_directory.rename(tmp_path / os.fsdecode(b"$\\frac{$ \xff"))
     arguments = ["--epochs", "1", "--batch-size", "33", "--lr", "0.01", "--out", str(odd / "out")]
     assert main(["demo", "--data", str(odd), *arguments]) == 0
@@ -495,7 +498,7 @@ def test_ctrl_c(capsys, monkeypatch, name):
 
 
 class Broken(io.TextIOWrapper):
-    """A stream without a file behind it, as in a notebook, whose every write fails."""
+    """A stream with no file descriptor, as in a notebook, whose every write fails."""
 
     def __init__(self, error):
         super().__init__(io.BytesIO())
@@ -558,7 +561,7 @@ def test_a_pipe_that_nobody_reads():
 def test_ctrl_c_while_it_trains(idx_directory, tmp_path):
     out = tmp_path / "out"
     arguments = ["--epochs", "1000000", "--batch-size", "33", "--data", str(idx_directory), "--out", str(out)]
-    # A shell that started pytest with & has it ignored.
+    # SIGINT is ignored where a shell started pytest with &.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ran = process("fastbn", "demo", *arguments, stdout=subprocess.PIPE)

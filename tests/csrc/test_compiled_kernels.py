@@ -1,5 +1,5 @@
-"""What nvcc makes of the CUDA kernels: every one compiles for three architectures, without a spill and without a stack,
-and moves the elements of aligned tensors in accesses of 16 bytes.
+"""The CUDA kernels as nvcc compiles them for three architectures: no spills, no stack, accesses of 16 bytes to aligned
+tensors.
 
 Neither nvcc nor the disassembler needs a GPU. FASTBN_REQUIRE_NVCC=1 makes a missing one an error instead of a skip.
 """
@@ -26,13 +26,13 @@ PTXAS = re.compile(
     re.DOTALL,
 )
 
-# A mangled name: X_kernel of X.cu and the first argument of the template, an element's type, of so many bytes.
+# A mangled name: X_kernel of X.cu and the first template argument, the element's type; then the bytes per type.
 KERNEL = re.compile(r"\d(?P<kind>[a-z_]+)_kernel(?:I(?P<dtype>[a-z]|N\w*?E))?")
 ELEMENT_BYTES = {"f": 4, "d": 8, "NS_7float16E": 2, "NS_8bfloat16E": 2}
 OCTET = 8  # elements, as in math/plan.h
 
-# How many tensors a kernel can move, the residual and its gradient included: from global memory into registers, from
-# there into shared memory by cp.async, and back.
+# Number of tensors that a kernel can move, the residual and its gradient included: from global memory to registers
+# (load), to shared memory by cp.async (copy), and back (store).
 MOVES = {
     "moments": {"load": 1},
     "normalize": {"load": 2, "store": 1},
@@ -43,8 +43,8 @@ MOVES = {
 }
 MOVE_NO_ELEMENTS = {"finish", "probe"}
 
-# LD and ST take any address space: nvcc's choice where it loses sight of an address being global, as it does for
-# sm_100 with resident_forward's residual.
+# LD and ST take any address space: nvcc uses them where it cannot tell that an address is global, as for
+# resident_forward's residual on sm_100.
 MOVES_16_BYTES = {
     "load": re.compile(r" LDG?\.(?:\w+\.)*128 "),
     "copy": re.compile(r" LDGSTS\.(?:\w+\.)*128 "),
@@ -61,7 +61,7 @@ def require(name: str, found: str | None) -> str:
 
 
 def find_cuobjdump() -> str | None:
-    """On PATH, where a toolkit has it, or in its package, which leaves it off PATH."""
+    """Find cuobjdump on PATH, where a toolkit puts it, or in its own package, which does not."""
     on_path = shutil.which("cuobjdump")
     if on_path is not None:
         return on_path
@@ -83,7 +83,7 @@ class Compiled:
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     source = request.param
     binary = tmp_path_factory.mktemp(source.stem) / f"{source.stem}.fatbin"
-    # A fatbin, because the host's half would go through g++ for seconds and hold nothing to look at.
+    # A fatbin skips the host code, which g++ would compile for seconds and nothing here looks at.
     command = [require("nvcc", shutil.which("nvcc")), "-fatbin", "-std=c++20", "-O3", "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings", "--threads", "2"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
@@ -96,7 +96,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def disassemble(binary: Path) -> dict[tuple[str, str], str]:
-    """The machine code of every kernel, by architecture and mangled name."""
+    """Return the machine code of every kernel, by architecture and mangled name."""
     command = [require("cuobjdump", find_cuobjdump()), "-sass", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -129,7 +129,7 @@ def test_elements_move_in_accesses_of_16_bytes(compiled: Compiled) -> None:
         assert kind in MOVES, f"{name}: expected a kernel of MOVES or MOVE_NO_ELEMENTS"
         seen.add((arch, kind, dtype))
         for move, tensors in MOVES[kind].items():
-            # At least: loops over octets may be unrolled.
+            # There may be more: loops over vectors may be unrolled.
             expected = tensors * OCTET * ELEMENT_BYTES[dtype] // 16
             got = len(MOVES_16_BYTES[move].findall(instructions))
             if got < expected:

@@ -1,4 +1,4 @@
-"""Where the CPU backend's outputs get their memory from."""
+"""Memory of the outputs of the CPU backend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 _SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# In a process of its own, whose allocator holds no memory yet that the output could get. It is so large that glibc maps
-# it anew, whatever it has learnt: above its greatest threshold, 32 MiB. Prints the flags of the mapping that holds the
-# output: proc(5), VmFlags in smaps.
+# Prints the flags of the mapping that holds an output: proc(5), VmFlags in smaps. It runs in a process of its own,
+# whose allocator holds no memory yet that the output could get. Above 32 MiB, the upper limit of its dynamic threshold,
+# glibc always makes a new mapping.
 _PROGRAM = """
 import sys
 import torch

@@ -1,5 +1,7 @@
-"""The CPU adds up in float32 where that is good enough: statistics and gradients of data where it is not, what training
-makes of float32 far from 0, and what is rounded to bfloat16, for each instruction set and both kinds of layout."""
+"""Accuracy of the CPU's float32 sums for data that are hard for them, and rounding to bfloat16.
+
+Each test runs for each instruction set and both kinds of layout.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from fastbn.backends import native
 from fastbn.testing.tolerance import assert_error_bound
 
 CHANNELS = 19
-COUNT = 10 * 100  # of a channel, as 10 images of 10 x 10
+COUNT = 10 * 100  # elements per channel, as 10 images of 10 x 10
 FORMATS = (torch.contiguous_format, torch.channels_last)
 INSTRUCTION_SETS = _C.build_info()["cpu_instruction_sets"]
 MEANS = tuple(f"mean {mean:g}" for mean in (1e2, 1e4, 1e6))
@@ -25,15 +27,15 @@ EPS = 1e-5
 
 
 def _hard_data() -> dict[tuple[str, torch.dtype], tuple[torch.Tensor, float]]:
-    """[10, CHANNELS, 10, 10] and the relative error that the variance may have."""
+    """Return tensors [10, CHANNELS, 10, 10] and the relative tolerance of their variance."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(10, CHANNELS, 10, 10, generator=generator, dtype=torch.float64)
     data = {name: (normal + float(name.split()[1]), 1e-6) for name in MEANS}
-    # The five samples that a pivot is the median of lie in the first row or column of images whose border is padded.
+    # All five samples of the pivot lie in the first row or column, which is padding.
     border = torch.zeros(10, 10, dtype=torch.bool)
     border[0] = border[:, 0] = True
     data["padded"] = (torch.where(border, 0.0, normal + 100), 1e-6)
-    # The samples alone are far off, so that sums about them cancel.
+    # Only the samples are far off, so that sums about them cancel.
     sampled = torch.zeros(10, 1, 10, 10, dtype=torch.bool)
     for i in (1, 3, 5, 7, 9):  # of ten images, and of rows and of pixels in channels_last
         sampled[i, 0, i, 0] = sampled[i, 0, 0, 0] = True
@@ -63,7 +65,7 @@ def _statistics():
 
 
 def _training(batch_norm=fastbn.functional.batch_norm):
-    """Output and updated buffers for float32 data far from 0."""
+    """Return output and updated buffers for float32 data far from 0."""
     results = {}
     for name in MEANS:
         values, _ = _hard_data()[name, torch.float32]
@@ -76,12 +78,12 @@ def _training(batch_norm=fastbn.functional.batch_norm):
     return results
 
 
-# Of data, the standard deviation, and of gradients, such that products of both overflow or vanish in float32.
+# Standard deviations of data and gradients whose products overflow or vanish in float32.
 PRODUCTS = {"ordinary": (1.0, 1.0), "overflow": (1e25, 1e15), "vanish": (1e-15, 1e-30), "are subnormal": (1e-12, 1e-29)}
 
 
 def _product_data():
-    """(input, grad_out) of bfloat16, by name."""
+    """Return (input, grad_out) of bfloat16, by name."""
     generator = torch.Generator().manual_seed(1)
     normal = lambda: torch.randn(10, CHANNELS, 10, 10, generator=generator)  # noqa: E731
     return {name: ((normal() * std).bfloat16(), (normal() * grad).bfloat16()) for name, (std, grad) in PRODUCTS.items()}
@@ -108,14 +110,14 @@ def _mean_and_inv_std(x):
 
 
 def _ties():
-    """bfloat16 numbers times factors of float32 whose products lie exactly between two bfloat16 numbers, and others."""
+    """Return bfloat16 numbers and float32 factors, of which many products lie exactly between two bfloat16 numbers."""
     halves = torch.arange(-256, 257, dtype=torch.float32)  # exact in bfloat16
     factors = 1 + torch.arange(1, 16, dtype=torch.float32) * 2**-8
     return halves.bfloat16().repeat(len(factors), 1).t().contiguous(), factors
 
 
 def _rounded():
-    """The ties as an output and as a gradient, in rows and in columns, where a channel is one factor."""
+    """Return the ties as an output and as a gradient, in rows and in columns, where a channel is one factor."""
     ops = native.CPU.ops
     x, factors = _ties()
     zeros, ones = torch.zeros(len(factors), dtype=torch.float64), torch.ones(len(factors), dtype=torch.float64)
@@ -128,7 +130,7 @@ def _rounded():
 
 
 def _with(instruction_set, function, path):
-    """What a function of this file returns under an instruction set, which is chosen once a process."""
+    """Return the result of a function of this file under an instruction set, which a process chooses once."""
     program = (
         f"import sys, torch; from tests.csrc import test_cpu_statistics as t; torch.save(t.{function}(), sys.argv[1])"
     )
@@ -200,7 +202,7 @@ def test_ties_are_rounded_to_even(instruction_set, which, tmp_path):
     expected = product.float().bfloat16()
     nearest = (expected.double() - product).abs()
     assert torch.equal(product.float().double(), product)
-    # Half of the spacing of bfloat16 at the product, so that both neighbours are as near.
+    # Half of the spacing of bfloat16 at the product, so that both neighbours are equally near.
     is_tie = (nearest > 0) & (nearest == torch.ldexp(torch.ones_like(product), torch.frexp(product).exponent - 9))
     assert is_tie.sum() > 100
     for layout, results in _with(instruction_set, "_rounded", tmp_path / "rounded.pt").items():

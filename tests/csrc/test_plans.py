@@ -1,4 +1,4 @@
-"""CUDA plans: predicted traffic for the activations of ResNet-50, and the launches that a plan comes to."""
+"""CUDA plans: predicted traffic for the activations of ResNet-50, and the launches of a plan."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_channels_last_activations_that_fit_on_chip_are_read_once(direction, rea
 
 
 def test_only_backward_of_channels_last_keeps_a_part():
-    """And only without a residual, as measurements on an H200 say."""
+    """It does so only without a residual, as measurements on an H200 say."""
     keeps_a_part = lambda plan: "of a channel tile on chip" in plan.reason  # noqa: E731
     assert not any(keeps_a_part(_plan(*case, CHANNELS_LAST, "forward")) for case in CASES)
     assert not any(keeps_a_part(_plan(*case, CONTIGUOUS, "backward")) for case in CASES)
@@ -66,7 +66,7 @@ def test_only_backward_of_channels_last_keeps_a_part():
 
 
 def test_the_planner_chooses_what_was_fast_on_an_h200():
-    """Within 4 % of the fastest plan, as a geometric mean over all measured cases; no choice is far off."""
+    """Its plans are within 4 % of the fastest, as a geometric mean over all measured cases, and none is far off."""
     path = ROOT / "bench" / "results" / "h200-plans.csv"
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     measured: dict[tuple, dict[tuple, float]] = {}
@@ -114,7 +114,7 @@ def max_sms():
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 def test_cooperative_plans_leave_multiprocessors(max_sms, memory_format, direction):
-    """One block on each at most: a smaller grid lies on as many multiprocessors as it has blocks."""
+    """A grid has at most one block per SM then: a smaller grid occupies as many SMs as it has blocks."""
     everything = _plan(64, 64, 112, memory_format, direction)
     max_sms(100)
     cooperative = [_plan(b, c, s, memory_format, direction) for b in BATCHES for c, s in RESNET50]
@@ -139,7 +139,7 @@ def test_the_page_of_plans_is_what_the_planner_says():
 
 @pytest.mark.parametrize("ops", ["cooperative"], indirect=True)
 def test_a_cooperative_launch_that_is_refused_is_planned_again(ops):
-    """More blocks than run at once, as where another process has a share of the GPU."""
+    """The grid has more blocks than run at once, as where another process uses the GPU too."""
     emulator, x = build.load(), torch.randn(40, 3, 50, generator=torch.Generator().manual_seed(0))
     counter = torch.tensor(0)
     given = (x, None, None, None, None, None, counter, 0.1, 1e-5, 0, False)
@@ -158,7 +158,7 @@ def test_a_cooperative_launch_that_is_refused_is_planned_again(ops):
 @pytest.mark.parametrize("ops, launches", [("emulator", 3), ("resident", 1), ("cooperative", 1)], indirect=["ops"])
 @pytest.mark.parametrize("shape", [(40, 3, 50), (600, 24)], ids=str)
 def test_launches_are_those_of_the_schedule(ops, launches, shape):
-    """With a cumulative average, for which every block of a launch needs the number of batches before it."""
+    """The average is cumulative: every block of a launch needs the number of batches before it."""
     launched = build.load().launches
     channels = shape[1]
     x = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -174,7 +174,7 @@ def test_launches_are_those_of_the_schedule(ops, launches, shape):
     ops.namespace.batch_norm_backward(output, x[-1], None, None, weight, None, mean, inv_std, True, 0, *needs)
     assert launched() - begun == launches
     for needs, frozen_launches in (((True, True, True, False), 2), ((True, False, False, False), 1)):
-        begun = launched()  # frozen statistics: the input's gradient does not wait for those of weight and bias
+        begun = launched()  # with frozen statistics the input's gradient does not wait for those of weight and bias
         ops.namespace.batch_norm_backward(output, x[-1], None, None, weight, None, mean, inv_std, False, 1, *needs)
         assert launched() - begun == frozen_launches
 

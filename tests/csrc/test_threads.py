@@ -1,4 +1,4 @@
-"""CPU results do not depend on the number of threads, bit for bit, and each instruction set is near the reference."""
+"""CPU results are bitwise equal for every number of threads, and each instruction set is near the reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = _cases(
     ((2, 500, 7, 7), "contiguous"),
     ((2, 500, 7, 7), "channels_last"),
     ((2, 24, 4, 14, 14), "channels_last_3d"),
-    # Few, wide rows: panels of channels, the last of one channel, of less than a vector, or with a tail.
+    # Few, wide rows, cut into panels of channels; the last has one channel, less than a vector, or a tail.
     ((2, 98_305), "contiguous"),
     ((16, 20_483), "contiguous"),
     ((1, 16_421, 3, 3), "channels_last"),
@@ -41,7 +41,7 @@ CASES = _cases(
 
 
 def _run(case, dtype, activation="silu", residual=True, training=True, backend=None):
-    """Output, buffers and gradients of one step."""
+    """Return output, buffers and gradients of one step."""
     tensors = [cases.make_input(case, dtype), cases.make_vector(case.channels, dtype, "cpu", 3, 0.5, 1.5),
                cases.make_vector(case.channels, dtype, "cpu", 4, -0.5, 0.5)]  # fmt: skip
     tensors += [cases.make_normal(case, dtype, seed=5)] if residual else []
@@ -65,15 +65,16 @@ def threads():
 def test_bitwise_equal_whatever_the_threads(case, dtype, threads):
     for options in ({"activation": "relu"}, {"activation": "silu", "residual": False}, {"training": False}):
         results = []
-        for count in (1, 2, 3, 2):  # the last: from run to run
+        for count in (1, 2, 3, 2):  # 2 again: equal from run to run
             threads(count)
             results.append(_run(case, dtype, **options))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), options
 
 
-# One thread stores the outputs of these past the caches, once the allocator has pages for them, and many do not.
-# Vectors are cache lines in the first two, nowhere in the third, and in one channel of the last, whose rows have tails.
+# One thread writes the outputs of these with non-temporal stores, once the allocator has pages for them; many threads
+# do not. Vectors are cache lines in the first two, nowhere in the third, and in one channel of the last, whose rows
+# have tails.
 LARGE_CASES = _cases(
     ((8, 48, 80, 80), "contiguous"),
     ((8, 48, 80, 80), "channels_last"),
@@ -83,21 +84,21 @@ LARGE_CASES = _cases(
 
 
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-def test_bitwise_equal_past_the_caches(case, threads):
+def test_bitwise_equal_with_non_temporal_stores(case, threads):
     threads(8)
     expected = _run(case, torch.float32, "relu")
     threads(1)
     for _ in range(3):
         actual = _run(case, torch.float32, "relu")
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-        del actual  # its pages are for the next
+        del actual  # so that the next run gets its pages
 
 
 def _environment(instruction_set: str, threads: int) -> dict[str, str]:
     return os.environ | {"FASTBN_CPU": instruction_set, "OMP_NUM_THREADS": str(threads)}
 
 
-# Sizes and layouts that meet full vectors, tails and rows of few channels.
+# A program that runs small cases, which have full vectors, tails and rows of few channels.
 _PROGRAM = """
 import sys, torch
 from fastbn import _C
@@ -114,7 +115,7 @@ torch.save(results, sys.argv[1])
 
 
 def _allowed(case, dtype, actual):
-    """Standard normal data: terms of an element stay below 4 (z) or 16 (grad * xhat), those of a sum near 1."""
+    """Return the tolerance for normal data: terms of elements are below 4 (z) or 16 (grad * xhat), of sums near 1."""
     if actual.dim() == 1:
         return tolerance.sum_tolerance(dtype, case.count, case.count) + tolerance.ulp(dtype, case.count)
     return tolerance.forward_tolerance(dtype, case.count, 4) + tolerance.gradient_tolerance(dtype, case.count, 16)
@@ -133,7 +134,7 @@ def test_instruction_sets(instruction_set, tmp_path):
     for name, tensors in results.items():
         case_name, dtype, activation = name.rsplit("-", 2)
         case, dtype = table[case_name], getattr(torch, dtype.removeprefix("torch."))
-        # relu's kink: an element within rounding of it may take the other branch, and with it its channel's sums.
+        # An element within rounding of relu's kink may take the other branch, and change its channel's sums.
         elements = [0] if activation == "relu" else range(len(tensors))
         for i in elements:
             exact = _expected(case, dtype, activation)[i]

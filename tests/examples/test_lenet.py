@@ -30,7 +30,7 @@ def idx_bytes(tensor, kind=UBYTE):
 
 @pytest.fixture
 def idx_directory(tmp_path):
-    """66 training and 20 test images; the training files are compressed."""
+    """Return a folder of 66 training and 20 test images; the training files are compressed."""
     generator = torch.Generator().manual_seed(0)
     directory = tmp_path / "images"
     directory.mkdir()
@@ -123,7 +123,7 @@ def test_demo_refuses_an_output_that_is_a_file(idx_directory, capsys, tmp_path):
 
 def test_demo(idx_directory, capsys, tmp_path):
     out = tmp_path / "a" / "b"
-    # 66 images in batches of 13 leave one over, of which BatchNorm1d could take no statistics.
+    # 66 images in batches of 13 leave one image, which has no statistics for BatchNorm1d.
     arguments = ["--epochs", "1", "--batch-size", "13", "--lr", "0.01", "--out", str(out)]
     assert main(["demo", "--data", str(idx_directory), *arguments]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""torch.compile takes the layer whole: no graph break, fastbn's ops in both graphs, the same numbers as eager."""
+"""torch.compile: no graph break, fastbn's ops in both graphs, the same numbers as eager."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _fresh_compiler():
 
 
 class Graphs:
-    """A backend that runs graphs as they are and remembers which ops they call."""
+    """A backend that runs graphs as they are and records the ops that they call."""
 
     def __init__(self):
         self.forward, self.backward = [], []
@@ -53,7 +53,7 @@ def _step(module, x, *residual):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_is_eager(backend, training, momentum):
-    """momentum=None too, where torch's own module breaks the graph."""
+    """momentum=None compiles too; torch's own module breaks the graph there."""
     _, eager = pair(momentum=momentum)
     _, compiled = pair(momentum=momentum)
     eager.train(training), compiled.train(training)
@@ -69,7 +69,7 @@ def test_compiled_is_eager(backend, training, momentum):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @torch._inductor.config.patch(force_disable_caches=True)  # its keys know an op's name, not what shapes it returns
 def test_inductor(memory_format, activation):
-    """With neighbours to fuse with, a residual and a mask."""
+    """The layer has neighbours to fuse with, a residual and a mask."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -106,7 +106,7 @@ def test_breaks_and_recompiles(dynamic):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
 def test_graphs_hold_the_ops(residual, training):
-    """Neither torch's batch_norm nor its decomposition."""
+    """They hold neither torch's batch_norm nor its decomposition."""
     _, fast = pair()
     fast.train(training).activation = "relu"
     graphs = Graphs()

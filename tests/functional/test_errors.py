@@ -1,4 +1,4 @@
-"""Bad calls: the exception and the words of torch on the same call, and no buffer changed."""
+"""Bad calls raise torch's exception with torch's words for the same call, and change no buffer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _zeros(*shape, dtype=torch.float32):
 
 
 FOUR = _zeros(4)
-# name: input, running_mean, running_var, and what else F.batch_norm is given.
+# name: (input, running_mean, running_var, other arguments of F.batch_norm)
 CALLS = {
     "one_value": (_zeros(1, 4), FOUR, FOUR, {"training": True}),
     "one_value_and_space": (_zeros(1, 4, 1, 1), None, None, {"training": True}),
@@ -97,7 +97,7 @@ CALLS = {
 
 
 def _outcome(function, arguments):
-    """What a call gave or raised, on copies; those of its tensors that it changed."""
+    """Return the result or the error of a call on copies, and those of its tensors that it changed."""
     copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     try:
         result = function(*copies)
@@ -148,7 +148,7 @@ MODULE_CALLS = {
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("name", MODULE_CALLS)
 def test_modules(name, momentum):
-    """Not even the counter moves, which torch's modules increment before they fail."""
+    """Not even the counter moves, although torch's modules increment it before they fail."""
     dim, input, training, options = MODULE_CALLS[name]
     errors = []
     for module in (kind[dim](5, momentum=momentum, **options).train(training) for kind in (STOCK, FAST)):
@@ -171,7 +171,7 @@ def test_input_of_another_device():
 
 
 def test_an_error_of_a_hook_is_not_taken_for_a_refusal_of_the_op():
-    """Which torch's batch_norm would answer for: then the hook would be asked once more."""
+    """Taken for a refusal, the call would go to torch's batch_norm, and the hook would run again."""
     asked = []
 
     def refuse(tensor):
@@ -276,7 +276,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("changed", [{}, *REFUSED], ids=str)
 def test_ops_refuse_what_the_layer_takes_them_to_refuse(changed):
-    """The layer calls first and asks why afterwards; so it fails as torch does, or takes what torch takes."""
+    """The layer calls the op first and asks for a reason afterwards; it fails or succeeds as torch does."""
     given = _arguments(**changed)
     call = dispatch.Call(**{name: given[name] for name in dispatch.Call._fields if name != "training"}, training=True)
     assert bool(dispatch.why_refused(call)) == bool(changed)

@@ -1,4 +1,4 @@
-"""What must see through the layer sees torch's own batch_norm: export, tracing, functorch, forward-mode AD."""
+"""Tools that look into the layer see torch's own batch_norm: export, tracing, functorch, forward-mode AD."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_export(strict, training):
 
 
 def test_export_has_the_nodes_of_torchs_module():
-    """So whoever matches on them, such as the ONNX exporter, finds them."""
+    """Passes that match those nodes, such as the ONNX exporter, find them."""
     stock, fast = pair()
     x = normal(*SHAPES[2])
     programs = [torch.export.export(module.eval(), (x,)) for module in (stock, fast)]
@@ -71,7 +71,7 @@ def test_vmap_in_eval():
 
 
 def test_what_left_a_transform_that_is_over():
-    """Its wrapper is dead, and the gradient goes on to what it wraps."""
+    """Its wrapper is dead, and the gradient reaches the tensor inside."""
     grads = []
     for module in pair():
         left, x = [], normal(*SHAPES[2]).requires_grad_()

@@ -48,12 +48,12 @@ def test_fusion_is_the_composition(activation, layout, residual, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_branches_at_the_edges_are_torchs(activation, dtype, residual):
-    """Running statistics make z the input itself; under a residual of zeros and NaNs, through the mask.
+    """Running statistics make z equal to the input; with a residual of zeros and NaNs it goes through the mask.
 
-    Nine times 64 elements, which torch takes as vectors throughout: at NaN its scalar kernels for what is left over
-    disagree with its vectorised ones about the derivatives of relu6, elu and hardswish.
+    There are nine times 64 elements, which torch takes as full vectors: at NaN its scalar kernels for the rest of a
+    tensor disagree with its vectorised ones about the derivatives of relu6, elu and hardswish.
     """
-    # Of an infinite z the derivatives of silu and gelu are NaN in some of torch's kernels.
+    # At infinite z the derivatives of silu and gelu are NaN in some of torch's kernels.
     infinite = 9.0 if activation in ("silu", "gelu") else float("inf")
     edges = [-3.0, -0.0, 0.0, 3.0, 6.0, float("nan"), infinite, -infinite, 1.0]
     x = torch.tensor(edges, dtype=dtype).repeat(64, 1)

@@ -1,4 +1,4 @@
-"""What looks through the layer: __torch_function__ overrides, inference tensors, batches of gradients."""
+"""Callers that replace or wrap torch functions: __torch_function__, inference tensors, batches of gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.stock import normal, pair
 
 
 def _calls_of(forward, record):
-    """The calls of F.batch_norm that an override saw, as (shapes or values by position, the same by name)."""
+    """Return the calls of F.batch_norm that an override saw, as (shapes or values by position, the same by name)."""
     record.clear()
     forward()
     describe = lambda a: tuple(a.shape) if isinstance(a, Tensor) else a  # noqa: E731
@@ -73,7 +73,7 @@ def test_an_override_sees_what_it_sees_of_torchs_layer(kind, training):
 
 
 class _Returns(Tensor):
-    """Implements batch_norm by another function."""
+    """An override that implements batch_norm by another function."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -86,7 +86,7 @@ def test_an_override_may_implement_batch_norm():
 
 
 def test_a_default_device_is_no_override():
-    """torch.set_default_device is a mode, which would otherwise take every layer of its users from the kernels."""
+    """torch.set_default_device is a mode, which must not keep the layers of its users from the kernels."""
     x = torch.randn(4, 5, 3, 3, requires_grad=True)
     with torch.device("cpu"):
         assert "BatchNormFunction" in fastbn.BatchNorm2d(5)(x).grad_fn.name()
@@ -116,7 +116,9 @@ def _operands(inference: str, wants_grad: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("inference", OPERANDS)
 def test_inference_tensors(inference, training, wants_grad, activation):
-    """What torch's layer, addition and activation refuse, in their words and before any buffer has moved; or take."""
+    """fastbn refuses what torch's layer, addition and activation refuse, in their words and before any buffer has
+    moved.
+    """
     outcomes = []
     for fast in (False, True):
         given = _operands(inference, wants_grad)
@@ -159,7 +161,7 @@ GRADIENTS = list(itertools.product(ACTIVATIONS, (True, False), (True, False), ("
 @pytest.mark.parametrize("wants_weight", [True, False], ids=["affine", "frozen_affine"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_batches_of_gradients(training, wants_weight, what):
-    """Of torch.autograd.functional's vectorize=True and torch.autograd.grad's is_grads_batched=True."""
+    """vectorize=True of torch.autograd.functional and is_grads_batched=True of torch.autograd.grad work."""
     for activation, residual, tracks, layout in GRADIENTS:
         if not training and not tracks:
             continue

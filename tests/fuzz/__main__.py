@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: many cases in two processes, a summary, and exit status 1 if there are faults."""
+"""Runs many cases in two processes and prints a summary; exits with 1 if there are faults. `python -m tests.fuzz`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         jobs = []
-        for i in range(PROCESSES):  # a pool each, so that none takes another with it when it dies
+        for i in range(PROCESSES):  # each in its own pool, so that a process that dies takes no other with it
             pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-            file, share = folder / f"{i}.py", options.cases // PROCESSES + (i < options.cases % PROCESSES)
-            jobs.append((file, pool.submit(run_alone, share, seed + i, options.implementation, file)))
+            file, number = folder / f"{i}.py", options.cases // PROCESSES + (i < options.cases % PROCESSES)
+            jobs.append((file, pool.submit(run_alone, number, seed + i, options.implementation, file)))
         for file, job in jobs:
             try:
                 total.merge(job.result())

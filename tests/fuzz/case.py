@@ -1,4 +1,4 @@
-"""A drawn call of batch norm, by value: what its repr says is enough to make its tensors again."""
+"""A drawn call of batch norm, by value: its repr is enough to make its tensors again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _ShortRepr:
-    """A repr that leaves out fields at their defaults, which are also what hypothesis shrinks to."""
+    """A mixin whose repr leaves out fields at their defaults, to which hypothesis shrinks."""
 
     def __repr__(self) -> str:
         changed = [f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
@@ -23,9 +23,10 @@ class _ShortRepr:
 
 @dataclass(frozen=True, repr=False)
 class Layout(_ShortRepr):
-    """Strides. order: dimensions from the outermost in memory; steps: between neighbours of each dimension.
+    """The strides of a tensor.
 
-    expanded: dimensions of stride 0; offset: elements before the first; unit_stride: stride of dimensions of size 1.
+    order: dimensions from the outermost in memory; steps: distance of neighbours in each dimension; expanded:
+    dimensions of stride 0; offset: elements before the first; unit_stride: stride of dimensions of size 1.
     """
 
     order: tuple[int, ...] = ()
@@ -54,7 +55,7 @@ def channels_last(dim: int) -> Layout:
 
 @dataclass(frozen=True, repr=False)
 class Case(_ShortRepr):
-    """Data are names of `_DATA` and `_VECTORS`; None is an absent tensor. `oddity` is one thing out of the ordinary."""
+    """A call. Data are names of `_DATA` and `_VECTORS`; None is an absent tensor. `oddity` is one unusual property."""
 
     shape: tuple[int, ...] = (2, 1)
     dtype: str = "float32"
@@ -100,7 +101,7 @@ def _per_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _plain(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers, each channel with a mean and a standard deviation of its own."""
+    """Return normal values; each channel has its own mean and standard deviation."""
     per_channel = _per_channel(shape)
     x = rng.standard_normal(shape) * rng.uniform(0.5, 1.5, per_channel) + rng.uniform(-1, 1, per_channel)
     return np.asarray(x)
@@ -146,8 +147,8 @@ _DATA = {
     "tiny": lambda rng, shape, info: rng.standard_normal(shape) * info.tiny * 1e3,
     "subnormal": lambda rng, shape, info: rng.standard_normal(shape) * info.tiny / 8,
 }
-# No infinite weights and running statistics: a channel's scale and shift are made once, and so the output is NaN where
-# torch's is infinite.
+# There are no infinite weights or running statistics: scale and shift are computed once per channel, which makes the
+# output NaN where torch's is infinite.
 _VECTORS = {
     "uniform": lambda rng, n, info: rng.uniform(0.5, 1.5, n),
     "ones": lambda rng, n, info: np.ones(n),
@@ -157,13 +158,13 @@ _VECTORS = {
     "small": lambda rng, n, info: rng.standard_normal(n) * info.tiny**0.5,
     "nan": lambda rng, n, info: np.where(np.arange(n) % 2 == 0, np.nan, 1.0),
 }
-# The running mean and variance as multiples of the data's own: mean + a std, b var; or two constants.
+# Running mean and variance relative to the data's own: mean + a std, b var; or two constants.
 RUNNING = ("near", "initial", "zero variance", "negative variance", "large variance", "far mean", "nan")
 DATA, VECTORS = tuple(_DATA), tuple(_VECTORS)
 
 
-def place(values: Tensor, layout: Layout) -> Tensor:
-    """The values in those strides; what lies between and before them is NaN."""
+def with_layout(values: Tensor, layout: Layout) -> Tensor:
+    """Return the values with those strides; elements between and before them are NaN."""
     shape = values.shape
     order = layout.order or range(values.dim())
     steps = layout.steps or (1,) * values.dim()
@@ -183,16 +184,16 @@ def place(values: Tensor, layout: Layout) -> Tensor:
 
 
 def _limits(dtype: torch.dtype) -> SimpleNamespace:
-    """The largest and the smallest normal number; of float64, those whose squares are numbers too.
+    """Return the largest and the smallest normal number; for float64, those whose squares are finite and normal.
 
-    Beyond, variances are no numbers: nothing wider is there to sum them in.
+    Beyond those, variances are not representable: float64 has no wider type to be summed in.
     """
     info = torch.finfo(dtype if dtype.is_floating_point else torch.float32)
     return SimpleNamespace(max=min(info.max, 1e150), tiny=max(info.tiny, 1e-150))
 
 
 class Values:
-    """The numbers of a case's tensors, contiguous and in their dtypes; `tensors` lays them out afresh."""
+    """The values of a case's tensors, contiguous and in their dtypes; `tensors` makes them in their layouts."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -267,7 +268,7 @@ class Values:
         return results[0], results[1]
 
     def tensors(self) -> SimpleNamespace:
-        """Fresh tensors in their layouts, with requires_grad as the case says."""
+        """Make new tensors in their layouts, with requires_grad as the case says."""
         case = self.case
         layouts = {"input": case.layout, "residual": case.residual_layout, "grad_out": case.grad_layout}
         made = {}
@@ -281,7 +282,7 @@ class Values:
                 layout = Layout(steps=(2,))
             if values.shape != case.shape and name in layouts:
                 layout = Layout()
-            made[name] = place(values, layout)
+            made[name] = with_layout(values, layout)
             if name in case.requires and (values.is_floating_point() or values.is_complex()):
                 made[name].requires_grad_()
         if case.oddity == "running_mean requires grad" and made["running_mean"] is not None:

@@ -1,4 +1,4 @@
-"""One case: run fastbn and stock torch, compare both with extended precision, and say what is wrong."""
+"""Runs one case with fastbn and stock torch, compares both with extended precision, and says what is wrong."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.fuzz import exact
 from tests.fuzz.case import BUFFERS, OPERANDS, Case, Values
 from tests.fuzz.hooks import hooks
 
-# Where an activation's derivative jumps: rounding of z may take the other branch there.
+# z at which an activation's derivative jumps, so that rounding may take the other branch.
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 MODULES = {2: 1, 3: 1, 4: 2, 5: 3}
-# Of the result's scale; and of the bound beside which a result has cancelled.
+# Accepted ulps at the result's scale; and the multiple of the result's ulp at which a bound means cancellation.
 ULPS = 8
 CANCELLING = 1000
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Fault:
-    """kind is the same for faults that probably have one cause."""
+    """A fault. `kind` is the same for faults that probably have one cause."""
 
     kind: str
     message: str
@@ -37,7 +37,7 @@ class Fault:
 
 @dataclass
 class Report:
-    """What became of a case: "agreed" or "refused by both" (without faults), and the faults."""
+    """The outcome of a case, "agreed" or "refused by both" (without faults), and the faults."""
 
     outcome: str
     faults: list[Fault] = field(default_factory=list)
@@ -48,7 +48,7 @@ class FaultyCase(AssertionError):
 
 
 def check(case: Case) -> str:
-    """The outcome of a case. FaultyCase if there are faults."""
+    """Return the outcome of a case. Raises FaultyCase if there are faults."""
     report = examine(case)
     if report.faults:
         raise FaultyCase("\n".join(f"{fault.kind}: {fault.message}" for fault in report.faults))
@@ -123,7 +123,7 @@ def _stock(case: Case, t: SimpleNamespace) -> Tensor:
 
 @dataclass
 class _Results:
-    """Of one run. `error` was raised in the stage ("forward", "backward"); results are there as far as it came."""
+    """The results of one run. `error` was raised in the stage ("forward", "backward"), after those that are there."""
 
     tensors: SimpleNamespace
     output: Tensor | None = None
@@ -134,7 +134,7 @@ class _Results:
     stage: str = "forward"
 
     def named(self) -> dict[str, Tensor]:
-        """Everything that a user sees."""
+        """Return everything that a user sees, by name."""
         found = {} if self.output is None else {"output": self.output.detach()}
         found |= {name: t.detach() for name in BUFFERS if (t := getattr(self.tensors, name)) is not None}
         found |= {f"gradient of {name}": t.detach() for name, t in self.gradients.items()}
@@ -152,7 +152,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
-    """As above, but for what kind of NaN and for the sign of zeros."""
+    """Return whether values are equal, except for the sign of zeros and the kind of NaN."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
@@ -180,7 +180,7 @@ class _Examination:
             if not _same_bits(fast.gradients[name], gradient):
                 self.fault("second backward", f"gradient of {name}", "differs from the first")
         self.torchs = self._is_torchs(fast.tensors)
-        # torch's sums follow the number of threads, and what it makes of a NaN the strides that a hook may change.
+        # torch's sums depend on the number of threads, and its NaNs on strides, which a hook may change.
         threads, hook = (case.threads[0], case.hook) if self.torchs else (1, None)
         stock = self._execute(_stock, threads, hook)
         if self._check_errors(fast, stock):
@@ -189,7 +189,7 @@ class _Examination:
         self._check_numbers(fast, stock)
         if self.torchs:
             return Report("left to torch", self.faults)
-        # The sums of the reference are torch's, which follow the number of threads.
+        # The sums of the reference are torch's, which depend on the number of threads.
         threads = case.threads[0 if case.backend == "reference" else 1]
         again = self._execute(_fast, threads, case.hook)
         for name, tensor in fast.named().items():
@@ -202,7 +202,7 @@ class _Examination:
         return self.values.residual is not None and self.case.oddity in ("residual shape", "residual dtype")
 
     def _is_torchs(self, t: SimpleNamespace) -> bool:
-        """Whether fastbn leaves the call to torch."""
+        """Return whether fastbn leaves the call to torch."""
         counter = t.num_batches_tracked if self.case.training else None
         if self.case.api == "module" and self.case.running is None:
             counter = None
@@ -211,7 +211,7 @@ class _Examination:
         return dispatch.why_unsupported(call) is not None
 
     def _analyse(self) -> None:
-        """Exact results, where the case has any; takes kinks out of grad_out."""
+        """Compute the exact results, if the case has any, and zero grad_out at kinks."""
         case, tensors = self.case, self.values.tensors()
         self.exact = None
         x = tensors.input
@@ -241,7 +241,7 @@ class _Examination:
         )
 
     def _scales(self, w: dict) -> None:
-        """The magnitude in each channel of the terms of z."""
+        """Compute the magnitude in each channel of the terms of z."""
         self.xhat_scale = _largest(self.exact.xhat)
         scale = self.xhat_scale if w["weight"] is None else self.xhat_scale * _magnitude(w["weight"])
         scale = scale if w["bias"] is None else scale + _magnitude(w["bias"])
@@ -297,14 +297,14 @@ class _Examination:
             again = torch.autograd.grad(results.output, operands, grad_out)
             results.again = dict(zip(wanted, again, strict=True))
         if create:
-            # Coefficients that do not follow from the gradients, which may be huge.
+            # The coefficients are independent of the gradients, which may be huge.
             value = sum((g * torch.arange(g.numel()).view(g.shape).cos()).sum() for g in grads if g.requires_grad)
             wanted = wanted | {"grad_out": grad_out}
             second = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
             results.second = {n: g for n, g in zip(wanted, second, strict=True) if g is not None}
 
     def _check_operands(self, fast: _Results) -> None:
-        """Inputs are as they were, and so are the versions of the statistics; after an error, all buffers."""
+        """Check that inputs and the versions of the statistics are unchanged, and after an error all buffers."""
         before = self.values.tensors()
         names = [*OPERANDS, "grad_out"]
         if fast.error is not None and fast.stage == "forward":
@@ -324,7 +324,7 @@ class _Examination:
                 self.fault("version", name, f"_version moved from {b._version} to {a._version}")
 
     def _check_errors(self, fast: _Results, stock: _Results) -> bool:
-        """Whether somebody refused, so that there is nothing to compare; both should, with the same words."""
+        """Return whether one of the two refused, so that nothing is compared. Both should, in the same words."""
         case, error = self.case, fast.error
         expected = None if stock.error is None else _error_text(stock.error)
         stage, stocks = stock.stage, expected or "\0"
@@ -374,7 +374,7 @@ class _Examination:
                 self.fault("missing result", name, "stock has it")
 
     def _check_format(self, name: str, tensor: Tensor, other: Tensor) -> None:
-        """The output's order in memory is stock's, and its format and the gradient's that of the input."""
+        """Check that the output has stock's order in memory, and output and gradient the format of the input."""
         input = self.values.tensors().input
         expected = torch._prims_common.suggest_memory_format(input)
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
@@ -416,7 +416,7 @@ class _Examination:
                 self._compare(name, tensor, rival[name], *expected[name])
 
     def _expected(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Exact results by name, each with its tolerance (broadcast)."""
+        """Return the exact results by name, each with its tolerance (broadcast)."""
         dtype, count, w = self.case.torch_dtype, self.count, self.operands
         fwd, bwd = self.exact, self.exact_backward
         expected = {}
@@ -428,7 +428,7 @@ class _Examination:
         element = tolerance.activation_tolerance(
             dtype, _largest(w["grad_out"]), self.z_scale if self.activation != "none" else torch.zeros(1)
         )
-        # The mean's own rounding in float64, where |mean| is much larger than the standard deviation.
+        # The rounding of the mean in float64, where |mean| is much larger than the standard deviation.
         rounding = 4 * torch.finfo(torch.float64).eps * self.steepness
         if self.activation != "none":
             element = element + rounding * _largest(w["grad_out"])
@@ -442,12 +442,12 @@ class _Examination:
         if w["weight"] is not None:
             slope = slope * _magnitude(w["weight"])
         terms = tolerance.input_gradient_terms(largest, self.xhat_scale, self.batch_stats)
-        # Of the channels without inf and NaN.
+        # The largest term in channels without inf and NaN.
         self.largest_term = max(t.nan_to_num(posinf=0.0).max().item() for t in (terms * slope, grad_sum, product_sum))
         computed = rounding * terms * slope + tolerance.input_gradient_tolerance(
             dtype, count, terms, slope, self.xhat_scale, element, self.batch_stats
         )
-        # Subnormal terms are rounded by half of the smallest number each, whatever their size, and then scaled.
+        # Subnormal terms are rounded by half of the smallest number each and then scaled.
         info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
         smallest = info.smallest_normal * info.eps
         computed = computed + tolerance.ELEMENT_ROUNDINGS / 2 * smallest * slope.nan_to_num(posinf=1.0).clamp(min=1)
@@ -456,7 +456,7 @@ class _Examination:
             computed = computed + smallest / 2 * deviation.nan_to_num(posinf=0.0)
         input_off = computed + tolerance.ulp(dtype, _largest(bwd.input))
         if dtype == torch.float64 and self.batch_stats:
-            # The coefficient of x - mean has a factor inv_std more than the gradient, and no wider type to be kept in.
+            # The coefficient of x - mean has one more factor inv_std than the gradient, and float64 has no wider type.
             coefficient = slope * torch.from_numpy(fwd.inv_std.astype(np.float64)).abs() * product_sum / count
             lost = (coefficient < info.smallest_normal) & (product_sum > 0)
             input_off = torch.where(lost, 2 * terms * slope, input_off)
@@ -495,7 +495,7 @@ class _Examination:
         return expected
 
     def _compare(self, name: str, actual: Tensor, stock: Tensor, right: np.ndarray, allowed: np.ndarray) -> None:
-        """The error is within `allowed`, or at most stock's largest in the channel."""
+        """Check that the error is within `allowed`, or at most stock's largest in the channel."""
         info = torch.finfo(actual.dtype)
         a, s = (t.double().numpy() for t in (actual, stock))
         error, stock_error = (np.abs(t - right) for t in (a, s))
@@ -509,7 +509,7 @@ class _Examination:
             allowed = allowed + info.tiny
         limit = np.broadcast_to(np.maximum(allowed, excuse), right.shape)
         if self.torchs:
-            limit = 16 * limit  # its sums follow the number of threads
+            limit = 16 * limit  # its sums depend on the number of threads
         overflows = exact_finite & (np.abs(right) + limit >= float(info.max))
         wrong = finite & exact_finite & ~(error <= limit)
         if wrong.any():
@@ -524,28 +524,30 @@ class _Examination:
         lost = ~finite & exact_finite & stock_finite & ~overflows & ~self._terms_overflow(name)
         invented = finite & ~exact_finite & ~stock_finite
         both = ~finite & ~stock_finite & ~exact_finite
-        # Of what kind, where stock and exact arithmetic say the same.
+        # The kind of value that is not finite, where stock and exact arithmetic agree.
         kind = both & (_kind(s) == _kind(right)) & (_kind(a) != _kind(s))
         for check, places in (("not finite", lost), ("finite", invented), ("inf or NaN", kind)):
-            # Of a gradient that is not finite nobody asks in what way.
+            # Only outputs have to match in the kind.
             if places.any() and (check != "inf or NaN" or name == "output"):
                 at = np.unravel_index(np.argmax(places), right.shape)
                 text = f"at {[int(i) for i in at]}: got {a[at]}, stock {s[at]}, exact {right[at]:.9g}"
                 self.fault(check, name, f"{text}, and {int(places.sum())} of {places.size} like it")
 
     def _terms_overflow(self, name: str) -> bool:
-        """Whether a gradient is made of terms beyond the type that elements are computed in, though itself is not."""
+        """Return whether a gradient has terms beyond the type that elements are computed in, though it is finite
+        itself.
+        """
         if not name.startswith("gradient"):
             return False
         info = torch.finfo(torch.float64 if self.case.torch_dtype == torch.float64 else torch.float32)
         return self.largest_term > info.max / 4
 
     def _compare_with_stock(self, name: str, dtype: torch.dtype, error, stock_error, right, allowed) -> None:
-        """The acceptance criterion, over the tensor: the error is at most stock's, or ULPS at the result's scale.
+        """Check the acceptance criterion over the tensor: an error of at most stock's, or ULPS at the result's scale.
 
-        Not where terms cancel so far that the bound for one of them is many times the result's spacing: which of two
-        computations comes closer to such a result is chance. In float64 the mean's own rounding is |mean| / std
-        spacings of xhat, and as much of chance.
+        It does not apply where terms cancel so far that their bound is many times the result's spacing: which of two
+        computations comes closer is then chance. In float64 the rounding of the mean is |mean| / std spacings of xhat,
+        which is chance too.
         """
         known = np.isfinite(right) & np.isfinite(error) & np.isfinite(stock_error)
         if self.torchs or not known.any():
@@ -561,7 +563,9 @@ class _Examination:
             self.fault("worse than stock", name, f"error {ours:.3g} ulp at {scale:.3g}, stock's {theirs:.3g} ulp")
 
     def _compare_second(self, name: str, actual: Tensor, stock: Tensor) -> None:
-        """Where stock's is finite: relative to the largest of the channel, since each order multiplies what cancels."""
+        """Compare finite second derivatives, relative to the tensor's largest, since each order multiplies terms that
+        cancel.
+        """
         tame = {"normal", "integers"}  # about a far mean, what cancels is many times the result
         case = self.case
         kinds = {*case.data, case.grad_out, *([case.residual] if case.residual else [])}
@@ -588,7 +592,7 @@ class _Examination:
 
 
 def _largest(x: np.ndarray) -> Tensor:
-    """Largest finite magnitude in each channel, float64 [C]."""
+    """Return the largest finite magnitude in each channel, float64 [C]."""
     if x.size == 0:
         return torch.zeros(x.shape[1], dtype=torch.float64)
     finite = np.where(np.isfinite(x), np.abs(x), 0).astype(np.float64)
@@ -600,5 +604,5 @@ def _magnitude(vector: np.ndarray) -> Tensor:
 
 
 def _kind(x: np.ndarray) -> np.ndarray:
-    """NaN, inf or -inf, as small integers."""
+    """Return NaN, inf or -inf as small integers."""
     return np.where(np.isnan(x), 2, np.sign(np.where(np.isnan(x), 0, x))).astype(np.int8)

@@ -1,6 +1,6 @@
-"""Batch normalisation, activation and their closed-form gradient, from arrays (N, C, *) in the precision of these.
+"""Batch normalisation, activation and their closed-form gradient on arrays (N, C, *), in the precision of the arrays.
 
-float64 is enough for what float32 and half types hold, float64 itself needs numpy.longdouble. Means are taken about an
+float64 is enough to check float32 and half types; float64 itself needs numpy.longdouble. Means are taken about an
 element of the channel and corrected once, so that they are exact relative to the spread of the data. Nothing here is
 shared with the library.
 """
@@ -18,7 +18,7 @@ PI = 4 * np.arctan(np.longdouble(1))
 
 
 def wide(x: np.ndarray, per_channel: np.ndarray) -> np.ndarray:
-    """A [C] array to broadcast against x."""
+    """Reshape a [C] array to broadcast against x."""
     return per_channel.reshape(1, -1, *[1] * (x.ndim - 2))
 
 
@@ -28,7 +28,9 @@ def channel_sum(x: np.ndarray) -> np.ndarray:
 
 
 def erf(x: np.ndarray) -> np.ndarray:
-    """torch's erf; in longdouble 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!, whose terms do not cancel."""
+    """Return torch's erf; in longdouble the series 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!, whose terms do not
+    cancel.
+    """
     if x.dtype == np.float64:
         return torch.from_numpy(x).erf().numpy()
     near = np.clip(x, -7, 7)  # beyond, erf rounds to +-1 (and clip leaves NaN alone)
@@ -70,7 +72,8 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
 
 
 def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) -> np.ndarray:
-    """grad_out * activation'(z), with torch's branches at the kinks: 0 where the derivative is, whatever grad_out.
+    """Return grad_out * activation'(z) with torch's branches at the kinks: 0 where the derivative is 0, whatever
+    grad_out.
 
     Where z is NaN the branches are those of torch's vectorised CPU kernels.
     """
@@ -98,7 +101,7 @@ def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) ->
 
 @dataclass
 class Forward:
-    """What forward computes; mean and var (biased) are [C], the others have the shape of x."""
+    """The results of forward. mean and var (biased) are [C], the others have the shape of x."""
 
     output: np.ndarray
     z: np.ndarray
@@ -109,7 +112,7 @@ class Forward:
 
 
 def _deviations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, x - mean); zeros for an empty input."""
+    """Return (mean, x - mean); zeros for an empty input."""
     if x.size == 0:
         return np.zeros(x.shape[1], x.dtype), x
     count = x.size // x.shape[1]
@@ -133,7 +136,7 @@ def forward(
     eps: float,
     activation: str,
 ) -> Forward:
-    """running: the mean and variance to normalise by; None takes those of x."""
+    """Normalise by `running` (mean, variance), or if it is None by the statistics of x."""
     if running is None:
         mean, deviations = _deviations(x)
         var = channel_sum(deviations * deviations) / max(x.size // x.shape[1], 1)
@@ -150,7 +153,7 @@ def forward(
 
 @dataclass
 class Backward:
-    """Gradients, named after the operands; grad_z, that of the residual, is also what the sums are made of."""
+    """Gradients, named after the operands; that of the residual is grad_z, of which the sums are taken."""
 
     input: np.ndarray
     residual: np.ndarray
@@ -161,7 +164,7 @@ class Backward:
 def backward(
     grad_out: np.ndarray, fwd: Forward, weight: np.ndarray | None, batch_stats: bool, activation: str
 ) -> Backward:
-    """The gradients of sum(grad_out * output)."""
+    """Return the gradients of sum(grad_out * output)."""
     grad_z = activation_gradient(grad_out, fwd.z, activation)
     sum_grad, sum_grad_xhat = channel_sum(grad_z), channel_sum(grad_z * fwd.xhat)
     grad_input = grad_z

@@ -1,4 +1,4 @@
-"""Saved-tensor hooks that users apply around a forward pass: each gives back the same numbers."""
+"""Saved-tensor hooks that users apply around a forward pass; each returns the same values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many cases: hypothesis draws them, faults are collected by kind, and of each kind one case is shrunk."""
+"""Runs many cases: hypothesis draws them, faults are collected by kind, and one case of each kind is shrunk."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.fuzz.case import Case
 from tests.fuzz.check import Fault, Report, examine
 from tests.fuzz.strategies import cases
 
-# hypothesis repeats a batch to find the case to shrink again: a short one is soon repeated.
+# hypothesis repeats a batch to find a case again and shrink it; a short batch repeats quickly.
 BATCH = 500
-# An emulated launch costs milliseconds a block.
+# An emulated launch costs milliseconds per block.
 EMULATED_NUMEL = 300
 MAX_NUMEL = 65536
 SHRINKING_SECONDS = 10
@@ -33,7 +33,7 @@ SHRINKING_SECONDS = 10
 
 @dataclass
 class Found:
-    """The faults of a kind: how many cases had it, and the smallest one."""
+    """The faults of a kind: the number of cases, and the smallest one."""
 
     fault: Fault
     case: Case
@@ -42,7 +42,7 @@ class Found:
 
 @dataclass
 class Summary:
-    """What became of the cases of a run."""
+    """The outcome of the cases of a run."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -90,7 +90,7 @@ class Summary:
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: hypothesis lets it through."""
+    """The end of the time. It is not an Exception, so that hypothesis lets it through."""
 
 
 def _size(case: Case) -> tuple[int, int]:
@@ -138,7 +138,7 @@ def run(
     shrunk_kinds: int = 24,
     before_case: Callable[[Case], Any] = lambda case: None,
 ) -> Summary:
-    """Examine so many cases, and shrink one of each of the first kinds of fault. Equal arguments draw equal cases."""
+    """Examine that many cases, and shrink one of each of the first kinds of fault. Equal arguments draw equal cases."""
     emulated = implementation in implementations.EMULATED_LIMITS
     implementations.load(implementation)
     if emulated:
@@ -182,7 +182,7 @@ def run(
 
 
 def _shrink(found: Found, drive: Callable, examined: Callable[[Case], Report]) -> None:
-    """Let hypothesis draw the batch again up to the case, and shrink that."""
+    """Let hypothesis draw the batch again up to the case, and shrink it."""
     kind, deadline = found.fault.kind, None
 
     def shrinking(case: Case) -> None:
@@ -201,7 +201,7 @@ def _shrink(found: Found, drive: Callable, examined: Callable[[Case], Report]) -
 
 
 def run_alone(count: int, seed: int, implementation: str, file: Path) -> Summary:
-    """`run` in a process of its own; `file` has the code of the case that is examined, should the process die."""
+    """Call `run` in a process of its own; `file` has the code of the current case in case the process dies."""
     faulthandler.enable()
     torch.set_num_threads(1)
     return run(count, seed, implementation, before_case=lambda case: file.write_text(case.code()))

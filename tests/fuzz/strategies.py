@@ -1,4 +1,4 @@
-"""What is drawn: hypothesis strategies of cases. The first of each list is what hypothesis shrinks to."""
+"""hypothesis strategies of cases. The first of each list is the one that hypothesis shrinks to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import implementations
 from tests.fuzz.case import DATA, OPERANDS, RUNNING, VECTORS, Case, Layout, channels_last
 from tests.fuzz.hooks import HOOKS
 
-# Around the width of vectors and the bits of a byte of the mask.
+# Sizes around the width of vectors and the 8 bits of a byte of the mask.
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129, 255, 257, 1000, 1023)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 UNSUPPORTED = ("int32", "complex64", "int64", "bool", "uint8")
@@ -43,12 +43,12 @@ ODDITIES = (
 
 @functools.cache
 def weighted(*choices: tuple[int, object]) -> st.SearchStrategy:
-    """One of the values, each so many times as likely. Kept, since hypothesis takes long to make a strategy."""
+    """Return a strategy of the values, each with its weight. Cached, since hypothesis takes long to make one."""
     return st.sampled_from([value for weight, value in choices for _ in range(weight)])
 
 
 def _mostly(first: str, others: tuple[str, ...], absent: int = 0) -> st.SearchStrategy:
-    """`first` twice as often as all others together, None `absent` times as often."""
+    """Return a strategy of `first`, twice as often as all others, and None, `absent` times as often."""
     rest = [(1, other) for other in others if other != first]
     return weighted((absent * len(rest), None), (2 * len(rest), first), *rest)
 
@@ -78,7 +78,7 @@ def _shape(draw, max_numel: int) -> tuple[int, ...]:
     room = draw(weighted((4, 256), (8, 1024), (4, 4096), (1, 65536)))
     room = min(room, max_numel)
     sizes = [1] * dim
-    # The channels first: whoever comes later finds less room.
+    # Channels are drawn first: later dimensions have less room.
     for d in sorted(range(dim), key=lambda d: d != 1):
         sizes[d] = draw(_sizes(room))
         room //= sizes[d]
@@ -122,13 +122,13 @@ _GRAD_LAYOUTS = (*_OTHER_LAYOUTS, (1, "expanded"), (2, "expanded everywhere"))
 
 
 def backend_name(implementation: str) -> str:
-    """What fastbn knows an implementation of the tests by: the emulated ones differ in the limits of their GPU."""
+    """Return fastbn's name of the tests' implementation: the emulated ones differ in the limits of their GPU."""
     return "emulator" if implementation in implementations.EMULATED_LIMITS else implementation
 
 
 @st.composite
 def cases(draw, implementation: str, max_numel: int) -> Case:
-    """Calls for an implementation, of inputs up to about max_numel elements."""
+    """Draw calls for an implementation, with inputs up to about `max_numel` elements."""
     # hypothesis writes draws of one label over each other, which would make five of six cases near copies of the sixth.
     draw = functools.partial(_draw_labelled, draw, itertools.count())
     oddity = draw(weighted((5 * len(ODDITIES), None), *((1, oddity) for oddity in ODDITIES)))
@@ -137,7 +137,7 @@ def cases(draw, implementation: str, max_numel: int) -> Case:
     layout = _layout(draw, shape, _INPUT_LAYOUTS)
     dtype = draw(_UNSUPPORTED if oddity == "unsupported dtype" else _DTYPES)
     half = dtype in ("bfloat16", "float16")
-    # Parameters of another type beside float32 and float64 are refused.
+    # float32 and float64 inputs refuse parameters of another type.
     param_dtype = draw(weighted((2, None), (2, "float32")) if half else weighted((30, None), (1, "bfloat16")))
     data, vector = _mostly("normal", DATA), _mostly("uniform", VECTORS, 1)
     training = draw(_FLAG)
@@ -169,7 +169,7 @@ def cases(draw, implementation: str, max_numel: int) -> Case:
         grad_layout=layout if like and dense else _layout(draw, shape, _GRAD_LAYOUTS),
         hook=draw(weighted((16, None), *((1, hook) for hook in HOOKS))),
         threads=(draw(_THREADS), draw(_THREADS)),
-        # Modules run on what serves their input.
+        # Modules run on the backend that serves their input.
         api=draw(weighted((3, "functional"), (2, "module"))) if implementation == "cpu" else "functional",
         backend=draw(reference) if implementation == "cpu" else backend_name(implementation),
         backward=backward,

@@ -1,4 +1,4 @@
-"""fastbn.explain and fastbn.info: plans without a GPU, reasons that name what stands in the way."""
+"""fastbn.explain and fastbn.info: plans without a GPU, and reasons why a faster kernel cannot run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_frozen_statistics_take_one_launch_without_sums(memory_format, direction
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_traffic_of_a_residual_and_an_activation(direction, activation):
-    """An activation alone costs none; a residual does, and a mask an eighth of a byte an element."""
+    """An activation alone moves no bytes; a residual does, and a mask an eighth of a byte per element."""
     x = _meta(64, 256, 16, 16)
     plans = {
         residual: fastbn.explain(x, direction, activation=activation, residual=residual, device="h200")
@@ -92,7 +92,7 @@ def test_cpu_tensors(shape, kernel, direction, training):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_traffic_of_cpu_tensors(dtype):
-    """Counted by hand: backward reads grad_out, input and a mask twice, and writes two gradients."""
+    """The numbers are counted by hand: backward reads grad_out, input and a mask twice, and writes two gradients."""
     x = torch.empty(4, 8, 5, 5, dtype=dtype)
     bit = 1 / (8 * x.element_size())
     for direction, training, activation, residual, expected in (

@@ -1,1 +1,1 @@
-"""Faults planted one at a time in copies of the tree, to see which tests notice: `python -m tests.mutation`."""
+"""Plants known faults one at a time in copies of the tree, to see which tests notice: `python -m tests.mutation`."""

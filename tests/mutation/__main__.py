@@ -1,6 +1,6 @@
 """Plants the faults of mutants.toml, each in a copy of the tree, and reports which of the selected tests notice.
 
-A mutant is killed by a test that fails with it and passes without it, which is looked at in the end. One that does
+A mutant is killed by a test that fails with it and passes without it, which is checked at the end. A mutant that does
 not compile, or whose old text is not in the tree, is an error of the list. The checkout is only read.
 """
 
@@ -49,7 +49,7 @@ class Result:
     message: str = ""
 
     def settle(self) -> None:
-        """Sums up the failures, but for an error."""
+        """Derive the outcome from the failures, unless it is an error."""
         self.functions = sorted({failure.function for failure in self.failures})
         self.implementations = sorted({failure.implementation for failure in self.failures} - {""})
         if self.outcome != "error":
@@ -57,26 +57,26 @@ class Result:
 
 
 class TreeError(Exception):
-    """What makes it pointless to go on with a copy of the tree."""
+    """An error that makes a copy of the tree useless."""
 
 
 class Tree:
-    """One worker's copy: `folder/pristine`, built, and `folder/tree`, made anew from it for each mutant.
+    """One worker's copy: `folder/pristine`, built, and `folder/tree`, copied from it for each mutant.
 
-    Times of files are copied too, so that a build sees nothing to do but the mutant, and both lie at one path when they
-    are built, for ninja knows files by their whole names.
+    Times of files are copied too, so that a build sees nothing to do but the mutant. Both are built at the same path,
+    since ninja knows files by their absolute names.
     """
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self.path, self.pristine = folder / "tree", folder / "pristine"
         self.log = folder / "log.txt"
-        # Files of the same size and second are the same to Python's cache of compiled modules.
+        # Python's cache of compiled modules tells files apart by size and second only.
         self.environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "FASTBN_CUDA": "0", "PYTHONPATH": "."}
         for threads in ("MAX_JOBS", "OMP_NUM_THREADS"):
             self.environment.setdefault(threads, str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def prepare(self, builds: set[str]) -> None:
-        """Brings the copy up to date with the checkout and builds it."""
+        """Bring the copy up to date with the checkout and build it."""
         if self.pristine.exists():
             self.restore()
         listed = subprocess.run(
@@ -84,17 +84,17 @@ class Tree:
             cwd=ROOT, check=True, capture_output=True, text=True,
         )  # fmt: skip
         files = {Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
-        if "extension" not in builds:  # what the checkout's own tests run on
+        if "extension" not in builds:  # the one that the checkout's tests use
             files |= {path.relative_to(ROOT) for path in (ROOT / "fastbn").glob("_C*.so")}
         for path in files:
             target, content = self.path / path, (ROOT / path).read_bytes()
             if not target.exists() or target.read_bytes() != content:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
-        for kept in [path for folder in ("fastbn", "csrc", "tests") for path in (self.path / folder).rglob("*")]:
-            if kept.is_file() and kept.suffix != ".so" and kept.relative_to(self.path) not in files:
-                kept.unlink()
-        for what in (what for what in BUILD if what in builds):  # the emulator's needs the extension
+        for existing in [path for folder in ("fastbn", "csrc", "tests") for path in (self.path / folder).rglob("*")]:
+            if existing.is_file() and existing.suffix != ".so" and existing.relative_to(self.path) not in files:
+                existing.unlink()
+        for what in (what for what in BUILD if what in builds):  # the emulator needs the extension
             if not self.build(what):
                 raise TreeError(f"the tree without a mutant does not build ({what}): see {self.log}")
         if self.python(["-c", "import fastbn"], 600) != 0:
@@ -107,7 +107,9 @@ class Tree:
         shutil.copytree(self.pristine, self.path)
 
     def python(self, arguments: list[str], seconds: float) -> int | None:
-        """The return code of Python in the tree, or None where it took longer and was ended with all its children."""
+        """Run Python in the tree. Returns its exit status, or None where it took longer and was killed with its
+        children.
+        """
         with self.log.open("ab") as log:
             command = [sys.executable, *arguments]
             log.write(f"$ {shlex.join(command)}\n".encode())
@@ -128,7 +130,7 @@ class Tree:
         return self.python(BUILD[what], SECONDS_OF_A_BUILD) == 0
 
     def failures(self, arguments: list[str], enough: int, seconds: float) -> list[Failure]:
-        """What one run of pytest saw fail."""
+        """Return the failures of one run of pytest."""
         report = self.path.parent / "failures.json"
         report.write_text("")
         options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "tests.mutation.plugin"]
@@ -168,7 +170,7 @@ def try_mutant(mutant: Mutant, selection: Selection, tree: Tree, options: argpar
 
 
 def take_back_kills(results: list[Result], tree: Tree, seconds: float) -> None:
-    """Runs every test that killed a mutant without one. What fails there too has killed nothing."""
+    """Run every test that killed a mutant without one. A test that fails there too has killed nothing."""
     tests = sorted({failure.test for result in results for failure in result.failures if failure.test})
     if not tests:
         return

@@ -1,4 +1,4 @@
-"""The list of mutants.toml: what to change, why it would be a fault, and which tests are asked."""
+"""Reads mutants.toml: what to change, why it would be a fault, and which tests to run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """Runs of pytest, as its arguments, and what has to be built before them: "extension", "emulator"."""
+    """Runs of pytest, as arguments, and the builds that they need: "extension", "emulator"."""
 
     builds: tuple[str, ...]
     tests: tuple[str, ...]
@@ -45,7 +45,7 @@ class Mutant:
         return next(group for group, folder in GROUPS.items() if self.path.startswith(folder))
 
     def apply(self, text: str) -> str:
-        """The text with the fault in it. ValueError if the old text is not there exactly once."""
+        """Return the text with the fault in it. Raises ValueError if the old text is not there exactly once."""
         if (count := text.count(self.old)) != 1:
             raise ValueError(f"{self.name}: expected the old text once in {self.path}, got it {count} times")
         return text.replace(self.old, self.new)

@@ -1,7 +1,7 @@
-"""A pytest plugin that writes which test functions failed, a line of JSON each, and spends no time on more of the same.
+"""A pytest plugin that writes which test functions failed, one line of JSON each, and does not repeat them.
 
-A function that failed on an implementation is not run again on that one with other parameters; after `--enough`
-functions pytest stops.
+A function that failed on an implementation is not run again on it with other parameters; after `--enough` functions
+pytest stops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _place(item: pytest.Item) -> tuple[str, str]:
-    """(file::function, implementation, "" where a test has none)"""
+    """Return (file::function, implementation); the latter is "" for a test without one."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     implementation = next((parameters[name] for name in ("ops", "backend", "registered") if name in parameters), "")
     return item.nodeid.split("[")[0], implementation if isinstance(implementation, str) else ""

@@ -1,4 +1,4 @@
-"""The list of mutants fits the tree: a fault that can no longer be planted would pass for one that nobody tried."""
+"""The list of mutants fits the tree: a fault that can no longer be planted would count as one that nobody tried."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_part_of_the_tree_has_mutants():
 
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selections_are_of_tests_that_exist(name):
-    """That -k leaves some of them is seen when they run: to pytest none is an error."""
+    """Whether -k selects any of them is seen when they run: pytest then reports an error."""
     assert any(mutant.tests == name for mutant in MUTANTS)
     assert set(SELECTIONS[name].builds) <= set(BUILD)
     for arguments in SELECTIONS[name].tests:

@@ -1,4 +1,4 @@
-"""What surrounds a BatchNorm takes fastbn's for torch's: checkpoints, copies, tools, symbolic tracing."""
+"""Code around a BatchNorm takes fastbn's for torch's: checkpoints, copies, tools, symbolic tracing."""
 
 from __future__ import annotations
 

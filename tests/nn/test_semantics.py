@@ -1,4 +1,4 @@
-"""fastbn's modules do what the installed torch's do: buffers, modes, dtypes, layouts, gradients."""
+"""fastbn's modules behave as the installed torch's: buffers, modes, dtypes, layouts, gradients."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_half_types(dtype, same_parameters, training):
     stock, fast = pair(dtype=dtype if same_parameters else torch.float32)
     stock.train(training), fast.train(training)
     x, grad_out = normal(*SHAPES[2], dtype=dtype), normal(*SHAPES[2], seed=1, dtype=dtype)
-    # Sums of 72 products of half numbers: stock's own results are a few ulp off.
+    # Gradients are sums of 72 products of half numbers: stock's own are a few ulp off.
     tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
     assert_same(step(fast, x, grad_out), step(stock, x, grad_out), **tolerance)
     assert_same_buffers(fast, stock, **tolerance)
@@ -136,7 +136,7 @@ def test_the_gradient_of_a_float_bias_alone_is_not_rounded_to_half():
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape,layout", LAYOUTS, ids=str)
 def test_memory_format(shape, layout, training):
-    """Output and gradient have the input's suggested format; gradients need not come in it."""
+    """Output and gradient have the input's suggested format, whatever that of grad_out."""
     x = cases.make_input(cases.Case(layout, shape, layout), torch.float64).requires_grad_()
     stock, fast = pair(len(shape) - 2 or 1, channels=shape[1])
     stock.train(training), fast.train(training)
@@ -165,7 +165,7 @@ def test_a_module_called_twice_before_backward():
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_eval_forward_then_train_forward_then_backward(activation):
-    """The gradient is that of the statistics of the forward pass. Torch takes the updated buffers instead."""
+    """The gradient uses the statistics of its own forward pass. torch's uses the updated buffers instead."""
     stock, fast = pair()
     fast.activation = activation
     results = []
@@ -261,7 +261,9 @@ def test_channels_may_be_one():
 @pytest.mark.parametrize("shape", [(4, 16), (4, 16, 3)], ids=str)
 @pytest.mark.parametrize("strided", ["weight", "bias", "running_mean", "running_var"])
 def test_vectors_that_are_not_contiguous(strided, shape, training):
-    """The gradients of contiguous ones. Torch's own backward of (N, C) reads memory beside them, which is NaN here."""
+    """The gradients equal those of contiguous parameters. torch's own backward of (N, C) reads the memory between them,
+    NaN here.
+    """
     results = []
     for stride in (1, 2):
         vectors = {}

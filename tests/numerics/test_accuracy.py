@@ -1,4 +1,4 @@
-"""Acceptance: the error against float64 is at most stock torch's on the same case, or 2 ulp of the dtype."""
+"""The acceptance criterion: the error against float64 is at most stock torch's on the same case, or 2 ulp."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def _measure(namespace, *tensors):
     return y, mean, var, *grads[:3]
 
 
-# bfloat16 adds up eight terms in float32 before it goes on in float64, so that alone among them it needs other channels
-# beside it, one of which does not cancel.
+# For bfloat16, eight terms are added in float32 before float64: it alone needs other channels, one of which does not
+# cancel.
 @pytest.mark.parametrize(
     "dtype, channels", [(torch.float32, 1), (torch.float16, 1), (torch.float32, 8), (torch.bfloat16, 8)], ids=str
 )
 @pytest.mark.parametrize("layout", ["(N, C)", "(N, C, L)"])
 def test_gradients_of_vectors_where_terms_cancel(dtype, channels, layout):
-    """One sum of independent terms is often much smaller than they are, and its spacing with it.
+    """The sum of independent terms is often much smaller than they are, and so is its ulp.
 
-    The bound is that of the test above, over many draws, of which the worst would cancel to some percent.
+    The bound is that of the test above, over many draws, of which the worst cancel to a few percent.
     """
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
@@ -75,9 +75,9 @@ def test_gradients_of_vectors_where_terms_cancel(dtype, channels, layout):
 @pytest.mark.parametrize("layout", ["(N, C)", "(N, C, L)"])
 @pytest.mark.parametrize("ops", implementations.params("reference", "cpu"), indirect=True)
 def test_gradients_with_a_large_mean(ops, layout):
-    """The mean of the gradients is rounded to float32, and what that loses is given back.
+    """The mean of the gradients is rounded to float32, and a correction restores the digits lost.
 
-    It is as large as the gradients' differences. Not for CUDA, whose float32 sums lose as much before.
+    The rounding is as large as the gradients' differences. CUDA is left out: its float32 sums lose as much before.
     """
     generator = torch.Generator().manual_seed(6)
     # Multiples of 1/16, so that differences from the mean are exact.
@@ -103,12 +103,12 @@ def test_second_derivatives_know_eps(eps):
         y = batch_norm(x, None, None, None, None, True, MOMENTUM, eps)
         (grad,) = torch.autograd.grad(y, x, grad_out, create_graph=True)
         results.append(torch.autograd.grad((grad * along).sum(), x)[0])
-    # float64, of which each order multiplies terms that cancel.
+    # In float64: each order multiplies terms that cancel.
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
 def _stock(x, grad_out, weight, bias, mean, var):
-    if x.is_cuda:  # cuDNN takes unaligned tensors and then reads them as if they were aligned
+    if x.is_cuda:  # cuDNN reads unaligned tensors as if they were aligned
         x, grad_out = (t.clone() for t in (x, grad_out))
     x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
     mean, var = mean.clone(), var.clone()

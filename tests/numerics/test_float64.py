@@ -29,7 +29,9 @@ def _tensors(case, device):
 
 
 def _assert_held(results, what):
-    """Each of {name: (actual, stock's, exact, scale)} is within the bound, a spacing being float64's at the scale."""
+    """Assert that each of {name: (actual, stock's, exact, scale)} is within the bound, in spacings of float64 at the
+    scale.
+    """
     failures = []
     for name, (actual, stock, exact, scale) in results.items():
         error, rival = extended.error_in_ulp(actual, exact, scale), extended.error_in_ulp(stock, exact, scale)
@@ -67,12 +69,12 @@ def test_training(ops, case):
     wide_x, wide_grad, *vectors = (extended.wide(t) for t in (x, grad_out, weight, bias, mean, var))
     exact_mean, exact_var = extended.statistics(wide_x)
     exact_inv_std = extended.inverse_std(exact_var, EPS)
-    # CUDA's output is about the mean as it is saved, a float64; the others give back what rounding it lost.
+    # CUDA's output uses the mean as it is saved, in float64; the others correct for its rounding.
     about = None if ops.name in ("reference", "cpu") else extended.wide(m)
     exact_y = extended.normalize(extended.deviations(wide_x, about), *vectors[:2], exact_inv_std)
     unbiased = exact_var * case.count / (case.count - 1)
     exact_buffers = [extended.running(b, v, MOMENTUM) for b, v in zip(vectors[2:], (exact_mean, unbiased), strict=True)]
-    # Of the statistics as they were saved, float64 numbers, which is what the op is given.
+    # The exact gradients for the statistics as they were saved, float64 numbers, which the op is given.
     saved = (wide_grad, extended.deviations(wide_x, extended.wide(m)), vectors[0], extended.wide(s))
     exact_grads = extended.gradients(*saved, True)
     largest = [abs(g).max() for g in exact_grads]
@@ -91,7 +93,9 @@ def test_training(ops, case):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("ops", implementations.params("reference", "cpu"), indirect=True)
 def test_far_from_zero(ops, layout, steepness):
-    """The mean is far larger than the standard deviation: what rounding it to float64 loses is given back."""
+    """The mean is far larger than the standard deviation, and the digits that its rounding to float64 loses are
+    restored.
+    """
     case = cases.make_case("far", 6, 9, 12, 13, layout=layout)
     x = cases.make_normal(case, torch.float64, seed=8) * 1e-2 + 1e-2 * steepness
     ones, zeros = torch.ones(9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)

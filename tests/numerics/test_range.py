@@ -1,7 +1,7 @@
-"""Channels at both ends of the number range: nothing under- or overflows on the way to a result that does not.
+"""Channels at both ends of the number range: no intermediate under- or overflows if the result does not.
 
-Each channel of a tensor has a magnitude of its own, so that one call meets them all, and is measured by its own scale.
-float64 is the reference: it holds the squares of every float32.
+Each channel of a tensor has its own magnitude, so that one call has them all, and is measured by its own scale. float64
+is the reference: it holds the squares of every float32.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastbn.testing.tolerance import (
     variance_tolerance,
 )
 
-# Of the data; a channel reaches to some three times as far. The last of each list comes close to the largest number.
+# Standard deviations; a channel reaches three times as far. The last of each list comes close to the largest number.
 STDS = {
     torch.float32: (1e-38, 1e-30, 1e-25, 1e-23, 1e-22, 1e-21, 1e-20, 1.0, 1e15, 1e19, 1e22, 1e25, 1e30, 1e36, 1e38),
     torch.float16: (1e-7, 1e-5, 1e-3, 1.0, 1e2, 2e4),
 }
 STDS[torch.bfloat16] = STDS[torch.float32]
-# mean / std of the second half of the channels, such that elements of that type still differ.
+# mean / std of the second half of the channels, at which elements of the dtype still differ.
 STEEPNESS = {torch.float32: 1000.0, torch.bfloat16: 20.0, torch.float16: 20.0}
 LAYOUTS = ("contiguous", "channels_last", "(N, C)")
 EPS = (1e-45, 1e-5)
@@ -38,7 +38,7 @@ MOMENTUM = 0.3
 
 
 def _shaped(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """[300, C] in the layout: as it is, or as 6 images of 5 x 10."""
+    """Return [300, C] in the layout: unchanged, or as 6 images of 5 x 10."""
     if layout == "(N, C)":
         return values
     images = values.view(6, 5, 10, -1)
@@ -59,7 +59,7 @@ def _total(x: torch.Tensor) -> torch.Tensor:
 
 
 def _data(dtype: torch.dtype, layout: str, smallest_grad: float):
-    """(x, residual, grad_out, weight, bias) with a channel for each std about 0 and, if there is room, far from 0."""
+    """Return (x, residual, grad_out, weight, bias) with a channel per std, about 0 and, if possible, far from 0."""
     generator = torch.Generator().manual_seed(3)
     limit = torch.finfo(dtype).max
     steep = [std for std in STDS[dtype] if 2 * STEEPNESS[dtype] * std < limit]
@@ -67,7 +67,7 @@ def _data(dtype: torch.dtype, layout: str, smallest_grad: float):
     mean = torch.tensor([0.0] * len(STDS[dtype]) + [STEEPNESS[dtype] * s for s in steep], dtype=torch.float64)
     normal = lambda: torch.randn(300, len(std), dtype=torch.float64, generator=generator)  # noqa: E731
     x = (normal() * std + mean).clamp(-limit, limit)
-    # Such that gradients of the input do not vanish either.
+    # At this size gradients of the input do not vanish either.
     grad_out = normal() * torch.clamp(std * 1e-20, min=smallest_grad)
     x, residual, grad_out = (_shaped(t.to(dtype), layout) for t in (x, normal(), grad_out))
     weight, bias = (torch.rand(len(std), generator=generator) + 0.5 for _ in range(2))
@@ -109,14 +109,14 @@ def test_training(ops, dtype, layout, eps, fused, smallest_grad):
         grad_out.to(ops.device), on_device[0], *saved, *on_device[2:], m, s, True, index, *flags
     )
 
-    # The conversion of AVX-512 BF16 takes subnormal numbers for zero.
-    least = torch.finfo(dtype).tiny
+    # The conversion of AVX-512 BF16 flushes subnormal numbers to zero.
+    smallest = torch.finfo(dtype).tiny
     var = _total((exact[0] - _per_channel(x, mean)).square()) / count
     deviation = _largest(exact[0] - _per_channel(x, mean)).flatten()
     scale = _largest(xhat * _per_channel(x, weight)) + _per_channel(x, bias)
     scale = scale if residual is None else scale + _largest(exact[1])
-    assert_close_to_reference(y, output, forward_tolerance(dtype, count, scale) + least, "output")
-    # sum_tolerance is of float32, which half types are added up in too.
+    assert_close_to_reference(y, output, forward_tolerance(dtype, count, scale) + smallest, "output")
+    # sum_tolerance bounds float32 sums, which half types are added up in too.
     off = mean_tolerance(dtype, count, deviation, mean) + 1e-45
     assert_close_to_reference(m, mean, off, "mean")
     buffer_tolerance = lambda off, exact: MOMENTUM * off + 2 * ulp(torch.float32, exact)  # noqa: E731
@@ -126,25 +126,25 @@ def test_training(ops, dtype, layout, eps, fused, smallest_grad):
 
     per_xhat = sum_tolerance(dtype, count, 1.0)
     grad_scale = _largest(grad_z) * (1 + _largest(xhat)) * _per_channel(x, weight * inv_std)
-    tolerance = gradient_tolerance(dtype, count, grad_scale) + least
+    tolerance = gradient_tolerance(dtype, count, grad_scale) + smallest
     assert_close_to_reference(got[0], grads[0], tolerance, "grad_input")
     terms, grads_alone = _total((grad_z * xhat).abs()), _total(grad_z.abs())
-    # xhat is off by what the mean is off by: relative to the std, about as much as the sum of terms is.
+    # The error of xhat is that of the mean over the std, about as large as that of the sum of terms.
     tolerance = 2 * per_xhat * (terms + grads_alone * torch.clamp(deviation * inv_std, max=1.0))
     tolerance = tolerance + ulp(torch.float32, grads[1]) + torch.finfo(torch.float32).tiny
     assert_close_to_reference(got[1], grads[1], tolerance, "grad_weight")
     assert_close_to_reference(got[2], grads[2], per_xhat * grads_alone + ulp(torch.float32, grads[2]), "grad_bias")
     if fused:
-        assert_close_to_reference(got[3], grads[3], ulp(dtype, grads[3]) + least, "grad_residual")
+        assert_close_to_reference(got[3], grads[3], ulp(dtype, grads[3]) + smallest, "grad_residual")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_data_that_reach_from_one_end_of_the_range_to_the_other(ops, dtype):
-    """Differences from the mean exceed the largest number, and standard deviations are as large as numbers get."""
+    """Differences from the mean exceed the largest number, and standard deviations are close to it."""
     limit = torch.finfo(dtype).max
     generator = torch.Generator().manual_seed(5)
-    share = torch.tensor([0.5, 0.8, 0.2, 0.95])  # of the elements of a channel that are positive
-    x = torch.where(torch.rand(300, 4, generator=generator) < share, limit, -limit).to(dtype)
+    positive = torch.tensor([0.5, 0.8, 0.2, 0.95])  # fraction of a channel
+    x = torch.where(torch.rand(300, 4, generator=generator) < positive, limit, -limit).to(dtype)
     grad_out = (torch.randn(300, 4, generator=generator) * 1e20).to(dtype)
     exact = reference.batch_norm_train(x.double(), None, None, None, None, None, None, 0.1, 1e-5, 0, False)
     flags = (True, True, True, False)
@@ -154,7 +154,7 @@ def test_data_that_reach_from_one_end_of_the_range_to_the_other(ops, dtype):
     x, grad_out = x.to(ops.device), grad_out.to(ops.device)
     got = ops.namespace.batch_norm_train(x, None, None, None, None, None, None, 0.1, 1e-5, 0, False)
     grads = ops.namespace.batch_norm_backward(grad_out, x, None, None, None, None, *got[1:3], True, 0, *flags)
-    # 1 / std is a subnormal float32, of two binary digits less.
+    # 1 / std is a subnormal float32, with two bits less.
     assert_close_to_reference(got[0], exact[0], 4 * ulp(torch.float32, 4.0) + ulp(dtype, 4.0), "output")
     scale = _largest(grad_out.double().cpu()) * 5 * exact[2]
     tolerance = 4 * gradient_tolerance(dtype, 300, scale)
@@ -175,7 +175,7 @@ def test_derivatives_of_derivatives(dtype, activation, eps):
         exact = (x.double(), residual.double(), weight.double(), bias.double())
         z = reference.batch_norm_train(*exact, None, None, None, 0.1, eps, 0, False)[0]
     grad_out = _away_from_kink(grad_out.double(), z).to(dtype)
-    # What the second derivatives are taken along: about as large as the channel's own changes.
+    # Directions of the second derivatives, about as large as the changes of the channel.
     along = (residual.double().flip(0) * _per_channel(x, std)).to(dtype)
 
     def first_and_second(first, *leaves):
@@ -203,7 +203,7 @@ def test_derivatives_of_derivatives(dtype, activation, eps):
     names = ("grad_input", "grad_weight", "grad_bias", "grad_residual", "of input", "of residual", "of weight")
     names += ("of bias", "of grad_out")
     for name, actual, exact in zip(names, got, expected, strict=True):
-        # Terms that cancel are some times as large as what they leave, and the mean of a steep channel is rounded.
+        # Terms that cancel are several times as large as their sum, and the mean of a steep channel is rounded.
         scale = _largest(exact) if exact.dim() > 1 else exact.abs() + exact.abs().median()
         steep = STEEPNESS[dtype] if dtype == torch.float32 else 1.0
         tolerance = (64 * ELEMENT_ROUNDINGS * unit(dtype) * steep**0.5 + torch.finfo(dtype).eps) * scale

@@ -1,4 +1,4 @@
-"""No memory: the exception of torch with its words, whatever was to be allocated, and no buffer moved."""
+"""Out of memory: torch's exception with its words, whichever allocation fails, and no buffer moved."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WORDS = "DefaultCPUAllocator: can't allocate memory"
 
 
 def _expanded(*shape: int) -> torch.Tensor:
-    """One element, which is `shape` many once it is made dense."""
+    """Return one element expanded to `shape`, which takes memory once it is made dense."""
     return torch.ones([1] * len(shape)).expand(shape)
 
 
 @contextlib.contextmanager
 def _memory_left(size: int):
-    """The process gets no more than so many bytes of address space beside what it has."""
-    gc.collect()  # else it may give tensors of earlier tests back in between
+    """Limit the address space of the process to this many bytes beyond what it uses."""
+    gc.collect()  # a collection later would free tensors of earlier tests in between
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + size, limits[1]))
@@ -69,22 +69,22 @@ def test_torch_and_the_layer_say_the_same(trained, backend, training):
     _assert_untouched(buffers)
 
 
-def _failures(function, *, step: int, most: int):
-    """The errors of a call with ever more memory, until it succeeds."""
+def _failures(function, *, step: int, max_bytes: int):
+    """Return the errors of a call with more and more memory, until it succeeds."""
     errors = []
-    for size in range(step, most, step):
+    for size in range(step, max_bytes, step):
         with _memory_left(size):
             try:
                 function()
                 return errors
             except Exception as error:
                 errors.append(error)
-    raise AssertionError(f"expected success with {most} bytes, got {errors[-1]!r}")
+    raise AssertionError(f"expected success with {max_bytes} bytes, got {errors[-1]!r}")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_every_allocation_of_forward(training):
-    """Copies of input and residual, output, mean, inv_std: whichever is the first that finds no memory."""
+    """Copies of input and residual, output, mean or inv_std: each is the first that finds no memory."""
     x, residual, weight = _expanded(*WIDE), _expanded(*WIDE), torch.ones(WIDE[1], requires_grad=True)
     moved, expected = _buffers(WIDE[1]), _buffers(WIDE[1])
 
@@ -95,7 +95,7 @@ def test_every_allocation_of_forward(training):
         return fastbn.functional.batch_norm(x, mean, var, weight, None, training, **options)
 
     forward(expected)
-    errors = _failures(forward, step=64 * MIB, most=1024 * MIB)
+    errors = _failures(forward, step=64 * MIB, max_bytes=1024 * MIB)
     assert len(errors) >= 4
     for error in errors:
         assert type(error) is RuntimeError and WORDS in str(error), repr(error)
@@ -104,7 +104,7 @@ def test_every_allocation_of_forward(training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_every_allocation_of_backward(training):
-    """The copy of grad_out and the gradients."""
+    """The copy of grad_out or a gradient finds no memory."""
     x, residual = (torch.ones(WIDE, requires_grad=True) for _ in range(2))
     weight, bias = (torch.ones(WIDE[1], requires_grad=True) for _ in range(2))
     mean, var, _ = _buffers(WIDE[1])
@@ -115,14 +115,14 @@ def test_every_allocation_of_backward(training):
         torch.autograd.grad(output, [x, residual, weight, bias], _expanded(*WIDE), retain_graph=True)
 
     backward()
-    errors = _failures(backward, step=64 * MIB, most=1024 * MIB)
+    errors = _failures(backward, step=64 * MIB, max_bytes=1024 * MIB)
     assert len(errors) >= 3
     for error in errors:
         assert type(error) is RuntimeError and WORDS in str(error), repr(error)
 
 
 def _operands(wide: torch.Tensor, dense: torch.Tensor):
-    """op: arguments, with each tensor of the input's shape expanded in turn."""
+    """Return arguments by op, with each tensor of the shape of the input expanded in turn."""
     channels = dense.shape[1]
     vector, stats = torch.ones(channels), torch.ones(channels, dtype=torch.float64)
     none4, buffers = (None,) * 4, (vector, vector)
@@ -142,7 +142,7 @@ def _operands(wide: torch.Tensor, dense: torch.Tensor):
 
 @pytest.mark.parametrize("ops", implementations.params("cpu", "emulator"), indirect=True)
 def test_ops_speak_in_the_words_of_torch(ops):
-    """Nothing runs: the emulator's ops get no further than the CPU's."""
+    """No kernel runs: the emulator's ops fail where the CPU's do."""
     dense = torch.ones(2**20, 16)
     words = f"{WORDS}: you tried to allocate {64 * MIB} bytes"
     failed = []
@@ -165,7 +165,7 @@ def _refuses(error: Exception):
 
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_the_type_of_torch_comes_through(monkeypatch, backend):
-    """As a GPU's allocator raises it."""
+    """The error is torch.OutOfMemoryError, which a GPU's allocator raises."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4096.00 TiB.")
     monkeypatch.setattr(errors, "torch", _refuses(error))
     buffers = _buffers(64)
@@ -191,7 +191,7 @@ def test_the_type_of_torch_comes_through_backward(monkeypatch):
 
 
 def test_memory_that_comes_back_is_used(monkeypatch):
-    """As where another thread has freed some in between."""
+    """Another thread may have freed some in between."""
     asked = []
     with contextlib.ExitStack() as limit:
 
@@ -208,7 +208,7 @@ def test_memory_that_comes_back_is_used(monkeypatch):
 
 
 def test_other_errors_stay_as_they_are():
-    """Also with the cause that they name."""
+    """So does the cause that they name."""
 
     def pack(tensor):
         raise RuntimeError("no room on disk") from OSError(28)
@@ -220,7 +220,7 @@ def test_other_errors_stay_as_they_are():
 
 
 def test_what_is_only_read_is_not_copied():
-    """A lazy clone gets memory of its own when somebody asks for its address to write."""
+    """A lazy clone gets memory of its own when its address is requested for writing."""
     x = normal(3, 4)
     lazy, weight, residual = torch._lazy_clone(x), normal(4), torch._lazy_clone(x)
     fastbn.functional.batch_norm(lazy, None, None, weight, training=True, residual=residual)
@@ -228,7 +228,7 @@ def test_what_is_only_read_is_not_copied():
 
 
 def test_an_address_that_torch_refuses():
-    """As of a tensor whose memory a later CUDA graph has taken. The text crosses the C interface since torch 2.13."""
+    """A later CUDA graph may have taken the memory of a tensor. The text crosses the C interface since torch 2.13."""
     mean, var = torch.zeros(4), torch.ones(4)
     torch._C._set_throw_on_mutable_data_ptr(var)
     with pytest.raises(RuntimeError) as caught:
@@ -246,7 +246,7 @@ def test_a_compiled_call_has_the_words():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """Forward and backward, by tensors that no GPU holds and by a limit on the allocator's share."""
+    """Forward and backward fail by tensors that no GPU holds and by a limit on the allocator's fraction."""
     fast = FAST[2](64).cuda()
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         fast(torch.ones(1, 1, 1, 1, device="cuda").expand(HUGE))

@@ -1,4 +1,6 @@
-"""What the contract says of every implementation apart from values close to the reference's."""
+"""The contract beyond values near the reference's: edges, NaN, inf, extreme data, repeatability, for every
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def test_only_what_is_asked_for_is_returned(ops, flags, batch_stats):
     for grad, expected, asked in zip(grads, full, flags, strict=True):
         assert grad.dtype == expected.dtype
         if asked:
-            # Wide on purpose: test_ops holds the values; another gradient in this one's place is off by order 1.
+            # Wide on purpose: test_ops checks the values; a gradient of another channel is off by order 1.
             torch.testing.assert_close(grad.cpu(), expected, rtol=1e-4, atol=1e-4)
         else:
             assert grad.shape == (0,)
@@ -60,7 +62,7 @@ def test_a_constant_channel_gives_exactly_its_bias(ops, value, channels_last, dt
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "elu", "hardswish"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
-    """Frozen statistics 0 and 1 and a zero bias make z the input itself."""
+    """Frozen statistics 0 and 1 and a zero bias make z equal to the input."""
     index = ACTIVATIONS.index(name)
     row = [-7.0, -3.0, -0.0, 0.0, 1.0, 3.0, 6.0, float("inf"), float("nan")]
     z = torch.tensor([row] * 3, dtype=dtype)
@@ -77,7 +79,7 @@ def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
         assert torch.equal(mask.cpu(), reference.pack_mask(reference.is_upper(z, index), torch.contiguous_format))
 
 
-# grad_z over grad_out where z is NaN: what torch's vectorised CPU kernels make of it.
+# grad_z / grad_out where z is NaN, in torch's vectorised CPU kernels.
 AT_NAN = dict.fromkeys(ACTIVATIONS, float("nan")) | {"none": 1.0, "relu": 1.0, "leaky_relu": 0.01, "relu6": 0.0}
 
 
@@ -85,16 +87,16 @@ AT_NAN = dict.fromkeys(ACTIVATIONS, float("nan")) | {"none": 1.0, "relu": 1.0, "
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_nan_has_the_derivative_of_torchs_vectors(ops, name, dtype, source):
-    """Frozen statistics, from z itself and through the mask.
+    """Statistics are frozen, and backward takes the derivative from z itself and from the mask.
 
-    So many elements a channel that the CPU would not recompute relu's derivative if statistics were those of the data.
+    Channels are large enough that, with batch statistics, the CPU would not recompute the derivative of relu.
     """
     for shape in ((72, 9), (2, 9, 40), (72, 16), (2, 16, 40)):
         _check_derivatives_at_nan(ops, ACTIVATIONS.index(name), dtype, source, shape)
 
 
 def _check_derivatives_at_nan(ops, index, dtype, source, shape):
-    """With NaNs of either sign under weights of either sign."""
+    """Check NaNs of either sign under weights of either sign."""
     channels = shape[1]
     generator = torch.Generator().manual_seed(0)
     nan = torch.rand(shape, generator=generator) < 0.3
@@ -149,7 +151,7 @@ def test_a_zero_derivative_stops_an_infinite_gradient(ops):
     ids=str,
 )
 def test_no_channel_is_left_out(ops, shape, channels_last):
-    """Channels are handled in groups: whole ones, and what is left over, or nothing."""
+    """Channels are handled in groups: there are full groups, with a remainder and without."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2))
@@ -161,7 +163,7 @@ def test_no_channel_is_left_out(ops, shape, channels_last):
         grads = namespace.batch_norm_backward(g_, x_, None, None, w, b, mean, inv_std, True, 0, *[True] * 3, False)
         evaluated = namespace.batch_norm_eval(x_, None, w, b, b, w, EPS, 0)
         results.append([t.cpu() for t in (output, mean, inv_std, *grads[:3], evaluated)])
-    # Wide on purpose: test_ops holds the values.
+    # Wide on purpose: test_ops checks the values.
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -227,7 +229,7 @@ def test_repeated_calls_are_bitwise_equal(ops):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("outlier", [1e4, -1e4])
 def test_outliers_at_the_ends_do_not_spoil_the_variance(ops, outlier, dtype, channels_last):
-    """As padding makes them: what is summed about such an element cancels. 64 units: a sum's terms, with room."""
+    """Padding makes such data: sums about an outlier cancel. The tolerance is 64 units for the terms of a sum."""
     x = torch.randn(6, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=dtype) + 5
     x[0, :, 0, 0] = x[-1, :, -1, -1] = outlier
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -239,7 +241,7 @@ def test_outliers_at_the_ends_do_not_spoil_the_variance(ops, outlier, dtype, cha
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_squares_that_overflow_float32(ops, dtype, channels_last):
-    """In one channel of eight, and elsewhere not. 64 units: a sum's terms, with room."""
+    """They overflow in one channel of eight. The tolerance is 64 units for the terms of a sum."""
     x = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     x[:, 3] *= 1e25
     x = x.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -253,7 +255,7 @@ def test_squares_that_overflow_float32(ops, dtype, channels_last):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ties_are_rounded_to_even(ops, dtype):
-    """1 and 1 + eps plus half of eps, of which the first goes down and the second up; and vectors and their tails."""
+    """1 + eps/2 rounds down and 1 + 3/2 eps up, in vectors and in their tails."""
     eps = torch.finfo(dtype).eps
     x = torch.tensor([1, 1 + eps], dtype=dtype).repeat(3, 8, 21)
     half = torch.full_like(x, eps / 2)
@@ -267,7 +269,7 @@ def test_ties_are_rounded_to_even(ops, dtype):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_a_channel_of_inf_has_an_infinite_mean(ops, dtype, channels_last):
-    """It is no pivot, about which all differences would be NaN."""
+    """inf must not become the pivot: all differences from it would be NaN."""
     x = torch.randn(4, 8, 6, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[:, 2], x[:, 4], x[1:, 5] = torch.inf, -torch.inf, torch.inf
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -279,7 +281,7 @@ def test_a_channel_of_inf_has_an_infinite_mean(ops, dtype, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_pivot_far_off_costs_no_digits(ops, dtype, channels_last):
-    """The five samples that a pivot is the median of are the outliers, so that nearly all of the squares cancel.
+    """The five samples of the pivot are the outliers, so that nearly all of the squares cancel.
 
     Summed in float32 about them, the variance is off by 5e-6 to 1e-5.
     """
@@ -300,9 +302,9 @@ def test_a_pivot_far_off_costs_no_digits(ops, dtype, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_half_gradients_are_about_the_mean_before_it_was_rounded(ops, dtype, channels_last):
-    """A grad_out of ones, whose sum is as large as the rounding of a mean of many standard deviations shows in.
+    """grad_out is 1 everywhere, so that its sum shows the rounding of a mean that is many standard deviations large.
 
-    8 units of the sum of |xhat| are allowed; what is looked for comes to 50 and more.
+    8 units of the sum of |xhat| are allowed; the error of a rounded mean is 50 units and more.
     """
     x = (2000 + torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -317,7 +319,7 @@ def test_sums_of_half_gradients_are_about_the_mean_before_it_was_rounded(ops, dt
 
 
 def test_statistics_are_the_same_bits_with_and_without_a_mask(ops):
-    # On a GPU three channels have octets of their own with a mask, which fastbn.functional then does not ask for.
+    # On a GPU, runs of three channels are not a multiple of 8, for which fastbn.functional asks for no mask.
     channels = 3 if ops.name in ("reference", "cpu") else 8
     x = torch.randn(64, channels, 17, 17, device=ops.device).contiguous(memory_format=torch.channels_last)
     results = [

@@ -1,4 +1,4 @@
-"""Tensors whose storage was freed or cut, as FSDP does: refused by every op, never taken for absent."""
+"""Tensors whose storage was freed or cut, as FSDP does, are refused by every op and never treated as absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNELS = 4
 
 
 def _tensors() -> dict[str, torch.Tensor]:
-    """What the schemas call by these names, each behind an element that is not part of it."""
+    """Return operands by their names in the schemas, each with an element before it that is not part of it."""
     dtypes = dict.fromkeys(("mean", "inv_std", "sum_grad", "sum_grad_xhat", "count"), torch.float64)
     dtypes["num_batches_tracked"] = torch.int64
     shapes = dict.fromkeys(("input", "residual", "grad_out"), SHAPE)
@@ -101,7 +101,7 @@ def test_the_layer_raises_what_torch_raises(name, training):
 
 @pytest.mark.parametrize("name", ["input", "weight", "grad_out"])
 def test_backward(name):
-    """Of a layer whose parameters were freed after forward and not brought back."""
+    """The layer's parameters were freed after forward and not restored."""
     fast = FAST[2](5)
     x = normal(3, 5, 4, 6, dtype=torch.float32).requires_grad_()
     output = fast(x)

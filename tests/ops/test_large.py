@@ -1,4 +1,4 @@
-"""More than 2^31 elements: offsets are 64-bit everywhere. The reference is summed in pieces."""
+"""More than 2^31 elements: offsets are 64-bit everywhere. The reference is summed in parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_beyond_int32(ops, case):
     grads = ops.namespace.batch_norm_backward(
         output, x, None, mask, None, None, mean, inv_std, True, 1, True, False, False, False
     )
-    # With grad_out = relu(z) the gradient is z * [z > 0] less its projection on 1 and z, whose averages are known.
+    # With grad_out = relu(z) the gradient is z * [z > 0] less its projections on 1 and z, whose averages are known.
     for corner in ((0, 0, 0, 0), (-1, -1, -1, -1), (1, 1, 2**14, 77)):
         z = ((x[corner].double() - mean[corner[1]]) * inv_std[corner[1]]).item()
         expected = (max(z, 0.0) - 0.398942 - z * 0.5) * inv_std[corner[1]].item()

@@ -1,4 +1,4 @@
-"""The memory format of output and gradients: torch's for the same input, and the same from every twin of the rule."""
+"""The memory format of output and gradients: torch's for the same input, by every implementation of the rule."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests import implementations
 from tests.stock import normal
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# Of a dimension of size 1: the one that density asks for, or one that means nothing.
+# Strides of a dimension of size 1: the one of a dense tensor (None), or one that means nothing.
 ODD_STRIDES = (None, 0, 1, 7, 1000)
 
 
 def _strides(sizes, order):
-    """Dense in memory in an order of the dimensions, the innermost first."""
+    """Return strides that are dense in memory, for an order of the dimensions, the innermost first."""
     strides, stride = [0] * len(sizes), 1
     for d in order:
         strides[d] = stride
@@ -36,7 +36,7 @@ def _tensor(sizes, strides):
 
 
 def _tensors(dim: int, gap: int):
-    """Every order of the dimensions and every choice of those of size 1; with a gap behind one dimension."""
+    """Return every order of the dimensions and every choice of sizes 1, with a gap after one dimension."""
     seen = set()
     for ones in itertools.product((False, True), repeat=dim):
         sizes = [1 if one else size for one, size in zip(ones, (2, 3, 2, 3, 2), strict=False)]
@@ -60,20 +60,20 @@ def _eval(function, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("gap", [0, 1])
 @pytest.mark.parametrize("dim", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_output_has_the_format_of_torch(dim, gap):
-    """And the strides that layout.suggest_memory_format and the fake kernels say: the twins of the rule in C++."""
+    """layout.suggest_memory_format and the fake kernels, which repeat the rule of C++, give the same strides."""
     for x in _tensors(dim, gap):
         actual, expected = _eval(fastbn.functional.batch_norm, x), _eval(F.batch_norm, x)
-        place = f"sizes {tuple(x.shape)} strides {x.stride()}"
-        assert _formats(actual) == _formats(expected), place
+        which = f"sizes {tuple(x.shape)} strides {x.stride()}"
+        assert _formats(actual) == _formats(expected), which
         memory_format = layout.suggest_memory_format(x)
-        assert actual.stride() == torch.empty(x.shape).to(memory_format=memory_format).stride(), place
-        assert actual.stride() == contract._activation(SimpleNamespace(input=x)).stride(), place
+        assert actual.stride() == torch.empty(x.shape).to(memory_format=memory_format).stride(), which
+        assert actual.stride() == contract._activation(SimpleNamespace(input=x)).stride(), which
 
 
 @pytest.mark.parametrize("gap", [0, 1])
 @pytest.mark.parametrize("dim", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_gradient_has_the_format_of_the_output(dim, gap):
-    """Torch makes that of an odd stride contiguous, and then copies it where the layer before is channels_last."""
+    """torch makes a gradient of odd strides contiguous, and copies it again where the layer before is channels_last."""
     for x in random.Random(dim).sample(_tensors(dim, gap), 200):
         grads = []
         for function in (fastbn.functional.batch_norm, F.batch_norm):
@@ -104,7 +104,7 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("shape,view", SEQUENCES, ids=["4d", "4d_rows", "5d"])
 def test_a_sequence_of_rows_is_not_copied(shape, view):
-    """(N, L, C), seen as an image one pixel wide: its size of 1 has a stride that means nothing."""
+    """(N, L, C) seen as an image one pixel wide: the stride of its size 1 means nothing."""
     x = view(normal(*shape, dtype=torch.float32))
     x.requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -120,7 +120,7 @@ def test_a_sequence_of_rows_is_not_copied(shape, view):
 @pytest.mark.parametrize("ops", implementations.params("cpu", "emulator", "resident", "cuda"), indirect=True)
 @pytest.mark.parametrize("shape,view", SEQUENCES[::2], ids=["4d", "5d"])
 def test_a_mask_of_such_a_tensor(ops, shape, view):
-    """Forward writes and backward reads it by the layout of channels_last."""
+    """Forward writes it and backward reads it in the layout of channels_last."""
     x, residual, grad_out = (view(normal(*shape, seed=seed, dtype=torch.float32)).to(ops.device) for seed in range(3))
     output, mean, inv_std, mask = ops.namespace.batch_norm_train(
         x, residual, None, None, None, None, None, 0.1, 1e-5, 1, True

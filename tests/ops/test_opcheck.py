@@ -13,7 +13,7 @@ from fastbn.testing import cases
 from tests import implementations
 
 LAYOUTS = {
-    # Runs of 12 elements: the mask of one is two bytes, and of the second half is used.
+    # Runs of 12 elements: the mask of one is two bytes, of which the second is half used.
     "4d": cases.Case("4d", (3, 5, 4, 3)),
     "channels_last": cases.Case("channels_last", (3, 5, 4, 2), "channels_last"),
     "2d": cases.Case("2d", (9, 5)),
@@ -37,7 +37,7 @@ def registered(request):
 
 
 def _samples(case, dtype, param_dtype, residual, activation):
-    """Arguments of every op for one input, by name of the op."""
+    """Return arguments of every op for one input, by name of the op."""
     x, r, g = cases.make_input(case, dtype), cases.make_normal(case, dtype), cases.make_normal(case, dtype, seed=2)
     r = r if residual else None
     vector = lambda seed: cases.make_vector(case.channels, param_dtype, "cpu", seed, 0.5, 1.5)  # noqa: E731
@@ -84,7 +84,7 @@ SAMPLES = [
 @pytest.mark.parametrize("op", contract.OPS)
 def test_op(registered, op, layout, option):
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if registered is torch.ops.fastbn and layout != "empty":  # the slow one, which does not depend on the kernels
+    if registered is torch.ops.fastbn and layout != "empty":  # the slow check, which does not depend on the kernels
         utils.append("test_aot_dispatch_dynamic")
     for arguments in _samples(LAYOUTS[layout], *OPTIONS[option])[op]:
         torch.library.opcheck(getattr(registered, op).default, arguments, test_utils=utils)

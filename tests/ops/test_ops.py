@@ -13,7 +13,7 @@ from fastbn.testing import cases, tolerance
 from fastbn.testing.tolerance import assert_close_to_reference
 
 EPS = 1e-5
-# Where an activation's derivative jumps: rounding of z may take the other branch there.
+# z at which an activation's derivative jumps, so that rounding may take the other branch.
 JUMPS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 
 
@@ -26,19 +26,19 @@ def _wide(x, per_channel):
 
 
 def _largest(t):
-    """Largest finite magnitude in each channel, float64 [C]."""
+    """Return the largest finite magnitude in each channel, float64 [C]."""
     if t.numel() == 0:
         return t.new_zeros(t.shape[1])
     return t.abs().nan_to_num(0.0, 0.0, 0.0).movedim(1, 0).flatten(1).amax(1)
 
 
 def _tensors(setup, device):
-    """What an op takes: on the CPU (`host`), for the reference, and on the device."""
+    """Return the operands of an op on the CPU (`host`), for the reference, and on the device."""
     case, dtype, param_dtype = setup.case, setup.dtype, setup.param_dtype
     x = cases.make_input(case, dtype)
     vector = lambda seed, low, high: cases.make_vector(case.channels, param_dtype, "cpu", seed, low, high)  # noqa: E731
     mean, var = reference.channel_stats(x)
-    # Running statistics near the data's own: elsewhere every output would be saturated.
+    # Running statistics are near the data's own, or every output would be saturated.
     near = (mean + 0.1 * var.sqrt()).nan_to_num(0.5, 0.5, 0.5)
     spread = torch.where(var.isfinite() & (var > 0), var, 1.0)
     host = SimpleNamespace(
@@ -58,7 +58,7 @@ def _tensors(setup, device):
 
 
 def _affine(host, mean, inv_std):
-    """z and the magnitude per channel of the terms it is made of, float64."""
+    """Return z and the magnitude per channel of its terms, float64."""
     x, residual, weight, bias = _double(host.input, host.residual, host.weight, host.bias)
     xhat = (x - _wide(x, mean)) * _wide(x, inv_std)
     z, scale = xhat, _largest(xhat)
@@ -72,7 +72,7 @@ def _affine(host, mean, inv_std):
 
 
 def _near_jump(setup, z, scale):
-    """Elements whose branch the rounding of z decides, none where z is exact."""
+    """Return the elements whose branch the rounding of z decides, none where z is exact."""
     computed_in = torch.float64 if setup.dtype == torch.float64 else torch.float32
     margin = _wide(z, 4 * tolerance.forward_tolerance(computed_in, setup.case.count, scale))
     near = torch.zeros_like(z, dtype=torch.bool)
@@ -107,7 +107,7 @@ def _check_output(setup, host, output, mask, mean, inv_std, save_mask):
 
 
 def _check_statistics(setup, host, mean, var, expected_mean, expected_var):
-    """Float64 mean and var against the reference's; returns what they may be off by."""
+    """Compare float64 mean and var with the reference's. Returns their tolerances."""
     count, dtype = setup.case.count, setup.dtype
     deviation = _largest(host.input.double() - _wide(host.input, expected_mean))
     mean_allowed = tolerance.mean_tolerance(dtype, count, deviation, expected_mean.nan_to_num())
@@ -181,7 +181,7 @@ def test_channel_stats_and_normalize(ops, setup):
 
 
 def _backward_case(setup, device, batch_stats):
-    """Tensors of a backward op, the exact gradients, and what each may be off by."""
+    """Return the tensors of a backward op, the exact gradients, and their tolerances."""
     host, there = _tensors(setup, device)
     if batch_stats:
         mean, var = reference.channel_stats(host.input)
@@ -221,7 +221,7 @@ def _backward_case(setup, device, batch_stats):
 
 
 def _residual_or_mask(setup, host, there):
-    """The ways to tell backward what was added: the residual, or for a piecewise linear activation the mask."""
+    """Return the ways to tell backward what was added: the residual, or for a piecewise linear activation the mask."""
     ways = [(there.residual, None)]
     if is_piecewise_linear(setup.activation):
         z, _ = _affine(host, there.mean.cpu(), there.inv_std.cpu())
@@ -255,7 +255,7 @@ def _check_elements(host, exact, allowed, grad_input, grad_residual):
 def test_backward(ops, setup, batch_stats):
     host, there, exact, allowed = _backward_case(setup, ops.device, batch_stats)
     flags = (True, there.weight is not None, there.bias is not None, True)
-    # As two ranks of the same data would give them: twice the sums, twice the count.
+    # Twice the sums and twice the count, as two ranks with the same data would pass them.
     count = torch.tensor([2 * exact.count], dtype=torch.float64)
     given = [t.to(ops.device) for t in (2 * exact.sum_grad, 2 * exact.sum_grad_xhat, count)]
     for residual, mask in _residual_or_mask(setup, host, there):
@@ -275,10 +275,10 @@ def test_backward(ops, setup, batch_stats):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_slices_of_half_a_stage_one_after_the_other(ops, dtype):
-    """Three octets a thread in a cooperative group of two blocks, where two are a stage of its copies.
+def test_tiles_of_half_a_stage_one_after_the_other(ops, dtype):
+    """A thread of a cooperative group of two blocks has three vectors, where two are a stage of its copies.
 
-    Gradients show what was awaited too late: sums of forward that meet NaN, which the emulator has there, start again.
+    Gradients show a missing wait: sums of forward that meet NaN, which the emulator puts there, start again.
     """
     case = cases.Case("half_stages", (1, 3, 10240))
     x, grad_out = cases.make_input(case, dtype), cases.make_normal(case, dtype)
@@ -289,6 +289,6 @@ def test_slices_of_half_a_stage_one_after_the_other(ops, dtype):
     exact = reference.batch_norm_backward(grad_out.double(), x.double(), *unfused, mean, inv_std, *options)[0]
     there = [t.to(ops.device) for t in (grad_out, x, mean, inv_std)]
     grad_input = ops.namespace.batch_norm_backward(*there[:2], *unfused, *there[2:], *options)[0]
-    # Of 10240 normal values none lies 6 standard deviations off.
+    # None of 10240 normal values lies 6 standard deviations off.
     allowed = tolerance.gradient_tolerance(dtype, case.count, 6 * inv_std.max())
     assert_close_to_reference(grad_input, exact, allowed, "grad_input")

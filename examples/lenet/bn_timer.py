@@ -1,8 +1,9 @@
-"""Time spent in the BatchNorm modules of a model, forward and backward, by hooks that the model's result does not see.
+"""Measures the time that a model spends in its BatchNorm modules, forward and backward, by hooks that leave results
+unchanged.
 
 Forward is from a module's call to its return. Backward is from the gradient of its output being ready to that of its
-input being ready, which holds the gradients of weight and bias too. Both hold what launching them costs. The clock
-is the host's on a CPU and CUDA events on the current stream on a GPU.
+input being ready, and includes the gradients of weight and bias. Both include the cost of launches. The clock is the
+host's on a CPU and CUDA events on the current stream on a GPU.
 """
 
 import statistics
@@ -15,10 +16,10 @@ from fastbn._torch import BatchNormBase
 
 
 class BatchNormTimer:
-    """Hooks on every BatchNorm of `model`; `with timer:` around a training step measures it.
+    """A timer of every BatchNorm of `model`; `with timer:` around a training step measures it.
 
     A module may be called several times in a step. The time is exact where nothing but the BatchNorm uses its input, as
-    in a chain of layers; elsewhere backward also holds what runs before the last gradient of that input arrives. The
+    in a chain of layers; elsewhere backward also includes work before the last gradient of that input arrives. The
     first `warm_up` steps are left out of the medians.
     """
 
@@ -45,13 +46,13 @@ class BatchNormTimer:
         self._spans = None
 
     def collect(self) -> None:
-        """Wait for the device and turn what was recorded into times. Once an epoch keeps the events on a GPU few."""
+        """Wait for the device and turn records into times. Once per epoch is enough to keep the events on a GPU few."""
         for spans in self._steps:
             self._totals.append({name: sum(self._clock.milliseconds(*span) for span in spans[name]) for name in spans})
         self._steps = []
 
     def medians(self) -> dict[str, float]:
-        """Milliseconds a step, medians: `forward` and `backward` of all BatchNorms, and the whole `step`."""
+        """Return median milliseconds per step: `forward` and `backward` of all BatchNorms, and the whole `step`."""
         self.collect()
         totals = self._totals[self._warm_up :] or self._totals
         return {name: statistics.median(total[name] for total in totals) for name in ("forward", "backward", "step")}
@@ -66,7 +67,7 @@ class BatchNormTimer:
         spans, clock = self._spans, self._clock
         spans["forward"].append((self._starts.pop(module), clock.now()))
         began = []
-        # Hooks on the tensors, not on the module: full backward hooks would add an identity to the forward pass.
+        # The hooks are on tensors: full backward hooks of a module would add an identity to the forward pass.
         if output.requires_grad and args[0].requires_grad:
             output.register_hook(lambda grad: began.append(clock.now()))
             args[0].register_hook(lambda grad: spans["backward"].append((began.pop(), clock.now())))

@@ -1,4 +1,4 @@
-"""What `fastbn demo` does: train the three nets, print and judge how they compare, write curves and numbers."""
+"""The work of `fastbn demo`: train the three nets, print and judge how they compare, write curves and numbers."""
 
 import json
 import math
@@ -21,7 +21,7 @@ _BOUNDED = [
 
 
 def run(args) -> int:
-    """Exit status 0, or 1 where fastbn does not train as torch.nn does. Raises CommandError for what it cannot use."""
+    """Train and report. Returns 0, or 1 if fastbn does not train as torch.nn does. Raises CommandError for misuse."""
     where = device(args.device)
     progress = require("demo", "matplotlib", "tqdm").tqdm
     check_directory("--out", args.out, RESULTS, CURVES)
@@ -59,7 +59,7 @@ def _train(experiment, epochs, lr, progress):
         losses = [f"{run.loss[-1]:10.4f}" for run in experiment.runs.values()]
         accuracies = [f"{run.accuracy[-1]:10.2%}" for run in experiment.runs.values()]
         print("  ".join([f"{epoch:5}", *losses, *accuracies]), flush=True)
-        # With fastbn's alone the verdict deals.
+        # If fastbn's diverges alone, the verdict says so.
         diverged = [name for name in (PLAIN, STOCK) if not math.isfinite(experiment.runs[name].loss[-1])]
         if diverged:
             got = f"{experiment.runs[diverged[0]].loss[-1]} of {diverged[0]} after epoch {epoch}"
@@ -85,7 +85,7 @@ def _results(experiment, args, epochs):
         "settings": {"epochs": epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed},
         "loss": {name: run.loss for name, run in runs.items()},
         "accuracy": {name: run.accuracy for name, run in runs.items()},
-        "milliseconds_a_step": {name: run.timer.medians() for name, run in runs.items()},
+        "milliseconds_per_step": {name: run.timer.medians() for name, run in runs.items()},
         "difference_fastbn_torch": difference,
         "verdict": _verdict(difference, stock.first_loss, largest_logit, gap),
     }
@@ -103,15 +103,15 @@ def _verdict(difference, first_loss, largest_logit, gap_without_bn):
         # An estimate: one ulp in one weight of torch.nn's net moves its curve by about a hundredth of this gap.
         "loss": 0.05 * gap_without_bn,
     }
-    # Not `difference > bound`: NaN must count as beyond.
+    # `difference > bound` would let NaN pass.
     beyond = [name for name, bound in bounds.items() if not difference[name] <= bound]
     return {"agree": not beyond, "beyond": beyond, "bounds": bounds}
 
 
 def _report(results):
-    yield "Milliseconds a training step in BatchNorm (median)"
+    yield "Milliseconds per training step in BatchNorm (median)"
     rows = [["", "forward", "backward", "whole step"]]
-    for name, times in results["milliseconds_a_step"].items():
+    for name, times in results["milliseconds_per_step"].items():
         spent = ["-", "-"] if name == PLAIN else [f"{times[part]:.3f}" for part in ("forward", "backward")]
         rows.append([name, *spent, f"{times['step']:.3f}"])
     yield from table(rows)

@@ -1,4 +1,4 @@
-"""Draw the demo's curves: training loss and test accuracy by epoch, one line a net."""
+"""Draws the demo's curves: training loss and test accuracy by epoch, one line per net."""
 
 import math
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from examples.lenet.experiment import FASTBN, PLAIN, STOCK
 from fastbn.cli.errors import require
 
-# Okabe and Ito's colours, which the colour-blind can tell apart. fastbn's line lies upon torch.nn's: narrow dashes and
-# hollow markers upon a wide line show both.
+# Okabe and Ito's colours, which the colour-blind can tell apart. fastbn's line covers torch.nn's: narrow dashes and
+# hollow markers on a wide line show both.
 _STYLES = {
     PLAIN: {"color": "#000000", "linestyle": ":", "linewidth": 1.8, "marker": "^", "markersize": 6},
     STOCK: {"color": "#56B4E9", "linestyle": "-", "linewidth": 6, "marker": "o", "markersize": 10},
@@ -45,7 +45,7 @@ def save_curves(path: Path, title: str, loss: dict[str, list[float]], accuracy: 
     panels[0].set(ylabel="training loss (mean cross-entropy of the epoch)", title="Training loss", ylim=(0, None))
     panels[1].set(ylabel="test images classified correctly", title="Test accuracy", ylim=(0, 1))
     panels[1].yaxis.set_major_formatter(PercentFormatter(1))
-    # It holds the name of a folder, in which a $ begins no formula.
+    # It contains the name of a folder, in which a $ does not begin a formula.
     figure.suptitle(title, fontsize=12, parse_math=False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=4)

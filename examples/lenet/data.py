@@ -1,4 +1,4 @@
-"""The images that the demo trains on: Fashion-MNIST from its four IDX files, or scikit-learn's digits."""
+"""The images of the demo: Fashion-MNIST from its four IDX files, or scikit-learn's digits."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ SIDE, CLASSES = 28, 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images are uint8 (N, 1, 28, 28), labels int64 (N,) from 0 to 9."""
+    """A data set. Images are uint8 (N, 1, 28, 28), labels int64 (N,) from 0 to 9."""
 
     name: str
     train_images: torch.Tensor
@@ -29,7 +29,7 @@ class Dataset:
 
 
 def load_idx_directory(directory: Path) -> Dataset:
-    """The data set in the files {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz] of `directory`.
+    """Load the data set in the files {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz] of `directory`.
 
     Raises CommandError where a file is missing or is not what its name says, or where images and labels do not match.
     """
@@ -39,13 +39,13 @@ def load_idx_directory(directory: Path) -> Dataset:
         is_directory, why = False, reason(error)
     if not is_directory:
         raise CommandError(f"--data: expected a directory, got {directory}: {why}")
-    # The name is printed, drawn and written: it may hold bytes that are no text.
+    # The name is printed, drawn and written, and may contain bytes that are not text.
     name = os.fsencode(directory.resolve().name).decode(errors="replace")
     return Dataset(name, *_part(directory, "train"), *_part(directory, "t10k"))
 
 
 def load_digits(seed: int) -> Dataset:
-    """scikit-learn's 1,797 digits, scaled up bilinearly from 8x8 pixels; a stratified fifth is the test set."""
+    """Load scikit-learn's 1,797 digits, scaled up bilinearly from 8x8 pixels; a stratified fifth is the test set."""
     datasets = require("demo", "sklearn.model_selection", "sklearn.datasets")
     from sklearn.model_selection import train_test_split
 
@@ -68,7 +68,7 @@ def _part(directory, part):
 
     def check_labels(sizes):
         if sizes != (len(images),):
-            raise CommandError(f"{labels_path}: expected {len(images)} labels, one an image, got {sizes[0]}")
+            raise CommandError(f"{labels_path}: expected {len(images)} labels, one per image, got {sizes[0]}")
 
     images = read_idx(images_path, 3, check_images)
     labels = read_idx(labels_path, 1, check_labels)

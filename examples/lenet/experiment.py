@@ -1,5 +1,7 @@
-"""The demo's experiment: LeNet with sigmoids, which trains poorly without BatchNorm, from one initialisation in three
-variants that see the same batches in the same order."""
+"""The demo's experiment: LeNet with sigmoids, which trains poorly without BatchNorm.
+
+Three variants start from one initialisation and see the same batches in the same order.
+"""
 
 import copy
 from collections import OrderedDict
@@ -18,7 +20,7 @@ PLAIN, STOCK, FASTBN = "without BN", "torch.nn", "fastbn"
 
 
 def lenet(batch_norm: bool) -> nn.Sequential:
-    """LeNet from (N, 1, 28, 28) float32 images to (N, 10) logits; with `batch_norm`, one before each sigmoid."""
+    """Make LeNet from (N, 1, 28, 28) float32 images to (N, 10) logits; with `batch_norm`, one before each sigmoid."""
     layers = OrderedDict()
 
     def add(number, layer, norm, *after):
@@ -37,7 +39,7 @@ def lenet(batch_norm: bool) -> nn.Sequential:
 
 
 def variants(seed: int) -> dict[str, nn.Sequential]:
-    """The three nets by name, in training mode on the CPU, with equal convolution and linear parameters."""
+    """Return the three nets by name, in training mode on the CPU, with equal convolution and linear parameters."""
     torch.manual_seed(seed)
     stock, plain = lenet(True), lenet(False)
     plain.load_state_dict({key: value for key, value in stock.state_dict().items() if key in plain.state_dict()})

@@ -1,5 +1,7 @@
-"""Read IDX files, the format of MNIST and Fashion-MNIST: two zero bytes, a type code, the number of dimensions, each
-size as a big-endian uint32, then the elements. Only the type that these data sets use, unsigned bytes (0x08), is read.
+"""Reads IDX files, the format of MNIST and Fashion-MNIST.
+
+A file is two zero bytes, a type code, the number of dimensions, each size as a big-endian uint32, then the elements.
+Only the type of these data sets is read, unsigned bytes (0x08).
 """
 
 import gzip
@@ -15,16 +17,16 @@ import torch
 from fastbn.cli.errors import CommandError, reason
 
 _UBYTE = 0x08
-# Twenty times Fashion-MNIST.
+# The largest data that is read: twenty times Fashion-MNIST.
 _MAX_BYTES = 2**30
 
 
 def read_idx(path: Path, dims: int, check: Callable[[tuple[int, ...]], None] = lambda sizes: None) -> torch.Tensor:
-    """The uint8 tensor of `dims` dimensions in the IDX file `path`, which is decompressed if it ends in .gz.
+    """Read the uint8 tensor of `dims` dimensions in the IDX file `path`, which is decompressed if it ends in .gz.
 
-    `check` is called with the sizes before any element is read; it raises where they are not what the caller expects.
-    No more is read than the header promises. Raises CommandError where the file cannot be read, has another magic
-    number or another length than its header states, or is too large.
+    `check` is called with the sizes before any element is read; it raises where they are not those that the caller
+    expects. No more is read than the header promises. Raises CommandError where the file cannot be read, has another
+    magic number or another length than its header states, or is too large.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -38,7 +40,7 @@ def read_idx(path: Path, dims: int, check: Callable[[tuple[int, ...]], None] = l
 
 
 def find_idx(directory: Path, name: str) -> Path:
-    """The path of `name` or `name`.gz in `directory`. Raises CommandError where neither is a file."""
+    """Return the path of `name` or `name`.gz in `directory`. Raises CommandError where neither is a file."""
     for path in (directory / name, directory / f"{name}.gz"):
         try:
             if stat.S_ISREG(path.stat().st_mode):
@@ -69,12 +71,12 @@ def _read_sizes(path, file, dims):
 
 def _read_elements(path, file, sizes):
     wanted = math.prod(sizes)
-    # One byte more tells a file that is too long; at the end of the file gzip checks what it read.
+    # One more byte shows whether the file is too long; at the end of the file gzip checks its contents.
     data = file.read(wanted + 1)
     if len(data) != wanted:
         got = "more" if len(data) > wanted else len(data)
         raise CommandError(f"{path}: expected {wanted} bytes of data ({_by(sizes)}), got {got}")
-    # A bytearray, because torch.frombuffer warns about memory that it must not write to.
+    # torch.frombuffer warns about memory that is not writable, so copy into a bytearray.
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(sizes)
 
 

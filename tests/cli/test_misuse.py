@@ -244,7 +244,7 @@ def test_a_compressed_file_is_read_no_further_than_its_header_promises(tmp_path)
 def test_sizes_are_checked_before_elements_are_read(idx_directory, capsys, tmp_path):
     # The files end after the header, so reading elements first would fail with another message.
     (idx_directory / TEST_LABELS).write_bytes(idx_bytes(torch.zeros(19))[:8])
-    assert "expected 20 labels, one an image, got 19" in misuse(["demo", "--data", str(idx_directory)], capsys)
+    assert "expected 20 labels, one per image, got 19" in misuse(["demo", "--data", str(idx_directory)], capsys)
     for path in idx_directory.glob("train-images*"):
         path.unlink()
     (idx_directory / TRAIN_IMAGES).write_bytes(idx_bytes(torch.zeros(66, 28, 27))[:16])

@@ -94,7 +94,7 @@ def test_idx_directory(idx_directory):
     "name, content, message",
     [
         (TEST_LABELS, None, f"expected a file {TEST_LABELS} or {TEST_LABELS}.gz, got neither"),
-        (TEST_LABELS, torch.zeros(19), "expected 20 labels, one an image, got 19"),
+        (TEST_LABELS, torch.zeros(19), "expected 20 labels, one per image, got 19"),
         (TEST_LABELS, torch.full((20,), 10), "expected labels from 0 to 9, got 10"),
         (TRAIN_IMAGES, torch.zeros(66, 28, 27), "expected images of 28 x 28 pixels, got 28 x 27"),
         (TRAIN_IMAGES, torch.zeros(66), "expected magic number"),
@@ -133,7 +133,7 @@ def test_demo(idx_directory, capsys, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert set(results["loss"]) == set(results["accuracy"]) == {PLAIN, STOCK, FASTBN}
     assert all(len(values) == 1 for values in results["loss"].values())
-    times = results["milliseconds_a_step"]
+    times = results["milliseconds_per_step"]
     assert times[PLAIN]["forward"] == times[PLAIN]["backward"] == 0
     for name in (STOCK, FASTBN):
         assert 0 < times[name]["forward"] + times[name]["backward"] < times[name]["step"]

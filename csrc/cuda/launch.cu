@@ -1,8 +1,8 @@
 // The ops as launches: one for a one-pass plan; for a two-phase plan reduce, finish, then a second pass over the
 // elements.
 #include "cuda/block/batch_counter.cuh"
+#include "cuda/block/partial_exchange.cuh"
 #include "cuda/block/reduce.cuh"
-#include "cuda/block/rendezvous.cuh"
 #include "cuda/kernels/passes.cuh"
 #include "cuda/launch.h"
 

@@ -13,8 +13,6 @@
 
 namespace fastbn::cuda {
 
-constexpr int octet = vec_size;
-
 // array[first + i], where first is a multiple of part and i a constant below it.
 template <int part = 1, class V, int n>
 FASTBN_DEVICE V pick(const V (&array)[n], int first, int i = 0) {
@@ -25,7 +23,7 @@ FASTBN_DEVICE V pick(const V (&array)[n], int first, int i = 0) {
 }
 
 template <int part = 1, class V, int n>
-FASTBN_DEVICE void place(V (&array)[n], int first, int i, V value) {
+FASTBN_DEVICE void insert(V (&array)[n], int first, int i, V value) {
   FASTBN_UNROLL
   for (int at = 0; at < n; at += part) array[at + i] = first == at ? value : array[at + i];
 }

@@ -14,15 +14,15 @@ namespace fastbn::cuda {
 // half types are rounded so much more than their sums that these may take longer. Sums of float64 are cut as often,
 // since one long chain of additions shows in what is held to 4 ulp.
 template <class T>
-constexpr int octets_a_promotion = sizeof(T) < sizeof(float) ? 64 : 8;
+constexpr int vectors_per_promotion = sizeof(T) < sizeof(float) ? 64 : 8;
 
 // n sums of type A; each of the eight terms of an octet has a running sum of its own, and they are all of the only sum
 // or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, max_threads apart: in
 // registers they would halve the occupancy.
 template <class A, int n>
 struct LongSum {
-  static_assert(n == 1 || n == octet);
-  A recent[octet] = {};
+  static_assert(n == 1 || n == vec_size);
+  A recent[vec_size] = {};
   double* total;
 
   FASTBN_DEVICE explicit LongSum(double (&totals)[n][max_threads]) : total(&totals[0][device::thread_index()]) {
@@ -39,7 +39,7 @@ struct LongSum {
       for (int i = 0; i < n; ++i) total[i * max_threads] += double(pick(recent, i));
     }
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) recent[i] = 0;
+    for (int i = 0; i < vec_size; ++i) recent[i] = 0;
   }
 };
 
@@ -51,12 +51,12 @@ FASTBN_DEVICE ReduceMemory<channels>& reduce_memory() {
 // Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item);
 // add(step, item, first, second) adds to the running sums what an octet comes to.
 template <class T, class A, int channels, class Each, class Add>
-FASTBN_DEVICE void sum_octets(ReduceMemory<channels>& memory, Each each, Add add) {
+FASTBN_DEVICE void sum_vectors(ReduceMemory<channels>& memory, Each each, Add add) {
   LongSum<A, channels> first(memory.first), second(memory.second);
   int octets = 0;
   each([&](const Step& step, const auto& item) {
     add(step, item, first.recent, second.recent);
-    if (++octets == octets_a_promotion<T>) {
+    if (++octets == vectors_per_promotion<T>) {
       octets = 0;
       first.promote();
       second.promote();

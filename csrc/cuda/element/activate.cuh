@@ -28,16 +28,16 @@ FASTBN_DEVICE void with_activation(Activation activation, Use use) {
 
 // values[i] = map(constant activation, z[i], values[i]), where it takes exp or erf by parts of the octet.
 template <class A, class Map>
-FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[octet], A (&values)[octet], Map map) {
+FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[vec_size], A (&values)[vec_size], Map map) {
   with_activation(activation, [&](auto constant) {
     constexpr bool is_short = is_piecewise_linear(constant.value) || constant.value == Activation::hardswish;
-    constexpr int part = sizeof(A) == sizeof(double) ? 1 : is_short ? octet : octet / 2;
+    constexpr int part = sizeof(A) == sizeof(double) ? 1 : is_short ? vec_size : vec_size / 2;
     FASTBN_KEEP_LOOP
-    for (int first = 0; first < octet; first += part) {
+    for (int first = 0; first < vec_size; first += part) {
       FASTBN_UNROLL
       for (int i = 0; i < part; ++i) {
         const A value = map(constant, pick<part>(z, first, i), pick<part>(values, first, i));
-        place<part>(values, first, i, value);
+        insert<part>(values, first, i, value);
       }
     }
   });
@@ -45,32 +45,33 @@ FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[octet], A 
 
 // Whether an activation is so short that several octets of it are unrolled side by side; the others are called one
 // octet at a time.
-FASTBN_DEVICE bool is_simple(Activation activation) {
+FASTBN_DEVICE bool has_light_epilogue(Activation activation) {
   return activation == Activation::none || activation == Activation::relu;
 }
 
-// The constant true or false that is_simple comes to: use(constant) is compiled for both, and each for its own.
+// The constant true or false that has_light_epilogue comes to: use(constant) is compiled for both, and each for its
+// own.
 template <class Use>
-FASTBN_DEVICE void with_simplicity(Activation activation, Use use) {
-  is_simple(activation) ? use(std::true_type()) : use(std::false_type());
+FASTBN_DEVICE void dispatch_epilogue(Activation activation, Use use) {
+  has_light_epilogue(activation) ? use(std::true_type()) : use(std::false_type());
 }
 
 template <class A>
-FASTBN_DEVICE void activate(Activation activation, A (&z)[octet]) {
+FASTBN_DEVICE void activate(Activation activation, A (&z)[vec_size]) {
   map_activation(activation, z, z, [](auto constant, A z, A) { return activation_forward(constant.value, z); });
 }
 
 template <class A>
-FASTBN_DEVICE void activate_backward(Activation activation, const A (&z)[octet], A (&grad)[octet]) {
+FASTBN_DEVICE void activate_backward(Activation activation, const A (&z)[vec_size], A (&grad)[vec_size]) {
   map_activation(activation, z, grad,
                  [](auto constant, A z, A grad) { return activation_backward(constant.value, z, grad); });
 }
 
 template <class A>
-FASTBN_DEVICE uint8_t mask_of(Activation activation, const A (&z)[octet], int count) {
+FASTBN_DEVICE uint8_t mask_of(Activation activation, const A (&z)[vec_size], int count) {
   uint32_t bits = 0;
   FASTBN_UNROLL
-  for (int i = 0; i < octet; ++i) {
+  for (int i = 0; i < vec_size; ++i) {
     if (i < count && activation_is_upper(activation, z[i])) bits |= 1u << i;
   }
   return static_cast<uint8_t>(bits);

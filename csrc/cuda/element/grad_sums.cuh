@@ -47,14 +47,14 @@ FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel
 // `shared` are the coefficients of the slice's channels.
 template <class T, class Walk>
 FASTBN_DEVICE void total_grads_in_double(Walk walk, ReduceMemory<Walk::channels>& memory,
-                                         const GradZ<T, Walk::whole>& grad_z, const SumCoefficients<T>* shared) {
+                                         const GradZ<T, Walk::aligned>& grad_z, const SumCoefficients<T>* shared) {
   const int thread = device::thread_index();
   for (int i = 0; i < Walk::channels; ++i) memory.first[i][thread] = memory.second[i][thread] = 0;
   FASTBN_KEEP_LOOP
   while (walk.more()) {
     const Step step = walk.step();
     FASTBN_KEEP_LOOP
-    for (int i = 0; i < (Walk::whole ? octet : step.count); ++i) {
+    for (int i = 0; i < (Walk::aligned ? vec_size : step.count); ++i) {
       const SumCoefficients<T>& coefficients = shared[walk.channel_of(i)];
       const double x = grad_z.load_x(step, i), grad = grad_z.load_grad(step, i, coefficients.affine);
       memory.first[i % Walk::channels][thread] += grad;
@@ -64,29 +64,29 @@ FASTBN_DEVICE void total_grads_in_double(Walk walk, ReduceMemory<Walk::channels>
   }
 }
 
-// Over a block's share. each(simple, use) calls use(step, item) for its octets, with items of grad_z, and with
-// what grad_z.with_simplicity says; also(step, grad) gets what they come to; keep(channel, sums) is called by one
+// Over a block's share. each(light_epilogue, use) calls use(step, item) for its octets, with items of grad_z, and with
+// what grad_z.dispatch_epilogue says; also(step, grad) gets what they come to; keep(channel, sums) is called by one
 // thread for each channel of the slice. Where the items have no x, the second sum means nothing. `coefficients` are
 // those that share_coefficients left in `scratch`.
 template <class T, class Walk, class Each, class Also, class Keep>
 FASTBN_DEVICE void block_grad_sums(const Walk& walk, ReduceMemory<Walk::channels>& memory,
-                                   const GradZ<T, Walk::whole>& grad_z, const SumCoefficients<T>* scratch,
+                                   const GradZ<T, Walk::aligned>& grad_z, const SumCoefficients<T>* scratch,
                                    const SumCoefficients<T> (&coefficients)[Walk::channels], Each each, Also also,
                                    Keep keep) {
   using A = acc_t<T>;
   Affine<A> affine[Walk::channels];
   FASTBN_UNROLL
   for (int i = 0; i < Walk::channels; ++i) affine[i] = coefficients[i].affine;
-  grad_z.with_simplicity([&](auto simple) {
-    sum_octets<T, A>(
-        memory, [&](auto use) { each(simple, use); },
-        [&](const Step& step, const auto& item, A(&sum)[octet], A(&shifted)[octet]) {
-          A grad[octet];
-          grad_z.template compute<simple.value>(item, affine, grad);
+  grad_z.dispatch_epilogue([&](auto light_epilogue) {
+    sum_vectors<T, A>(
+        memory, [&](auto use) { each(light_epilogue, use); },
+        [&](const Step& step, const auto& item, A(&sum)[vec_size], A(&shifted)[vec_size]) {
+          A grad[vec_size];
+          grad_z.template compute<light_epilogue.value>(item, affine, grad);
           also(step, grad);
           FASTBN_UNROLL
-          for (int i = 0; i < octet; ++i) {
-            if (!Walk::whole && i >= step.count) grad[i] = 0;
+          for (int i = 0; i < vec_size; ++i) {
+            if (!Walk::aligned && i >= step.count) grad[i] = 0;
             sum[i] += grad[i];
             shifted[i] += grad[i] * (item.x[i] - coefficients[i % Walk::channels].pivot());
           }

@@ -2,8 +2,8 @@
 // input and the residual.
 #pragma once
 
-#include "cuda/block/octet.cuh"
-#include "cuda/block/slab.cuh"
+#include "cuda/block/smem_ring.cuh"
+#include "cuda/block/vec8.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/element/activate.cuh"
 #include "math/affine.h"
@@ -12,16 +12,16 @@
 
 namespace fastbn::cuda {
 
-template <class T, bool whole>
+template <class T, bool aligned>
 class GradZ {
  public:
   using A = acc_t<T>;
 
   struct Item {
-    Octet<T> x, grad_out, residual;
+    Vec8<T> x, grad_out, residual;
     uint8_t mask;
   };
-  static constexpr int bytes_in_flight = 2 * sizeof(Octet<T>);  // of an item, but for a residual
+  static constexpr int bytes_in_flight = 2 * sizeof(Vec8<T>);  // of an item, but for a residual
 
   // needs_x: whether the caller uses x for more than z. Holds on to the parameters, which are the kernel's.
   FASTBN_DEVICE GradZ(const BackwardParams& params, const Plan& plan, bool needs_x)
@@ -40,9 +40,9 @@ class GradZ {
 
   FASTBN_DEVICE Item load(const Step& step) const {
     Item item;
-    item.grad_out = load_octet<whole>(at(params_.grad_out, step), step.count, vectorized_);
-    if (reads_input_) item.x = load_octet<whole>(at(params_.input, step), step.count, vectorized_);
-    if (reads_residual_) item.residual = load_octet<whole>(at(params_.residual, step), step.count, vectorized_);
+    item.grad_out = load_vec<aligned>(at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) item.x = load_vec<aligned>(at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) item.residual = load_vec<aligned>(at(params_.residual, step), step.count, vectorized_);
     item.mask = load_mask(step);
     return item;
   }
@@ -61,59 +61,59 @@ class GradZ {
   }
 
   FASTBN_DEVICE uint8_t load_mask(const Step& step) const {
-    return masked_ ? params_.mask[whole ? step.offset / octet : params_.layout.mask_byte(step.offset)] : 0;
+    return masked_ ? params_.mask[aligned ? step.offset / vec_size : params_.layout.mask_byte(step.offset)] : 0;
   }
 
-  // Calls use(constant), true where the derivative is as short as is_simple says: of such an activation, or from a
-  // mask.
+  // Calls use(constant), true where the derivative is as short as has_light_epilogue says: of such an activation, or
+  // from a mask.
   template <class Use>
-  FASTBN_DEVICE void with_simplicity(Use use) const {
-    if constexpr (!has_simple_loops) {
+  FASTBN_DEVICE void dispatch_epilogue(Use use) const {
+    if constexpr (!has_light_loops) {
       use(std::false_type());
     } else {
-      masked_ || is_simple(params_.activation) ? use(std::true_type()) : use(std::false_type());
+      masked_ || has_light_epilogue(params_.activation) ? use(std::true_type()) : use(std::false_type());
     }
   }
 
   // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
-  FASTBN_DEVICE void fetch(const Slab<T>& slab, const Step& step, int place) const {
-    slab.template fetch<whole>(place, 0, at(params_.grad_out, step), step.count, vectorized_);
-    if (reads_input_) slab.template fetch<whole>(place, 1, at(params_.input, step), step.count, vectorized_);
-    if (reads_residual_) slab.template fetch<whole>(place, 2, at(params_.residual, step), step.count, vectorized_);
+  FASTBN_DEVICE void fetch(const SmemRing<T>& ring, const Step& step, int place) const {
+    ring.template fetch<aligned>(place, 0, at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) ring.template fetch<aligned>(place, 1, at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) ring.template fetch<aligned>(place, 2, at(params_.residual, step), step.count, vectorized_);
   }
 
-  FASTBN_DEVICE Item load(const Slab<T>& slab, uint8_t mask) const {
+  FASTBN_DEVICE Item load(const SmemRing<T>& ring, uint8_t mask) const {
     Item item;
-    item.grad_out = slab.load(0);
-    if (reads_input_) item.x = slab.load(1);
-    if (reads_residual_) item.residual = slab.load(2);
+    item.grad_out = ring.load(0);
+    if (reads_input_) item.x = ring.load(1);
+    if (reads_residual_) item.residual = ring.load(2);
     item.mask = mask;
     return item;
   }
 
-  // simple: what with_simplicity says.
-  template <bool simple, int channels>
-  FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[octet]) const {
+  // simple: what dispatch_epilogue says.
+  template <bool light_epilogue, int channels>
+  FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[vec_size]) const {
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) grad[i] = item.grad_out[i];
-    if ((simple || !has_simple_loops) && masked_) {
+    for (int i = 0; i < vec_size; ++i) grad[i] = item.grad_out[i];
+    if ((light_epilogue || !has_light_loops) && masked_) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) {
+      for (int i = 0; i < vec_size; ++i) {
         grad[i] = activation_backward_masked(params_.activation, (item.mask >> i & 1) != 0, grad[i]);
       }
       return;
     }
-    if (simple && params_.activation == Activation::none) return;
-    A z[octet];
+    if (light_epilogue && params_.activation == Activation::none) return;
+    A z[vec_size];
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) z[i] = affine[i % channels].apply(item.x[i]);
+    for (int i = 0; i < vec_size; ++i) z[i] = affine[i % channels].apply(item.x[i]);
     if (reads_residual_) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) z[i] += item.residual[i];
+      for (int i = 0; i < vec_size; ++i) z[i] += item.residual[i];
     }
-    if constexpr (simple) {
+    if constexpr (light_epilogue) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) grad[i] = activation_backward(Activation::relu, z[i], grad[i]);
+      for (int i = 0; i < vec_size; ++i) grad[i] = activation_backward(Activation::relu, z[i], grad[i]);
     } else {
       activate_backward(params_.activation, z, grad);
     }
@@ -121,7 +121,7 @@ class GradZ {
 
  private:
   // What goes element by element, and float64, are not worth another loop and its registers.
-  static constexpr bool has_simple_loops = whole && sizeof(A) < sizeof(double);
+  static constexpr bool has_light_loops = aligned && sizeof(A) < sizeof(double);
 
   static FASTBN_DEVICE const T* at(const void* tensor, const Step& step) {
     return static_cast<const T*>(tensor) + step.offset;

@@ -9,7 +9,7 @@ namespace fastbn::cuda {
 
 // grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
 // grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.
-template <class T, bool whole>
+template <class T, bool aligned>
 class InputGrad {
  public:
   using A = acc_t<T>;
@@ -22,41 +22,41 @@ class InputGrad {
         is_far_(is_far && sizeof(A) < sizeof(double)),
         vectorized_(plan.vectorized) {}
 
-  // simple: what grad_z.with_simplicity says.
-  template <bool simple, int channels>
-  FASTBN_DEVICE void operator()(const Step& step, const GradZ<T, whole>& grad_z,
-                                const typename GradZ<T, whole>::Item& item,
+  // simple: what grad_z.dispatch_epilogue says.
+  template <bool light_epilogue, int channels>
+  FASTBN_DEVICE void operator()(const Step& step, const GradZ<T, aligned>& grad_z,
+                                const typename GradZ<T, aligned>::Item& item,
                                 const GradCoefficients<A> (&coefficients)[channels]) const {
     Affine<A> affine[channels];
     FASTBN_UNROLL
     for (int i = 0; i < channels; ++i) affine[i] = coefficients[i].affine;
-    A grad[octet];
-    grad_z.template compute<simple>(item, affine, grad);
-    if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad);
+    A grad[vec_size];
+    grad_z.template compute<light_epilogue>(item, affine, grad);
+    if (grad_residual_) store_vec<aligned>(grad_residual_ + step.offset, step.count, vectorized_, grad);
     if (!grad_input_) return;
     if (is_far_) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) grad[i] = coefficients[i % channels].grad().apply_far(grad[i], item.x[i]);
+      for (int i = 0; i < vec_size; ++i) grad[i] = coefficients[i % channels].grad().apply_far(grad[i], item.x[i]);
     } else {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) {
+      for (int i = 0; i < vec_size; ++i) {
         const GradAffine<A> g = coefficients[i % channels].grad();
         grad[i] = frozen_ ? grad[i] * g.scale : g.apply(grad[i], item.x[i]);
       }
     }
-    store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
+    store_vec<aligned>(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
 
   // From grad_z, where the statistics are frozen.
   template <int channels, class Coefficients>
-  FASTBN_DEVICE void store_frozen(const Step& step, const A (&grad_z)[octet],
+  FASTBN_DEVICE void store_frozen(const Step& step, const A (&grad_z)[vec_size],
                                   const Coefficients (&coefficients)[channels]) const {
-    if (grad_residual_) store_octet<whole>(grad_residual_ + step.offset, step.count, vectorized_, grad_z);
+    if (grad_residual_) store_vec<aligned>(grad_residual_ + step.offset, step.count, vectorized_, grad_z);
     if (!grad_input_) return;
-    A grad[octet];
+    A grad[vec_size];
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) grad[i] = grad_z[i] * coefficients[i % channels].affine.scale;
-    store_octet<whole>(grad_input_ + step.offset, step.count, vectorized_, grad);
+    for (int i = 0; i < vec_size; ++i) grad[i] = grad_z[i] * coefficients[i % channels].affine.scale;
+    store_vec<aligned>(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
 
  private:
@@ -70,7 +70,7 @@ template <class A, class Walk>
 FASTBN_DEVICE bool some_are_far(const BackwardParams& params, const Walk& walk, uint32_t* votes) {
   if constexpr (sizeof(A) == sizeof(double)) return false;
   bool near = true;
-  for_each_own_channel(walk, [&](int, int64_t c) { near = near && !is_far_from_one(params.inv_std[c]); });
+  for_each_tile_channel(walk, [&](int, int64_t c) { near = near && !is_far_from_one(params.inv_std[c]); });
   return !block_agrees(near, votes);
 }
 

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cuda/block/loop.cuh"
-#include "cuda/block/octet.cuh"
 #include "cuda/block/reduce.cuh"
+#include "cuda/block/vec8.cuh"
 #include "cuda/block/walk.cuh"
 #include "math/moments.h"
 #include "math/params.h"
@@ -42,10 +42,10 @@ FASTBN_DEVICE bool cancels(const Sums& sums, double count) {
 template <class T, class A, class Walk, class Each, class Keep>
 FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,
                                const acc_t<T> (&pivot)[Walk::channels], Each each, Keep keep) {
-  sum_octets<T, A>(memory, each, [&](const Step& step, const auto& x, A(&sum)[octet], A(&squares)[octet]) {
+  sum_vectors<T, A>(memory, each, [&](const Step& step, const auto& x, A(&sum)[vec_size], A(&squares)[vec_size]) {
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) {
-      const A d = Walk::whole || i < step.count ? A(x[i]) - A(pivot[i % Walk::channels]) : A(0);
+    for (int i = 0; i < vec_size; ++i) {
+      const A d = Walk::aligned || i < step.count ? A(x[i]) - A(pivot[i % Walk::channels]) : A(0);
       sum[i] += d;
       squares[i] += d * d;
     }

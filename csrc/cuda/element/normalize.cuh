@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cuda/block/octet.cuh"
+#include "cuda/block/vec8.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/element/activate.cuh"
 #include "math/affine.h"
@@ -12,7 +12,7 @@
 namespace fastbn::cuda {
 
 // output = activation((x - mean) * inv_std * weight + bias + residual), with a bit an element for backward where asked.
-template <class T, bool whole>
+template <class T, bool aligned>
 class Normalize {
  public:
   using A = acc_t<T>;
@@ -26,34 +26,34 @@ class Normalize {
         least_(params.activation == Activation::relu ? A(0) : -INFINITY),
         vectorized_(plan.vectorized) {}
 
-  FASTBN_DEVICE Octet<T> load_residual(const Step& step) const {
-    Octet<T> residual;  // which stays what it is, and is not used, where there is none
-    if (residual_) residual = load_octet<whole>(residual_ + step.offset, step.count, vectorized_);
+  FASTBN_DEVICE Vec8<T> load_residual(const Step& step) const {
+    Vec8<T> residual;  // which stays what it is, and is not used, where there is none
+    if (residual_) residual = load_vec<aligned>(residual_ + step.offset, step.count, vectorized_);
     return residual;
   }
 
-  // simple: what is_simple says of the activation.
-  template <bool simple, int channels>
-  FASTBN_DEVICE void operator()(const Step& step, const Octet<T>& x, const Octet<T>& residual,
+  // simple: what has_light_epilogue says of the activation.
+  template <bool light_epilogue, int channels>
+  FASTBN_DEVICE void operator()(const Step& step, const Vec8<T>& x, const Vec8<T>& residual,
                                 const Affine<A> (&affine)[channels]) const {
-    A z[octet];
+    A z[vec_size];
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) z[i] = affine[i % channels].apply(x[i]);
+    for (int i = 0; i < vec_size; ++i) z[i] = affine[i % channels].apply(x[i]);
     if (residual_) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) z[i] += residual[i];
+      for (int i = 0; i < vec_size; ++i) z[i] += residual[i];
     }
     if (mask_) {
-      mask_[whole ? step.offset / octet : layout_.mask_byte(step.offset)] =
-          mask_of(simple ? Activation::relu : activation_, z, whole ? octet : step.count);
+      mask_[aligned ? step.offset / vec_size : layout_.mask_byte(step.offset)] =
+          mask_of(light_epilogue ? Activation::relu : activation_, z, aligned ? vec_size : step.count);
     }
-    if constexpr (simple) {
+    if constexpr (light_epilogue) {
       FASTBN_UNROLL
-      for (int i = 0; i < octet; ++i) z[i] = device::max_or_nan(z[i], least_);
+      for (int i = 0; i < vec_size; ++i) z[i] = device::max_or_nan(z[i], least_);
     } else {
       activate(activation_, z);
     }
-    store_octet<whole>(output_ + step.offset, step.count, vectorized_, z);
+    store_vec<aligned>(output_ + step.offset, step.count, vectorized_, z);
   }
 
  private:

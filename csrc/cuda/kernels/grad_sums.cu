@@ -16,18 +16,18 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
   const SharedMemoryMap<T, GradCoefficients<A>> map(plan, Walk::channels);
   auto* const scratch = map.template scratch_in<SumCoefficients<T>>(&memory);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
-  const GradZ<T, Walk::whole> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
-  const InputGrad<T, Walk::whole> input_grad(params, plan, true, false);
+  const GradZ<T, Walk::aligned> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
+  const InputGrad<T, Walk::aligned> input_grad(params, plan, true, false);
   SumCoefficients<T> coefficients[Walk::channels];
   share_coefficients(
       walk, scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients);
   block_grad_sums(
       walk, memory, grad_z, scratch, coefficients,
-      [&](auto simple, auto use) {
-        constexpr int batch = simple.value ? octets_in_flight<GradZ<T, Walk::whole>::bytes_in_flight> : 1;
-        for_each_octet<batch>(walk, [&](const Step& step) { return grad_z.load(step); }, use);
+      [&](auto light_epilogue, auto use) {
+        constexpr int batch = light_epilogue.value ? vectors_in_flight<GradZ<T, Walk::aligned>::bytes_in_flight> : 1;
+        for_each_vector<batch>(walk, [&](const Step& step) { return grad_z.load(step); }, use);
       },
-      [&](const Step& step, const A(&grad)[octet]) {
+      [&](const Step& step, const A(&grad)[vec_size]) {
         if (params.statistics == Statistics::running) input_grad.store_frozen(step, grad, coefficients);
       },
       [&](int channel, const Sums& sums) {

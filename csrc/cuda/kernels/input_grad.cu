@@ -6,17 +6,17 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? least_blocks : 3)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? any_occupancy : 3)
     input_grad_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   constexpr int channels = Walk::channels;
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
   const bool frozen = !params.sum_grad;  // or only grad_residual is wanted
-  const GradZ<T, Walk::whole> grad_z(params, plan, params.grad_input && !frozen);
+  const GradZ<T, Walk::aligned> grad_z(params, plan, params.grad_input && !frozen);
   const InputGradMap<A> map(plan);
   void* const memory = device::shared_memory<char>();
   const bool is_far = !frozen && some_are_far<A>(params, walk, map.votes.in(memory));
-  const InputGrad<T, Walk::whole> input_grad(params, plan, frozen, is_far);
+  const InputGrad<T, Walk::aligned> input_grad(params, plan, frozen, is_far);
 
   GradCoefficients<A> both[channels];
   share_coefficients(
@@ -29,11 +29,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
       },
       both);
 
-  grad_z.with_simplicity([&](auto simple) {
-    for_each_octet<simple.value ? octets_in_flight<GradZ<T, Walk::whole>::bytes_in_flight> : 1>(
+  grad_z.dispatch_epilogue([&](auto light_epilogue) {
+    for_each_vector<light_epilogue.value ? vectors_in_flight<GradZ<T, Walk::aligned>::bytes_in_flight> : 1>(
         walk, [&](const Step& step) { return grad_z.load(step); },
         [&](const Step& step, const auto& item) {
-          input_grad.template operator()<simple.value>(step, grad_z, item, both);
+          input_grad.template operator()<light_epilogue.value>(step, grad_z, item, both);
         });
   });
 }

@@ -17,7 +17,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double)
   const T* input = static_cast<const T*>(params.input);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
   const auto load = [&](const Step& step) {
-    return load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+    return load_vec<Walk::aligned>(input + step.offset, step.count, plan.vectorized);
   };
   using A = acc_t<T>;
   auto& memory = reduce_memory<Walk::channels>();
@@ -26,8 +26,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double)
   share_coefficients(
       walk, map.template scratch_in<A>(&memory), [&](int64_t channel) { return A(pivot_of(params, channel)); }, pivot);
   block_moments<T>(
-      walk, memory, pivot, [&](auto use) { for_each_octet<octets_in_flight<sizeof(Octet<T>)>>(walk, load, use); },
-      [&](auto use) { for_each_octet<1>(walk, load, use); },
+      walk, memory, pivot, [&](auto use) { for_each_vector<vectors_in_flight<sizeof(Vec8<T>)>>(walk, load, use); },
+      [&](auto use) { for_each_vector<1>(walk, load, use); },
       [&](int channel, const Sums& sums) {
         partials[walk.split * params.layout.channels + walk.first_channel + channel] = sums;
       });

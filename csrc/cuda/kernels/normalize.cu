@@ -16,11 +16,11 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows ? 2 : least_blocks)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows ? 2 : any_occupancy)
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);
-  const Normalize<T, Walk::whole> normalize(params, plan);
+  const Normalize<T, Walk::aligned> normalize(params, plan);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::reversed);
 
   const bool saves = params.statistics == Statistics::running && walk.split == 0;
@@ -36,17 +36,17 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows ? 2 : least_b
       affine);
 
   struct Item {
-    Octet<T> x, residual;
+    Vec8<T> x, residual;
   };
-  with_simplicity(params.activation, [&](auto simple) {
-    for_each_octet<simple.value && Walk::whole ? octets_in_flight<sizeof(Octet<T>)> : 1>(
+  dispatch_epilogue(params.activation, [&](auto light_epilogue) {
+    for_each_vector<light_epilogue.value && Walk::aligned ? vectors_in_flight<sizeof(Vec8<T>)> : 1>(
         walk,
         [&](const Step& step) {
-          const auto x = load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+          const auto x = load_vec<Walk::aligned>(input + step.offset, step.count, plan.vectorized);
           return Item{x, normalize.load_residual(step)};
         },
         [&](const Step& step, const Item& item) {
-          normalize.template operator()<simple.value>(step, item.x, item.residual, affine);
+          normalize.template operator()<light_epilogue.value>(step, item.x, item.residual, affine);
         });
   });
 }

@@ -38,13 +38,13 @@ cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& p
 // Calls run.operator()<T, Walk>() for the dtype and the plan's walk.
 template <class Run>
 cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run run) {
-  const auto with_kernel = [&]<class T, bool whole>() {
-    return plan.kernel == Kernel::row_tiles ? run.template operator()<T, Walk<Kernel::row_tiles, whole>>()
-                                            : run.template operator()<T, Walk<Kernel::channel_tiles, whole>>();
+  const auto with_kernel = [&]<class T, bool aligned>() {
+    return plan.kernel == Kernel::row_tiles ? run.template operator()<T, Walk<Kernel::row_tiles, aligned>>()
+                                            : run.template operator()<T, Walk<Kernel::channel_tiles, aligned>>();
   };
   const auto with_walk = [&]<class T>() {
-    return walks_whole_octets(plan, layout) ? with_kernel.template operator()<T, true>()
-                                            : with_kernel.template operator()<T, false>();
+    return is_aligned_walk(plan, layout) ? with_kernel.template operator()<T, true>()
+                                         : with_kernel.template operator()<T, false>();
   };
   switch (dtype) {
     case DType::float32: return with_walk.template operator()<float>();

@@ -1,7 +1,7 @@
 // A backward in one launch that reads grad_out and the input once: the blocks of a slice keep both on chip, exchange
 // their sums, and make grad_input from what they kept while they bring in their next slice. Of a slice larger than the
 // chip they keep a part and read the rest again.
-#include "cuda/block/slices.cuh"
+#include "cuda/block/tiles.cuh"
 #include "cuda/element/grad_sums.cuh"
 #include "cuda/element/input_grad.cuh"
 #include "cuda/kernels/passes.cuh"
@@ -15,38 +15,38 @@ struct Merged {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), Walk::kind, true, Walk::whole)))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), Walk::kind, true, Walk::aligned)))
     resident_backward_kernel(BackwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
   const SharedMemoryMap<T, GradCoefficients<A>> map(plan, Walk::channels);
   auto& memory = reduce_memory<Walk::channels>();
   auto* const coefficients = map.coefficients.in(&memory);
-  Slab<T> slab(map.ring.in(&memory), plan);
-  Rendezvous rendezvous(plan, map.exchange.in(&memory), workspace);
+  SmemRing<T> ring(map.ring.in(&memory), plan);
+  PartialExchange exchange(plan, map.exchange.in(&memory), workspace);
 
-  const GradZ<T, Walk::whole> grad_z(params, plan, true);
-  const auto fetch = [&](const Step& step, int place) { grad_z.fetch(slab, step, place); };
+  const GradZ<T, Walk::aligned> grad_z(params, plan, true);
+  const auto fetch = [&](const Step& step, int place) { grad_z.fetch(ring, step, place); };
 
   auto* const scratch = map.template scratch_in<SumCoefficients<T>>(&memory);
   auto* const merged = reinterpret_cast<Merged*>(memory.first);
-  for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool) {
+  for_each_tile<Walk>(params.layout, plan, ring, exchange, fetch, [&](const Walk& walk, bool) {
     const bool is_far = some_are_far<A>(params, walk, memory.votes);
     SumCoefficients<T> coefficients_of_sums[Walk::channels];
     share_coefficients(
         walk, scratch, [&](int64_t channel) { return sum_coefficients<T>(params, channel); }, coefficients_of_sums);
     block_grad_sums(
         walk, memory, grad_z, scratch, coefficients_of_sums,
-        [&](auto simple, auto use) {
-          for_each_kept<simple.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
-              walk, slab, [&](const Step& step) { return grad_z.load_mask(step); },
-              [&](const Step& step, uint8_t mask) { use(step, grad_z.load(slab, mask)); },
-              [&](const Step& step, int visit) { slab.after_sums(walk, step, visit, fetch); });
+        [&](auto light_epilogue, auto use) {
+          for_each_in_ring<light_epilogue.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
+              walk, ring, [&](const Step& step) { return grad_z.load_mask(step); },
+              [&](const Step& step, uint8_t mask) { use(step, grad_z.load(ring, mask)); },
+              [&](const Step& step, int visit) { ring.after_sums(walk, step, visit, fetch); });
         },
-        [](const Step&, const auto&) {}, [&](int channel, const Sums& sums) { rendezvous.own(channel) = sums; });
-    rendezvous.meet();
+        [](const Step&, const auto&) {}, [&](int channel, const Sums& sums) { exchange.own(channel) = sums; });
+    exchange.meet();
 
     by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
-      const Sums sums = rendezvous.merged(channel, lane, team);
+      const Sums sums = exchange.merged(channel, lane, team);
       if (!exists || lane != 0) return;
       const int c = walk.first_channel + channel;
       const double xhat = sum_grad_xhat(params, c, sums);
@@ -54,23 +54,23 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
       coefficients[channel] = grad_coefficients<A>(params, c, sums.first, xhat, double(params.layout.count()), is_far);
     });
     device::sync_block();
-    if (rendezvous.leads()) {
-      for_each_own_channel(walk, [&](int channel, int64_t c) {
+    if (exchange.leads()) {
+      for_each_tile_channel(walk, [&](int channel, int64_t c) {
         save_grad_sums(params, c, merged[channel].sum_grad, merged[channel].sum_grad_xhat);
       });
     }
     GradCoefficients<A> both[Walk::channels];
-    take_coefficients(walk, coefficients, both);
+    load_coefficients(walk, coefficients, both);
 
-    const InputGrad<T, Walk::whole> input_grad(params, plan, false, is_far);
-    slab.begin_last_pass(walk);
-    grad_z.with_simplicity([&](auto simple) {
-      for_each_kept<simple.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
-          KeptFirst(walk), slab, [&](const Step& step) { return grad_z.load_mask(step); },
+    const InputGrad<T, Walk::aligned> input_grad(params, plan, false, is_far);
+    ring.begin_last_pass(walk);
+    grad_z.dispatch_epilogue([&](auto light_epilogue) {
+      for_each_in_ring<light_epilogue.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
+          ResidentFirst(walk), ring, [&](const Step& step) { return grad_z.load_mask(step); },
           [&](const Step& step, uint8_t mask) {
-            input_grad.template operator()<simple.value>(step, grad_z, grad_z.load(slab, mask), both);
+            input_grad.template operator()<light_epilogue.value>(step, grad_z, grad_z.load(ring, mask), both);
           },
-          [&](const Step& step, int visit) { slab.after_output(walk, step, visit, fetch); });
+          [&](const Step& step, int visit) { ring.after_output(walk, step, visit, fetch); });
     });
   });
 }

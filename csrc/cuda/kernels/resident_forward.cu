@@ -2,7 +2,7 @@
 // their moments, and normalise what they kept while they bring in their next slice. Of a slice larger than the chip
 // they keep a part and read the rest again.
 #include "cuda/block/batch_counter.cuh"
-#include "cuda/block/slices.cuh"
+#include "cuda/block/tiles.cuh"
 #include "cuda/element/moments.cuh"
 #include "cuda/element/normalize.cuh"
 #include "cuda/kernels/passes.cuh"
@@ -19,25 +19,25 @@ union Channel {
 };
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), Walk::kind, false, Walk::whole)))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), Walk::kind, false, Walk::aligned)))
     resident_forward_kernel(ForwardParams params, Plan plan, void* workspace) {
   using A = acc_t<T>;
   const SharedMemoryMap<T, Affine<A>> map(plan, Walk::channels);
   auto& memory = reduce_memory<Walk::channels>();
   auto* const coefficients = map.coefficients.in(&memory);
-  Slab<T> slab(map.ring.in(&memory), plan);
-  Rendezvous rendezvous(plan, map.exchange.in(&memory), workspace);
+  SmemRing<T> ring(map.ring.in(&memory), plan);
+  PartialExchange exchange(plan, map.exchange.in(&memory), workspace);
 
   const T* input = static_cast<const T*>(params.input);
   const auto fetch = [&](const Step& step, int place) {
-    slab.template fetch<Walk::whole>(place, 0, input + step.offset, step.count, plan.vectorized);
+    ring.template fetch<Walk::aligned>(place, 0, input + step.offset, step.count, plan.vectorized);
   };
   const BatchCounter batches(params, plan, static_cast<uint32_t*>(workspace));
   const int64_t batch = batches.number();
 
-  for_each_slice<Walk>(params.layout, plan, slab, rendezvous, fetch, [&](const Walk& walk, bool is_first) {
+  for_each_tile<Walk>(params.layout, plan, ring, exchange, fetch, [&](const Walk& walk, bool is_first) {
     auto* const known = map.template scratch_in<Channel>(&memory);
-    for_each_own_channel(walk, [&](int channel, int64_t c) {
+    for_each_tile_channel(walk, [&](int channel, int64_t c) {
       known[channel].prepared = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
     });
     device::sync_block();
@@ -47,25 +47,25 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
     block_moments<T>(
         walk, memory, pivot,
         [&](auto use) {
-          for_each_kept<Walk::by_rows ? 1 : unroll_of(sizeof(T))>(
-              walk, slab, [](const Step&) { return Nothing(); },
-              [&](const Step& step, Nothing) { use(step, slab.load(0)); },
-              [&](const Step& step, int visit) { slab.after_sums(walk, step, visit, fetch); });
+          for_each_in_ring<Walk::by_rows ? 1 : unroll_of(sizeof(T))>(
+              walk, ring, [](const Step&) { return Nothing(); },
+              [&](const Step& step, Nothing) { use(step, ring.load(0)); },
+              [&](const Step& step, int visit) { ring.after_sums(walk, step, visit, fetch); });
         },
         [&](auto use) {
-          for_each_octet<1>(
+          for_each_vector<1>(
               walk,
               [&](const Step& step) {
-                return load_octet<Walk::whole>(input + step.offset, step.count, plan.vectorized);
+                return load_vec<Walk::aligned>(input + step.offset, step.count, plan.vectorized);
               },
               use);
         },
-        [&](int channel, const Sums& sums) { rendezvous.own(channel) = sums; });
-    rendezvous.meet();
+        [&](int channel, const Sums& sums) { exchange.own(channel) = sums; });
+    exchange.meet();
     if (is_first) batches.increment();
 
     by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
-      const Sums sums = rendezvous.merged(channel, lane, team);
+      const Sums sums = exchange.merged(channel, lane, team);
       if (!exists || lane != 0) return;
       const auto [pivot, weight, bias] = known[channel].prepared;
       const Moments moments = moments_of(params.layout, pivot, sums);
@@ -73,23 +73,23 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
       known[channel].moments = moments;
     });
     device::sync_block();
-    if (rendezvous.leads()) {
-      for_each_own_channel(walk, [&](int channel, int64_t c) {
+    if (exchange.leads()) {
+      for_each_tile_channel(walk, [&](int channel, int64_t c) {
         save_statistics(params, c, known[channel].moments, device::opaque(batch));
       });
     }
     Affine<A> affine[Walk::channels];
-    take_coefficients(walk, coefficients, affine);
+    load_coefficients(walk, coefficients, affine);
 
-    const Normalize<T, Walk::whole> normalize(params, plan);
-    slab.begin_last_pass(walk);
-    with_simplicity(params.activation, [&](auto simple) {
-      for_each_kept<simple.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
-          KeptFirst(walk), slab, [&](const Step& step) { return normalize.load_residual(step); },
-          [&](const Step& step, const Octet<T>& residual) {
-            normalize.template operator()<simple.value>(step, slab.load(0), residual, affine);
+    const Normalize<T, Walk::aligned> normalize(params, plan);
+    ring.begin_last_pass(walk);
+    dispatch_epilogue(params.activation, [&](auto light_epilogue) {
+      for_each_in_ring<light_epilogue.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
+          ResidentFirst(walk), ring, [&](const Step& step) { return normalize.load_residual(step); },
+          [&](const Step& step, const Vec8<T>& residual) {
+            normalize.template operator()<light_epilogue.value>(step, ring.load(0), residual, affine);
           },
-          [&](const Step& step, int visit) { slab.after_output(walk, step, visit, fetch); });
+          [&](const Step& step, int visit) { ring.after_output(walk, step, visit, fetch); });
     });
   });
 }

@@ -13,11 +13,11 @@ namespace fastbn::cuda {
 
 // Of half types two elements a word: taken as 16 bits, each half of one would be moved about first.
 template <class T>
-struct Octet {
+struct Vec8 {
   static constexpr bool is_half = sizeof(T) == 2;
   using Lane = std::conditional_t<is_half, uint32_t, T>;
   using Vector = device::Vector16<Lane>;
-  static constexpr int vectors = octet * sizeof(T) / sizeof(Vector);
+  static constexpr int vectors = vec_size * sizeof(T) / sizeof(Vector);
   Vector part[vectors];
 
   FASTBN_DEVICE acc_t<T> operator[](int i) const {
@@ -39,37 +39,37 @@ struct Octet {
 };
 
 // whole: known to be eight elements from a multiple of 16 bytes on.
-template <bool whole, class T>
-FASTBN_DEVICE Octet<T> load_octet(const T* from, int count, bool vectorized) {
-  using Vector = typename Octet<T>::Vector;
-  Octet<T> value;
-  if (whole || (vectorized && count == octet)) {
+template <bool aligned, class T>
+FASTBN_DEVICE Vec8<T> load_vec(const T* from, int count, bool vectorized) {
+  using Vector = typename Vec8<T>::Vector;
+  Vec8<T> value;
+  if (aligned || (vectorized && count == vec_size)) {
     FASTBN_UNROLL
-    for (int i = 0; i < Octet<T>::vectors; ++i) {
-      value.part[i] = device::load16(reinterpret_cast<const typename Octet<T>::Lane*>(from) + i * Vector::size);
+    for (int i = 0; i < Vec8<T>::vectors; ++i) {
+      value.part[i] = device::load16(reinterpret_cast<const typename Vec8<T>::Lane*>(from) + i * Vector::size);
     }
   } else {
     value = {};
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) {
+    for (int i = 0; i < vec_size; ++i) {
       if (i < count) value.set(i, from[i]);
     }
   }
   return value;
 }
 
-template <bool whole, class T>
-FASTBN_DEVICE void store_octet(T* to, int count, bool vectorized, const acc_t<T> (&value)[octet]) {
+template <bool aligned, class T>
+FASTBN_DEVICE void store_vec(T* to, int count, bool vectorized, const acc_t<T> (&value)[vec_size]) {
   constexpr int lanes = device::Vector16<T>::size;
-  device::Vector16<T> rounded[octet / lanes];
+  device::Vector16<T> rounded[vec_size / lanes];
   FASTBN_UNROLL
-  for (int i = 0; i < octet; ++i) rounded[i / lanes].element[i % lanes] = from_acc<T>(value[i]);
-  if (whole || (vectorized && count == octet)) {
+  for (int i = 0; i < vec_size; ++i) rounded[i / lanes].element[i % lanes] = from_acc<T>(value[i]);
+  if (aligned || (vectorized && count == vec_size)) {
     FASTBN_UNROLL
-    for (int i = 0; i < octet; i += lanes) device::store16(to + i, rounded[i / lanes]);
+    for (int i = 0; i < vec_size; i += lanes) device::store16(to + i, rounded[i / lanes]);
   } else {
     FASTBN_UNROLL
-    for (int i = 0; i < octet; ++i) {
+    for (int i = 0; i < vec_size; ++i) {
       if (i < count) to[i] = rounded[i / lanes].element[i % lanes];
     }
   }

@@ -8,7 +8,7 @@
 // ones of the next slice. Where there is a place for every octet that is just: to the same octet of the next slice.
 #pragma once
 
-#include "cuda/block/octet.cuh"
+#include "cuda/block/vec8.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/device/device.cuh"
 #include "plan/plan.h"
@@ -16,10 +16,10 @@
 namespace fastbn::cuda {
 
 template <class T>
-class Slab {
+class SmemRing {
  public:
   // Holds on to the plan, which lies in the kernel's parameters.
-  FASTBN_DEVICE Slab(void* memory, const Plan& plan)
+  FASTBN_DEVICE SmemRing(void* memory, const Plan& plan)
       : own_(static_cast<Vector*>(memory) + device::thread_index()), plan_(plan) {}
 
   // The octets of a walk that have places at a time.
@@ -77,7 +77,7 @@ class Slab {
     }
   }
 
-  // The octet's output has been made; a pass of KeptFirst visits it.
+  // The octet's output has been made; a pass of ResidentFirst visits it.
   template <class Walk, class Fetch>
   FASTBN_DEVICE void after_output(const Walk& walk, const Step& step, int visit, Fetch fetch) {
     const int count = kept(walk);
@@ -94,7 +94,7 @@ class Slab {
     } else {
       exists = false;
     }
-    if constexpr (Walk::whole) {
+    if constexpr (Walk::aligned) {
       if (!exists && has_next_slice_) {
         next.offset += to_next_slice_;
         exists = true;
@@ -113,31 +113,31 @@ class Slab {
     close(kept(walk));
   }
 
-  template <bool whole>
+  template <bool aligned>
   FASTBN_DEVICE void fetch(int place, int tensor, const T* from, int count, bool vectorized) const {
-    if (whole || (vectorized && count == octet)) {
+    if (aligned || (vectorized && count == vec_size)) {
       FASTBN_UNROLL
       for (int part = 0; part < parts; ++part) {
         device::copy_async16(at(place, tensor, part), reinterpret_cast<const Vector*>(from) + part);
       }
     } else {
-      const Octet<T> value = load_octet<false>(from, count, false);
+      const Vec8<T> value = load_vec<false>(from, count, false);
       FASTBN_UNROLL
       for (int part = 0; part < parts; ++part) *at(place, tensor, part) = value.part[part];
     }
   }
 
   // From the place of the octet that is visited.
-  FASTBN_DEVICE Octet<T> load(int tensor) const {
-    Octet<T> value;
+  FASTBN_DEVICE Vec8<T> load(int tensor) const {
+    Vec8<T> value;
     FASTBN_UNROLL
     for (int part = 0; part < parts; ++part) value.part[part] = *at(place_, tensor, part);
     return value;
   }
 
  private:
-  using Vector = typename Octet<T>::Vector;
-  static constexpr int parts = Octet<T>::vectors;
+  using Vector = typename Vec8<T>::Vector;
+  static constexpr int parts = Vec8<T>::vectors;
 
   // However little a stage brings in, it is a group of copies. So when a stage begins, all that its visits need came in
   // groups before the latest copy_stages - 1.
@@ -167,24 +167,24 @@ class Slab {
   bool has_next_slice_ = false;
 };
 
-// What is loaded beside what the slab has.
+// What is loaded beside what the ring has.
 struct Nothing {};
 
-// Calls use(step, load(step)) and then after(step, visit) for every octet of a walk, which lies in the slab's place;
+// Calls use(step, load(step)) and then after(step, visit) for every octet of a walk, which lies in the ring's place;
 // `batch` octets, a part of a stage, are loaded side by side.
 template <int batch, class Walk, class T, class Load, class Use, class After>
-FASTBN_DEVICE void for_each_kept(Walk walk, Slab<T>& slab, Load load, Use use, After after) {
+FASTBN_DEVICE void for_each_in_ring(Walk walk, SmemRing<T>& ring, Load load, Use use, After after) {
   static_assert(unroll_of(sizeof(T)) % batch == 0);
-  const int count = slab.kept(walk);
+  const int count = ring.kept(walk);
   int visit = 0;
   for_each_batch<batch>(
-      walk, load, [&] { slab.await(); },
+      walk, load, [&] { ring.await(); },
       [&](const Step& step, const auto& item) {
         use(step, item);
         after(step, visit++);
-        slab.pass(count);
+        ring.pass(count);
       },
-      [&](int octets) { slab.leave(octets); });
+      [&](int octets) { ring.leave(octets); });
 }
 
 }  // namespace fastbn::cuda

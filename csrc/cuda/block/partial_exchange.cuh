@@ -12,11 +12,11 @@ namespace fastbn::cuda {
 // Each group's counter has a cache line to itself.
 constexpr int64_t counter_words = 32;
 
-class Rendezvous {
+class PartialExchange {
  public:
   // shared: two buffers of the slice's channels. workspace: of cooperative plans, a counter a group and then, for each
   // buffer, group and block, the channels. Holds on to the plan: that lies in the kernel's parameters.
-  FASTBN_DEVICE Rendezvous(const Plan& plan, Sums* shared, void* workspace)
+  FASTBN_DEVICE PartialExchange(const Plan& plan, Sums* shared, void* workspace)
       : plan_(plan), shared_(shared), workspace_(static_cast<uint32_t*>(workspace)) {}
 
   // Once, before the first slice.

@@ -1,5 +1,5 @@
-// The ops on CUDA tensors. The stream's symbol lives in libtorch_cuda and is looked up at run time, so that the same
-// binary also loads under a torch without CUDA. torch loads that library for itself alone: it has to be named.
+// The ops on CUDA tensors. The symbol for the stream is in libtorch_cuda and is looked up at run time, so that the same
+// binary also loads under a torch without CUDA. torch loads that library with local symbols, so it has to be named.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 

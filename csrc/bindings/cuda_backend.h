@@ -1,5 +1,5 @@
-// The CUDA launchers as a Backend of the ops: plan, workspace, launch, check. `Context` has the plan for a device, and
-// the stream: torch's, or in the tests the emulator's.
+// The CUDA launchers as a Backend of the ops: plan, workspace, launch, check. `Context` provides plan and stream: those
+// of torch's device, or in tests those of the emulator.
 #pragma once
 
 #include <utility>
@@ -9,10 +9,10 @@
 
 namespace fastbn {
 
-// Whether torch's current CUDA stream can be asked for: the torch in this process was built with CUDA.
+// Says whether torch's current CUDA stream can be asked for, which takes a torch that was built with CUDA.
 bool finds_cuda_stream();
 
-// Asked for once a device.
+// Returns the limits of a device, which are asked for once.
 const DeviceLimits& limits_of_device(int32_t device);
 
 template <class Context>
@@ -67,8 +67,8 @@ class CudaBackend {
       plan = context_.plan(request);
       const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params), ScalarType::Byte);
       error = launcher(params, plan, workspace.data_ptr(), context_.stream());
-      // Another process has a share of the GPU, or a tool of its registers. Nothing has run then: a cooperative plan is
-      // a single launch.
+      // A cooperative grid can be too large when another process uses the GPU, or a tool its registers. Nothing has run
+      // then, because a cooperative plan is a single launch.
     } while (error == cudaErrorCooperativeLaunchTooLarge && std::exchange(request.cooperative, false));
     if (error != cudaSuccess)
       fail(operands_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",

@@ -1,5 +1,5 @@
-// How many multiprocessors cooperative plans may count on, for the whole process: the others are left to what runs
-// beside. The blocks of other plans come and go.
+// The cap on the SMs that cooperative plans occupy, for the whole process. It leaves the others to concurrent kernels,
+// for which the blocks of other plans make room anyway.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,8 @@ namespace fastbn {
 
 inline std::atomic<int> max_sms = std::numeric_limits<int>::max();
 
-// The blocks of a smaller grid lie one on each multiprocessor while there is a free one: two blocks are one too many.
+// Applies the cap. The blocks of a smaller grid go to different SMs while any is free, so plans count on one block per
+// SM.
 inline DeviceLimits within_max_sms(DeviceLimits limits) {
   if (max_sms < limits.sm_count) {
     limits.grid_sms = max_sms;

@@ -25,7 +25,7 @@ struct Layout {
   // The mask holds a bit an element, each run padded to whole bytes.
   FASTBN_INLINE int64_t mask_bytes_per_run() const { return (run() + 7) / 8; }
 
-  // The byte of the octet that begins at an element.
+  // Returns the index of the mask byte of the vector of 8 that begins at an element.
   FASTBN_INLINE int64_t mask_byte(int64_t element) const {
     return element / run() * mask_bytes_per_run() + element % run() / 8;
   }

@@ -1,4 +1,4 @@
-// The time that a plan is predicted to take. It serves to choose among plans, and for nothing else.
+// The predicted time of a plan, which serves to choose among plans and for nothing else.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ struct CostModel {
   // One-pass plans that keep a part of a channel tile.
   double part_tile_us = 14;              // per channel tile
   double part_memory_factor = 1.16;      // time per byte from memory, relative to a copy
-  double part_narrow_row_factor = 1.35;  // the same as narrow_row_factor
+  double part_narrow_row_factor = 1.35;  // narrow_row_factor of these plans
   double part_l2_factor = 0.9;           // time per byte from L2, relative to a copy
 };
 
@@ -46,7 +46,7 @@ constexpr int64_t min_row_bytes = 64;
 // How the blocks of a one-pass plan fill the device.
 struct Occupancy {
   double blocks_per_sm;
-  double waves;  // channel tiles that a block's place on its SM serves, one after the other
+  double waves;  // channel tiles, one after the other, that the slowest position on an SM works on
 };
 
 inline Occupancy occupancy_of(const Request& request, const DeviceLimits& limits, const Plan& plan) {

@@ -43,6 +43,9 @@ enum class Kernel {
   row_tiles,      // NHWC-like: a tile is some neighbouring channels, and a block walks rows of them
 };
 
+// Channels that a thread keeps sums of.
+FASTBN_INLINE constexpr int channels_per_thread(Kernel kernel) { return kernel == Kernel::row_tiles ? vec_size : 1; }
+
 enum class Schedule {
   two_phase,    // one pass for the sums, one that finishes them, and one that reads the elements again
   resident,     // one pass: a block, or a cluster, keeps its channel tile on chip until its sums are known

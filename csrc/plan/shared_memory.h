@@ -29,9 +29,6 @@ struct ReduceMemory {
   uint32_t votes[max_threads / 32];  // one word per warp
 };
 
-// Channels that a thread keeps sums of.
-FASTBN_INLINE constexpr int channels_per_thread(Kernel kernel) { return kernel == Kernel::row_tiles ? vec_size : 1; }
-
 // Room for what a kernel keeps per channel of the tile beside the sums: pivot, coefficients or moments.
 struct alignas(8) ChannelScratch {
   double numbers[4];
@@ -74,8 +71,8 @@ struct SharedMemoryMap {
   FASTBN_INLINE int64_t bytes() const { return ring.end(); }
 };
 
-// The map of a last pass over the elements, which needs the coefficients of the block's channels, and where those
-// depend on a vote (`votes`), a word per warp for that.
+// The map of a last pass over the elements: the coefficients of the block's channels, after a word per warp where these
+// depend on a vote (`has_votes`).
 template <class Coefficients, bool has_votes = false>
 struct LastPassMap {
   SharedArray<uint32_t> votes{0, has_votes ? max_threads / 32 : 0};
@@ -86,11 +83,11 @@ struct LastPassMap {
   FASTBN_INLINE int64_t bytes() const { return coefficients.end(); }
 };
 
-// Gradients in float32 have two forms, and which one a tile takes is voted on.
+// Gradients in float32 have two forms; the block votes on which one a tile takes.
 template <class A>
 using InputGradMap = LastPassMap<GradCoefficients<A>, sizeof(A) == sizeof(float)>;
 
-// Returns the most shared memory that a launch of the plan takes per block, in bytes.
+// Returns the maximum shared memory per block over the launches of the plan, in bytes.
 template <class T>
 int64_t shared_bytes_of(const Plan& plan, Direction direction) {
   using A = acc_t<T>;

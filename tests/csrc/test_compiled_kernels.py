@@ -29,7 +29,7 @@ PTXAS = re.compile(
 # A mangled name: X_kernel of X.cu and the first template argument, the element's type; then the bytes per type.
 KERNEL = re.compile(r"\d(?P<kind>[a-z_]+)_kernel(?:I(?P<dtype>[a-z]|N\w*?E))?")
 ELEMENT_BYTES = {"f": 4, "d": 8, "NS_7float16E": 2, "NS_8bfloat16E": 2}
-OCTET = 8  # elements, as in math/plan.h
+VEC_SIZE = 8  # elements, as in plan/plan.h
 
 # Number of tensors that a kernel can move, the residual and its gradient included: from global memory to registers
 # (load), to shared memory by cp.async (copy), and back (store).
@@ -130,7 +130,7 @@ def test_elements_move_in_accesses_of_16_bytes(compiled: Compiled) -> None:
         seen.add((arch, kind, dtype))
         for move, tensors in MOVES[kind].items():
             # There may be more: loops over vectors may be unrolled.
-            expected = tensors * OCTET * ELEMENT_BYTES[dtype] // 16
+            expected = tensors * VEC_SIZE * ELEMENT_BYTES[dtype] // 16
             got = len(MOVES_16_BYTES[move].findall(instructions))
             if got < expected:
                 narrow.append(f"sm_{arch} {name}: expected {expected} to {move} 16 bytes, got {got}")

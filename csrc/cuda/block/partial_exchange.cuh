@@ -1,47 +1,46 @@
-// Where the blocks of a slice hand one another their parts of its sums: in distributed shared memory if they are a
-// cluster, in global memory if they are a part of a cooperative grid. Two buffers take turns, so that a slice costs one
-// barrier: who writes into a buffer again has since met all who read it.
+// The exchange of partial sums among the blocks of a channel tile: through distributed shared memory if they are a
+// cluster, through global memory if they are a group of a cooperative grid. Two buffers alternate, so that a tile costs
+// one barrier: before a block writes a buffer again it has met every block that read it.
 #pragma once
 
 #include "cuda/block/reduce.cuh"
 #include "cuda/device/device.cuh"
+#include "math/sums.h"
 #include "plan/plan.h"
 
 namespace fastbn::cuda {
 
-// Each group's counter has a cache line to itself.
+// Words per group's counter: a cache line, so that groups do not share one.
 constexpr int64_t counter_words = 32;
 
 class PartialExchange {
  public:
-  // shared: two buffers of the slice's channels. workspace: of cooperative plans, a counter a group and then, for each
-  // buffer, group and block, the channels. Holds on to the plan: that lies in the kernel's parameters.
+  // shared: SharedMemoryMap::exchange. workspace: in cooperative plans, one counter per group, then the sums as
+  // [2 buffers, groups, splits, channels per tile]. Keeps a reference to the plan, which is a parameter of the kernel.
   FASTBN_DEVICE PartialExchange(const Plan& plan, Sums* shared, void* workspace)
       : plan_(plan), shared_(shared), workspace_(static_cast<uint32_t*>(workspace)) {}
 
-  // Once, before the first slice.
-  FASTBN_DEVICE void open() const {
+  // Clears the group's counter. Call it once, before the first exchange.
+  FASTBN_DEVICE void init() const {
     if (!cooperative()) return;
-    if (leads() && device::thread_index() == 0) *counter() = 0;
+    if (is_leader() && device::thread_index() == 0) *counter() = 0;
     device::sync_grid();
   }
 
-  // That the group has met for.
-  FASTBN_DEVICE int slices() const { return slices_; }
+  // Returns the number of exchanges completed.
+  FASTBN_DEVICE int count() const { return count_; }
 
-  // Whether this block is the one that writes what is of a slice as a whole.
-  FASTBN_DEVICE bool leads() const { return block() % plan_.splits == 0; }
+  // Says whether this block writes the results that a tile has once.
+  FASTBN_DEVICE bool is_leader() const { return block() % plan_.splits == 0; }
 
-  // Where this block's part of a channel of the slice belongs.
-  FASTBN_DEVICE Sums& own(int channel) const {
-    return cooperative() ? at(block(), channel, slices_) : shared_buffer(slices_)[channel];
-  }
+  // Sets this block's part of the sums of a channel of the tile.
+  FASTBN_DEVICE void publish(int channel, const Sums& sums) const { block_sums(channel) = sums; }
 
-  // All parts of the slice are then there.
-  FASTBN_DEVICE void meet() {
-    ++slices_;
+  // Waits until all blocks of the tile have published their parts.
+  FASTBN_DEVICE void sync() {
+    ++count_;
     if (cooperative()) {
-      device::sync_blocks(counter(), plan_.splits, slices_);
+      device::sync_blocks(counter(), plan_.splits, count_);
     } else if (plan_.cluster > 1) {
       device::sync_cluster();
     } else {
@@ -49,20 +48,21 @@ class PartialExchange {
     }
   }
 
-  // After meet: the sums of all blocks of the slice, by the lanes of a team, which all get them.
-  FASTBN_DEVICE Sums merged(int channel, int lane, int team) const {
-    const int met = slices_ - 1;
+  // Returns the sums of a channel over all blocks of the tile. Call it after sync, in all lanes of a team, which share
+  // the work and all get the result.
+  FASTBN_DEVICE Sums reduce(int channel, int lane, int team) const {
+    const int exchange = count_ - 1;
     if (cooperative()) {
-      const Sums* const parts = &at(block() / plan_.splits * plan_.splits, channel, met);
+      const Sums* const parts = &global_sums(block() / plan_.splits * plan_.splits, channel, exchange);
       return merge_parts(plan_.splits, lane, team, [&](int rank) { return parts[rank * plan_.channels_per_tile]; });
     }
-    Sums* const own = shared_buffer(met) + channel;
-    if (plan_.cluster == 1) return *own;
-    return merge_parts(plan_.cluster, lane, team, [&](int rank) { return *device::cluster_shared(own, rank); });
+    Sums* const local = shared_buffer(exchange) + channel;
+    if (plan_.cluster == 1) return *local;
+    return merge_parts(plan_.cluster, lane, team, [&](int rank) { return *device::cluster_shared(local, rank); });
   }
 
-  // Once, after the last slice: others of the cluster may still read this block's shared memory.
-  FASTBN_DEVICE void leave() const {
+  // Waits for the cluster, whose other blocks may still read this block's shared memory. Call it once, at the end.
+  FASTBN_DEVICE void finish() const {
     if (plan_.cluster > 1) device::sync_cluster_after_reads();
   }
 
@@ -73,17 +73,21 @@ class PartialExchange {
 
   FASTBN_DEVICE uint32_t* counter() const { return workspace_ + block() / plan_.splits * counter_words; }
 
-  FASTBN_DEVICE Sums* shared_buffer(int slice) const { return shared_ + slice % 2 * plan_.channels_per_tile; }
+  FASTBN_DEVICE Sums* shared_buffer(int exchange) const { return shared_ + exchange % 2 * plan_.channels_per_tile; }
 
-  FASTBN_DEVICE Sums& at(int block, int channel, int slice) const {
+  FASTBN_DEVICE Sums& block_sums(int channel) const {
+    return cooperative() ? global_sums(block(), channel, count_) : shared_buffer(count_)[channel];
+  }
+
+  FASTBN_DEVICE Sums& global_sums(int block, int channel, int exchange) const {
     Sums* const parts = reinterpret_cast<Sums*>(workspace_ + plan_.groups * counter_words);
-    return parts[(int64_t(slice % 2) * plan_.groups * plan_.splits + block) * plan_.channels_per_tile + channel];
+    return parts[(int64_t(exchange % 2) * plan_.groups * plan_.splits + block) * plan_.channels_per_tile + channel];
   }
 
   const Plan& plan_;
   Sums* shared_;
   uint32_t* workspace_;
-  int slices_ = 0;
+  int count_ = 0;
 };
 
 }  // namespace fastbn::cuda

@@ -1,4 +1,4 @@
-// Sums and merges in a fixed order: of octets into accumulators, of threads over a block, of splits over a warp.
+// Reductions in a fixed order: vectors into accumulators, threads over a block, splits over a warp.
 #pragma once
 
 #include "cuda/block/loop.cuh"
@@ -10,15 +10,15 @@
 
 namespace fastbn::cuda {
 
-// Octets between promotions of a running sum to double, which bound its error however large the tensor. The elements of
-// half types are rounded so much more than their sums that these may take longer. Sums of float64 are cut as often,
-// since one long chain of additions shows in what is held to 4 ulp.
+// Vectors between promotions of the fp32 accumulators to double, which bound their error however large the tensor.
+// Elements of half types are rounded so much more than their sums that promotions can be rarer. Sums of float64 are cut
+// as often as those of float32: a long chain of additions would show in results that are held to 4 ulp.
 template <class T>
 constexpr int vectors_per_promotion = sizeof(T) < sizeof(float) ? 64 : 8;
 
-// n sums of type A; each of the eight terms of an octet has a running sum of its own, and they are all of the only sum
-// or of one each. The promoted totals are seldom touched and lie in shared memory, n of them, max_threads apart: in
-// registers they would halve the occupancy.
+// n sums per thread (1 or 8), kept in eight accumulators of type A to break the dependency chain. Every
+// vectors_per_promotion vectors they are added to a float64 total in shared memory: in registers the totals would halve
+// the occupancy.
 template <class A, int n>
 struct LongSum {
   static_assert(n == 1 || n == vec_size);
@@ -43,21 +43,22 @@ struct LongSum {
   }
 };
 
+// Returns what the block's shared memory begins with.
 template <int channels>
 FASTBN_DEVICE ReduceMemory<channels>& reduce_memory() {
   return *device::shared_memory<ReduceMemory<channels>>();
 }
 
-// Two totals of each of the thread's channels over the octets for which each(use) calls use(step, item);
-// add(step, item, first, second) adds to the running sums what an octet comes to.
+// Sums over the vectors for which each(use) calls use(step, item), into two totals per thread and channel.
+// add(step, item, first, second) adds a vector to the accumulators.
 template <class T, class A, int channels, class Each, class Add>
 FASTBN_DEVICE void sum_vectors(ReduceMemory<channels>& memory, Each each, Add add) {
   LongSum<A, channels> first(memory.first), second(memory.second);
-  int octets = 0;
+  int vectors = 0;
   each([&](const Step& step, const auto& item) {
     add(step, item, first.recent, second.recent);
-    if (++octets == vectors_per_promotion<T>) {
-      octets = 0;
+    if (++vectors == vectors_per_promotion<T>) {
+      vectors = 0;
       first.promote();
       second.promote();
     }
@@ -66,8 +67,8 @@ FASTBN_DEVICE void sum_vectors(ReduceMemory<channels>& memory, Each each, Add ad
   second.promote();
 }
 
-// Calls work(channel, lane, team, exists) in all threads, so that it may shuffle: `team` neighbouring lanes, a power of
-// two, share a channel. Where there are more teams than channels the last channel comes again, and exists is false.
+// Calls work(channel, lane, team, exists) in all threads, so that it may shuffle. `team` neighbouring lanes, a power of
+// two, share a channel. Teams without a channel get the last one again, and `exists` is false.
 template <class Work>
 FASTBN_DEVICE void by_teams(int channels, Work work) {
   const int thread = device::thread_index(), threads = device::block_threads();
@@ -80,16 +81,16 @@ FASTBN_DEVICE void by_teams(int channels, Work work) {
   }
 }
 
-// Says whether float32 sums of squares or products are as good as float64 ones: none overflowed, and those of numbers
-// other than 0 did not vanish. `is_exact_zero` says that a second sum of 0 is right.
+// Says whether float32 sums of squares or products are as good as float64 ones: no sum overflowed, and no sum of
+// nonzero numbers vanished. `is_exact_zero` says that a second sum of 0 is right.
 FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
   const bool finite = sums.first - sums.first == 0 && sums.second - sums.second == 0;
   return finite && (sums.second >= 1e-30 || sums.second <= -1e-30 || (sums.second == 0 && is_exact_zero));
 }
 
-// Adds up the totals of all threads; keep(channel, sums) is called by one thread a channel of the slice.
-template <class Walk, class Keep>
-FASTBN_DEVICE void reduce_totals(const Walk& walk, ReduceMemory<Walk::channels>& memory, Keep keep) {
+// Adds up the totals of all threads. One thread per channel of the tile calls save(channel, sums).
+template <class Walk, class Save>
+FASTBN_DEVICE void reduce_totals(const Walk& walk, ReduceMemory<Walk::channels>& memory, Save save) {
   device::sync_block();
   by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
     double first = 0, second = 0;
@@ -101,11 +102,12 @@ FASTBN_DEVICE void reduce_totals(const Walk& walk, ReduceMemory<Walk::channels>&
       first += device::shuffle_xor(first, delta);
       second += device::shuffle_xor(second, delta);
     }
-    if (exists && lane == 0) keep(channel, Sums{first, second});
+    if (exists && lane == 0) save(channel, Sums{first, second});
   });
 }
 
-// The sum over load(k) for k < count, by the lanes of a team, which all get it. Some loads are under way at a time.
+// Returns the sum of load(k) for k < count, in all lanes of a team, which share the work. Several loads are in flight
+// at a time.
 template <class Load>
 FASTBN_DEVICE Sums merge_parts(int count, int lane, int team, Load load) {
   constexpr int batch = 4;
@@ -125,7 +127,7 @@ FASTBN_DEVICE Sums merge_parts(int count, int lane, int team, Load load) {
   return sums;
 }
 
-// Whether a condition holds in all threads of the block, which all learn it. All are then behind what they did before.
+// Returns, in every thread of the block, whether `condition` holds in all of them. It is also a barrier.
 FASTBN_DEVICE bool block_agrees(bool condition, uint32_t* votes) {
   const int thread = device::thread_index();
   const uint32_t denied = device::ballot(!condition);

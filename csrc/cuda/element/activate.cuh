@@ -1,4 +1,4 @@
-// Activations over an octet: one uniform branch for all eight elements.
+// Activations of a vector of 8: one uniform branch for all its elements.
 #pragma once
 
 #include <type_traits>
@@ -26,7 +26,7 @@ FASTBN_DEVICE void with_activation(Activation activation, Use use) {
   }
 }
 
-// values[i] = map(constant activation, z[i], values[i]), where it takes exp or erf by parts of the octet.
+// values[i] = map(constant activation, z[i], values[i]), where exp and erf take parts of the vector at a time.
 template <class A, class Map>
 FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[vec_size], A (&values)[vec_size], Map map) {
   with_activation(activation, [&](auto constant) {
@@ -43,14 +43,13 @@ FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[vec_size],
   });
 }
 
-// Whether an activation is so short that several octets of it are unrolled side by side; the others are called one
-// octet at a time.
+// Says whether an activation is so short that loops process several vectors side by side; the others take one vector at
+// a time.
 FASTBN_DEVICE bool has_light_epilogue(Activation activation) {
   return activation == Activation::none || activation == Activation::relu;
 }
 
-// The constant true or false that has_light_epilogue comes to: use(constant) is compiled for both, and each for its
-// own.
+// Calls `use(std::true_type)` or `use(std::false_type)`, by has_light_epilogue; both are instantiated.
 template <class Use>
 FASTBN_DEVICE void dispatch_epilogue(Activation activation, Use use) {
   has_light_epilogue(activation) ? use(std::true_type()) : use(std::false_type());

@@ -1,5 +1,5 @@
 // The two sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about a number near the
-// mean, which is corrected to xhat once a channel. Where float sums overflow, vanish, or meet inf or NaN, the block
+// mean, which is corrected to xhat once per channel. Where float sums overflow, vanish, or meet inf or NaN, the block
 // starts again in double.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace fastbn::cuda {
 
-// What recomputes z, and the pivot of the sums. Only float32 shows how x - pivot was rounded: float64 is too fine for
-// it, and elements of half types are rounded by far more themselves.
+// Coefficients that recompute z, and the pivot of the sums. Only in float32 the rounding of x - pivot shows: float64 is
+// too fine for it, and elements of half types are themselves rounded far more.
 template <class T>
 struct SumCoefficients {
   using A = acc_t<T>;
@@ -21,8 +21,8 @@ struct SumCoefficients {
   FASTBN_DEVICE A pivot() const { return has_pivot ? A(float_pivot) : affine.pivot; }
 };
 
-// A number near the mean about which float32 terms are exact; the mean itself where that is a float, so that a constant
-// channel has no terms at all.
+// Returns a number near the mean about which float32 terms are exact; the mean itself if that is a float, so that all
+// terms of a constant channel are 0.
 FASTBN_DEVICE float float_pivot_of(double mean, double inv_std) {
   const float rounded = pivot_of_elements<float>(mean, inv_std);
   return double(rounded) == mean ? rounded : float(grad_pivot_of(mean, inv_std));
@@ -43,8 +43,8 @@ FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel
   }
 }
 
-// Makes a thread's totals again in double, element by element: seldom, and so in few registers rather than fast.
-// `shared` are the coefficients of the slice's channels.
+// Recomputes a thread's totals in double, element by element. It runs rarely, so it saves registers rather than time.
+// `shared` holds the coefficients of the tile's channels.
 template <class T, class Walk>
 FASTBN_DEVICE void total_grads_in_double(Walk walk, ReduceMemory<Walk::channels>& memory,
                                          const GradZ<T, Walk::aligned>& grad_z, const SumCoefficients<T>* shared) {
@@ -64,15 +64,16 @@ FASTBN_DEVICE void total_grads_in_double(Walk walk, ReduceMemory<Walk::channels>
   }
 }
 
-// Over a block's share. each(light_epilogue, use) calls use(step, item) for its octets, with items of grad_z, and with
-// what grad_z.dispatch_epilogue says; also(step, grad) gets what they come to; keep(channel, sums) is called by one
-// thread for each channel of the slice. Where the items have no x, the second sum means nothing. `coefficients` are
-// those that share_coefficients left in `scratch`.
-template <class T, class Walk, class Each, class Also, class Keep>
+// Sums over the work of a block. each(light_epilogue, use) calls use(step, item) for its vectors, with items of grad_z,
+// where light_epilogue is from grad_z.dispatch_epilogue. also(step, grad) gets the grad_z of each vector. One thread
+// per channel of the tile calls save(channel, sums); without x in the items the second sum is arbitrary. `scratch`
+// holds the coefficients of all channels of the tile, as share_coefficients leaves them, and `coefficients` those of
+// the thread.
+template <class T, class Walk, class Each, class Also, class Save>
 FASTBN_DEVICE void block_grad_sums(const Walk& walk, ReduceMemory<Walk::channels>& memory,
                                    const GradZ<T, Walk::aligned>& grad_z, const SumCoefficients<T>* scratch,
                                    const SumCoefficients<T> (&coefficients)[Walk::channels], Each each, Also also,
-                                   Keep keep) {
+                                   Save save) {
   using A = acc_t<T>;
   Affine<A> affine[Walk::channels];
   FASTBN_UNROLL
@@ -94,14 +95,14 @@ FASTBN_DEVICE void block_grad_sums(const Walk& walk, ReduceMemory<Walk::channels
   });
   bool resolved = true;
   reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
-    keep(channel, sums);
+    save(channel, sums);
     const bool is_exact_zero = sums.first == 0 || grad_z.may_be_zero(walk.first_channel + channel);
     resolved = resolved && resolves(grad_z.reads_input() ? sums : Sums{sums.first, 0}, is_exact_zero);
   });
   if constexpr (sizeof(A) < sizeof(double)) {
     if (block_agrees(resolved, memory.votes)) return;
     total_grads_in_double(walk, memory, grad_z, scratch);
-    reduce_totals(walk, memory, keep);
+    reduce_totals(walk, memory, save);
   }
 }
 
@@ -110,7 +111,7 @@ FASTBN_DEVICE double sum_grad_xhat(const BackwardParams& params, int64_t channel
                           params.inv_std[channel]);
 }
 
-// Writes what is wanted of a channel's sums over all of its elements.
+// Writes the results of a channel's sums over all of its elements that are wanted.
 FASTBN_DEVICE void save_grad_sums(const BackwardParams& params, int64_t channel, double sum_grad, double xhat) {
   if (params.sum_grad) params.sum_grad[channel] = sum_grad;
   if (params.sum_grad_xhat) params.sum_grad_xhat[channel] = xhat;

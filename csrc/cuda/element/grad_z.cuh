@@ -1,5 +1,5 @@
-// grad_z = grad_out * activation'(z), over an octet: from the mask where there is one, else z is recomputed from the
-// input and the residual.
+// grad_z = grad_out * activation'(z) of a vector of 8. The derivative comes from the mask if there is one; else z is
+// recomputed from the input and the residual.
 #pragma once
 
 #include "cuda/block/smem_ring.cuh"
@@ -21,9 +21,9 @@ class GradZ {
     Vec8<T> x, grad_out, residual;
     uint8_t mask;
   };
-  static constexpr int bytes_in_flight = 2 * sizeof(Vec8<T>);  // of an item, but for a residual
+  static constexpr int bytes_in_flight = 2 * sizeof(Vec8<T>);  // per item, without a residual
 
-  // needs_x: whether the caller uses x for more than z. Holds on to the parameters, which are the kernel's.
+  // needs_x: whether the caller uses x for more than z. Keeps a reference to the parameters, which are the kernel's.
   FASTBN_DEVICE GradZ(const BackwardParams& params, const Plan& plan, bool needs_x)
       : params_(params), vectorized_(plan.vectorized) {
     masked_ = params.mask && is_piecewise_linear(params.activation);
@@ -32,7 +32,7 @@ class GradZ {
     reads_input_ = needs_z || needs_x;
   }
 
-  // Whether a sum(grad_z * (x - pivot)) of 0 is right for a channel, or not asked for, where sum(grad_z) is not 0.
+  // Says whether a sum(grad_z * (x - pivot)) of 0 is right for a channel, or not wanted, although sum(grad_z) is not 0.
   FASTBN_DEVICE bool may_be_zero(int64_t channel) const {
     return !reads_input_ || !misses_vanished_products(params_.inv_std[channel]);
   }
@@ -47,7 +47,7 @@ class GradZ {
     return item;
   }
 
-  // One element's x, 0 where nobody reads it, and its grad_z.
+  // Return an element's x, or 0 where nobody reads it, and its grad_z.
   FASTBN_DEVICE A load_x(const Step& step, int i) const {
     return reads_input_ ? to_acc(at(params_.input, step)[i]) : A(0);
   }
@@ -64,8 +64,8 @@ class GradZ {
     return masked_ ? params_.mask[aligned ? step.offset / vec_size : params_.layout.mask_byte(step.offset)] : 0;
   }
 
-  // Calls use(constant), true where the derivative is as short as has_light_epilogue says: of such an activation, or
-  // from a mask.
+  // Calls use(std::true_type) if the derivative is short, from a mask or of an activation that has_light_epilogue
+  // names; else use(std::false_type).
   template <class Use>
   FASTBN_DEVICE void dispatch_epilogue(Use use) const {
     if constexpr (!has_light_loops) {
@@ -75,11 +75,12 @@ class GradZ {
     }
   }
 
-  // To keep on chip what `load` reads of tensors, and to load it from there; a bit an element is not worth a place.
-  FASTBN_DEVICE void fetch(const SmemRing<T>& ring, const Step& step, int place) const {
-    ring.template fetch<aligned>(place, 0, at(params_.grad_out, step), step.count, vectorized_);
-    if (reads_input_) ring.template fetch<aligned>(place, 1, at(params_.input, step), step.count, vectorized_);
-    if (reads_residual_) ring.template fetch<aligned>(place, 2, at(params_.residual, step), step.count, vectorized_);
+  // Start to load the tensors into a slot of the ring, and load them from the slot that is visited. The mask is not
+  // worth room on chip.
+  FASTBN_DEVICE void fetch(const SmemRing<T>& ring, const Step& step, int slot) const {
+    ring.template fetch<aligned>(slot, 0, at(params_.grad_out, step), step.count, vectorized_);
+    if (reads_input_) ring.template fetch<aligned>(slot, 1, at(params_.input, step), step.count, vectorized_);
+    if (reads_residual_) ring.template fetch<aligned>(slot, 2, at(params_.residual, step), step.count, vectorized_);
   }
 
   FASTBN_DEVICE Item load(const SmemRing<T>& ring, uint8_t mask) const {
@@ -91,7 +92,7 @@ class GradZ {
     return item;
   }
 
-  // simple: what dispatch_epilogue says.
+  // light_epilogue: from dispatch_epilogue.
   template <bool light_epilogue, int channels>
   FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[vec_size]) const {
     FASTBN_UNROLL
@@ -120,7 +121,7 @@ class GradZ {
   }
 
  private:
-  // What goes element by element, and float64, are not worth another loop and its registers.
+  // Unaligned walks and float64 are not worth a second loop and its registers.
   static constexpr bool has_light_loops = aligned && sizeof(A) < sizeof(double);
 
   static FASTBN_DEVICE const T* at(const void* tensor, const Step& step) {

@@ -1,6 +1,7 @@
-// The last step of a backward pass over an octet, which every schedule ends with.
+// The gradients of a vector of 8, with which a backward of every schedule ends.
 #pragma once
 
+#include "cuda/block/coefficients.cuh"
 #include "cuda/block/reduce.cuh"
 #include "cuda/element/grad_z.cuh"
 #include "math/grad_coefficients.h"
@@ -14,7 +15,7 @@ class InputGrad {
  public:
   using A = acc_t<T>;
 
-  // is_far: what some_are_far says of the slice, by which its coefficients were made.
+  // is_far: from any_is_far, for the tile; its coefficients were made with it.
   FASTBN_DEVICE InputGrad(const BackwardParams& params, const Plan& plan, bool frozen, bool is_far)
       : grad_input_(static_cast<T*>(params.grad_input)),
         grad_residual_(static_cast<T*>(params.grad_residual)),
@@ -22,7 +23,7 @@ class InputGrad {
         is_far_(is_far && sizeof(A) < sizeof(double)),
         vectorized_(plan.vectorized) {}
 
-  // simple: what grad_z.dispatch_epilogue says.
+  // light_epilogue: from grad_z.dispatch_epilogue.
   template <bool light_epilogue, int channels>
   FASTBN_DEVICE void operator()(const Step& step, const GradZ<T, aligned>& grad_z,
                                 const typename GradZ<T, aligned>::Item& item,
@@ -47,7 +48,7 @@ class InputGrad {
     store_vec<aligned>(grad_input_ + step.offset, step.count, vectorized_, grad);
   }
 
-  // From grad_z, where the statistics are frozen.
+  // Stores the gradients from grad_z, with frozen statistics.
   template <int channels, class Coefficients>
   FASTBN_DEVICE void store_frozen(const Step& step, const A (&grad_z)[vec_size],
                                   const Coefficients (&coefficients)[channels]) const {
@@ -65,9 +66,9 @@ class InputGrad {
   bool frozen_, is_far_, vectorized_;
 };
 
-// Whether the gradients of a slice are to be made by apply_far, which all threads of the block learn.
+// Says, in all threads of the block, whether the gradients of a tile have to be made by apply_far.
 template <class A, class Walk>
-FASTBN_DEVICE bool some_are_far(const BackwardParams& params, const Walk& walk, uint32_t* votes) {
+FASTBN_DEVICE bool any_is_far(const BackwardParams& params, const Walk& walk, uint32_t* votes) {
   if constexpr (sizeof(A) == sizeof(double)) return false;
   bool near = true;
   for_each_tile_channel(walk, [&](int, int64_t c) { near = near && !is_far_from_one(params.inv_std[c]); });

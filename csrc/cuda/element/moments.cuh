@@ -1,6 +1,6 @@
-// The sums that the statistics of a channel come from, of d and d * d about a pivot, and what becomes of them. The
-// pivot is an element of the channel, the same to all threads and blocks, so that parts of the sums add up. Where float
-// sums overflow, vanish, meet inf or NaN, or cancel about a pivot far off, the block starts again in double.
+// The sums that the statistics of a channel come from, of d and d * d about a pivot, and the statistics. The pivot is
+// an element of the channel, the same for all threads and blocks, so that partial sums add up. Where float sums
+// overflow, vanish, meet inf or NaN, or cancel about a distant pivot, the block starts again in double.
 #pragma once
 
 #include "cuda/block/loop.cuh"
@@ -37,11 +37,11 @@ FASTBN_DEVICE bool cancels(const Sums& sums, double count) {
   return count >= min_count && (max_ratio - 1) * sums.second * count < max_ratio * sums.first * sums.first;
 }
 
-// Sums in A the octets for which each(use) calls use(step, x), once each. keep(channel, sums) is called by one thread
-// for each channel of the slice. Returns whether float32 was enough for all.
-template <class T, class A, class Walk, class Each, class Keep>
+// Sums in A over the vectors for which each(use) calls use(step, x). One thread per channel of the tile calls
+// save(channel, sums). Returns whether float32 was enough for all channels.
+template <class T, class A, class Walk, class Each, class Save>
 FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,
-                               const acc_t<T> (&pivot)[Walk::channels], Each each, Keep keep) {
+                               const acc_t<T> (&pivot)[Walk::channels], Each each, Save save) {
   sum_vectors<T, A>(memory, each, [&](const Step& step, const auto& x, A(&sum)[vec_size], A(&squares)[vec_size]) {
     FASTBN_UNROLL
     for (int i = 0; i < vec_size; ++i) {
@@ -53,24 +53,24 @@ FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& m
   bool resolved = true;
   const double count = double(walk.elements_per_channel());
   reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
-    keep(channel, sums);
+    save(channel, sums);
     resolved = resolved && resolves(sums, sums.first == 0) && !cancels(sums, count);
   });
   return block_agrees(resolved, memory.votes);
 }
 
-// Over a block's share, by each(use), and in float64, by each_again(use), where float32 is not enough.
-template <class T, class Walk, class Each, class EachAgain, class Keep>
+// Sums over the work of a block by each(use), and where float32 is not enough in float64 by each_again(use).
+template <class T, class Walk, class Each, class EachAgain, class Save>
 FASTBN_DEVICE void block_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,
-                                 const acc_t<T> (&pivot)[Walk::channels], Each each, EachAgain each_again, Keep keep) {
+                                 const acc_t<T> (&pivot)[Walk::channels], Each each, EachAgain each_again, Save save) {
   using A = acc_t<T>;
-  const bool resolved = sum_moments<T, A>(walk, memory, pivot, each, keep);
+  const bool resolved = sum_moments<T, A>(walk, memory, pivot, each, save);
   if constexpr (sizeof(A) < sizeof(double)) {
-    if (!resolved) sum_moments<T, double>(walk, memory, pivot, each_again, keep);
+    if (!resolved) sum_moments<T, double>(walk, memory, pivot, each_again, save);
   }
 }
 
-// Writes the statistics of a channel that are wanted and moves the running ones; `batches` counts this one too.
+// Writes the statistics of a channel that are wanted, and updates the running ones. `batches` includes this batch.
 FASTBN_DEVICE void save_statistics(const ForwardParams& params, int64_t channel, const Moments& moments,
                                    int64_t batches) {
   const bool empty = moments.count == 0;

@@ -1,4 +1,4 @@
-// The last step of a forward pass over an octet, which every schedule ends with.
+// The output of a vector of 8, with which a forward of every schedule ends.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 
 namespace fastbn::cuda {
 
-// output = activation((x - mean) * inv_std * weight + bias + residual), with a bit an element for backward where asked.
+// output = activation((x - mean) * inv_std * weight + bias + residual), and a mask of one bit per element if wanted.
 template <class T, bool aligned>
 class Normalize {
  public:
@@ -23,16 +23,16 @@ class Normalize {
         layout_(params.layout),
         mask_(params.mask),
         activation_(params.activation),
-        least_(params.activation == Activation::relu ? A(0) : -INFINITY),
+        lower_bound_(params.activation == Activation::relu ? A(0) : -INFINITY),
         vectorized_(plan.vectorized) {}
 
   FASTBN_DEVICE Vec8<T> load_residual(const Step& step) const {
-    Vec8<T> residual;  // which stays what it is, and is not used, where there is none
+    Vec8<T> residual;  // stays uninitialised and unused without a residual
     if (residual_) residual = load_vec<aligned>(residual_ + step.offset, step.count, vectorized_);
     return residual;
   }
 
-  // simple: what has_light_epilogue says of the activation.
+  // light_epilogue: from dispatch_epilogue.
   template <bool light_epilogue, int channels>
   FASTBN_DEVICE void operator()(const Step& step, const Vec8<T>& x, const Vec8<T>& residual,
                                 const Affine<A> (&affine)[channels]) const {
@@ -49,7 +49,7 @@ class Normalize {
     }
     if constexpr (light_epilogue) {
       FASTBN_UNROLL
-      for (int i = 0; i < vec_size; ++i) z[i] = device::max_or_nan(z[i], least_);
+      for (int i = 0; i < vec_size; ++i) z[i] = device::max_or_nan(z[i], lower_bound_);
     } else {
       activate(activation_, z);
     }
@@ -62,7 +62,7 @@ class Normalize {
   const Layout& layout_;
   uint8_t* mask_;
   Activation activation_;
-  A least_;  // of a simple activation
+  A lower_bound_;  // of the output, with a light epilogue
   bool vectorized_;
 };
 

@@ -1,5 +1,5 @@
-// The second launch of two-phase plans: adds the partial sums of a channel over the splits, one warp per channel, and
-// makes of them what the op wants.
+// The second launch of two-phase plans: adds up the partial sums of a channel over the splits, one warp per channel,
+// and finishes them into what the op wants.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace fastbn::cuda {
 
-// Finish()(params, channel, sums) is called by one thread per channel.
+// One thread per channel calls Finish()(params, channel, sums).
 template <class Params, class Finish>
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) finish_kernel(Params params, int splits, const Sums* partials) {
   const int64_t channels = params.layout.channels;

@@ -1,5 +1,7 @@
-// The sums of the gradients by the two-phase plans: partial sums a block, added over the splits. Where the statistics
-// are frozen the gradients of the elements do not wait for the sums, and are made in the same pass.
+// The sums of the gradients in two-phase plans: partial sums per block, added up over the splits. With frozen
+// statistics the gradients of the elements do not depend on the sums, and are made in the same pass.
+#include "cuda/block/coefficients.cuh"
+#include "cuda/block/vector_loop.cuh"
 #include "cuda/element/grad_sums.cuh"
 #include "cuda/element/input_grad.cuh"
 #include "cuda/kernels/finish.cuh"

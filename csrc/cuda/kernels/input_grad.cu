@@ -1,4 +1,6 @@
-// The last pass of the two-phase plans, and the only one where nothing but element-wise gradients is wanted.
+// The gradients of the elements: the last pass of two-phase plans, and the only one where no sums are wanted.
+#include "cuda/block/coefficients.cuh"
+#include "cuda/block/vector_loop.cuh"
 #include "cuda/element/input_grad.cuh"
 #include "cuda/kernels/passes.cuh"
 
@@ -15,10 +17,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
   const GradZ<T, Walk::aligned> grad_z(params, plan, params.grad_input && !frozen);
   const InputGradMap<A> map(plan);
   void* const memory = device::shared_memory<char>();
-  const bool is_far = !frozen && some_are_far<A>(params, walk, map.votes.in(memory));
+  const bool is_far = !frozen && any_is_far<A>(params, walk, map.votes.in(memory));
   const InputGrad<T, Walk::aligned> input_grad(params, plan, frozen, is_far);
 
-  GradCoefficients<A> both[channels];
+  GradCoefficients<A> coefficients[channels];
   share_coefficients(
       walk, map.coefficients.in(memory),
       [&](int64_t channel) {
@@ -27,13 +29,13 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
                       : grad_coefficients<A>(params, channel, params.sum_grad[channel], params.sum_grad_xhat[channel],
                                              count, is_far);
       },
-      both);
+      coefficients);
 
   grad_z.dispatch_epilogue([&](auto light_epilogue) {
     for_each_vector<light_epilogue.value ? vectors_in_flight<GradZ<T, Walk::aligned>::bytes_in_flight> : 1>(
         walk, [&](const Step& step) { return grad_z.load(step); },
         [&](const Step& step, const auto& item) {
-          input_grad.template operator()<light_epilogue.value>(step, grad_z, item, both);
+          input_grad.template operator()<light_epilogue.value>(step, grad_z, item, coefficients);
         });
   });
 }

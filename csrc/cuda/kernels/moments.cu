@@ -1,4 +1,6 @@
-// The statistics of all channels by the two-phase plans: partial moments a block, merged over the splits.
+// The statistics of all channels in two-phase plans: partial sums per block, added up over the splits.
+#include "cuda/block/coefficients.cuh"
+#include "cuda/block/vector_loop.cuh"
 #include "cuda/element/moments.cuh"
 #include "cuda/kernels/finish.cuh"
 #include "cuda/kernels/passes.cuh"

@@ -1,4 +1,6 @@
-// The last pass of the two-phase plans, and the only one of evaluation.
+// The normalisation: the last pass of two-phase plans, and the only one of evaluation.
+#include "cuda/block/coefficients.cuh"
+#include "cuda/block/vector_loop.cuh"
 #include "cuda/element/normalize.cuh"
 #include "cuda/kernels/passes.cuh"
 #include "math/moments.h"

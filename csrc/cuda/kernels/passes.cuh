@@ -1,5 +1,5 @@
-// The single launches that the plans are made of, and how a launch finds its kernel. A pass over the elements takes the
-// plan's grid; a finishing pass takes a warp a channel.
+// The launches that plans consist of, and the dispatch from a plan to the instance of a kernel. A pass over the
+// elements takes the plan's grid, a finishing pass one warp per channel.
 #pragma once
 
 #include <cassert>
@@ -15,7 +15,7 @@
 
 namespace fastbn::cuda {
 
-// Partials lie as [splits, channels].
+// Partial sums are laid out as [splits, channels].
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
 cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
                                   cudaStream_t stream);
@@ -25,17 +25,17 @@ cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sum
 // Writes sum_grad, sum_grad_xhat, grad_weight and grad_bias where they are not null.
 cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
                                     cudaStream_t stream);
-// The statistics are frozen where sum_grad is null; a null count is the layout's.
+// With a null sum_grad the statistics are frozen; with a null count it is that of the layout.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
 
-// Sums and the last pass in one launch, by one-pass plans; with the statistics of the batch. The workspace
+// Sums and the last pass in one launch, for one-pass plans and the statistics of the batch. The workspace
 // is that of cooperative plans, or the ticket of a cumulative average (batch_counter.cuh), then 0.
 cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
                                     cudaStream_t stream);
 cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
                                      cudaStream_t stream);
 
-// Calls run.operator()<T, Walk>() for the dtype and the plan's walk.
+// Calls run.operator()<T, Walk>() with the type of the elements and the plan's walk.
 template <class Run>
 cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run run) {
   const auto with_kernel = [&]<class T, bool aligned>() {
@@ -55,23 +55,24 @@ cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run ru
   return cudaErrorInvalidValue;
 }
 
-// Warps merge by halving, which takes full warps; channels and the elements of a row are counted in int.
+// Checks that kernels can run a plan: warps merge by halving, which takes full warps, and kernels count channels and
+// the elements of a row in int.
 inline bool is_runnable(const Plan& plan, const Layout& layout) {
   const bool threads = plan.threads > 0 && plan.threads <= max_threads && plan.threads % device::kWarp == 0;
   const bool rows =
       plan.kernel == Kernel::channel_tiles || plan.row_width == plan.fold * layout.channels * layout.inner;
-  // Places that come round do so in whole stages, and threads take octets of a stage side by side.
-  const bool all_kept = plan.slots >= vectors_per_thread(layout, plan, plan.splits);
-  const bool stages =
-      plan.slots > 0 && plan.slots <= copy_stages * plan.slots_per_stage &&
-      (all_kept || (plan.kernel == Kernel::row_tiles && plan.slots == copy_stages * plan.slots_per_stage));
-  const bool places = !is_one_pass(plan) || stages;
-  return threads && rows && places && plan.vectors_per_row >= 1 && plan.vectors_per_row <= plan.threads &&
+  // Slots that are reused within a tile are a ring of whole stages, since threads process the vectors of a stage side
+  // by side.
+  const bool fits = plan.slots >= vectors_per_thread(layout, plan, plan.splits);
+  const bool stages = plan.slots > 0 && plan.slots <= copy_stages * plan.slots_per_stage &&
+                      (fits || (plan.kernel == Kernel::row_tiles && plan.slots == copy_stages * plan.slots_per_stage));
+  const bool slots = !is_one_pass(plan) || stages;
+  return threads && rows && slots && plan.vectors_per_row >= 1 && plan.vectors_per_row <= plan.threads &&
          layout.channels <= INT32_MAX;
 }
 
 inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
-  assert(shared_bytes <= plan.shared_bytes);  // what the planner said
+  assert(shared_bytes <= plan.shared_bytes);
   device::Launch shape;
   shape.grid_x = int64_t(plan.groups) * plan.splits;
   shape.threads = plan.threads;
@@ -81,7 +82,7 @@ inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
   return shape;
 }
 
-// A launch that reduces, whatever it does afterwards.
+// Returns the shape of a launch that reduces, whatever it does afterwards.
 template <class T, class Coefficients>
 device::Launch sums_shape(const Plan& plan) {
   return grid_of(plan, SharedMemoryMap<T, Coefficients>(plan, channels_per_thread(plan.kernel)).bytes());

@@ -1,8 +1,10 @@
-// A training forward in one launch that reads the input once: the blocks of a slice keep its elements on chip, exchange
-// their moments, and normalise what they kept while they bring in their next slice. Of a slice larger than the chip
-// they keep a part and read the rest again.
+// A training forward in one launch that reads the input once: the blocks of a channel tile keep its elements on chip,
+// exchange their sums, and normalise what is on chip while they load their next tile. Of a tile that does not fit on
+// the chip they keep a part and read the rest again.
 #include "cuda/block/batch_counter.cuh"
+#include "cuda/block/coefficients.cuh"
 #include "cuda/block/tiles.cuh"
+#include "cuda/block/vector_loop.cuh"
 #include "cuda/element/moments.cuh"
 #include "cuda/element/normalize.cuh"
 #include "cuda/kernels/passes.cuh"
@@ -10,7 +12,7 @@
 namespace fastbn::cuda {
 namespace {
 
-// What is known of a channel of the slice: what was loaded while its elements were on their way, then its moments.
+// Scratch memory of a channel of the tile: what is loaded while its elements are in flight, and later its moments.
 union Channel {
   struct {
     double pivot, weight, bias;
@@ -29,20 +31,20 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
   PartialExchange exchange(plan, map.exchange.in(&memory), workspace);
 
   const T* input = static_cast<const T*>(params.input);
-  const auto fetch = [&](const Step& step, int place) {
-    ring.template fetch<Walk::aligned>(place, 0, input + step.offset, step.count, plan.vectorized);
+  const auto fetch = [&](const Step& step, int slot) {
+    ring.template fetch<Walk::aligned>(slot, 0, input + step.offset, step.count, plan.vectorized);
   };
   const BatchCounter batches(params, plan, static_cast<uint32_t*>(workspace));
   const int64_t batch = batches.number();
 
   for_each_tile<Walk>(params.layout, plan, ring, exchange, fetch, [&](const Walk& walk, bool is_first) {
-    auto* const known = map.template scratch_in<Channel>(&memory);
+    auto* const scratch = map.template scratch_in<Channel>(&memory);
     for_each_tile_channel(walk, [&](int channel, int64_t c) {
-      known[channel].prepared = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
+      scratch[channel].prepared = {pivot_of(params, c), params.weight.load_or(c, 1), params.bias.load_or(c, 0)};
     });
     device::sync_block();
     A pivot[Walk::channels];
-    walk.for_each_channel([&](int i, int channel) { pivot[i] = A(known[channel].prepared.pivot); });
+    walk.for_each_channel([&](int i, int channel) { pivot[i] = A(scratch[channel].prepared.pivot); });
 
     block_moments<T>(
         walk, memory, pivot,
@@ -60,29 +62,29 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm(sizeof(T), W
               },
               use);
         },
-        [&](int channel, const Sums& sums) { exchange.own(channel) = sums; });
-    exchange.meet();
+        [&](int channel, const Sums& sums) { exchange.publish(channel, sums); });
+    exchange.sync();
     if (is_first) batches.increment();
 
     by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
-      const Sums sums = exchange.merged(channel, lane, team);
+      const Sums sums = exchange.reduce(channel, lane, team);
       if (!exists || lane != 0) return;
-      const auto [pivot, weight, bias] = known[channel].prepared;
+      const auto [pivot, weight, bias] = scratch[channel].prepared;
       const Moments moments = moments_of(params.layout, pivot, sums);
       coefficients[channel] = Affine<A>::make(moments.mean, inv_std_of(moments.var(), params.eps), weight, bias);
-      known[channel].moments = moments;
+      scratch[channel].moments = moments;
     });
     device::sync_block();
-    if (exchange.leads()) {
+    if (exchange.is_leader()) {
       for_each_tile_channel(walk, [&](int channel, int64_t c) {
-        save_statistics(params, c, known[channel].moments, device::opaque(batch));
+        save_statistics(params, c, scratch[channel].moments, device::opaque(batch));
       });
     }
     Affine<A> affine[Walk::channels];
     load_coefficients(walk, coefficients, affine);
 
     const Normalize<T, Walk::aligned> normalize(params, plan);
-    ring.begin_last_pass(walk);
+    ring.begin_output_pass(walk);
     dispatch_epilogue(params.activation, [&](auto light_epilogue) {
       for_each_in_ring<light_epilogue.value && !Walk::by_rows ? unroll_of(sizeof(T)) : 1>(
           ResidentFirst(walk), ring, [&](const Step& step) { return normalize.load_residual(step); },

@@ -87,6 +87,8 @@ macros = [
 if CUDA:
     macros.append(("FASTBN_WITH_CUDA", None))
 host_flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# A switch over an enum names every case, so that one that is added later is an error where it was forgotten.
+host_flags += ["-Werror=switch"]
 # Compilers vectorise no square root that may set errno, and no choice between what may raise exceptions of arithmetic.
 host_flags += ["-fno-math-errno", "-fno-trapping-math"]
 common = {

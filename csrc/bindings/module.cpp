@@ -6,10 +6,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/max_sms.h"
 #include "cpu/kernels/kernels.h"
+#include "math/activation.h"
 #include "plan/planner.h"
 #ifdef FASTBN_WITH_CUDA
 #include "bindings/cuda_backend.h"
@@ -45,6 +47,18 @@ py::dict build_info() {
   info["cpu_instruction_sets"] = sets;
   info["cpu_instruction_set"] = cpu::instruction_set();
   return info;
+}
+
+template <class... All>
+py::list list_of(ActivationList<All...>) {
+  py::list list;
+  for (const auto& [name, form] : {std::pair(All::name, All::form)...}) {
+    py::dict row;
+    row["name"] = name;
+    row["is_piecewise_linear"] = form == Form::piecewise_linear;
+    list.append(row);
+  }
+  return list;
 }
 
 DeviceLimits named_device(const std::string& name) {
@@ -114,6 +128,9 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("max_cluster", &DeviceLimits::max_cluster)
       .def_readonly("l2_bytes", &DeviceLimits::l2_bytes);
   m.def("build_info", &build_info, "How this binary was built, and the CPU instruction sets it can use here.");
+  m.def(
+      "activations", [] { return list_of(Activations()); },
+      "The activations in the order of their numbers: name, and whether they are piecewise linear.");
   m.def("named_device", &named_device, "The limits of a100, h100, h200 or b200.");
   m.def("device_limits", &device_limits, "The limits of a CUDA device that is here, by its index.");
   m.def(

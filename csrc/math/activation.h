@@ -1,6 +1,6 @@
-// The eight activations and their derivatives, with the branches that torch takes at the boundaries, and at NaN those
-// of its vectorised loops for CPUs: comparisons are written so that a NaN takes the branch that is meant for it. F is
-// float, double, or a vector of either that has the same operators and `select`, `exp`, `expm1`, `erf`.
+// The activations, one struct each, with torch's branches at the boundaries, and at NaN those of its vectorised loops
+// for CPUs: comparisons are written so that a NaN takes the branch that is meant for it. F is float, double, or a
+// vector of either that has the same operators and `select`, `exp`, `expm1`, `erf`.
 #pragma once
 
 #include <cmath>
@@ -11,14 +11,10 @@ namespace fastbn {
 
 // The order is the contract: it is the `activation` argument of every op.
 enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, hardswish };
-constexpr int activation_count = 8;
 
-// Piecewise linear activations know their derivative from one bit an element.
-FASTBN_INLINE constexpr bool is_piecewise_linear(Activation activation) {
-  return activation == Activation::relu || activation == Activation::leaky_relu || activation == Activation::relu6;
-}
-
-constexpr double leaky_slope = 0.01;
+// What loops ask of a formula. The derivative of a piecewise linear one has two values, so that one bit per element
+// tells it; a short one takes a few operations, a long one exp or erf.
+enum class Form { identity, piecewise_linear, short_formula, long_formula };
 
 template <class F>
 FASTBN_INLINE F select(bool condition, F yes, F no) {
@@ -37,61 +33,213 @@ FASTBN_INLINE F normal_cdf(F z) {
   return F(0.5) * (F(1) + erf(z * F(0.70710678118654752440)));
 }
 
-// relu leaves -0 as it is, as torch's does on a CPU. (CUDA's loops for relu make it +0.)
-template <class F>
-FASTBN_INLINE F activation_forward(Activation activation, F z) {
-  switch (activation) {
-    case Activation::relu: return select(z < F(0), F(0), z);
-    case Activation::leaky_relu: return select(z > F(0), z, z * F(leaky_slope));
-    case Activation::relu6: return select(z <= F(0), F(0), select(z >= F(6), F(6), z));
-    case Activation::elu: return select(z <= F(0), expm1(z), z);
-    case Activation::silu: return z / (F(1) + exp(-z));
-    case Activation::gelu: return z * normal_cdf(z);
-    case Activation::hardswish: {
-      const F ramp = z + F(3);
-      return z * select(ramp <= F(0), F(0), select(ramp >= F(6), F(6), ramp)) / F(6);
-    }
-    default: return z;
+// Each struct has `forward`, activation(z), and `backward`, grad_out * activation'(z). A piecewise linear one has
+// `is_upper` and `lower_slope` instead of `backward`: where its derivative is 1, and what it is elsewhere.
+template <Activation id_, Form form_>
+struct ActivationOf {
+  static constexpr Activation id = id_;
+  static constexpr Form form = form_;
+};
+
+struct None : ActivationOf<Activation::none, Form::identity> {
+  static constexpr const char* name = "none";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return z;
   }
+  template <class F>
+  static FASTBN_INLINE F backward(F, F grad_out) {
+    return grad_out;
+  }
+};
+
+template <Activation id>
+struct PiecewiseLinear : ActivationOf<id, Form::piecewise_linear> {};
+
+// relu leaves -0 as it is, as torch's does on a CPU. (CUDA's loops for relu make it +0.)
+struct Relu : PiecewiseLinear<Activation::relu> {
+  static constexpr const char* name = "relu";
+  static constexpr double lower_slope = 0;
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return select(z < F(0), F(0), z);
+  }
+  template <class F>
+  static FASTBN_INLINE auto is_upper(F z) {
+    return !(z <= F(0));
+  }
+};
+
+struct LeakyRelu : PiecewiseLinear<Activation::leaky_relu> {
+  static constexpr const char* name = "leaky_relu";
+  static constexpr double lower_slope = 0.01;
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return select(z > F(0), z, z * F(lower_slope));
+  }
+  template <class F>
+  static FASTBN_INLINE auto is_upper(F z) {
+    return z > F(0);
+  }
+};
+
+struct Relu6 : PiecewiseLinear<Activation::relu6> {
+  static constexpr const char* name = "relu6";
+  static constexpr double lower_slope = 0;
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return select(z <= F(0), F(0), select(z >= F(6), F(6), z));
+  }
+  template <class F>
+  static FASTBN_INLINE auto is_upper(F z) -> decltype(z > F(0)) {
+    return (z > F(0)) & (z < F(6));
+  }
+};
+
+struct Elu : ActivationOf<Activation::elu, Form::long_formula> {
+  static constexpr const char* name = "elu";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return select(z <= F(0), expm1(z), z);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    return select(z > F(0), grad_out, grad_out * exp(z));
+  }
+};
+
+struct Silu : ActivationOf<Activation::silu, Form::long_formula> {
+  static constexpr const char* name = "silu";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return z / (F(1) + exp(-z));
+  }
+  // 1 - s cancels where s is nearly 1: there it is e * s.
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    const F e = exp(-z), s = F(1) / (F(1) + e);
+    return grad_out * (s * (F(1) + z * select(z > F(0), e * s, F(1) - s)));
+  }
+};
+
+struct Gelu : ActivationOf<Activation::gelu, Form::long_formula> {
+  static constexpr const char* name = "gelu";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return z * normal_cdf(z);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    const F density = exp(z * z * F(-0.5)) * F(0.39894228040143267794);
+    return grad_out * (normal_cdf(z) + z * density);
+  }
+};
+
+struct Hardswish : ActivationOf<Activation::hardswish, Form::short_formula> {
+  static constexpr const char* name = "hardswish";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    const F ramp = z + F(3);
+    return z * select(ramp <= F(0), F(0), select(ramp >= F(6), F(6), ramp)) / F(6);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    return select(z <= F(-3), F(0), select(z >= F(3), grad_out, grad_out * (z * F(1.0 / 3) + F(0.5))));
+  }
+};
+
+// All of them, in the order of the enum. Whatever depends on the activation is made from this list, so that one that is
+// missing here has no number (fastbn.ops.activations compares names when it is imported), and one that is here is
+// everywhere.
+template <class... All>
+struct ActivationList {
+  static constexpr int size = sizeof...(All);
+};
+using Activations = ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish>;
+
+template <class... All>
+constexpr bool is_in_order(ActivationList<All...>) {
+  int index = 0;
+  return ((int(All::id) == index++) && ...);
+}
+static_assert(is_in_order(Activations()), "Activations must have the order of the enum");
+constexpr int activation_count = Activations::size;
+
+// Calls use(struct) for the activation's struct.
+template <class Use, class... All>
+FASTBN_INLINE constexpr void with_activation(Activation activation, Use&& use, ActivationList<All...>) {
+  (void)((activation == All::id ? (use(All()), true) : false) || ...);
+}
+template <class Use>
+FASTBN_INLINE constexpr void with_activation(Activation activation, Use&& use) {
+  with_activation(activation, use, Activations());
 }
 
-// True where a piecewise linear activation takes its upper branch.
+FASTBN_INLINE constexpr Form form_of(Activation activation) {
+  Form form = Form::identity;
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA { form = a.form; });
+  return form;
+}
+
+FASTBN_INLINE constexpr bool is_piecewise_linear(Activation activation) {
+  return form_of(activation) == Form::piecewise_linear;
+}
+
+// Says whether a piecewise linear activation has a slope below its upper branch.
+FASTBN_INLINE constexpr bool leaks(Activation activation) {
+  bool result = false;
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
+    if constexpr (a.form == Form::piecewise_linear) result = a.lower_slope != 0;
+  });
+  return result;
+}
+
+// Says where a piecewise linear activation takes its upper branch.
 template <class F>
 FASTBN_INLINE auto activation_is_upper(Activation activation, F z) -> decltype(z > F(0)) {
-  switch (activation) {
-    case Activation::relu: return !(z <= F(0));
-    case Activation::relu6: return (z > F(0)) & (z < F(6));
-    default: return z > F(0);
-  }
+  auto upper = z > F(0);
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
+    if constexpr (a.form == Form::piecewise_linear) upper = a.is_upper(z);
+  });
+  return upper;
 }
 
 // grad_z of a piecewise linear activation from its mask.
 template <class F, class Mask>
 FASTBN_INLINE F activation_backward_masked(Activation activation, Mask upper, F grad_out) {
-  return select(upper, grad_out, activation == Activation::leaky_relu ? grad_out * F(leaky_slope) : F(0));
+  F lower(0);
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
+    if constexpr (a.form == Form::piecewise_linear)
+      if constexpr (a.lower_slope != 0) lower = grad_out * F(a.lower_slope);
+  });
+  return select(upper, grad_out, lower);
 }
 
-// grad_out * activation'(z).
+// activation(z), and grad_out * activation'(z).
+template <class A, class F>
+FASTBN_INLINE F activation_forward(A, F z) {
+  return A::forward(z);
+}
+template <class A, class F>
+FASTBN_INLINE F activation_backward(A a, F z, F grad_out) {
+  if constexpr (A::form == Form::piecewise_linear)
+    return activation_backward_masked(a.id, A::is_upper(z), grad_out);
+  else
+    return A::backward(z, grad_out);
+}
+
+// The same of an activation that is known when it runs.
+template <class F>
+FASTBN_INLINE F activation_forward(Activation activation, F z) {
+  F y = z;
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA { y = activation_forward(a, z); });
+  return y;
+}
 template <class F>
 FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
-  switch (activation) {
-    case Activation::relu:
-    case Activation::leaky_relu:
-    case Activation::relu6: return activation_backward_masked(activation, activation_is_upper(activation, z), grad_out);
-    case Activation::elu: return select(z > F(0), grad_out, grad_out * exp(z));
-    case Activation::silu: {
-      // 1 - s cancels where s is nearly 1: there it is e * s.
-      const F e = exp(-z), s = F(1) / (F(1) + e);
-      return grad_out * (s * (F(1) + z * select(z > F(0), e * s, F(1) - s)));
-    }
-    case Activation::gelu: {
-      const F density = exp(z * z * F(-0.5)) * F(0.39894228040143267794);
-      return grad_out * (normal_cdf(z) + z * density);
-    }
-    case Activation::hardswish:
-      return select(z <= F(-3), F(0), select(z >= F(3), grad_out, grad_out * (z * F(1.0 / 3) + F(0.5))));
-    default: return grad_out;
-  }
+  F grad_z = grad_out;
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad_z = activation_backward(a, z, grad_out); });
+  return grad_z;
 }
 
 }  // namespace fastbn

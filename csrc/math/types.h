@@ -22,8 +22,10 @@ inline int64_t element_size(DType dtype) {
   switch (dtype) {
     case DType::float32: return 4;
     case DType::float64: return 8;
-    default: return 2;
+    case DType::bfloat16:
+    case DType::float16: return 2;
   }
+  __builtin_unreachable();
 }
 
 // What a T is computed in: float for everything but double.
@@ -128,8 +130,9 @@ struct ChannelVector {
       case DType::float32: return static_cast<const float*>(data)[channel];
       case DType::float64: return static_cast<const double*>(data)[channel];
       case DType::bfloat16: return to_acc(static_cast<const bfloat16*>(data)[channel]);
-      default: return to_acc(static_cast<const float16*>(data)[channel]);
+      case DType::float16: return to_acc(static_cast<const float16*>(data)[channel]);
     }
+    __builtin_unreachable();
   }
 
   FASTBN_INLINE double load_or(int64_t channel, double fallback) const { return defined() ? load(channel) : fallback; }
@@ -139,7 +142,7 @@ struct ChannelVector {
       case DType::float32: static_cast<float*>(data)[channel] = float(value); break;
       case DType::float64: static_cast<double*>(data)[channel] = value; break;
       case DType::bfloat16: static_cast<bfloat16*>(data)[channel] = from_acc<bfloat16>(float(value)); break;
-      default: static_cast<float16*>(data)[channel] = from_acc<float16>(float(value)); break;
+      case DType::float16: static_cast<float16*>(data)[channel] = from_acc<float16>(float(value)); break;
     }
   }
 
@@ -156,7 +159,7 @@ struct ChannelVector {
       case DType::float32: return convert(static_cast<const float*>(data));
       case DType::float64: return convert(static_cast<const double*>(data));
       case DType::bfloat16: return convert(static_cast<const bfloat16*>(data));
-      default: return convert(static_cast<const float16*>(data));
+      case DType::float16: return convert(static_cast<const float16*>(data));
     }
   }
 
@@ -168,7 +171,7 @@ struct ChannelVector {
       case DType::float32: return convert(static_cast<float*>(data));
       case DType::float64: return convert(static_cast<double*>(data));
       case DType::bfloat16: return convert(static_cast<bfloat16*>(data));
-      default: return convert(static_cast<float16*>(data));
+      case DType::float16: return convert(static_cast<float16*>(data));
     }
   }
 };

@@ -1,11 +1,89 @@
-"""The activations that can be fused behind the normalisation, in the order that the ops number them."""
+"""The activations that can be fused behind the normalisation: one row each, in the order that the ops number them.
+
+The order, and which are piecewise linear, is that of `Activations` in csrc/math/activation.h: `check_build` compares
+the two when fastbn is imported.
+"""
 
 from __future__ import annotations
 
-ACTIVATIONS = ("none", "relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "hardswish")
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-# Their derivative is known from one bit an element, which the mask holds.
-PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu", "relu6"})
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How torch computes an activation, and its derivative as differentiable torch operations.
+
+    forward: activation(z). backward: grad_out * activation'(z) of (grad_out, z), for those that are not piecewise
+    linear. The branches at the boundaries are those of torch's `*_backward` kernels, and at NaN those of the vectorised
+    ones for CPUs. Where the derivative is 0 the result is 0 whatever grad_out is.
+    is_upper, lower_slope: of a piecewise linear activation, where its derivative is 1 (the bits of the mask), and what
+    it is elsewhere.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    is_upper: Callable[[Tensor], Tensor] | None = None
+    lower_slope: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.backward is None) == (self.is_upper is None):
+            raise TypeError(f"{self.name}: expected one of backward and is_upper")
+
+    @property
+    def is_piecewise_linear(self) -> bool:
+        return self.is_upper is not None
+
+
+def _elu_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    # exp of the unused branch would overflow, and its inf would make the second derivative NaN. At 0, where both give
+    # 1, the second derivative is 0, as torch's is.
+    return torch.where(z >= 0, grad_out, grad_out * torch.where(z >= 0, 0.0, z).exp())
+
+
+def _silu_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return grad_out * (s * (1 + z * (1 - s)))
+
+
+def _gelu_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return grad_out * (0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density)
+
+
+def _hardswish_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    ramp = torch.where(z >= 3, grad_out, grad_out * (z / 3 + 0.5))
+    return torch.where(z <= -3, torch.zeros_like(ramp), ramp)
+
+
+ROWS = (
+    Activation("none", forward=lambda z: z, backward=lambda grad_out, z: grad_out),
+    Activation("relu", forward=F.relu, is_upper=lambda z: ~(z <= 0)),
+    Activation("leaky_relu", forward=F.leaky_relu, is_upper=lambda z: z > 0, lower_slope=0.01),
+    Activation("relu6", forward=F.relu6, is_upper=lambda z: (z > 0) & (z < 6)),
+    Activation("elu", forward=F.elu, backward=_elu_backward),
+    Activation("silu", forward=F.silu, backward=_silu_backward),
+    Activation("gelu", forward=F.gelu, backward=_gelu_backward),
+    Activation("hardswish", forward=F.hardswish, backward=_hardswish_backward),
+)
+ACTIVATIONS = tuple(row.name for row in ROWS)
+
+# Their derivative is known from one bit per element, which the mask holds.
+PIECEWISE_LINEAR = frozenset(row.name for row in ROWS if row.is_piecewise_linear)
+
+
+def check_build(built: Sequence[dict[str, Any]]) -> None:
+    """Raise ImportError unless `built`, the activations of a build of fastbn._C, are the rows."""
+    rows = [{"name": row.name, "is_piecewise_linear": row.is_piecewise_linear} for row in ROWS]
+    if list(built) != rows:
+        raise ImportError(f"fastbn._C: expected the activations {rows}, got {list(built)}; build it again")
 
 
 def index(name: str | None) -> int:
@@ -19,4 +97,4 @@ def index(name: str | None) -> int:
 
 
 def is_piecewise_linear(activation: int) -> bool:
-    return ACTIVATIONS[activation] in PIECEWISE_LINEAR
+    return ROWS[activation].is_piecewise_linear

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbn import _torch
+from fastbn.ops import activations
 from fastbn.ops.activations import is_piecewise_linear
 from fastbn.ops.layout import mask_shape, suggest_memory_format
 
@@ -24,6 +25,7 @@ except ImportError as error:
         "2.10 or newer"
     ) from error
 
+activations.check_build(_C.activations())
 BUILD_INFO: dict[str, Any] = _C.build_info()
 HALF_TYPES = (torch.bfloat16, torch.float16)
 

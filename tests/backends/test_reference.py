@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastbn import _C
 from fastbn.autograd import composite
 from fastbn.backends import reference
 from fastbn.ops import activations
@@ -298,6 +299,21 @@ def test_memory_format_is_torchs():
 
 def test_unknown_activation():
     assert activations.index(None) == 0 and activations.index("hardswish") == 7
-    message = "activation: expected one of none, relu, .*, got 'tanh'"
+    message = "activation: expected one of none, relu, .*, got 'selu'"
     with pytest.raises(ValueError, match=message):
-        activations.index("tanh")
+        activations.index("selu")
+
+
+def test_a_build_with_other_activations_is_refused():
+    built = _C.activations()
+    activations.check_build(built)
+    swapped = [built[0], built[2], built[1], *built[3:]]
+    other_mask = [*built[:-1], built[-1] | {"is_piecewise_linear": True}]
+    for other in (built[:-1], swapped, other_mask, [*built, {"name": "new", "is_piecewise_linear": False}]):
+        with pytest.raises(ImportError, match="expected the activations"):
+            activations.check_build(other)
+
+
+def test_a_row_has_one_way_to_its_derivative():
+    with pytest.raises(TypeError, match="expected one of backward and is_upper"):
+        activations.Activation("identity", forward=lambda z: z)

@@ -13,6 +13,10 @@ import numpy as np
 import torch
 
 LEAKY_SLOPE = 0.01
+
+# z at which an activation's derivative jumps, so that rounding may take the other branch.
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+
 SQRT_HALF = np.sqrt(np.longdouble(0.5))
 PI = 4 * np.arctan(np.longdouble(1))
 

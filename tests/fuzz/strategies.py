@@ -158,7 +158,7 @@ def cases(draw, implementation: str, max_numel: int) -> Case:
             _mostly("initial", RUNNING, 1) if training else weighted((1, None), (9, "near"), *((1, r) for r in RUNNING))
         ),
         counter=draw(_FLAG),
-        activation="tanh" if oddity == "unknown activation" else draw(_ACTIVATIONS),
+        activation="selu" if oddity == "unknown activation" else draw(_ACTIVATIONS),
         residual=draw(_mostly("normal", DATA, 3)),
         residual_layout=layout if like and dense else _layout(draw, shape, _OTHER_LAYOUTS),
         training=training,

@@ -137,7 +137,7 @@ def test_a_plan_that_cannot_use_whole_vectors_says_so():
     "options,message",
     [
         ({"direction": "sideways"}, "direction: expected one of forward, backward, got 'sideways'"),
-        ({"activation": "tanh"}, "activation: expected one of none, relu, .*, got 'tanh'"),
+        ({"activation": "selu"}, "activation: expected one of none, relu, .*, got 'selu'"),
         ({"device": "p100"}, "device: expected one of a100, h100, h200, b200, got 'p100'"),
     ],
     ids=["direction", "activation", "device"],

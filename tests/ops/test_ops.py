@@ -11,10 +11,9 @@ from fastbn.backends import reference
 from fastbn.ops.activations import ACTIVATIONS, is_piecewise_linear
 from fastbn.testing import cases, tolerance
 from fastbn.testing.tolerance import assert_close_to_reference
+from tests.fuzz.exact import KINKS
 
 EPS = 1e-5
-# z at which an activation's derivative jumps, so that rounding may take the other branch.
-JUMPS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 
 
 def _double(*tensors):
@@ -76,7 +75,7 @@ def _near_jump(setup, z, scale):
     computed_in = torch.float64 if setup.dtype == torch.float64 else torch.float32
     margin = _wide(z, 4 * tolerance.forward_tolerance(computed_in, setup.case.count, scale))
     near = torch.zeros_like(z, dtype=torch.bool)
-    for jump in JUMPS.get(ACTIVATIONS[setup.activation], ()):
+    for jump in KINKS.get(ACTIVATIONS[setup.activation], ()):
         near |= (z - jump).abs() <= margin
     return near
 

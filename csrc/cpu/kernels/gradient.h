@@ -43,14 +43,14 @@ template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;
   MaskRows mask;
+  Activation activation;
 
-  FASTBN_INLINE explicit MaskedGrad(MaskRows mask) : mask(mask) {}
+  FASTBN_INLINE MaskedGrad(MaskRows mask, Activation activation) : mask(mask), activation(activation) {}
 
   template <class Lanes>
   FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, const T* grad_out) const {
     const uint64_t upper = load_bits(mask.bits + row * mask.stride, column, lanes);
-    if constexpr (leaks)
-      return activation_backward_masked(Activation::leaky_relu, from_bits<T>(upper), load(grad_out, lanes));
+    if constexpr (leaks) return activation_backward_masked(activation, from_bits<T>(upper), load(grad_out, lanes));
     return load_where(upper, grad_out, lanes);
   }
 };
@@ -75,7 +75,7 @@ struct IntervalGrad {
   }
 };
 
-template <class T, bool per_column, Known known>
+template <class T, bool per_column, EpilogueKind kind>
 struct RecomputedGrad {
   using V = Vec<acc_t<T>>;
   static constexpr bool needs_input = true;
@@ -93,15 +93,15 @@ struct RecomputedGrad {
                          const T* grad_out) const {
     V z = prepared.apply(x);
     if (residual) z = z + load(residual.at(row * row_stride + column), lanes);
-    return differentiate<known>(activation, z, load(grad_out, lanes));
+    return differentiate<kind>(activation, z, load(grad_out, lanes));
   }
 };
 
 template <class T, bool per_column, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, int64_t ahead, Use&& use) {
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
-  if (mask.bits && args.activation == Activation::leaky_relu) return use(MaskedGrad<T, per_column, true>(mask));
-  if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask));
+  if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, args.activation));
+  if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, args.activation));
   if constexpr (interleaved<T>) {
     if (args.relu.first) {
       const T* input = static_cast<const T*>(args.input) + block.offset;
@@ -109,15 +109,15 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows 
     }
   }
   const InputRows<T> residual(args.residual, block, ahead);
-  auto recompute = [&]<Known known>() FASTBN_INLINE_LAMBDA {
-    use(RecomputedGrad<T, per_column, known>{args.affine, residual, block.row_stride, args.activation});
+  auto recompute = [&]<EpilogueKind kind>() FASTBN_INLINE_LAMBDA {
+    use(RecomputedGrad<T, per_column, kind>{args.affine, residual, block.row_stride, args.activation});
   };
-  switch (known_of(args.activation)) {
-    case Known::none: return;
-    case Known::relu: return recompute.template operator()<Known::relu>();
-    case Known::silu: return recompute.template operator()<Known::silu>();
-    case Known::uncurved: return recompute.template operator()<Known::uncurved>();
-    case Known::called: return recompute.template operator()<Known::called>();
+  switch (kind_of(args.activation)) {
+    case EpilogueKind::none: return;
+    case EpilogueKind::relu: return recompute.template operator()<EpilogueKind::relu>();
+    case EpilogueKind::silu: return recompute.template operator()<EpilogueKind::silu>();
+    case EpilogueKind::short_formula: return recompute.template operator()<EpilogueKind::short_formula>();
+    case EpilogueKind::out_of_line: return recompute.template operator()<EpilogueKind::out_of_line>();
   }
 }
 

@@ -43,8 +43,9 @@ const Kernels& kernels(DType dtype) {
     case DType::float32: return table<float>;
     case DType::float64: return table<double>;
     case DType::bfloat16: return table<bfloat16>;
-    default: return table<float16>;
+    case DType::float16: return table<float16>;
   }
+  __builtin_unreachable();
 #endif
 }
 

@@ -54,7 +54,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
   const InputRows<T> input(args.input, block), residual(args.residual, block);
   const OutputRows<T> output(args.output, block, args.past_caches);
 
-  auto loop = [&]<Known known, bool plain>() FASTBN_INLINE_LAMBDA {
+  auto loop = [&]<EpilogueKind kind, bool plain>() FASTBN_INLINE_LAMBDA {
     for_each_prepared<per_column, T>(
         block,
         [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
@@ -64,22 +64,25 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
           if constexpr (!plain) {
             if (residual) z = z + load(residual.at(at), lanes);
           }
-          const V y = activate<known>(args.activation, z);
+          const V y = activate<kind>(args.activation, z);
           if (!plain && mask)
-            store_bits<T>(mask + row * mask_stride, column, lanes,
-                          known == Known::relu ? relu_bits<T>(y) : to_bits<T>(activation_is_upper(args.activation, z)));
+            store_bits<T>(
+                mask + row * mask_stride, column, lanes,
+                kind == EpilogueKind::relu ? relu_bits<T>(y) : to_bits<T>(activation_is_upper(args.activation, z)));
           output.store(at, y, lanes);
         });
   };
   const bool plain = !residual && !mask;
-  switch (known_of(args.activation)) {
-    case Known::none:
-      return plain ? loop.template operator()<Known::none, true>() : loop.template operator()<Known::none, false>();
-    case Known::relu:
-      return plain ? loop.template operator()<Known::relu, true>() : loop.template operator()<Known::relu, false>();
-    case Known::uncurved: return loop.template operator()<Known::uncurved, false>();
-    case Known::silu: return loop.template operator()<Known::silu, false>();
-    case Known::called: return loop.template operator()<Known::called, false>();
+  switch (kind_of(args.activation)) {
+    case EpilogueKind::none:
+      return plain ? loop.template operator()<EpilogueKind::none, true>()
+                   : loop.template operator()<EpilogueKind::none, false>();
+    case EpilogueKind::relu:
+      return plain ? loop.template operator()<EpilogueKind::relu, true>()
+                   : loop.template operator()<EpilogueKind::relu, false>();
+    case EpilogueKind::short_formula: return loop.template operator()<EpilogueKind::short_formula, false>();
+    case EpilogueKind::silu: return loop.template operator()<EpilogueKind::silu, false>();
+    case EpilogueKind::out_of_line: return loop.template operator()<EpilogueKind::out_of_line, false>();
   }
 }
 

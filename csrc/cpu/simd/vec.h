@@ -17,9 +17,6 @@
 #include "math/activation.h"
 #include "math/types.h"
 
-// Lambdas that take vectors, likewise always inlined.
-#define FASTBN_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace fastbn::cpu::FASTBN_ISA {
 
 #if defined(__AVX512BF16__)

@@ -100,54 +100,60 @@ FASTBN_INLINE Vec<float> erf(Vec<float> x) {
   return select(magnitude > Vec<float>(1.0f), select(x < Vec<float>(0.0f), -large, large), small);
 }
 
-// Activations as loops know them. elu and gelu are called, a vector at a time: each is longer than all the rest of a
-// loop, and every loop would have both. Without the call a loop keeps its coefficients in registers, which makes loops
-// with silu 1.3 to 2 times as fast (EPYC 9004).
-enum class Known { none, relu, uncurved, silu, called };
+// How the loops specialise on the activation. Long formulas are out of line, one call per vector: inlined, each would
+// be longer than all the rest of a loop, and every loop would have all of them. silu is the exception: without the call
+// a loop keeps its coefficients in registers, which makes loops with silu 1.3 to 2 times as fast (EPYC 9004).
+enum class EpilogueKind { none, relu, silu, short_formula, out_of_line };
 
-inline Known known_of(Activation activation) {
-  switch (activation) {
-    case Activation::none: return Known::none;
-    case Activation::relu: return Known::relu;
-    case Activation::silu: return Known::silu;
-    case Activation::elu:
-    case Activation::gelu: return Known::called;
-    default: return Known::uncurved;
+constexpr EpilogueKind kind_of(Activation activation) {
+  if (activation == Activation::relu) return EpilogueKind::relu;
+  if (activation == Activation::silu) return EpilogueKind::silu;
+  switch (form_of(activation)) {
+    case Form::identity: return EpilogueKind::none;
+    case Form::piecewise_linear:
+    case Form::short_formula: return EpilogueKind::short_formula;
+    case Form::long_formula: return EpilogueKind::out_of_line;
   }
+  __builtin_unreachable();
+}
+
+// Calls use(struct) for an activation of a kind.
+template <EpilogueKind kind, class Use>
+FASTBN_INLINE void with_activation_of(Activation activation, Use&& use) {
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
+    if constexpr (kind_of(a.id) == kind) use(a);
+  });
 }
 
 template <class A>
-__attribute__((noinline)) void activate_called(Activation activation, Vec<A>& z) {
-  z = activation == Activation::elu ? activation_forward(Activation::elu, z) : activation_forward(Activation::gelu, z);
+__attribute__((noinline)) void activate_out_of_line(Activation activation, Vec<A>& z) {
+  with_activation_of<EpilogueKind::out_of_line>(activation,
+                                                [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z); });
 }
 template <class A>
-__attribute__((noinline)) void differentiate_called(Activation activation, const Vec<A>& z, Vec<A>& grad) {
-  grad = activation == Activation::elu ? activation_backward(Activation::elu, z, grad)
-                                       : activation_backward(Activation::gelu, z, grad);
+__attribute__((noinline)) void differentiate_out_of_line(Activation activation, const Vec<A>& z, Vec<A>& grad) {
+  with_activation_of<EpilogueKind::out_of_line>(
+      activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad); });
 }
 
-// activation(z), and grad * activation'(z); `known` is that of the activation.
-template <Known known, class A>
+// activation(z), and grad * activation'(z), of an activation of that kind.
+template <EpilogueKind kind, class A>
 FASTBN_INLINE Vec<A> activate(Activation activation, Vec<A> z) {
-  if constexpr (known == Known::none) return z;
-  if constexpr (known == Known::relu && std::is_same_v<A, float>) return max(Vec<A>(0), z);  // one instruction
-  if constexpr (known == Known::relu) return activation_forward(Activation::relu, z);
-  if constexpr (known == Known::silu) return activation_forward(Activation::silu, z);
-  if constexpr (known == Known::called) activate_called(activation, z);
-  if constexpr (known != Known::uncurved) return z;
-  if (activation == Activation::leaky_relu) return activation_forward(Activation::leaky_relu, z);
-  if (activation == Activation::relu6) return activation_forward(Activation::relu6, z);
-  return activation_forward(Activation::hardswish, z);
+  if constexpr (kind == EpilogueKind::relu && std::is_same_v<A, float>)
+    return max(Vec<A>(0), z);  // one instruction
+  else if constexpr (kind == EpilogueKind::out_of_line)
+    activate_out_of_line(activation, z);
+  else
+    with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z); });
+  return z;
 }
-template <Known known, class A>
+template <EpilogueKind kind, class A>
 FASTBN_INLINE Vec<A> differentiate(Activation activation, const Vec<A>& z, Vec<A> grad) {
-  if constexpr (known == Known::relu) return activation_backward(Activation::relu, z, grad);
-  if constexpr (known == Known::silu) return activation_backward(Activation::silu, z, grad);
-  if constexpr (known == Known::called) differentiate_called(activation, z, grad);
-  if constexpr (known != Known::uncurved) return grad;
-  if (activation == Activation::leaky_relu) return activation_backward(Activation::leaky_relu, z, grad);
-  if (activation == Activation::relu6) return activation_backward(Activation::relu6, z, grad);
-  return activation_backward(Activation::hardswish, z, grad);
+  if constexpr (kind == EpilogueKind::out_of_line)
+    differentiate_out_of_line(activation, z, grad);
+  else
+    with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad); });
+  return grad;
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -10,33 +10,17 @@
 
 namespace fastbn::cuda {
 
-// Calls use(a constant that equals activation), but for none, which leaves everything as it is.
-template <class Use>
-FASTBN_DEVICE void with_activation(Activation activation, Use use) {
-  const auto with = [&]<Activation constant>() { use(std::integral_constant<Activation, constant>()); };
-  switch (activation) {
-    case Activation::none: break;
-    case Activation::relu: with.template operator()<Activation::relu>(); break;
-    case Activation::leaky_relu: with.template operator()<Activation::leaky_relu>(); break;
-    case Activation::relu6: with.template operator()<Activation::relu6>(); break;
-    case Activation::elu: with.template operator()<Activation::elu>(); break;
-    case Activation::silu: with.template operator()<Activation::silu>(); break;
-    case Activation::gelu: with.template operator()<Activation::gelu>(); break;
-    case Activation::hardswish: with.template operator()<Activation::hardswish>(); break;
-  }
-}
-
-// values[i] = map(constant activation, z[i], values[i]), where exp and erf take parts of the vector at a time.
+// values[i] = map(struct of the activation, z[i], values[i]); long formulas take parts of the vector at a time.
 template <class A, class Map>
 FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[vec_size], A (&values)[vec_size], Map map) {
-  with_activation(activation, [&](auto constant) {
-    constexpr bool is_short = is_piecewise_linear(constant.value) || constant.value == Activation::hardswish;
-    constexpr int part = sizeof(A) == sizeof(double) ? 1 : is_short ? vec_size : vec_size / 2;
+  with_activation(activation, [&](auto a) {
+    if constexpr (a.form == Form::identity) return;
+    constexpr int part = sizeof(A) == sizeof(double) ? 1 : a.form == Form::long_formula ? vec_size / 2 : vec_size;
     FASTBN_KEEP_LOOP
     for (int first = 0; first < vec_size; first += part) {
       FASTBN_UNROLL
       for (int i = 0; i < part; ++i) {
-        const A value = map(constant, pick<part>(z, first, i), pick<part>(values, first, i));
+        const A value = map(a, pick<part>(z, first, i), pick<part>(values, first, i));
         insert<part>(values, first, i, value);
       }
     }
@@ -57,13 +41,12 @@ FASTBN_DEVICE void dispatch_epilogue(Activation activation, Use use) {
 
 template <class A>
 FASTBN_DEVICE void activate(Activation activation, A (&z)[vec_size]) {
-  map_activation(activation, z, z, [](auto constant, A z, A) { return activation_forward(constant.value, z); });
+  map_activation(activation, z, z, [](auto a, A z, A) { return activation_forward(a, z); });
 }
 
 template <class A>
 FASTBN_DEVICE void activate_backward(Activation activation, const A (&z)[vec_size], A (&grad)[vec_size]) {
-  map_activation(activation, z, grad,
-                 [](auto constant, A z, A grad) { return activation_backward(constant.value, z, grad); });
+  map_activation(activation, z, grad, [](auto a, A z, A grad) { return activation_backward(a, z, grad); });
 }
 
 template <class A>

@@ -39,8 +39,10 @@ FASTBN_DEVICE double pivot_of_sums(const BackwardParams& params, int64_t channel
   switch (params.dtype) {
     case DType::float64: return mean;
     case DType::float32: return float_pivot_of(mean, params.inv_std[channel]);
-    default: return pivot_of_elements<float>(mean, params.inv_std[channel]);
+    case DType::bfloat16:
+    case DType::float16: return pivot_of_elements<float>(mean, params.inv_std[channel]);
   }
+  __builtin_unreachable();
 }
 
 // Recomputes a thread's totals in double, element by element. It runs rarely, so it saves registers rather than time.

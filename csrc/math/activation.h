@@ -10,7 +10,7 @@
 namespace fastbn {
 
 // The order is the contract: it is the `activation` argument of every op.
-enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, hardswish };
+enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, hardswish, hardsigmoid };
 
 // What loops ask of a formula. The derivative of a piecewise linear one has two values, so that one bit per element
 // tells it; a short one takes a few operations, a long one exp or erf.
@@ -148,6 +148,20 @@ struct Hardswish : ActivationOf<Activation::hardswish, Form::short_formula> {
   }
 };
 
+// Its derivative has two values, but none of them is 1: a mask of its own is not worth a copy of every loop.
+struct Hardsigmoid : ActivationOf<Activation::hardsigmoid, Form::short_formula> {
+  static constexpr const char* name = "hardsigmoid";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    const F ramp = z + F(3);
+    return select(ramp <= F(0), F(0), select(ramp >= F(6), F(6), ramp)) / F(6);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    return select((z > F(-3)) & (z < F(3)), grad_out * F(1.0 / 6), F(0));
+  }
+};
+
 // All of them, in the order of the enum. Whatever depends on the activation is made from this list, so that one that is
 // missing here has no number (fastbn.ops.activations compares names when it is imported), and one that is here is
 // everywhere.
@@ -155,7 +169,7 @@ template <class... All>
 struct ActivationList {
   static constexpr int size = sizeof...(All);
 };
-using Activations = ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish>;
+using Activations = ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish, Hardsigmoid>;
 
 template <class... All>
 constexpr bool is_in_order(ActivationList<All...>) {

@@ -63,6 +63,10 @@ def _hardswish_backward(grad_out: Tensor, z: Tensor) -> Tensor:
     return torch.where(z <= -3, torch.zeros_like(ramp), ramp)
 
 
+def _hardsigmoid_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    return torch.where((z > -3) & (z < 3), grad_out / 6, torch.zeros_like(grad_out))
+
+
 ROWS = (
     Activation("none", forward=lambda z: z, backward=lambda grad_out, z: grad_out),
     Activation("relu", forward=F.relu, is_upper=lambda z: ~(z <= 0)),
@@ -72,6 +76,7 @@ ROWS = (
     Activation("silu", forward=F.silu, backward=_silu_backward),
     Activation("gelu", forward=F.gelu, backward=_gelu_backward),
     Activation("hardswish", forward=F.hardswish, backward=_hardswish_backward),
+    Activation("hardsigmoid", forward=F.hardsigmoid, backward=_hardsigmoid_backward),
 )
 ACTIVATIONS = tuple(row.name for row in ROWS)
 

@@ -15,7 +15,13 @@ import torch
 LEAKY_SLOPE = 0.01
 
 # z at which an activation's derivative jumps, so that rounding may take the other branch.
-KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+KINKS = {
+    "relu": (0.0,),
+    "leaky_relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, 3.0),
+    "hardsigmoid": (-3.0, 3.0),
+}
 
 SQRT_HALF = np.sqrt(np.longdouble(0.5))
 PI = 4 * np.arctan(np.longdouble(1))
@@ -72,6 +78,8 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
             return z * normal_cdf(z)
         case "hardswish":
             return np.where(z <= -3, 0, np.where(z >= 3, z, z * (z + 3) / 6))
+        case "hardsigmoid":
+            return np.where(z <= -3, 0, np.where(z >= 3, 1, (z + 3) / 6))
     raise ValueError(f"activation: got {activation!r}")
 
 
@@ -100,6 +108,8 @@ def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) ->
             return grad_out * (normal_cdf(z) + z * density)
         case "hardswish":
             return np.where(z <= -3, 0, np.where(z >= 3, grad_out, grad_out * (z / 3 + 0.5)))
+        case "hardsigmoid":
+            return np.where((z > -3) & (z < 3), grad_out / 6, 0)
     raise ValueError(f"activation: got {activation!r}")
 
 

@@ -59,7 +59,7 @@ def test_a_constant_channel_gives_exactly_its_bias(ops, value, channels_last, dt
     assert torch.equal(output, bias.view(1, 3, 1, 1).expand_as(x))
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "elu", "hardswish"])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "elu", "hardswish", "hardsigmoid"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
     """Frozen statistics 0 and 1 and a zero bias make z equal to the input."""
@@ -74,13 +74,19 @@ def test_branches_at_the_boundaries_are_torchs(ops, name, dtype):
         grad_out, x, None, None, None, None, m, s, False, index, False, False, False, True
     )
     torch.testing.assert_close(grads[3].cpu(), expected, equal_nan=True)
-    if name not in ("elu", "hardswish"):
+    if is_piecewise_linear(index):
         mask = ops.namespace.normalize(x, None, None, None, m, s, index, True)[1]
         assert torch.equal(mask.cpu(), reference.pack_mask(reference.is_upper(z, index), torch.contiguous_format))
 
 
 # grad_z / grad_out where z is NaN, in torch's vectorised CPU kernels.
-AT_NAN = dict.fromkeys(ACTIVATIONS, float("nan")) | {"none": 1.0, "relu": 1.0, "leaky_relu": 0.01, "relu6": 0.0}
+AT_NAN = dict.fromkeys(ACTIVATIONS, float("nan")) | {
+    "none": 1.0,
+    "relu": 1.0,
+    "leaky_relu": 0.01,
+    "relu6": 0.0,
+    "hardsigmoid": 0.0,
+}
 
 
 @pytest.mark.parametrize("source", ["input", "residual"])

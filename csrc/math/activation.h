@@ -1,6 +1,6 @@
 // The activations, one struct each, with torch's branches at the boundaries, and at NaN those of its vectorised loops
 // for CPUs: comparisons are written so that a NaN takes the branch that is meant for it. F is float, double, or a
-// vector of either that has the same operators and `select`, `exp`, `expm1`, `erf`.
+// vector of either that has the same operators and `select`, `exp`, `expm1`, `log1p` of [0, 1], `erf`.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 namespace fastbn {
 
 // The order is the contract: it is the `activation` argument of every op.
-enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, hardswish, hardsigmoid };
+enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, hardswish, hardsigmoid, mish, softplus };
 
 // What loops ask of a formula. The derivative of a piecewise linear one has two values, so that one bit per element
 // tells it; a short one takes a few operations, a long one exp or erf.
@@ -26,6 +26,21 @@ FASTBN_INLINE float expm1(float x) { return ::expm1f(x); }
 FASTBN_INLINE double expm1(double x) { return ::expm1(x); }
 FASTBN_INLINE float erf(float x) { return ::erff(x); }
 FASTBN_INLINE double erf(double x) { return ::erf(x); }
+
+FASTBN_INLINE float log1p(float x) { return ::log1pf(x); }
+FASTBN_INLINE double log1p(double x) { return ::log1p(x); }
+
+// exp(-|z|), which does not overflow.
+template <class F>
+FASTBN_INLINE F exp_of_minus_magnitude(F z) {
+  return exp(select(z > F(0), -z, z));
+}
+
+template <class F>
+FASTBN_INLINE F sigmoid(F z) {
+  const F p = exp_of_minus_magnitude(z);
+  return select(z > F(0), F(1), p) / (F(1) + p);
+}
 
 // Phi(z), the normal distribution function.
 template <class F>
@@ -162,6 +177,50 @@ struct Hardsigmoid : ActivationOf<Activation::hardsigmoid, Form::short_formula> 
   }
 };
 
+// mish = z * tanh(softplus(z)).
+struct Mish : ActivationOf<Activation::mish, Form::long_formula> {
+  static constexpr const char* name = "mish";
+
+  // tanh(softplus(z)) is numerator / denominator, of p = exp(-|z|), which neither overflows nor cancels.
+  template <class F>
+  struct Ratio {
+    F numerator, denominator;
+
+    FASTBN_INLINE Ratio(F z, F p) {
+      const F negative = p * (p + F(2));  // the numerator where z <= 0
+      numerator = select(z > F(0), F(1) + (p + p), negative);
+      denominator = select(z > F(0), numerator + (p + p) * p, negative + F(2));
+    }
+  };
+
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    const Ratio<F> ratio(z, exp_of_minus_magnitude(z));
+    return z * (ratio.numerator / ratio.denominator);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    const F p = exp_of_minus_magnitude(z);
+    const Ratio<F> ratio(z, p);
+    const F inverse = F(1) / ratio.denominator;
+    const F slope = F(4) * (select(z > F(0), p * p, p) * (F(1) + p)) * (inverse * inverse);  // of the tanh
+    return grad_out * (ratio.numerator * inverse + z * slope);
+  }
+};
+
+// From 20 on it is z itself, as torch's.
+struct Softplus : ActivationOf<Activation::softplus, Form::long_formula> {
+  static constexpr const char* name = "softplus";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return select(z > F(20), z, select(z > F(0), z, F(0)) + log1p(exp_of_minus_magnitude(z)));
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    return select(z > F(20), grad_out, grad_out * sigmoid(z));
+  }
+};
+
 // All of them, in the order of the enum. Whatever depends on the activation is made from this list, so that one that is
 // missing here has no number (fastbn.ops.activations compares names when it is imported), and one that is here is
 // everywhere.
@@ -169,7 +228,8 @@ template <class... All>
 struct ActivationList {
   static constexpr int size = sizeof...(All);
 };
-using Activations = ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish, Hardsigmoid>;
+using Activations =
+    ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish, Hardsigmoid, Mish, Softplus>;
 
 template <class... All>
 constexpr bool is_in_order(ActivationList<All...>) {

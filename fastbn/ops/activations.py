@@ -67,6 +67,15 @@ def _hardsigmoid_backward(grad_out: Tensor, z: Tensor) -> Tensor:
     return torch.where((z > -3) & (z < 3), grad_out / 6, torch.zeros_like(grad_out))
 
 
+def _mish_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(z))
+    return grad_out * (t + z * torch.sigmoid(z) * (1 - t * t))
+
+
+def _softplus_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    return torch.where(z > 20, grad_out, grad_out * torch.sigmoid(z))
+
+
 ROWS = (
     Activation("none", forward=lambda z: z, backward=lambda grad_out, z: grad_out),
     Activation("relu", forward=F.relu, is_upper=lambda z: ~(z <= 0)),
@@ -77,6 +86,8 @@ ROWS = (
     Activation("gelu", forward=F.gelu, backward=_gelu_backward),
     Activation("hardswish", forward=F.hardswish, backward=_hardswish_backward),
     Activation("hardsigmoid", forward=F.hardsigmoid, backward=_hardsigmoid_backward),
+    Activation("mish", forward=F.mish, backward=_mish_backward),
+    Activation("softplus", forward=F.softplus, backward=_softplus_backward),
 )
 ACTIVATIONS = tuple(row.name for row in ROWS)
 

@@ -19,7 +19,7 @@ from fastbn.testing import cases
 FINITE = [c for c in cases.SMALL if c.data in ("normal", "offset") and c.numel and c.count > 1]
 EPS = 1e-5
 INDICES = range(len(ACTIVATIONS))
-BOUNDARY = (-math.inf, -3.0, -1.0, -0.0, 0.0, 0.5, 3.0, 6.0, math.inf, math.nan)
+BOUNDARY = (-math.inf, -3.0, -1.0, -0.0, 0.0, 0.5, 3.0, 6.0, 20.0, 21.0, math.inf, math.nan)
 
 
 def _torch_activation(z, index):
@@ -210,7 +210,7 @@ def test_second_derivatives_of_activations(index):
     assert torch.autograd.gradcheck(lambda g, z: reference.activation_backward(g, z, index), (g, z))
 
 
-@pytest.mark.parametrize("name", ["elu", "silu", "gelu"])
+@pytest.mark.parametrize("name", ["elu", "silu", "gelu", "mish", "softplus"])
 def test_second_derivative_at_0_is_torchs(name):
     index, seconds = ACTIVATIONS.index(name), []
     for derivative in (

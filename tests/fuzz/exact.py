@@ -21,6 +21,7 @@ KINKS = {
     "relu6": (0.0, 6.0),
     "hardswish": (-3.0, 3.0),
     "hardsigmoid": (-3.0, 3.0),
+    "softplus": (20.0,),  # by e^-20
 }
 
 SQRT_HALF = np.sqrt(np.longdouble(0.5))
@@ -80,6 +81,10 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
             return np.where(z <= -3, 0, np.where(z >= 3, z, z * (z + 3) / 6))
         case "hardsigmoid":
             return np.where(z <= -3, 0, np.where(z >= 3, 1, (z + 3) / 6))
+        case "mish":
+            return z * np.tanh(np.logaddexp(z, 0))
+        case "softplus":
+            return np.where(z > 20, z, np.logaddexp(z, 0))
     raise ValueError(f"activation: got {activation!r}")
 
 
@@ -110,6 +115,11 @@ def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) ->
             return np.where(z <= -3, 0, np.where(z >= 3, grad_out, grad_out * (z / 3 + 0.5)))
         case "hardsigmoid":
             return np.where((z > -3) & (z < 3), grad_out / 6, 0)
+        case "mish":
+            t = np.tanh(np.logaddexp(z, 0))
+            return grad_out * (t + z * (1 - t * t) / (1 + np.exp(-z)))
+        case "softplus":
+            return np.where(z > 20, grad_out, grad_out / (1 + np.exp(-z)))
     raise ValueError(f"activation: got {activation!r}")
 
 

@@ -1,5 +1,6 @@
-// exp, expm1 and erf of vectors, under the names by which csrc/math asks for them. Those of float are polynomials,
-// fitted for the least relative error, within 2 ulp (tests/cpp/vec_math.inl); those of double are libm's, lane by lane.
+// exp, expm1, log1p and erf of vectors, under the names by which csrc/math asks for them. Those of float are
+// polynomials, fitted for the least relative error, within 2 ulp (tests/cpp/vec_math.inl); those of double are libm's,
+// lane by lane.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,9 @@ FASTBN_INLINE Vec<double> exp(Vec<double> x) {
 }
 FASTBN_INLINE Vec<double> expm1(Vec<double> x) {
   return map_lanes(x, [](double value) { return fastbn::expm1(value); });
+}
+FASTBN_INLINE Vec<double> log1p(Vec<double> x) {
+  return map_lanes(x, [](double value) { return fastbn::log1p(value); });
 }
 FASTBN_INLINE Vec<double> erf(Vec<double> x) {
   return map_lanes(x, [](double value) { return fastbn::erf(value); });
@@ -85,6 +89,14 @@ FASTBN_INLINE Vec<float> expm1(const Vec<float>& x) {
   const ReducedExp reduced(clamp(x, -20.0f, 0.0f));
   const Vec<float> power = power_of_2(reduced.n);
   return reduced.expm1_r * power + (power - Vec<float>(1.0f));
+}
+
+// Returns log(1 + x) for x in [0, 1], as softplus needs it: x - s * (x - r) with s = x / (2 + x) and a polynomial r in
+// s^2, so that little rounds but the difference.
+FASTBN_INLINE Vec<float> log1p(const Vec<float>& x) {
+  const Vec<float> s = x / (Vec<float>(2.0f) + x), square = s * s;
+  constexpr float c[] = {0.6666667f, 0.39999703f, 0.28592584f, 0.21703315f, 0.23239051f};
+  return x - s * (x - square * polynomial(square, c));
 }
 
 FASTBN_INLINE Vec<float> erf(Vec<float> x) {

@@ -10,7 +10,21 @@
 namespace fastbn {
 
 // The order is the contract: it is the `activation` argument of every op.
-enum class Activation : int { none, relu, leaky_relu, relu6, elu, silu, gelu, hardswish, hardsigmoid, mish, softplus };
+enum class Activation : int {
+  none,
+  relu,
+  leaky_relu,
+  relu6,
+  elu,
+  silu,
+  gelu,
+  hardswish,
+  hardsigmoid,
+  mish,
+  softplus,
+  sigmoid,
+  tanh
+};
 
 // What loops ask of a formula. The derivative of a piecewise linear one has two values, so that one bit per element
 // tells it; a short one takes a few operations, a long one exp or erf.
@@ -221,6 +235,33 @@ struct Softplus : ActivationOf<Activation::softplus, Form::long_formula> {
   }
 };
 
+struct Sigmoid : ActivationOf<Activation::sigmoid, Form::long_formula> {
+  static constexpr const char* name = "sigmoid";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    return sigmoid(z);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    const F p = exp_of_minus_magnitude(z), q = F(1) + p;
+    return grad_out * (p / (q * q));
+  }
+};
+
+struct Tanh : ActivationOf<Activation::tanh, Form::long_formula> {
+  static constexpr const char* name = "tanh";
+  template <class F>
+  static FASTBN_INLINE F forward(F z) {
+    const F magnitude = select(z > F(0), z, -z), m = expm1(F(-2) * magnitude), t = m / (m + F(2));
+    return select(z > F(0), -t, t);
+  }
+  template <class F>
+  static FASTBN_INLINE F backward(F z, F grad_out) {
+    const F p = exp_of_minus_magnitude(z + z), q = F(1) + p;
+    return grad_out * (F(4) * (p / (q * q)));
+  }
+};
+
 // All of them, in the order of the enum. Whatever depends on the activation is made from this list, so that one that is
 // missing here has no number (fastbn.ops.activations compares names when it is imported), and one that is here is
 // everywhere.
@@ -228,8 +269,8 @@ template <class... All>
 struct ActivationList {
   static constexpr int size = sizeof...(All);
 };
-using Activations =
-    ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish, Hardsigmoid, Mish, Softplus>;
+using Activations = ActivationList<None, Relu, LeakyRelu, Relu6, Elu, Silu, Gelu, Hardswish, Hardsigmoid, Mish,
+                                   Softplus, Sigmoid, Tanh>;
 
 template <class... All>
 constexpr bool is_in_order(ActivationList<All...>) {

@@ -76,6 +76,16 @@ def _softplus_backward(grad_out: Tensor, z: Tensor) -> Tensor:
     return torch.where(z > 20, grad_out, grad_out * torch.sigmoid(z))
 
 
+def _sigmoid_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return grad_out * (s * (1 - s))
+
+
+def _tanh_backward(grad_out: Tensor, z: Tensor) -> Tensor:
+    t = torch.tanh(z)
+    return grad_out * (1 - t * t)
+
+
 ROWS = (
     Activation("none", forward=lambda z: z, backward=lambda grad_out, z: grad_out),
     Activation("relu", forward=F.relu, is_upper=lambda z: ~(z <= 0)),
@@ -88,6 +98,8 @@ ROWS = (
     Activation("hardsigmoid", forward=F.hardsigmoid, backward=_hardsigmoid_backward),
     Activation("mish", forward=F.mish, backward=_mish_backward),
     Activation("softplus", forward=F.softplus, backward=_softplus_backward),
+    Activation("sigmoid", forward=F.sigmoid, backward=_sigmoid_backward),
+    Activation("tanh", forward=F.tanh, backward=_tanh_backward),
 )
 ACTIVATIONS = tuple(row.name for row in ROWS)
 

@@ -210,7 +210,7 @@ def test_second_derivatives_of_activations(index):
     assert torch.autograd.gradcheck(lambda g, z: reference.activation_backward(g, z, index), (g, z))
 
 
-@pytest.mark.parametrize("name", ["elu", "silu", "gelu", "mish", "softplus"])
+@pytest.mark.parametrize("name", ["elu", "silu", "gelu", "mish", "softplus", "sigmoid", "tanh"])
 def test_second_derivative_at_0_is_torchs(name):
     index, seconds = ACTIVATIONS.index(name), []
     for derivative in (

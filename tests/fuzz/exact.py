@@ -85,6 +85,10 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
             return z * np.tanh(np.logaddexp(z, 0))
         case "softplus":
             return np.where(z > 20, z, np.logaddexp(z, 0))
+        case "sigmoid":
+            return 1 / (1 + np.exp(-z))
+        case "tanh":
+            return np.tanh(z)
     raise ValueError(f"activation: got {activation!r}")
 
 
@@ -120,6 +124,10 @@ def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) ->
             return grad_out * (t + z * (1 - t * t) / (1 + np.exp(-z)))
         case "softplus":
             return np.where(z > 20, grad_out, grad_out / (1 + np.exp(-z)))
+        case "sigmoid":
+            return grad_out * np.exp(-np.abs(z)) / (1 + np.exp(-np.abs(z))) ** 2
+        case "tanh":
+            return grad_out / np.cosh(z) ** 2
     raise ValueError(f"activation: got {activation!r}")
 
 

@@ -15,7 +15,7 @@ int32_t device_type(const Tensor& tensor) {
   return type;
 }
 
-// A fresh contiguous tensor as a dense one of another format: new_empty has no such argument.
+// Returns a view of a new contiguous tensor as dense in another format: new_empty has no such argument.
 Tensor in_format(const Tensor& fresh, MemoryFormat format) {
   if (format == MemoryFormat::contiguous) return fresh;
   const auto sizes = fresh.sizes();
@@ -23,7 +23,7 @@ Tensor in_format(const Tensor& fresh, MemoryFormat format) {
   int64_t strides[5], stride = sizes[1];
   strides[1] = 1;
   for (int64_t k = 1; k < dim; ++k) {
-    const int64_t d = k == dim - 1 ? 0 : dim - k;  // space from the last, then batch
+    const int64_t d = k == dim - 1 ? 0 : dim - k;  // spatial dimensions from the last, then the batch
     strides[d] = stride;
     stride *= sizes[d];
   }
@@ -90,9 +90,9 @@ OptionalTensor Operands::contiguous(const char* name, const OptionalTensor& tens
   return contiguous(name, *tensor);
 }
 
-// Refuses a tensor whose storage was freed or truncated, as FSDP does with parameters: its address would be null, which
-// the kernels take for "not given", or they would read past its end. `extent` is the number of elements from the first
-// to the last.
+// Fails if a tensor's storage was freed or truncated, as FSDP does with parameters. The address would be null, which
+// kernels take for an absent argument, or they would read past the end. `extent` is the number of elements from the
+// first to the last.
 void Operands::check_storage(const char* name, const Tensor& tensor, int64_t extent, int64_t element_size) const {
   int64_t offset, size;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
@@ -216,7 +216,8 @@ Tensor Operands::empty_mask() const {
 
 Tensor Operands::empty(int64_t size, ScalarType type) const {
   if (size > 0) return new_empty(input_, {&size, 1}, type);
-  // No dispatcher: this one leaves memory as it is in torch's deterministic mode, which fills it, but here is none.
+  // This function bypasses the dispatcher, and so torch's deterministic mode, which would fill memory; here there is
+  // none.
   const int64_t stride = 1;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_type(type), device_type(input_),

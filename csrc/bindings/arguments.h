@@ -1,5 +1,5 @@
-// From tensors to what the launchers take: checks, dense memory in one format, layout, dtypes. A check that fails says
-// what was expected and what was got, before anything is allocated or changed.
+// Converts tensors to the arguments of launchers: checks, dense memory in one format, layout, dtypes. The message of a
+// failed check says what was expected and what was got; nothing has been allocated or changed by then.
 #pragma once
 
 #include <sstream>
@@ -14,6 +14,7 @@
 
 namespace fastbn {
 
+// Throws an error whose message is the op's name and `parts`.
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
   std::ostringstream message;
@@ -25,10 +26,10 @@ template <class... Parts>
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType type);
 
-// float32, float64, bfloat16 or float16.
+// Returns the tensor's dtype, or fails unless it is float32, float64, bfloat16 or float16.
 DType dtype_of(const char* op, const char* name, const Tensor& tensor);
 
-// Input-shaped tensors of one op: the first one sets shape, dtype, device and format, the others must follow.
+// The tensor arguments of one op. The input determines shape, dtype, device and format, which the others must match.
 class Operands {
  public:
   Operands(const char* op, const Tensor& input);
@@ -38,28 +39,29 @@ class Operands {
   const Layout& layout() const { return layout_; }
   DType dtype() const { return dtype_; }
 
-  // Dense in the input's format; a copy where the caller's is not.
+  // Returns a checked tensor that is dense in the input's format: the caller's, or a copy.
   Tensor dense(const char* name, const Tensor& tensor) const;
   OptionalTensor dense(const char* name, const OptionalTensor& tensor) const;
 
-  // The tensor itself where it is contiguous, else a copy.
+  // Returns the tensor itself if it is contiguous, else a copy.
   Tensor contiguous(const char* name, const Tensor& tensor) const;
   OptionalTensor contiguous(const char* name, const OptionalTensor& tensor) const;
 
-  // A parameter or running statistic of shape [C]: the dtype of the input, or float32 beside a half type; all alike.
+  // Returns a parameter or running statistic of shape [C]. Its dtype is the input's, or float32 with an input of a half
+  // type, and the same for all of them.
   ChannelVector channel_vector(const char* name, const OptionalTensor& tensor);
 
-  // Statistics and sums: float64 of shape [size].
+  // Returns statistics or sums: float64 of shape [size].
   double* float64_vector(const char* name, const Tensor& tensor, int64_t size) const;
   double* channel_float64(const char* name, const Tensor& tensor) const {
     return float64_vector(name, tensor, layout_.channels);
   }
 
-  // The number of batches: int64, one element, on the input's device.
+  // Returns the number of batches: int64, one element, on the input's device.
   int64_t* counter(const char* name, const OptionalTensor& tensor) const;
 
-  // Takes format and layout from the mask, which a forward wrote: between it and backward a hook on saved tensors may
-  // have changed the strides of the input.
+  // Takes format and layout from the mask, which forward wrote. Between forward and backward, a hook on saved tensors
+  // may have changed the input's strides.
   void follow_mask(const OptionalTensor& tensor);
   const uint8_t* mask(const OptionalTensor& tensor) const;
   Activation activation(int64_t index) const;
@@ -72,8 +74,8 @@ class Operands {
  private:
   Tensor make_dense(const char* name, const Tensor& tensor) const;
   void check_device(const char* name, const Tensor& tensor) const;
-  // Of a mask: [outer, ceil(channels / 8)] where channels are innermost, else [outer, channels, ceil(inner / 8)], so
-  // that the number of dimensions tells which. Returns it.
+  // Sets the shape of a mask and returns its number of dimensions: [outer, ceil(channels / 8)] if channels are
+  // innermost, else [outer, channels, ceil(inner / 8)], so that the number of dimensions identifies the layout.
   int64_t mask_sizes(int64_t (&sizes)[3]) const;
   void check_storage(const char* name, const Tensor& tensor, int64_t extent, int64_t element_size) const;
 
@@ -82,7 +84,7 @@ class Operands {
   Layout layout_;
   DType dtype_;
   Tensor input_;
-  const char* first_vector_ = nullptr;  // the parameter that the others' dtype must match
+  const char* first_vector_ = nullptr;  // name of the parameter whose dtype the others must match
   ScalarType vector_type_ = ScalarType::Float;
 };
 

@@ -1,4 +1,4 @@
-// The ops on CPU tensors, on torch's threads.
+// Implements the ops for CPU tensors, on torch's threads.
 #include <new>
 
 #include "bindings/ops.h"
@@ -11,6 +11,7 @@ void run_on_torch_threads(int64_t count, int64_t grain, void (*task)(int64_t, in
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { task(begin, end, context); });
 }
 
+// The Backend of Ops for CPU tensors.
 struct CpuBackend {
   const char* op;
   cpu::Threads threads{int(torch::stable::get_num_threads()), run_on_torch_threads};
@@ -21,8 +22,8 @@ struct CpuBackend {
   void backward(const BackwardParams& params) { run(cpu::backward, params); }
   void grad_sums(const BackwardParams& params) { run(cpu::grad_sums, params); }
 
-  // Runs a launcher, which allocates a workspace of a few numbers per channel before it writes anything. A failure has
-  // the type and the words by which tools recognise torch's CPU allocator, not Python's MemoryError.
+  // Runs a launcher, which allocates a workspace of a few numbers per channel before it writes anything. If that fails,
+  // the error has the type and text by which tools recognise torch's CPU allocator, instead of Python's MemoryError.
   template <class Launcher, class Params>
   void run(Launcher launcher, const Params& params) {
     try {

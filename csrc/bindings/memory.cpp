@@ -8,8 +8,8 @@
 
 #include "bindings/arguments.h"
 
-// Returns the text of the last error that the C interface caught in this thread. It is null before torch 2.13, which
-// added it.
+// Returns the text of the last error that the C interface caught in this thread. Null before torch 2.13, which added
+// it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fastbn {
@@ -68,8 +68,8 @@ Tensor dense_copy(const Tensor& tensor, torch::headeronly::MemoryFormat format) 
                            [&] { return torch::stable::contiguous(tensor, format); });
 }
 
-// aten::new_empty by its C function: torch::stable::empty, which looks the op up by name and boxes its arguments on the
-// heap, takes twice as long (0.65 against 0.32 us).
+// Calls aten::new_empty by its C function. torch::stable::empty, which looks the op up by name and boxes its arguments
+// on the heap, takes twice as long (0.65 against 0.32 us).
 Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType type) {
   return allocate_as_torch(like, sizes, type, [&] {
     int32_t dtype = shim_type(type);

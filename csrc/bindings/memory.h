@@ -8,7 +8,9 @@
 
 namespace fastbn {
 
+// Returns "cpu", "cuda:0" and so on.
 std::string device_name(const Tensor& tensor);
+// Returns the C interface's code of a dtype.
 int32_t shim_type(ScalarType type);
 
 // Returns a copy that is dense in `format`.

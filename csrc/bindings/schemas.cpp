@@ -1,5 +1,5 @@
-// The contract of the ops (docs/design.md), one schema each. The emulator of the tests registers the same schemas under
-// a namespace of its own.
+// The contract of the ops (docs/design.md), one schema per op. The tests' emulator registers the same schemas in its
+// own namespace.
 #include "bindings/stable.h"
 
 STABLE_TORCH_LIBRARY(FASTBN_NAMESPACE, m) {

@@ -1,5 +1,5 @@
-// The part of LibTorch's stable ABI that the bindings use. TORCH_TARGET_VERSION is 2.10, set by the build: one binary
-// serves every torch from there on.
+// The part of LibTorch's stable ABI that the bindings use. The build sets TORCH_TARGET_VERSION to 2.10, so that one
+// binary serves every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// How a tensor (N, C, *) lies in memory: as [outer, channels, inner], row-major. Contiguous has inner = prod(*);
-// channels_last and (N, C) have inner = 1. Everything below the bindings sees only this.
+// How a tensor (N, C, *) lies in memory: as row-major [outer, channels, inner]. Contiguous tensors have inner =
+// prod(*); channels_last and (N, C) have inner = 1. Everything below the bindings sees only this.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,27 @@
 
 namespace fastbn {
 
+// The dimensions of a dense tensor as [outer, channels, inner].
 struct Layout {
   int64_t outer = 0;
   int64_t channels = 0;
   int64_t inner = 1;
 
-  // Elements a channel.
+  // Returns the number of elements per channel.
   FASTBN_INLINE int64_t count() const { return outer * inner; }
   FASTBN_INLINE int64_t numel() const { return outer * channels * inner; }
 
-  // A run is what kernels walk: the contiguous elements of one channel, or where there is but one, of one row.
   FASTBN_INLINE bool channels_are_innermost() const { return inner == 1; }
+
+  // Return the length and the number of runs. A run is what kernels walk: the contiguous elements of one channel, or of
+  // one row if channels are innermost.
   FASTBN_INLINE int64_t run() const { return channels_are_innermost() ? channels : inner; }
   FASTBN_INLINE int64_t runs() const { return channels_are_innermost() ? outer : outer * channels; }
 
-  // The mask holds a bit an element, each run padded to whole bytes.
+  // Returns the mask bytes of a run: one bit per element, padded to full bytes.
   FASTBN_INLINE int64_t mask_bytes_per_run() const { return (run() + 7) / 8; }
 
-  // Returns the index of the mask byte of the vector of 8 that begins at an element.
+  // Returns the index of the mask byte of the vector of 8 that begins at `element`.
   FASTBN_INLINE int64_t mask_byte(int64_t element) const {
     return element / run() * mask_bytes_per_run() + element % run() / 8;
   }
@@ -33,7 +36,8 @@ struct Layout {
 
 enum class MemoryFormat { contiguous, channels_last };
 
-// Returns the k-th dimension in memory order of channels_last, innermost first: channels, space from the last, batch.
+// Returns the k-th dimension in memory order of channels_last, innermost first: channels, the spatial dimensions from
+// the last, the batch.
 inline int64_t channels_last_dim(int64_t k, int64_t dim) { return k == 0 ? 1 : (k == dim - 1 ? 0 : dim - k); }
 
 // Returns whether a tensor is dense in a format, as torch's is_contiguous(memory_format) does: strides of dimensions of
@@ -55,12 +59,12 @@ inline bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dim, 
 // checks whether the strides are those of channels_last, up to gaps, and not also those of a contiguous tensor.
 inline MemoryFormat suggest_memory_format(const int64_t* sizes, const int64_t* strides, int64_t dim) {
   if (dim != 4 && dim != 5) return MemoryFormat::contiguous;
-  int64_t least = 0;
+  int64_t min_stride = 0;
   bool last = strides[1] != 0;
   for (int64_t k = 0; k < dim && last; ++k) {
     const int64_t d = channels_last_dim(k, dim);
-    last = sizes[d] != 0 && strides[d] >= least && !(d == 0 && least == strides[1]);
-    least = strides[d] * sizes[d];
+    last = sizes[d] != 0 && strides[d] >= min_stride && !(d == 0 && min_stride == strides[1]);
+    min_stride = strides[d] * sizes[d];
   }
   // torch's answer depends on the strides of dimensions of size 1, which are arbitrary.
   last = last || (is_dense(sizes, strides, dim, MemoryFormat::channels_last) &&
@@ -78,10 +82,11 @@ inline int64_t extent_of(const int64_t* sizes, const int64_t* strides, int64_t d
   return extent;
 }
 
+// Returns the layout of a dense tensor. A single channel is one long run in every format.
 inline Layout layout_of(const int64_t* sizes, int64_t dim, MemoryFormat format) {
   int64_t space = 1;
   for (int64_t d = 2; d < dim; ++d) space *= sizes[d];
-  if (sizes[1] == 1) return {1, 1, sizes[0] * space};  // one long run, whatever the format
+  if (sizes[1] == 1) return {1, 1, sizes[0] * space};
   if (format == MemoryFormat::channels_last || space == 1) return {sizes[0] * space, sizes[1], 1};
   return {sizes[0], sizes[1], space};
 }

@@ -1,5 +1,5 @@
-// The arguments of the forward and of the backward ops, as the bindings hand them to a backend's launchers. Pointers
-// are to dense memory of one layout; null where absent or not wanted.
+// The arguments of the forward and backward ops, as the bindings pass them to a backend's launchers. Pointers are to
+// dense memory of one layout, and null if absent or not wanted.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,10 @@
 
 namespace fastbn {
 
-// Where the statistics that normalise come from.
+// The source of the statistics that normalise.
 enum class Statistics { batch, running, given };
 
+// The arguments of batch_norm_train, batch_norm_eval, batch_norm_frozen, normalize and channel_stats.
 struct ForwardParams {
   Layout layout;
   DType dtype = DType::float32;
@@ -31,11 +32,12 @@ struct ForwardParams {
   double momentum = 0;
   double eps = 0;
 
-  double* mean = nullptr;     // [C]: read by `given`, else written where not null
-  double* inv_std = nullptr;  // [C]: likewise
+  double* mean = nullptr;     // [C]: read by `given`, else written unless null
+  double* inv_std = nullptr;  // [C]: same as mean
   double* var = nullptr;      // [C]: written by channel_stats
 };
 
+// The arguments of batch_norm_backward, grad_sums and input_grad.
 struct BackwardParams {
   Layout layout;
   DType dtype = DType::float32;
@@ -57,8 +59,8 @@ struct BackwardParams {
   ChannelVector grad_weight, grad_bias;
 
   double* sum_grad = nullptr;       // [C]: written by grad_sums, read by `given`
-  double* sum_grad_xhat = nullptr;  // [C]: likewise
-  const double* count = nullptr;    // [1]: elements a channel over all ranks, read by `given`
+  double* sum_grad_xhat = nullptr;  // [C]: same as sum_grad
+  const double* count = nullptr;    // [1]: elements per channel over all ranks, read by `given`
 };
 
 }  // namespace fastbn

@@ -1,4 +1,4 @@
-// Gradients of training and of evaluation, input gradient with given sums, and the sums alone.
+// The backward ops: gradients of training and evaluation, the input gradient with given sums, and the sums alone.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -14,20 +14,20 @@
 namespace fastbn::cpu {
 namespace {
 
-// Whether sums in float are as good as those in double: they neither overflowed nor vanished.
+// Returns whether sums in float are as good as those in double: they neither overflowed nor underflowed.
 bool resolves(const Sums& sums) {
   return std::isfinite(sums.first) && std::isfinite(sums.second) &&
          (std::fabs(sums.second) >= 1e-25 || sums.second == 0);
 }
 
-// Finding a channel's interval takes as long as it saves for some 50 elements: backward of bfloat16 is 0.88 times as
-// fast with it for 32x4096, 1.0 for 256x84 (EPYC 9004).
-constexpr int64_t least_count_compared = 64;
+// Finding a channel's interval costs as much time as it saves on some 50 elements: the backward of bfloat16 is 0.88
+// times as fast with it for 32x4096, and 1.0 times for 256x84 (EPYC 9004).
+constexpr int64_t min_count_compared = 64;
 
+// A backward op on the first `channels` channels. It is also the reduction that run_phases expects.
 template <class A>
 class Backward {
  public:
-  // Of the first `channels`.
   Backward(const BackwardParams& params, int64_t channels, const Threads& threads)
       : params_(params),
         channels_(channels),
@@ -40,8 +40,8 @@ class Backward {
         grad_affine_(partition_, table_.column_planes),
         is_far_(std::is_same_v<A, float> && std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {}
 
-  void run(bool past_caches) {
-    past_caches_ = past_caches;
+  void run(bool non_temporal) {
+    non_temporal_ = non_temporal;
     const bool frozen = params_.statistics == Statistics::running;
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
@@ -72,10 +72,10 @@ class Backward {
       for_each_chunk(begin, end, finish_chunk);
       grad_affine_.repeat(begin, end);
     };
-    auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
+    auto apply = [&](const Tile& tile, const MaskTile& mask_tile, int64_t channel) {
       if (!applies) return;
-      (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args_from(channel, frozen),
-                                                                                       block, mask_block);
+      (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args_from(channel, frozen), tile,
+                                                                                       mask_tile);
     };
     if (reduces)
       reduce_then(finish, apply);
@@ -98,10 +98,10 @@ class Backward {
         std::copy_n(chunk.sum_grad_xhat, chunk.channels, params_.sum_grad_xhat + chunk.first);
       });
     };
-    reduce_then(finish, [](const Block&, const MaskBlock&, int64_t) {});
+    reduce_then(finish, [](const Tile&, const MaskTile&, int64_t) {});
   }
 
-  // What run_phases asks of a reduction.
+  // The interface of a reduction.
 
   void prepare(int64_t begin, int64_t end) {
     for_each_chunk(begin, end, [&](Chunk& chunk) {
@@ -119,31 +119,34 @@ class Backward {
     relu_.repeat(begin, end);
   }
 
-  void reduce(int64_t i, Look look) {
-    const bool in_double = totals_->in_double(look);
+  void reduce(int64_t i, Precision precision) {
+    const bool in_double = totals_->in_double(precision);
     const auto column_sums = in_double ? table_.column_grad_sums_in_double : table_.column_grad_sums;
     const auto channel_sums = in_double ? table_.channel_grad_sums_in_double : table_.channel_grad_sums;
     (partition_.in_columns() ? column_sums : channel_sums)(args_from(partition_.first_channel(i), true),
-                                                           partition_.block(i), partition_.mask_block(i),
-                                                           totals_->of_block(i, look));
+                                                           partition_.tile(i), partition_.mask_tile(i),
+                                                           totals_->of_tile(i, precision));
   }
 
-  bool merge(int64_t begin, int64_t end, Look look) { return totals_->merge(begin, end, look, resolves); }
+  bool merge(int64_t begin, int64_t end, Precision precision) {
+    return totals_->merge(begin, end, precision, resolves);
+  }
 
  private:
   template <class Finish, class Apply>
   void reduce_then(Finish&& finish, Apply&& apply) {
-    const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < least_count_in_float ||
+    const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < min_count_in_float ||
                            std::any_of(params_.inv_std, params_.inv_std + channels_, misses_vanished_products);
     totals_.emplace(partition_, in_double);
     run_phases(partition_, threads_, *this, finish, apply);
   }
 
-  // Whether x alone is to say what relu's derivative is. Of a NaN it does not; but statistics other than frozen ones
-  // are taken to be of this input too, and so NaN with it.
+  // Returns whether to find relu's derivative by comparing x with a threshold. The comparison is wrong for NaN. Only
+  // with frozen statistics can that happen: others are assumed to be of this input, so that a NaN in x makes all of z
+  // NaN.
   static bool compares(const BackwardParams& params) {
     return params.activation == Activation::relu && !params.mask && !params.residual &&
-           params.statistics != Statistics::running && params.layout.count() >= least_count_compared;
+           params.statistics != Statistics::running && params.layout.count() >= min_count_compared;
   }
 
   GradArgs args_from(int64_t first, bool frozen) const {
@@ -157,7 +160,7 @@ class Backward {
             grad_affine_.arrays(first, frozen),
             params_.grad_input,
             params_.grad_residual,
-            past_caches_,
+            non_temporal_,
             relu_.arrays(first),
             is_far_};
   }
@@ -176,9 +179,9 @@ class Backward {
   AffineTable<A> affine_;
   ReluIntervalTable relu_;
   GradAffineTable<A> grad_affine_;
-  bool is_far_;  // any channel
+  bool is_far_;  // true if it is for any channel
   std::optional<Totals> totals_;
-  bool past_caches_ = false;
+  bool non_temporal_ = false;
 };
 
 template <class A>
@@ -186,10 +189,10 @@ void backward_as(const BackwardParams& params, const Threads& threads) {
   const int64_t bytes = params.layout.numel() * element_size(params.dtype);
   const int64_t tensors =
       2 + (params.residual != nullptr) + (params.grad_input != nullptr) + (params.grad_residual != nullptr);
-  const bool past_caches = prepare_outputs({params.grad_input, params.grad_residual}, bytes, tensors * bytes,
-                                           kernels(params.dtype).streamed_bytes_a_thread * threads.count);
+  const bool non_temporal = prepare_outputs({params.grad_input, params.grad_residual}, bytes, tensors * bytes,
+                                            kernels(params.dtype).min_streamed_bytes_per_thread * threads.count);
   for_each_panel(params, threads, [&](const BackwardParams& panel, int64_t channels, const Threads& its_threads) {
-    Backward<A>(panel, channels, its_threads).run(past_caches);
+    Backward<A>(panel, channels, its_threads).run(non_temporal);
   });
 }
 
@@ -200,7 +203,7 @@ void grad_sums_as(const BackwardParams& params, const Threads& threads) {
   });
 }
 
-// What sums over no elements are.
+// Writes the sums over no elements.
 void write_zeros(const BackwardParams& params) {
   for (int64_t c = 0; c < params.layout.channels; ++c) {
     if (params.grad_weight.defined()) params.grad_weight.store(c, 0);

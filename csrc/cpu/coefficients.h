@@ -1,5 +1,6 @@
-// Tables of per-channel coefficients, one array a member, as the leaf loops read them: an entry a channel, or where
-// blocks are rows, an entry a column, each channel's repeated as often as its column recurs.
+// Tables of per-channel coefficients for the leaf loops, stored as one array per member. With channels innermost, a
+// table has one entry per column: where several rows are packed into one, each channel's entry recurs for every one of
+// them.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 
 namespace fastbn::cpu {
 
-// visit(chunk) over chunks of [begin, end).
+// Calls `visit(chunk)` for consecutive chunks of the channels [begin, end).
 template <class Visit>
 void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
   for (int64_t first = begin; first < end; first += chunk_channels) {
@@ -23,15 +24,16 @@ void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
   }
 }
 
-// Copies entries [begin, end) of a table to where these channels' columns recur.
+// Copies entries [begin, end) of a table to all other columns of the same channels.
 template <class A>
 void repeat_columns(A* table, const Partition& partition, int64_t begin, int64_t end) {
   for (int64_t j = partition.channels(); j < partition.entries(); j += partition.channels())
     std::copy(table + begin, table + end, table + j + begin);
 }
 
-// Arrays of one number a channel or column each. By two planes those of even columns come first, then those of odd
-// ones, each where a vector of bfloat16 takes it from (load_planes in vec_memory.h).
+// A set of arrays with one number per channel or column. With two planes, even columns come first and then odd ones, so
+// that each register of an interleaved vector of bfloat16 loads from consecutive addresses (load_planes in
+// vec_memory.h).
 template <class A, int members>
 class CoefficientTable {
  public:
@@ -39,7 +41,7 @@ class CoefficientTable {
       : size_(partition.entries()),
         channels_(partition.channels()),
         shift_(partition.in_columns() ? column_planes - 1 : 0),
-        plane_(((size_ + shift_) >> shift_) + slack),
+        plane_(((size_ + shift_) >> shift_) + padding),
         stride_((shift_ + 1) * plane_),
         values_(size_t(members * stride_)) {}
 
@@ -52,19 +54,19 @@ class CoefficientTable {
       }
   }
 
-  // Copies the entries of channels [begin, end) to where their columns recur.
+  // Copies the entries of channels [begin, end) to all other columns of the same channels.
   void repeat(int64_t begin, int64_t end) {
     for (int member = 0; member < members; ++member)
       for (int64_t j = channels_; j < size_; j += channels_)
         for (int64_t channel = begin; channel < end; ++channel) at(member, j + channel) = at(member, channel);
   }
 
-  // From entry `first` on, which is 0 by two planes.
+  // Returns the array of a member from entry `first` on. With two planes, `first` must be 0.
   const A* member(int member, int64_t first) const { return values_.data() + member * stride_ + first; }
   int64_t plane() const { return plane_; }
 
  private:
-  static constexpr int64_t slack = 16;  // lanes of the longest register of float
+  static constexpr int64_t padding = 16;  // float lanes of the widest register
 
   A& at(int member, int64_t column) {
     return values_[size_t(member * stride_ + (column & shift_) * plane_ + (column >> shift_))];
@@ -89,7 +91,7 @@ class AffineTable {
   CoefficientTable<A, 3> table_;
 };
 
-// Intervals of x on which relu's derivative is 1; none where relu_intervals is null.
+// Intervals of x on which relu's derivative is 1. The table is empty if `relu_intervals` is null.
 class ReluIntervalTable {
  public:
   ReluIntervalTable(const Partition& partition, FindReluIntervals* relu_intervals)

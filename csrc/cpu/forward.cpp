@@ -1,4 +1,4 @@
-// Training forward, evaluation forward, normalise with given statistics, and statistics alone.
+// The forward ops: training, evaluation, normalisation with given statistics, and the statistics alone.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -15,15 +15,15 @@
 namespace fastbn::cpu {
 namespace {
 
-// Whether the variance that sums in float give is as good as these: they neither overflowed nor vanished, and the pivot
-// lies so near the mean that subtracting its share does not multiply their relative error by more than 8.
+// Returns whether sums in float give a variance as good as sums in double: they neither overflowed nor underflowed, and
+// the pivot is so near the mean that correcting for it multiplies their relative error by at most 8.
 bool resolves(const Sums& sums, double count) {
   const double m2 = sums.second - sums.first * sums.first / count;
   return std::isfinite(sums.second) && sums.second <= 8 * m2 &&
          (sums.second >= 1e-30 || (sums.first == 0 && sums.second == 0));
 }
 
-// The reduction of a forward op: partial sums about an element of each channel, then their moments.
+// The reduction of a forward op: partial sums about a pivot per channel, then the moments of the channels.
 template <class A>
 class MomentReducer {
  public:
@@ -39,16 +39,17 @@ class MomentReducer {
     repeat_columns(pivots_.data(), partition_, begin, end);
   }
 
-  void reduce(int64_t i, Look look) {
-    const bool in_double = totals_.in_double(look);
+  void reduce(int64_t i, Precision precision) {
+    const bool in_double = totals_.in_double(precision);
     const auto column_sums = in_double ? table_.column_sums_in_double : table_.column_sums;
     const auto channel_sums = in_double ? table_.channel_sums_in_double : table_.channel_sums;
-    (partition_.in_columns() ? column_sums : channel_sums)(
-        params_.input, partition_.block(i), &pivots_[size_t(partition_.first_channel(i))], totals_.of_block(i, look));
+    (partition_.in_columns() ? column_sums : channel_sums)(params_.input, partition_.tile(i),
+                                                           &pivots_[size_t(partition_.first_channel(i))],
+                                                           totals_.of_tile(i, precision));
   }
 
-  bool merge(int64_t begin, int64_t end, Look look) {
-    return totals_.merge(begin, end, look,
+  bool merge(int64_t begin, int64_t end, Precision precision) {
+    return totals_.merge(begin, end, precision,
                          [&](const Sums& sums) { return resolves(sums, double(params_.layout.count())); });
   }
 
@@ -57,10 +58,11 @@ class MomentReducer {
   }
 
  private:
-  // Differences of halves and their squares have so few digits that float rounds little of however few.
+  // Returns whether fast sums are taken in double too. Half types never need it: their differences and squares have so
+  // few digits that float rounds little, however few terms there are.
   static bool in_double(const ForwardParams& params) {
     return params.dtype == DType::float64 ||
-           (params.dtype == DType::float32 && params.layout.count() < least_count_in_float);
+           (params.dtype == DType::float32 && params.layout.count() < min_count_in_float);
   }
 
   const ForwardParams& params_;
@@ -78,10 +80,10 @@ void update_running(const ChannelVector& running, const Chunk& chunk, const doub
   running.store(chunk.first, chunk.channels, values);
 }
 
-// Of the first `channels`, where `factor` is what the batch counts for in the running statistics.
+// Runs a forward op on the first `channels` channels; `factor` is the batch's weight in the running statistics.
 template <class A>
 void forward_channels(const ForwardParams& params, int64_t channels, const Threads& threads, double factor,
-                      bool past_caches) {
+                      bool non_temporal) {
   const Kernels& table = kernels(params.dtype);
   const Partition partition(params.layout, params.dtype, channels);
   const bool batch = params.statistics == Statistics::batch;
@@ -119,10 +121,10 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
     for_each_chunk(begin, end, finish_chunk);
     affine.repeat(begin, end);
   };
-  auto apply = [&](const Block& block, const MaskBlock& mask_block, int64_t channel) {
+  auto apply = [&](const Tile& tile, const MaskTile& mask_tile, int64_t channel) {
     const NormalizeArgs args{params.input,      params.residual,        params.output, params.mask,
-                             params.activation, affine.arrays(channel), past_caches};
-    (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, block, mask_block);
+                             params.activation, affine.arrays(channel), non_temporal};
+    (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, tile, mask_tile);
   };
   if (batch)
     run_phases(partition, threads, *reducer, finish, apply);
@@ -139,10 +141,10 @@ void forward_as(const ForwardParams& params, const Threads& threads) {
                               params.num_batches_tracked ? *params.num_batches_tracked : 0);
   }
   const int64_t bytes = params.layout.numel() * element_size(params.dtype);
-  const bool past_caches = prepare_outputs({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
-                                           kernels(params.dtype).streamed_bytes_a_thread * threads.count);
+  const bool non_temporal = prepare_outputs({params.output}, bytes, (params.residual ? 3 : 2) * bytes,
+                                            kernels(params.dtype).min_streamed_bytes_per_thread * threads.count);
   for_each_panel(params, threads, [&](const ForwardParams& panel, int64_t channels, const Threads& its_threads) {
-    forward_channels<A>(panel, channels, its_threads, factor, past_caches);
+    forward_channels<A>(panel, channels, its_threads, factor, non_temporal);
   });
 }
 
@@ -157,7 +159,7 @@ void channel_stats_of(const ForwardParams& params, int64_t channels, const Threa
       std::copy_n(chunk.var, chunk.channels, params.var + chunk.first);
     });
   };
-  run_phases(partition, threads, reducer, finish, [](const Block&, const MaskBlock&, int64_t) {});
+  run_phases(partition, threads, reducer, finish, [](const Tile&, const MaskTile&, int64_t) {});
 }
 
 template <class A>

@@ -8,10 +8,11 @@
 namespace fastbn::cpu {
 namespace {
 
-// Smaller outputs hold at most one large page between its boundaries, and allocators keep their memory.
-constexpr int64_t large_page = int64_t(2) << 20, least_bytes_of_large_pages = 2 * large_page;
+// A smaller output spans at most one aligned large page, and allocators keep its memory between calls.
+constexpr int64_t large_page = int64_t(2) << 20, min_bytes_for_large_pages = 2 * large_page;
 
-// By two pages: where an allocator grew or took new memory, the last ones are new.
+// Returns whether the pages of `output` exist. It checks the middle and the last page: if the allocator extended a
+// block or mapped a new one, the last pages are new.
 bool has_pages([[maybe_unused]] const void* output, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
@@ -24,7 +25,7 @@ bool has_pages([[maybe_unused]] const void* output, [[maybe_unused]] int64_t byt
   return true;
 }
 
-// For all of it that large pages can hold. Where the system refuses, it keeps its pages of the usual size.
+// Requests large pages for the aligned part of `output`. If the system refuses, pages have the usual size.
 void ask_for_large_pages([[maybe_unused]] void* output, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t size = uintptr_t(large_page);
@@ -37,15 +38,15 @@ void ask_for_large_pages([[maybe_unused]] void* output, [[maybe_unused]] int64_t
 }  // namespace
 
 bool prepare_outputs(std::initializer_list<void*> outputs, int64_t bytes, int64_t touched_bytes,
-                     int64_t least_touched_bytes) {
-  bool past_caches = touched_bytes >= least_touched_bytes;
-  if (!past_caches && bytes < least_bytes_of_large_pages) return false;
+                     int64_t min_touched_bytes) {
+  bool non_temporal = touched_bytes >= min_touched_bytes;
+  if (!non_temporal && bytes < min_bytes_for_large_pages) return false;
   for (void* output : outputs) {
     if (!output || has_pages(output, bytes)) continue;
     ask_for_large_pages(output, bytes);
-    past_caches = false;
+    non_temporal = false;
   }
-  return past_caches;
+  return non_temporal;
 }
 
 }  // namespace fastbn::cpu

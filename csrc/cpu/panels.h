@@ -1,6 +1,6 @@
-// Cuts few rows of very many channels into panels of neighbouring channels, each of which one thread takes through all
-// phases of an op. Rows alone would be too few to share out, and tables of an entry per channel, which take several
-// times as much memory as so few rows, stay in a core's caches. Sums of a channel do not depend on the panels.
+// Cuts tensors of few rows and very many channels into panels of neighbouring channels. One thread takes a panel
+// through all phases of an op. Rows alone would give too few tiles to split among threads, and this way the per-channel
+// tables, several times as large as the rows, stay in a core's caches. A channel's sums do not depend on the panels.
 #pragma once
 
 #include <algorithm>
@@ -12,11 +12,11 @@
 
 namespace fastbn::cpu {
 
-// Estimates: a panel with its tables fits in 512 KiB of L2, and its stretches of rows are as long as prefetchers like
-// them. Of more rows there are blocks enough to share out, and tables are small against them.
+// Estimates: a panel with its tables fits in 512 KiB of L2, and its rows are long enough for hardware prefetchers.
+// Tensors of more rows have enough tiles to split among threads, and their tables are small by comparison.
 constexpr int64_t max_panel_rows = 64, max_panel_channels = 4096, panel_elements = 32768;
 
-// Whole mask bytes and whole vectors, so that no two panels share either.
+// Returns the channels per panel: a multiple of 64, so that no two panels share a byte of the mask or a vector.
 inline int64_t panel_channels(const Layout& layout) {
   return std::min(max_panel_channels, panel_elements / layout.outer / 64 * 64);
 }
@@ -26,6 +26,7 @@ inline bool has_panels(const Layout& layout) {
          layout.channels >= 2 * panel_channels(layout);
 }
 
+// Returns `pointer + count`, or null for a null pointer.
 template <class T>
 T* advance(T* pointer, int64_t count) {
   return pointer ? pointer + count : nullptr;
@@ -38,7 +39,7 @@ inline ChannelVector advance(const ChannelVector& vector, int64_t channels) {
   return {advance_bytes(vector.data, channels * element_size(vector.dtype)), vector.dtype};
 }
 
-// Returns `params` with every pointer at channel `first` instead of 0; the layout remains that of the whole tensor.
+// Returns `params` with every pointer moved to channel `first`. The layout remains that of the full tensor.
 inline ForwardParams from_channel(ForwardParams params, int64_t first) {
   const int64_t bytes = first * element_size(params.dtype);
   params.input = advance_bytes(params.input, bytes);
@@ -64,7 +65,8 @@ inline BackwardParams from_channel(BackwardParams params, int64_t first) {
   return params;
 }
 
-// Calls call(params, channels, threads) for each panel, on that thread alone, or once for a tensor that has none.
+// Calls `call(params, channels, threads)` for each panel, with `threads` being the current thread alone, or once for a
+// tensor that has no panels.
 template <class Params, class Call>
 void for_each_panel(const Params& params, const Threads& threads, Call&& call) {
   const int64_t channels = params.layout.channels;

@@ -1,4 +1,4 @@
-// The phases of an op over a partition: prepare and reduce, merge and finish once a channel, apply.
+// Runs the phases of an op over a partition: prepare, reduce, merge, finish (once per channel) and apply.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,14 @@
 
 namespace fastbn::cpu {
 
-// What kernels sum in float does not always resolve: then the blocks are summed again, in double.
-enum class Look { first, second };
+// How a tile is summed: `fast` lets kernels add a few terms in float, `exact` sums in double. Where the fast sums of a
+// channel lost too many digits, its tiles are summed again exactly.
+enum class Precision { fast, exact };
 
-// Sums of fewer terms than this do not average out what float rounds (an estimate).
-constexpr int64_t least_count_in_float = 256;
+// With fewer terms than this, float rounding does not average out (an estimate).
+constexpr int64_t min_count_in_float = 256;
 
-// The sums of a reduction: partial ones, block by block, then their totals, a pair a channel.
+// The sums of a reduction: partial sums per tile, and the pair of totals per channel.
 class Totals {
  public:
   Totals(const Partition& partition, bool in_double)
@@ -26,24 +27,25 @@ class Totals {
         partials_(size_t(2 * partition.partials())),
         totals_(size_t(2 * partition.channels())) {}
 
-  bool in_double(Look look) const { return in_double_ || look == Look::second; }
+  bool in_double(Precision precision) const { return in_double_ || precision == Precision::exact; }
 
-  // Where to add a block's sums.
-  ColumnSums of_block(int64_t block, Look look) {
-    const ColumnSums sums = partition_.column_sums(block, partials_.data());
-    if (look == Look::second) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
+  // Returns where to add a tile's sums, which is cleared first if they are exact.
+  ColumnSums of_tile(int64_t tile, Precision precision) {
+    const ColumnSums sums = partition_.column_sums(tile, partials_.data());
+    if (precision == Precision::exact) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
     return sums;
   }
 
-  // Adds up those of channels [begin, end). No if resolves(sums) says no of any; a second look replaces just these.
+  // Adds up the partial sums of channels [begin, end). Returns false if `resolves(sums)` is false for any channel.
+  // Exact sums replace the totals of those channels only.
   template <class Resolves>
-  bool merge(int64_t begin, int64_t end, Look look, Resolves&& resolves) {
-    if (look == Look::first) partition_.merge(partials_.data(), begin, end, all());
+  bool merge(int64_t begin, int64_t end, Precision precision, Resolves&& resolves) {
+    if (precision == Precision::fast) partition_.merge(partials_.data(), begin, end, all());
     if (in_double_) return true;
     bool merged = true;
     for (int64_t c = begin; c < end; ++c) {
       if (resolves(of_channel(c))) continue;
-      if (look == Look::second) partition_.merge(partials_.data(), c, c + 1, all());
+      if (precision == Precision::exact) partition_.merge(partials_.data(), c, c + 1, all());
       merged = false;
     }
     return merged;
@@ -60,65 +62,70 @@ class Totals {
   std::vector<double> partials_, totals_;
 };
 
-// Below 16 Ki elements, or so many channels or additions of partial sums, a thread is not worth waking (estimates).
-constexpr int64_t channels_a_thread = 4096;
-inline int64_t grain_of(const Partition& partition, int64_t blocks) {
-  return std::max<int64_t>(1, 16384 * blocks / partition.elements());
+// Minimum work per thread, in elements, and in channels or additions of partial sums (estimates): less is not worth
+// waking a thread for.
+constexpr int64_t min_channels_per_thread = 4096;
+constexpr int64_t min_elements_per_thread = 16384;
+
+// Returns the minimum number of `tiles` per thread.
+inline int64_t grain_of(const Partition& partition, int64_t tiles) {
+  return std::max<int64_t>(1, min_elements_per_thread * tiles / partition.elements());
 }
 
-// apply(block, its mask, first channel) over all elements, in the order of memory where there is one.
+// Calls `apply(tile, mask, first channel)` for all elements, in memory order if the partition has one.
 template <class Apply>
 void run_apply(const Partition& partition, const Threads& threads, Apply&& apply) {
-  if (partition.has_image_blocks()) {
-    threads.for_each(partition.image_blocks(), grain_of(partition, partition.image_blocks()), [&](int64_t i) {
-      apply(partition.image_block(i), partition.image_mask_block(i), partition.first_image_channel(i));
+  if (partition.has_image_tiles()) {
+    threads.for_each(partition.image_tiles(), grain_of(partition, partition.image_tiles()), [&](int64_t i) {
+      apply(partition.image_tile(i), partition.image_mask_tile(i), partition.first_image_channel(i));
     });
   } else {
-    threads.for_each(partition.blocks(), grain_of(partition, partition.blocks()),
-                     [&](int64_t i) { partition.for_each_slice(i, apply); });
+    threads.for_each(partition.tiles(), grain_of(partition, partition.tiles()),
+                     [&](int64_t i) { partition.for_each_image_part(i, apply); });
   }
 }
 
-// finish(begin, end), of all channels, then apply.
+// Calls `finish(begin, end)` for all channels, then `apply` as above.
 template <class Finish, class Apply>
 void run_last_phase(const Partition& partition, const Threads& threads, Finish&& finish, Apply&& apply) {
-  threads.for_each_range(partition.channels(), channels_a_thread, finish);
+  threads.for_each_range(partition.channels(), min_channels_per_thread, finish);
   run_apply(partition, threads, apply);
 }
 
-// The reduction's prepare(begin, end), of channels, reduce(block, look) and merge(begin, end, look), then finish and
-// apply as above. Where merge says no to a first look, the channels' blocks are reduced and merged again. A group of
-// channels that one thread has to itself goes through all phases while it is cached, last block first.
+// Calls the reduction's `prepare(begin, end)` for channels, `reduce(tile, precision)` and `merge(begin, end,
+// precision)`, then `finish` and `apply` as above. If a fast merge returns false, the tiles of those channels are
+// reduced and merged again exactly. If there are enough groups of channels, each stays on one thread, which takes it
+// through all phases while it is in cache, with the last tile first in `apply`.
 template <class Reduction, class Finish, class Apply>
 void run_phases(const Partition& partition, const Threads& threads, Reduction& reduction, Finish&& finish,
                 Apply&& apply) {
-  const int64_t grain = grain_of(partition, partition.blocks()), channels = partition.channels();
+  const int64_t grain = grain_of(partition, partition.tiles()), channels = partition.channels();
   if (partition.groups() >= 4 * threads.count) {
-    const int64_t per_group = partition.per_group();
-    threads.for_each(partition.groups(), std::max<int64_t>(1, grain / per_group), [&](int64_t group) {
-      const int64_t first = group * per_group, last = first + per_group;
+    const int64_t tiles_per_group = partition.tiles_per_group();
+    threads.for_each(partition.groups(), std::max<int64_t>(1, grain / tiles_per_group), [&](int64_t group) {
+      const int64_t first = group * tiles_per_group, last = first + tiles_per_group;
       const int64_t begin = partition.first_channel(first), end = partition.end_channel(first);
       reduction.prepare(begin, end);
-      for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::first);
-      if (!reduction.merge(begin, end, Look::first)) {
-        for (int64_t i = first; i < last; ++i) reduction.reduce(i, Look::second);
-        reduction.merge(begin, end, Look::second);
+      for (int64_t i = first; i < last; ++i) reduction.reduce(i, Precision::fast);
+      if (!reduction.merge(begin, end, Precision::fast)) {
+        for (int64_t i = first; i < last; ++i) reduction.reduce(i, Precision::exact);
+        reduction.merge(begin, end, Precision::exact);
       }
       finish(begin, end);
-      for (int64_t i = last - 1; i >= first; --i) partition.for_each_slice(i, apply);
+      for (int64_t i = last - 1; i >= first; --i) partition.for_each_image_part(i, apply);
     });
   } else {
-    const int64_t merge_grain = std::max<int64_t>(1, channels_a_thread * channels / partition.partials());
+    const int64_t merge_grain = std::max<int64_t>(1, min_channels_per_thread * channels / partition.partials());
     std::atomic<bool> merged = true;
-    threads.for_each_range(channels, channels_a_thread,
+    threads.for_each_range(channels, min_channels_per_thread,
                            [&](int64_t begin, int64_t end) { reduction.prepare(begin, end); });
-    threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::first); });
+    threads.for_each(partition.tiles(), grain, [&](int64_t i) { reduction.reduce(i, Precision::fast); });
     threads.for_each_range(channels, merge_grain, [&](int64_t begin, int64_t end) {
-      if (!reduction.merge(begin, end, Look::first)) merged = false;
+      if (!reduction.merge(begin, end, Precision::fast)) merged = false;
     });
     if (!merged) {
-      threads.for_each(partition.blocks(), grain, [&](int64_t i) { reduction.reduce(i, Look::second); });
-      reduction.merge(0, channels, Look::second);
+      threads.for_each(partition.tiles(), grain, [&](int64_t i) { reduction.reduce(i, Precision::exact); });
+      reduction.merge(0, channels, Precision::exact);
     }
     run_last_phase(partition, threads, finish, apply);
   }

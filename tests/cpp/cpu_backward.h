@@ -1,10 +1,11 @@
-// backward and grad_sums of the CPU backend against the definitions in double.
+// Checks backward and grad_sums of the CPU backend against the definitions in double.
 #pragma once
 
 #include "cpu_case.h"
 
 namespace fastbn::test {
 
+// The outputs of a backward op.
 template <class T>
 struct Backward {
   Tensor<T> grad_input, grad_residual;
@@ -16,7 +17,7 @@ struct Backward {
   }
 };
 
-// Which gradients, from which statistics.
+// The gradients that are requested, and the source of the statistics.
 struct Wanted {
   Statistics statistics;
   bool input, weight, bias;
@@ -27,7 +28,7 @@ inline const Wanted all_wanted[] = {
     {Statistics::running, true, false, false}, {Statistics::running, false, false, true},
     {Statistics::given, true, false, false}};
 
-// One activation's backward with z from the input, or with the residual or the mask as well.
+// The backward of one activation, which gets z from the input alone, or from the residual or the mask as well.
 template <class T>
 struct BackwardTest {
   const Case<T>& a;
@@ -58,13 +59,13 @@ struct BackwardTest {
     std::memset(mask.data(), 0, mask.size);
     for (int64_t i = 0; i < layout.numel(); ++i) {
       const double z = reference_z(layout, c, a.input, residual, i);
-      const int64_t run = i / layout.run(), place = i % layout.run();
+      const int64_t run = i / layout.run(), index = i % layout.run();
       if (activation_is_upper(activation, z))
-        mask.data()[run * layout.mask_bytes_per_run() + place / 8] |= 1 << place % 8;
+        mask.data()[run * layout.mask_bytes_per_run() + index / 8] |= 1 << index % 8;
       if (is_at_kink<T>(z)) grad_out.data()[i] = T{};
     }
     exact = reference_gradients(layout, c, activation, grad_out, a.input, residual);
-    // As if a second rank had seen the same data.
+    // The sums are those of two ranks with the same data.
     for (int64_t k = 0; k < layout.channels; ++k) {
       sum_grad.data()[k] = 2 * exact.sum[k];
       sum_grad_xhat.data()[k] = 2 * exact.sum_xhat[k];
@@ -141,9 +142,9 @@ struct BackwardTest {
   static double sum_bound(double absolute_sum) { return arithmetic<T> * (1 + absolute_sum); }
 };
 
-// grad_z of relu and its sums are the same bits from batch statistics, for which some instruction sets compare x with a
-// threshold, and from frozen ones, for which all recompute z: of every finite bfloat16, for thresholds of either sign,
-// next to and at zero, beyond all elements, and none.
+// Checks that grad_z of relu and its sums have the same bits from batch statistics, for which some instruction sets
+// compare x with a threshold, as from frozen ones, for which all of them recompute z. It covers every finite bfloat16
+// and thresholds of either sign, next to and at zero, beyond all elements, and absent.
 inline void test_relu_thresholds() {
   using T = bfloat16;
   const Channels c = {
@@ -187,15 +188,15 @@ inline void test_relu_thresholds() {
   }
 }
 
-// A NaN takes relu's upper branch, whatever its sign and its weight's, also where statistics are frozen and so not NaN:
-// grad_out passes, bit for bit, and its sums are those of all elements.
+// Checks that a NaN takes relu's upper branch, whatever its sign and its weight's, even if statistics are frozen and so
+// not NaN: grad_out passes bit for bit.
 template <class T>
 void test_relu_passes_gradients_of_nan() {
   constexpr int64_t channels = 4, count = 128;
   const Tensor<double> mean = tensor_of<double>({0, 0, 0.5, 0.5}, 0), inv_std = tensor_of<double>({1, 1, 2, 2}, 0);
   const Tensor<Parameter<T>> weight = tensor_of<Parameter<T>>({1, -1, 1, -1}, 0);
   for (const Layout& layout : {Layout{1, channels, count}, Layout{count, channels, 1}}) {
-    const Tensor<T> grad_out = random_tensor<T>(layout.numel(), 5, 0.25), made(layout.numel());
+    const Tensor<T> grad_out = random_tensor<T>(layout.numel(), 5, 0.25), grad_residual(layout.numel());
     Tensor<T> input(layout.numel());  // all bits are 1, which is a NaN with a sign
     for (int64_t i = 0; i < layout.numel(); i += 3) input.data()[i] = from_acc<T>(acc_t<T>(NAN));
     BackwardParams p;
@@ -208,9 +209,9 @@ void test_relu_passes_gradients_of_nan() {
     p.weight = vector_if(true, weight);
     p.mean = mean.data();
     p.inv_std = inv_std.data();
-    p.grad_residual = made.data();
+    p.grad_residual = grad_residual.data();
     cpu::backward(p, {1, run_in_order});
-    CHECK(same_bits(made, grad_out));
+    CHECK(same_bits(grad_residual, grad_out));
   }
 }
 

@@ -1,4 +1,4 @@
-// Tensors and parameters for tests of the CPU backend, and the threads that they run on.
+// Tensors, parameters and threads for the tests of the CPU backend.
 #pragma once
 
 #include <numeric>
@@ -15,8 +15,10 @@ constexpr double kEps = 1e-5;
 
 using Task = void (*)(int64_t begin, int64_t end, void* context);
 
+// Runs a task on one thread, items in order.
 inline void run_in_order(int64_t count, int64_t, Task task, void* context) { task(0, count, context); }
 
+// Runs a task on one thread, items one by one in random order.
 inline void run_shuffled(int64_t count, int64_t, Task task, void* context) {
   static uint64_t state = 1;
   std::vector<int64_t> items(count);
@@ -28,7 +30,8 @@ inline void run_shuffled(int64_t count, int64_t, Task task, void* context) {
   for (int64_t item : items) task(item, item + 1, context);
 }
 
-// What `run` returns for one thread, which more threads, and one with its work in another order, must return as well.
+// Returns the result of `run` for one thread. Checks that more threads, and items in another order, give the same
+// result.
 template <class Run>
 auto same_for_all_threads(Run&& run) {
   const auto first = run(cpu::Threads{1, run_in_order});
@@ -58,7 +61,7 @@ T* pointer_if(bool wanted, const Tensor<T>& tensor) {
   return wanted ? tensor.data() : nullptr;
 }
 
-// Too near a point where a derivative jumps for arithmetic to tell on which side z lies.
+// Returns whether z is so near a jump of a derivative that rounding decides on which side it lies.
 template <class T>
 bool is_at_kink(double z) {
   for (double kink : {-3.0, 0.0, 3.0, 6.0})
@@ -66,7 +69,7 @@ bool is_at_kink(double z) {
   return false;
 }
 
-// What an op is given besides the input, and whether it is asked for the mask and the statistics.
+// The optional inputs of an op, and whether it writes the mask and the statistics.
 struct Options {
   bool residual, mask, weight, bias, buffers, stats;
 };
@@ -78,6 +81,7 @@ inline const Options variants[] = {{false, false, true, true, true, true},
 template <class T>
 using Parameter = std::conditional_t<sizeof(T) == 2, float, T>;
 
+// The operands of an op on a tensor of one layout.
 template <class T>
 struct Case {
   Layout layout;
@@ -107,8 +111,8 @@ struct Case {
     bias = tensor_of<Parameter<T>>(batch.bias, shift);
   }
 
-  // The five elements that a channel's pivot is the median of lie far from all others in some channels, so that half
-  // types need their second look there, and only there. float64 has no wider type to take such sums in.
+  // Moves the five elements whose median is the pivot far away from all others in every fourth channel, so that the
+  // fast sums of half types fail there, and only there. float64 has no wider type for exact sums.
   void move_pivots() {
     for (int64_t c = 1; c < layout.channels && layout.count() >= 100; c += 4)
       for (int i = 0; i < pivot_samples; ++i)
@@ -117,7 +121,7 @@ struct Case {
 
   Tensor<uint8_t> new_mask() const { return Tensor<uint8_t>(layout.runs() * layout.mask_bytes_per_run(), shift); }
 
-  // With these options, and the statistics of that source.
+  // Returns the per-channel numbers for these options and this source of the statistics.
   Channels channels(const Options& options, Statistics statistics) const {
     Channels c = batch;
     for (int64_t k = 0; k < layout.channels; ++k) {

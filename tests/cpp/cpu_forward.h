@@ -1,11 +1,11 @@
-// forward and channel_stats of the CPU backend against the definitions in double.
+// Checks forward and channel_stats of the CPU backend against the definitions in double.
 #pragma once
 
 #include "cpu_case.h"
 
 namespace fastbn::test {
 
-// Whatever an op writes; what it does not stays as it was filled.
+// The outputs of a forward op. Those that it does not write keep their initial values.
 template <class T>
 struct Forward {
   Tensor<T> output;

@@ -1,5 +1,6 @@
-// The CPU backend against the definitions in double: every leaf loop of the instruction set that FASTBN_CPU names, on
-// memory of exactly the elements; and the same bits whatever the number of threads and the order of their work.
+// Checks the CPU backend against the definitions in double: every leaf loop of the instruction set that FASTBN_CPU
+// names, on memory of exactly the elements; and that results have the same bits for any number of threads and any order
+// of their work.
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -16,13 +17,13 @@ using namespace fastbn::test;
 namespace {
 
 const Layout layouts[] = {
-    // One or two elements a channel.
+    // One or two elements per channel.
     {1, 1, 1},
     {1, 5, 1},
     {2, 5, 1},
     {1, 1, 2},
     {1, 3, 2},
-    // Runs shorter than a vector, with a tail, whole, longer than a block; one or several rows a block.
+    // Runs shorter than a vector, with a tail, of full vectors, longer than a tile; one or several rows per tile.
     {13, 3, 7},
     {3, 5, 7},
     {3, 5, 49},
@@ -35,11 +36,11 @@ const Layout layouts[] = {
     {2, 3, 16411},
     {41, 2, 784},
     {337, 3, 49},
-    {17, 7, 512},  // groups of two channels, the last of one, and blocks of 16 rows, the last of one
-    // Images of more channels than a block has rows.
+    {17, 7, 512},  // groups of two channels, the last of one, and tiles of 16 rows, the last of one row
+    // Images with more channels than a tile has rows.
     {1, 23, 784},
     {1, 2347, 7},
-    // Rows of few channels, taken several at once, with and without a rest; their masks of whole bytes or with gaps.
+    // Rows of few channels, packed into one, with and without a tail; their masks fill bytes or have gaps.
     {3, 3, 1},
     {29, 3, 1},
     {37, 2, 1},
@@ -48,20 +49,21 @@ const Layout layouts[] = {
     {23, 12, 1},
     {41, 31, 1},
     {1009, 3, 1},
-    // Channels that fill a row, or a vector and one more, and more blocks than one.
+    // Channels that fill a row, or a vector and one more, in one or several tiles.
     {53, 64, 1},
     {53, 65, 1},
     {19, 1009, 1},
     {307, 65, 1},
-    {23131, 3, 1},  // blocks of more rows than have their masks gathered at once
-    // Few, wide rows, cut into panels; the last of one channel, less than a vector, or with a tail.
+    {23131, 3, 1},  // tiles of more rows than masks are gathered for at a time
+    // Few, wide rows, cut into panels; the last panel has one channel, less than a vector, or a tail.
     {1, 8193, 1},
     {2, 8197, 1},
     {16, 4133, 1},
     {64, 1029, 1},
 };
 
-// Each op gives several times as many items to share out as there are threads, whenever it gives any.
+// The smallest number of work items that an op has distributed at a time: it must be several times the number of
+// threads.
 int64_t min_items;
 
 void run_counted(int64_t count, int64_t, Task task, void* context) {
@@ -70,12 +72,12 @@ void run_counted(int64_t count, int64_t, Task task, void* context) {
 }
 
 template <class T>
-void test_few_wide_rows_are_shared_out() {
+void test_few_wide_rows_are_distributed() {
   const cpu::Threads threads{2, run_counted};
   for (const Layout& layout : {Layout{2, 40000, 1}, Layout{16, 20000, 1}, Layout{64, 5000, 1}}) {
     const Case<T> a(layout, 0);
     const BackwardTest<T> backward(a, Activation::relu, variants[0], false);
-    const Tensor<T> made(layout.numel());
+    const Tensor<T> grad_input(layout.numel());
     Doubles first(layout.channels), second(layout.channels);
     auto check = [](auto&& run) {
       min_items = std::numeric_limits<int64_t>::max();
@@ -87,7 +89,7 @@ void test_few_wide_rows_are_shared_out() {
       check([&] { run_forward(a, c, statistics, Activation::relu, variants[0], threads); });
       BackwardParams p = backward.params();
       p.statistics = statistics;
-      p.grad_input = made.data();
+      p.grad_input = grad_input.data();
       p.sum_grad = backward.sum_grad.data();
       p.sum_grad_xhat = backward.sum_grad_xhat.data();
       p.count = backward.count.data();
@@ -119,17 +121,18 @@ void test_activation(const Case<T>& a, Activation activation, const Options& opt
   backward.test_sums();
 }
 
-// Large ones with two of these, by turns; of float64, whose exp and erf are libm's, with the first.
+// Returns whether to test an activation on a layout. Large layouts alternate between two pairs of activations, and with
+// float64, whose exp and erf are libm's, between the first of each.
 template <class T>
 bool is_tested(Activation activation, const Layout& layout, int index) {
   if (is_small(layout) || activation == (index % 2 ? Activation::relu : Activation::leaky_relu)) return true;
   return sizeof(T) < 8 && activation == (index % 2 ? Activation::gelu : Activation::silu);
 }
 
-// Stores past the caches and loops over blocks that are far leave what others leave: on blocks whose vectors are cache
-// lines, with a tail, and on those where they begin or continue elsewhere.
+// Checks that non-temporal stores and loops over tiles that are out of cache give the same output as others do: on
+// tiles whose vectors are cache lines, with a tail, and on unaligned ones.
 template <class T>
-void test_ways_through_memory() {
+void test_memory_paths() {
   using A = acc_t<T>;
   constexpr int64_t size = 4096, width = 128;
   const cpu::Kernels& table = cpu::kernels(dtype_of<T>);
@@ -139,16 +142,16 @@ void test_ways_through_memory() {
   const cpu::AffineArrays affine{member, member + width, member + 2 * width};
   const cpu::GradAffineArrays grad_affine{member, member + width, member + 2 * width, member + 3 * width};
   struct Outputs {
-    // Whole pages, so that they begin with a line.
+    // These fill pages, so that they begin at a cache line.
     Tensor<T> output{size, before_guard}, grad_input{size, before_guard}, grad_residual{size, before_guard};
   };
-  const cpu::Block blocks[] = {{0, 3, 128, 128}, {16, 3, 112, 100}, {1, 3, 128, 100}, {0, 3, 50, 49}};
-  for (cpu::Block block : blocks) {
+  const cpu::Tile tiles[] = {{0, 3, 128, 128}, {16, 3, 112, 100}, {1, 3, 128, 100}, {0, 3, 50, 49}};
+  for (cpu::Tile tile : tiles) {
     for (bool in_columns : {false, true}) {
-      auto run = [&](bool past_caches) {
-        const Outputs made;
-        const cpu::NormalizeArgs normalize{input.data(),     nullptr, made.output.data(), nullptr,
-                                           Activation::relu, affine,  past_caches};
+      auto run = [&](bool non_temporal) {
+        const Outputs outputs;
+        const cpu::NormalizeArgs normalize{input.data(),     nullptr, outputs.output.data(), nullptr,
+                                           Activation::relu, affine,  non_temporal};
         const cpu::GradArgs grad{grad_out.data(),
                                  input.data(),
                                  nullptr,
@@ -157,18 +160,18 @@ void test_ways_through_memory() {
                                  affine.pivot,
                                  affine,
                                  grad_affine,
-                                 made.grad_input.data(),
-                                 made.grad_residual.data(),
-                                 past_caches};
-        (in_columns ? table.column_normalize : table.channel_normalize)(normalize, block, {});
-        (in_columns ? table.column_input_grad : table.channel_input_grad)(grad, block, {});
-        return made;
+                                 outputs.grad_input.data(),
+                                 outputs.grad_residual.data(),
+                                 non_temporal};
+        (in_columns ? table.column_normalize : table.channel_normalize)(normalize, tile, {});
+        (in_columns ? table.column_input_grad : table.channel_input_grad)(grad, tile, {});
+        return outputs;
       };
-      block.far = false;
-      const Outputs cached = run(false), past = run(true);
-      block.far = true;
-      const Outputs far = run(false);
-      for (const Outputs* other : {&past, &far}) {
+      tile.out_of_cache = false;
+      const Outputs cached = run(false), streamed = run(true);
+      tile.out_of_cache = true;
+      const Outputs out_of_cache = run(false);
+      for (const Outputs* other : {&streamed, &out_of_cache}) {
         CHECK(same_bits(cached.output, other->output));
         CHECK(same_bits(cached.grad_input, other->grad_input));
         CHECK(same_bits(cached.grad_residual, other->grad_residual));
@@ -179,14 +182,14 @@ void test_ways_through_memory() {
 
 template <class T>
 void test_type(const char* name) {
-  test_ways_through_memory<T>();
-  test_few_wide_rows_are_shared_out<T>();
+  test_memory_paths<T>();
+  test_few_wide_rows_are_distributed<T>();
   test_relu_passes_gradients_of_nan<T>();
   int index = 0;
   for (const Layout& layout : layouts) {
     ++index;
     const Case<T> cases[] = {{layout, 0}, {layout, 1}, {layout, before_guard}};
-    // Whether what was just tested failed; then the rest would most likely say the same.
+    // Returns whether the last test failed, in which case the remaining ones would most likely fail alike.
     auto has_failed = [&, before = failures](const std::string& what) {
       if (failures > before)
         std::cerr << "the above: " << name << " [" << layout.outer << ", " << layout.channels << ", " << layout.inner
@@ -198,7 +201,7 @@ void test_type(const char* name) {
     for (int activation = 0; activation < activation_count; ++activation) {
       if (!is_tested<T>(Activation(activation), layout, index)) continue;
       for (int variant = 0; variant < int(std::size(variants)); ++variant) {
-        // Each variant meets each place in memory with some activation.
+        // Each variant is tested at each alignment with some activation.
         const Case<T>& a = cases[(activation + variant + index) % 3];
         test_activation(a, Activation(activation), variants[variant]);
         if (has_failed("activation " + std::to_string(activation) + ", variant " + std::to_string(variant) +
@@ -209,7 +212,8 @@ void test_type(const char* name) {
   }
 }
 
-// Asked of the compiler's run-time library rather than of the dispatch, which is under test.
+// Returns whether the machine has an instruction set, from the compiler's run-time library instead of the dispatch
+// under test.
 bool machine_has(const std::string& instruction_set) {
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,5 +1,5 @@
-// What is made once a channel: the formulas of moments.h and affine.h over chunks of channels, in loops that compilers
-// vectorise for FASTBN_ISA. Of few rows that are very wide, this is most of the work.
+// Per-channel work: the formulas of moments.h and affine.h on chunks of channels, in loops that compilers vectorise for
+// FASTBN_ISA. For few, very wide rows this is most of the work.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -29,7 +29,7 @@ template <class A>
 void affine_of_chunk(const Chunk& chunk, void* coefficients) {
   auto& [pivot, scale, shift] = *static_cast<ChunkCoefficients<A, 3>*>(coefficients);
   for (int64_t i = 0; i < chunk.channels; ++i) {
-    // Elements of float do not show what rounding the mean lost.
+    // The rounding error of the mean is far below the precision of float elements.
     const double mean_rest = std::is_same_v<A, double> ? chunk.mean_rest[i] : 0;
     const auto affine = Affine<A>::make(chunk.mean[i], chunk.inv_std[i], chunk.weight[i], chunk.bias[i], mean_rest);
     pivot[i] = affine.pivot;

@@ -1,4 +1,4 @@
-// Picks the instruction set once, from the machine and from FASTBN_CPU.
+// Picks the instruction set once, from the CPU and from FASTBN_CPU.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -16,7 +16,7 @@ struct InstructionSet {
 
 struct Choice {
   const InstructionSet* used;
-  const char* names[5] = {};  // the last is null
+  const char* names[5] = {};  // null-terminated
 };
 
 #if defined(__x86_64__)
@@ -31,7 +31,7 @@ Choice choose() {
 #if defined(__x86_64__)
       {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
       {"avx512", has_avx512(), avx512::kernels},
-      // Every processor with AVX2 has F16C, which clang 14 cannot ask for.
+      // Every processor with AVX2 has F16C, for which clang 14's __builtin_cpu_supports has no name.
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::kernels},
 #endif
       {"portable", true, portable::kernels},
@@ -52,8 +52,8 @@ Choice choose() {
 }
 
 const Choice& choice() {
-  static const Choice made = choose();
-  return made;
+  static const Choice chosen = choose();
+  return chosen;
 }
 
 }  // namespace

@@ -98,7 +98,7 @@ struct RecomputedGrad {
 };
 
 template <class T, bool per_column, class Use>
-FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows mask, int64_t ahead, Use&& use) {
+FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& block, MaskRows mask, int64_t ahead, Use&& use) {
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
   if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, args.activation));
   if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, args.activation));
@@ -123,11 +123,11 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Block& block, MaskRows 
 
 // call(block, its mask), once, or where the mask has gaps, for a few rows at a time.
 template <class Call>
-FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Block& block, const MaskBlock& mask_block, Call&& call) {
+FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& block, const MaskTile& mask_block, Call&& call) {
   const uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
   if (!mask || args.activation == Activation::none || !has_gaps(mask_block, block.cols))
     return call(block, MaskRows{mask, mask_block.row_stride});
-  for_gathered_rows(block, [&](const Block& part, int64_t first, uint64_t* words) {
+  for_gathered_rows(block, [&](const Tile& part, int64_t first, uint64_t* words) {
     for (int64_t row = 0; row < part.rows; ++row)
       words[row] = gather_bits(mask + (first + row) * mask_block.row_stride, block.cols, mask_block.run);
     call(part, MaskRows{reinterpret_cast<const uint8_t*>(words), gathered_bytes});
@@ -135,10 +135,10 @@ FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Block& block, cons
 }
 
 template <class T, class Terms>
-void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums sums) {
+void channel_grad_sums(const GradArgs& args, Tile whole, MaskTile mask_block, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Block& block) FASTBN_INLINE_LAMBDA {
+  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Tile& block) FASTBN_INLINE_LAMBDA {
     const int64_t ahead = block.row_stride;
     const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
     const V pivot(static_cast<const A*>(args.pivot)[channel]);
@@ -162,10 +162,10 @@ void channel_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, 
 }
 
 template <class T, class Terms>
-void column_grad_sums(const GradArgs& args, Block whole, MaskBlock mask_block, ColumnSums result) {
+void column_grad_sums(const GradArgs& args, Tile whole, MaskTile mask_block, ColumnSums result) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  auto sum = [&](const Block& block, MaskRows mask) FASTBN_INLINE_LAMBDA {
+  auto sum = [&](const Tile& block, MaskRows mask) FASTBN_INLINE_LAMBDA {
     const int64_t ahead = rows_ahead_of_column_sums * block.row_stride;
     const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
     with_grad<T, true>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
@@ -201,12 +201,12 @@ FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradArgs& args, int
 }
 
 template <class T, bool per_column>
-FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows mask) {
+FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& block, MaskRows mask) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const InputRows<T> grad_out(args.grad_out, block), input(args.input, block);
-  const OutputRows<T> grad_input(args.grad_input, block, args.past_caches);
-  const OutputRows<T> grad_residual(args.grad_residual, block, args.past_caches);
+  const OutputRows<T> grad_input(args.grad_input, block, args.non_temporal);
+  const OutputRows<T> grad_residual(args.grad_residual, block, args.non_temporal);
   const GradAffineArrays& arrays = args.grad_affine;
 
   with_grad<T, per_column>(args, block, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
@@ -248,8 +248,8 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Block& block, MaskRows
 }
 
 template <class T, bool per_column>
-void input_grad_block(const GradArgs& args, Block block, MaskBlock mask) {
-  with_mask_rows(args, block, mask, [&](const Block& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
+void input_grad_block(const GradArgs& args, Tile block, MaskTile mask) {
+  with_mask_rows(args, block, mask, [&](const Tile& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
     input_grad<T, per_column>(args, part, rows);
   });
 }

@@ -1,4 +1,4 @@
-// The leaf loops of the CPU backend: each handles one block of one tensor on one thread, and exists once for every
+// Leaf loops of the CPU backend. Each processes one tile of one tensor on one thread, and is compiled once per
 // instruction set and element type. Partition, threads and merging are in forward.cpp and backward.cpp.
 #pragma once
 
@@ -11,30 +11,32 @@
 
 namespace fastbn::cpu {
 
-// Rows of contiguous elements. A block's rows are runs of one channel, or of one channel after the other; or its
-// columns are channels. What sums are taken of may be several such blocks of one channel each, side by side.
-struct Block {
-  int64_t offset;  // of the first element, in elements
+// A tile of contiguous rows. With channels outermost, rows belong to one channel, or to consecutive channels; with
+// channels innermost, columns are channels. For sums, a tile may consist of several parts side by side, each of one
+// channel.
+struct Tile {
+  int64_t offset;  // to the first element, in elements
   int64_t rows;
   int64_t row_stride;  // in elements
   int64_t cols;
-  int64_t channel_step = 0;  // from row to row
-  int64_t channels = 1;      // side by side, at most most_channels
-  bool far = false;          // of a tensor that a core's caches do not hold
+  int64_t channel_step = 0;   // channels from one row to the next
+  int64_t channels = 1;       // side by side, at most max_tile_channels
+  bool out_of_cache = false;  // whether the tensor is too large for a core's caches
 };
 
-constexpr int64_t most_channels = 64;  // an estimate: so many sums are kept on the stack
+constexpr int64_t max_tile_channels = 64;  // bounds the sums on the stack (an estimate)
 
-// Where a block's mask lies. A run starts at a byte of its own; a row of the block is one run, part of one, or several.
-struct MaskBlock {
+// The position of a tile's mask. A run starts at a byte boundary; a row of the tile is one run, part of one, or
+// several.
+struct MaskTile {
   int64_t offset = 0;  // in bytes
   int64_t row_stride = 0;
   int64_t run = 0;  // in elements
 };
 
-// Arrays of acc_t<T>: an element for each of the block's channels or columns, those of columns by planes
-// (coefficients.h) where the kernels' column_planes is 2: even ones from 0, odd ones from `plane` on. Members are those
-// of Affine.
+// The members of Affine as arrays of acc_t<T>, with an element per channel or column of the tile. If the kernels'
+// column_planes is 2, arrays of columns have two planes (coefficients.h): even columns from 0 on, odd ones from `plane`
+// on.
 struct AffineArrays {
   const void* pivot = nullptr;
   const void* scale = nullptr;
@@ -42,7 +44,7 @@ struct AffineArrays {
   int64_t plane = 0;
 };
 
-// Likewise for GradAffine, whose pivot is Affine's.
+// The same for GradAffine, whose pivot is Affine's.
 struct GradAffineArrays {
   const void* slope = nullptr;
   const void* mean_grad = nullptr;
@@ -51,8 +53,8 @@ struct GradAffineArrays {
   int64_t plane = 0;
 };
 
-// Where relu's derivative is 1, for each channel or column: at x whose bits, less `first`, modulo 2^16, are at most
-// `span` (relu_interval.h).
+// The x for which relu's derivative is 1, per channel or column: those whose bits, minus `first` modulo 2^16, are at
+// most `span` (relu_interval.h).
 struct ReluIntervals {
   const uint16_t* first = nullptr;
   const uint16_t* span = nullptr;
@@ -60,6 +62,7 @@ struct ReluIntervals {
 
 using FindReluIntervals = void(const AffineArrays& affine, int64_t channels, uint16_t* first, uint16_t* span);
 
+// The arguments of loops that write the output of a forward op.
 struct NormalizeArgs {
   const void* input;
   const void* residual;
@@ -67,32 +70,33 @@ struct NormalizeArgs {
   uint8_t* mask;
   Activation activation;
   AffineArrays affine;
-  bool past_caches;  // how to store the output
+  bool non_temporal;  // how to store the output
 };
 
+// The arguments of the loops of backward.
 struct GradArgs {
   const void* grad_out;
   const void* input;
   const void* residual;
   const uint8_t* mask;
   Activation activation;
-  const void* pivot;             // of sums
-  AffineArrays affine;           // recomputes z, where the activation needs it; and the pivot of input_grad
-  GradAffineArrays grad_affine;  // of input_grad; a null slope says that statistics are frozen
+  const void* pivot;             // of the sums
+  AffineArrays affine;           // recomputes z if the activation needs it; has the pivot of input_grad
+  GradAffineArrays grad_affine;  // for input_grad; a null slope means that statistics are frozen
   void* grad_input;
   void* grad_residual;
-  bool past_caches;         // how to store these two
-  ReluIntervals relu = {};  // instead of recomputing z, of kernels that have them
-  bool is_far = false;      // whether grad_affine is that of apply_far
+  bool non_temporal;        // how to store these two
+  ReluIntervals relu = {};  // used instead of recomputing z, if present
+  bool is_far = false;      // whether grad_affine is for apply_far
 };
 
-// Partial results of a block: plain sums, so that merging is adding.
+// Partial sums of a tile, which merge by addition.
 struct Sums {
-  double first = 0;   // of x - pivot; of grad_z
-  double second = 0;  // of (x - pivot)^2; of grad_z * (x - pivot)
+  double first = 0;   // of x - pivot, or of grad_z
+  double second = 0;  // of (x - pivot)^2, or of grad_z * (x - pivot)
 };
 
-// Likewise for each channel or column of a block.
+// The same for each channel or column of a tile.
 struct ColumnSums {
   double* first;
   double* second;
@@ -103,63 +107,65 @@ struct ConstColumnSums {
   const double* second;
 };
 
-// Per-channel numbers are computed for this many channels at a time, in arrays that fit in L1, by loops that compilers
-// vectorise (an estimate).
+// Per-channel numbers are computed for this many channels at a time, in arrays that fit in L1 and in loops that
+// compilers vectorise (an estimate).
 constexpr int64_t chunk_channels = 64;
 
-// Numbers of channels [first, first + channels), each in double.
+// Per-channel numbers of channels [first, first + channels), in double.
 struct Chunk {
   int64_t first, channels;
   double mean[chunk_channels], var[chunk_channels], inv_std[chunk_channels], unbiased_var[chunk_channels];
-  double mean_rest[chunk_channels] = {};  // what rounding the mean lost
+  double mean_rest[chunk_channels] = {};  // rounding error of the mean
   double weight[chunk_channels], bias[chunk_channels];
   double sum_grad[chunk_channels], sum_grad_xhat[chunk_channels];
 };
 
-// Coefficients of a chunk, one array a member, the members in the order of CoefficientTable's.
+// Coefficients of a chunk, one array per member, in the order of CoefficientTable's members.
 template <class A, int members>
 using ChunkCoefficients = A[members][chunk_channels];
 
-// Sums are added to what is there.
+// The table of leaf loops for one element type. Loops that compute sums add them to the values already there.
 struct Kernels {
-  // How much an op has to touch for stores past the caches to pay.
-  int64_t streamed_bytes_a_thread;
-  // How tables of columns are stored, but for pivots of sums.
+  // Minimum memory traffic of an op, in bytes per thread, for which non-temporal stores pay.
+  int64_t min_streamed_bytes_per_thread;
+  // Number of planes in tables of columns, except in those of the pivots of sums.
   int column_planes;
-  // Of each channel in [begin, end) the median of five elements, to entry `channel` of an array of acc_t<T>.
+  // Writes the median of five elements of each channel in [begin, end) to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
-  // Of a chunk: mean, var and unbiased_var from sums of `count` terms about pivots; inv_std from var; the coefficients
-  // of Affine<acc_t<T>>. Pivots and sums have an entry for every channel, `coefficients` is a ChunkCoefficients.
+  // The forward formulas for a chunk: mean, var and unbiased_var from sums of `count` terms about pivots; inv_std from
+  // var; the coefficients of Affine<acc_t<T>>. Pivots and sums have an entry per channel; `coefficients` is a
+  // ChunkCoefficients.
   void (*moments)(const void* pivots, ConstColumnSums sums, double count, Chunk& chunk);
   void (*inv_std)(double eps, Chunk& chunk);
   void (*affine)(const Chunk& chunk, void* coefficients);
-  // Likewise in backward: pivots, the two sums from those about pivots, the coefficients of GradAffine.
+  // The backward formulas for a chunk: pivots; the two sums from those about pivots; the coefficients of GradAffine.
   void (*grad_pivots)(const Chunk& chunk, void* pivots);
   void (*grad_sums)(const void* pivots, ConstColumnSums sums, Chunk& chunk);
   void (*grad_affine)(const Chunk& chunk, double count, bool is_far, void* coefficients);
-  // From coefficients of a chunk; null where loops do not use intervals.
+  // Finds intervals from the coefficients of a chunk. Null if the loops do not use intervals.
   FindReluIntervals* relu_intervals;
-  // About pivots, an acc_t<T> a channel or column.
-  void (*channel_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);
-  void (*column_sums)(const void* input, Block block, const void* pivots, ColumnSums sums);
-  // The same without a step in float, for data that it cannot sum well.
-  void (*channel_sums_in_double)(const void* input, Block block, const void* pivots, ColumnSums sums);
-  void (*column_sums_in_double)(const void* input, Block block, const void* pivots, ColumnSums sums);
-  void (*channel_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
-  void (*column_normalize)(const NormalizeArgs& args, Block block, MaskBlock mask);
-  void (*channel_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
-  void (*column_grad_sums)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
-  void (*channel_grad_sums_in_double)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
-  void (*column_grad_sums_in_double)(const GradArgs& args, Block block, MaskBlock mask, ColumnSums sums);
-  void (*channel_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
-  void (*column_input_grad)(const GradArgs& args, Block block, MaskBlock mask);
+  // The sums about pivots, which are one acc_t<T> per channel or column.
+  void (*channel_sums)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
+  void (*column_sums)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
+  // The same entirely in double, for data that float cannot sum accurately.
+  void (*channel_sums_in_double)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
+  void (*column_sums_in_double)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
+  void (*channel_normalize)(const NormalizeArgs& args, Tile tile, MaskTile mask);
+  void (*column_normalize)(const NormalizeArgs& args, Tile tile, MaskTile mask);
+  void (*channel_grad_sums)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  void (*column_grad_sums)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  void (*channel_grad_sums_in_double)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  void (*column_grad_sums_in_double)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  void (*channel_input_grad)(const GradArgs& args, Tile tile, MaskTile mask);
+  void (*column_input_grad)(const GradArgs& args, Tile tile, MaskTile mask);
 };
 
-// Those of the instruction set in use.
+// Returns the kernels of the instruction set in use.
 const Kernels& kernels(DType dtype);
 
-// The instruction sets that this build holds and this machine can run, best first, and the one in use: the best, or the
-// one that the environment variable FASTBN_CPU names (portable, avx2, avx512, avx512_bf16).
+// Return the names of the instruction sets that this build contains and this machine can run, best first and ending
+// with null, and the name of the one in use: the best, or the one that the environment variable FASTBN_CPU names
+// (portable, avx2, avx512, avx512_bf16).
 const char* const* instruction_sets();
 const char* instruction_set();
 

@@ -10,7 +10,7 @@ namespace fastbn::cpu::FASTBN_ISA {
 
 template <class T>
 constexpr Kernels table{
-    streamed_bytes_a_thread,
+    min_streamed_bytes_per_thread,
     interleaved<T> ? 2 : 1,
     pivots<T>,
     moments_of_chunk<acc_t<T>>,

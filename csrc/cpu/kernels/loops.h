@@ -1,5 +1,5 @@
-// The walks over a block that all leaf loops share. A visitor is called with AllLanes or EndLanes, so that every loop
-// is compiled once for full vectors and once for the end of a row.
+// Loops over a tile that all kernels share. A visitor is called with AllLanes or EndLanes, so that every loop is
+// compiled once for full vectors and once for the end of a row.
 #pragma once
 
 #include <algorithm>
@@ -9,34 +9,38 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Estimate: so many rows at once are as many streams as hardware prefetches. Gradients walk two tensors: backward of
-// 16x64x56x56 to 16x2048x7x7 float32 takes 0.74 to 0.95 of the time with 8 rows instead of 16 (EPYC 7003).
+// Rows that a loop reads in parallel. The estimate is the number of streams that hardware prefetches. Gradients read
+// two tensors: the backward of 16x64x56x56 to 16x2048x7x7 float32 takes 0.74 to 0.95 of the time with 8 rows instead of
+// 16 (EPYC 7003).
 constexpr int64_t rows_of_column_sums = 16, rows_of_column_grad_sums = 8, rows_of_channel_sums = 8, rows_of_strip = 4;
 
-// Of blocks that are far, sums of columns ask for so many rows ahead, sums of channels for the next row. Speed over not
-// asking: sums of gradients of 16x256x28x28 float32 in channels_last 1.6 (EPYC 9004); contiguous, forward of
-// 16x128x28x28 to 16x512x28x28 1.0 to 1.25 and backward 1.0 to 1.3 (EPYC 7003). Other loops follow the order of memory,
-// which hardware foresees: ops that do not ask there are 0.96 to 1.15 times as fast, most of them faster (EPYC 9004).
+// Prefetch distance of column sums in tiles that are out of cache; channel sums prefetch the next row. Speed relative
+// to no prefetching: gradient sums of 16x256x28x28 float32 in channels_last 1.6 (EPYC 9004); contiguous, the forward of
+// 16x128x28x28 to 16x512x28x28 1.0 to 1.25 and the backward 1.0 to 1.3 (EPYC 7003). Other loops follow memory order,
+// which hardware prefetches: ops that do not prefetch there are 0.96 to 1.15 times as fast, most of them faster (EPYC
+// 9004).
 constexpr int64_t rows_ahead_of_column_sums = 8;
 
-// Far rows that are this long are therefore walked one by one: against strips, speed is 1.1 to 1.3 for 16x512x14x14 to
-// 16x128x56x56 float32, 1.0 to 1.1 for 16x256x28x28 to 16x256x56x56 bfloat16, whose conversions keep a core busier than
-// loads of coefficients, and 0.97 for 16x1024x14x14; 0.9 for rows of 256 bytes (EPYC 7003). On an EPYC 9004 it is 1.5
-// for 16x256x28x28 float32, but 0.8 for 16x512x14x14 where nothing else is in the 32 MiB of L3.
-constexpr int64_t least_bytes_by_row = 512;
+// Tiles that are out of cache, with rows of at least this many bytes, are therefore walked row by row. Speed relative
+// to strips: 1.1 to 1.3 for 16x512x14x14 to 16x128x56x56 float32; 1.0 to 1.1 for 16x256x28x28 to 16x256x56x56 bfloat16,
+// where a core is busier converting elements than loading coefficients; 0.97 for 16x1024x14x14; 0.9 for rows of 256
+// bytes (EPYC 7003). On an EPYC 9004 it is 1.5 for 16x256x28x28 float32, but 0.8 for 16x512x14x14 if nothing else is in
+// the 32 MiB of L3.
+constexpr int64_t min_bytes_by_row = 512;
 
-// Time of an op with stores past the caches over that with others, and in brackets the same with a sum over its outputs
-// behind it, or a relu in place, float32 on two cores, several runs. Xeon, 2 MiB of L2 each: forward, 49 MiB touched,
-// 0.6 to 1.1 (0.7 to 1.2); backward, 37 MiB, 0.8 to 0.9 (0.9 to 1.1), 74 MiB, 0.7 to 0.8 (0.8 to 0.9). EPYC 7003, 0.5
-// MiB of L2 each and 32 MiB of L3: forward, 24 MiB, 0.7 to 0.8 (0.8 to 0.9), 12 MiB, 0.8 to 1.1 (1.0 to 1.9); backward,
-// 37 MiB, 0.8 to 0.9 (0.8 to 0.9), 18 MiB, 0.8 to 1.0 (0.9 to 1.1).
+// Memory traffic per thread from which non-temporal stores pay. Time of an op with non-temporal stores relative to
+// regular ones, and in brackets the same followed by a sum over its outputs or an in-place relu, float32 on two cores,
+// several runs. Xeon, 2 MiB of L2 per core: forward, 49 MiB of traffic, 0.6 to 1.1 (0.7 to 1.2); backward, 37 MiB, 0.8
+// to 0.9 (0.9 to 1.1), 74 MiB, 0.7 to 0.8 (0.8 to 0.9). EPYC 7003, 0.5 MiB of L2 per core and 32 MiB of L3: forward, 24
+// MiB, 0.7 to 0.8 (0.8 to 0.9), 12 MiB, 0.8 to 1.1 (1.0 to 1.9); backward, 37 MiB, 0.8 to 0.9 (0.8 to 0.9), 18 MiB, 0.8
+// to 1.0 (0.9 to 1.1).
 #if defined(__AVX512F__)
-constexpr int64_t streamed_bytes_a_thread = int64_t(16) << 20;
+constexpr int64_t min_streamed_bytes_per_thread = int64_t(16) << 20;
 #else
-constexpr int64_t streamed_bytes_a_thread = int64_t(10) << 20;
+constexpr int64_t min_streamed_bytes_per_thread = int64_t(10) << 20;
 #endif
 
-// visit(column, lanes) over the columns of a row.
+// Calls `visit(column, lanes)` for the columns of a row.
 template <class T, class Visit>
 FASTBN_INLINE void for_each_column(int64_t cols, Visit&& visit) {
   constexpr int64_t lanes = Vec<acc_t<T>>::lanes;
@@ -45,27 +49,27 @@ FASTBN_INLINE void for_each_column(int64_t cols, Visit&& visit) {
   if (j < cols) visit_end<T>(cols, visit);
 }
 
-// visit(begin row, end row, column, lanes): down a few rows, one vector wide, then the next vector.
+// Calls `visit(begin row, end row, column, lanes)` for strips of `rows` rows that are one vector wide.
 template <class T, class Visit>
-FASTBN_INLINE void for_each_strip(const Block& block, int64_t rows, Visit&& visit) {
-  for (int64_t begin = 0; begin < block.rows; begin += rows) {
-    const int64_t end = std::min(block.rows, begin + rows);
-    for_each_column<T>(block.cols,
+FASTBN_INLINE void for_each_strip(const Tile& tile, int64_t rows, Visit&& visit) {
+  for (int64_t begin = 0; begin < tile.rows; begin += rows) {
+    const int64_t end = std::min(tile.rows, begin + rows);
+    for_each_column<T>(tile.cols,
                        [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(begin, end, column, lanes); });
   }
 }
 
-// visit(chain, row, column, lanes) row by row, by turns with one of `chains` independent chains of operations, and
-// flush() before any of these has been given more than `longest` vectors.
-template <class T, int chains, int64_t longest, class Visit, class Flush>
-FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flush) {
+// Calls `visit(chain, row, column, lanes)` row by row, cycling through `chains` independent chains of operations, and
+// `flush()` before any chain has received more than `max_terms` vectors.
+template <class T, int chains, int64_t max_terms, class Visit, class Flush>
+FASTBN_INLINE void for_each_batch(const Tile& tile, Visit&& visit, Flush&& flush) {
   constexpr int64_t lanes = Vec<acc_t<T>>::lanes, step = chains * lanes;
   int64_t terms = 0;
-  for (int64_t row = 0; row < block.rows; ++row) {
-    for (int64_t j = 0, end; j < block.cols; j = end) {
-      end = block.cols - j > longest * step ? j + longest * step : block.cols;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int64_t j = 0, end; j < tile.cols; j = end) {
+      end = tile.cols - j > max_terms * step ? j + max_terms * step : tile.cols;
       const int64_t added = (end - j + step - 1) / step;
-      if (terms + added > longest) {
+      if (terms + added > max_terms) {
         flush();
         terms = 0;
       }
@@ -78,19 +82,19 @@ FASTBN_INLINE void for_each_batch(const Block& block, Visit&& visit, Flush&& flu
         j += lanes;
       }
       if (j < end)
-        visit_end<T>(block.cols, [&](int64_t at, auto last) FASTBN_INLINE_LAMBDA { visit(chains - 1, row, at, last); });
+        visit_end<T>(tile.cols, [&](int64_t at, auto last) FASTBN_INLINE_LAMBDA { visit(chains - 1, row, at, last); });
     }
   }
   flush();
 }
 
-// A block of an input, or nothing. Of one that is far, memory is asked for the element `ahead` further on, which is
-// what the loop reads next where hardware does not foresee it.
+// A tile of an input, possibly null. If the tile is out of cache, each access prefetches the element `ahead` elements
+// later, which the loop reads next and hardware would not prefetch.
 template <class T>
 class InputRows {
  public:
-  FASTBN_INLINE InputRows(const void* input, const Block& block, int64_t ahead = 0)
-      : data_(input ? static_cast<const T*>(input) + block.offset : nullptr), ahead_(block.far ? ahead : 0) {}
+  FASTBN_INLINE InputRows(const void* input, const Tile& tile, int64_t ahead = 0)
+      : data_(input ? static_cast<const T*>(input) + tile.offset : nullptr), ahead_(tile.out_of_cache ? ahead : 0) {}
 
   FASTBN_INLINE explicit operator bool() const { return data_; }
 
@@ -104,24 +108,24 @@ class InputRows {
   int64_t ahead_;
 };
 
-// A block of an output, or nothing. Full vectors go past the caches if asked for, where each is a line.
+// A tile of an output, possibly null. Full vectors use non-temporal stores if asked for and if each is a cache line.
 template <class T>
 class OutputRows {
  public:
   using V = Vec<acc_t<T>>;
 
-  FASTBN_INLINE OutputRows(void* output, const Block& block, bool past_caches)
-      : data_(output ? static_cast<T*>(output) + block.offset : nullptr),
-        past_caches_(past_caches && reinterpret_cast<uintptr_t>(data_) % (V::lanes * sizeof(T)) == 0 &&
-                     block.row_stride % V::lanes == 0) {}
+  FASTBN_INLINE OutputRows(void* output, const Tile& tile, bool non_temporal)
+      : data_(output ? static_cast<T*>(output) + tile.offset : nullptr),
+        non_temporal_(non_temporal && reinterpret_cast<uintptr_t>(data_) % (V::lanes * sizeof(T)) == 0 &&
+                      tile.row_stride % V::lanes == 0) {}
   FASTBN_INLINE ~OutputRows() {
-    if (fills_line<T> && past_caches_) finish_streaming();
+    if (fills_line<T> && non_temporal_) finish_streaming();
   }
 
   FASTBN_INLINE explicit operator bool() const { return data_; }
 
   FASTBN_INLINE void store(int64_t at, const V& x, AllLanes<T> lanes) const {
-    if (fills_line<T> && past_caches_)
+    if (fills_line<T> && non_temporal_)
       stream(data_ + at, x);
     else
       FASTBN_ISA::store(data_ + at, x, lanes);
@@ -130,7 +134,7 @@ class OutputRows {
 
  private:
   T* data_;
-  bool past_caches_;
+  bool non_temporal_;
 };
 
 }  // namespace fastbn::cpu::FASTBN_ISA

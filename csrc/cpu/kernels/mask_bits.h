@@ -1,5 +1,6 @@
-// The mask, a bit an element. Each run begins a byte, so where several short runs make a row of a block, leaf loops see
-// rows of bits without gaps, which are gathered from the padded runs before or spread over them afterwards.
+// The mask, one bit per element. Each run starts at a byte boundary. Where a row of a tile has several short runs, leaf
+// loops work on rows of bits without gaps: the bits are gathered from the padded runs before, or scattered to them
+// after.
 #pragma once
 
 #include <cstring>
@@ -9,8 +10,8 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Mask bits of relu from what it made, y: !(y <= 0), and as bfloat16 in pairs of AVX-512 registers whether y is another
-// number than 0 as it is stored, which the smallest are not.
+// Returns relu's mask bits from its output y: !(y <= 0). For bfloat16 in pairs of AVX-512 registers they say whether y
+// is nonzero as stored, which the smallest y are not.
 template <class T>
 FASTBN_INLINE uint64_t relu_bits(const Vec<acc_t<T>>& y) {
 #if defined(__AVX512F__)
@@ -19,8 +20,8 @@ FASTBN_INLINE uint64_t relu_bits(const Vec<acc_t<T>>& y) {
   return to_bits<T>(!(y <= Vec<acc_t<T>>(0)));
 }
 
-// A vector's bits of a row. Vectors of fewer than eight lanes share a byte with their neighbours, and the first of them
-// starts it.
+// Stores the mask bits of a vector. Vectors of fewer than eight lanes share a byte with their neighbours; the first of
+// them overwrites it.
 template <class T, class Lanes>
 FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, uint64_t bits) {
   constexpr int all = Vec<acc_t<T>>::lanes;
@@ -29,17 +30,18 @@ FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, uint64_
   if constexpr (all < 8) {
     const uint8_t part = uint8_t(bits << column % 8);
     row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
-  } else if (lanes.count == all) {  // more than eight only on x86, whose first byte is the lowest
+  } else if (lanes.count == all) {  // more than eight lanes only on x86, which is little-endian
     std::memcpy(row + column / 8, &bits, all / 8);
   } else {
     for (int i = 0; 8 * i < lanes.count; ++i) row[column / 8 + i] = uint8_t(bits >> 8 * i);
   }
 }
 
+// Loads the mask bits of a vector.
 template <class T>
 FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
   constexpr int all = Vec<acc_t<T>>::lanes;
-  if constexpr (all > 8) {  // as above
+  if constexpr (all > 8) {  // little-endian, as above
     uint32_t bits = 0;
     std::memcpy(&bits, row + column / 8, all / 8);
     return bits;
@@ -53,30 +55,32 @@ template <class T>
 FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
   const int64_t first = column / 8, last = (column + lanes.first + lanes.count - 1) / 8;
   uint64_t bits = row[first];
-  // As many further bytes as the lanes can reach from a byte's last bit: a bound that g++ unrolls by.
+  // The lanes reach at most this many further bytes, if they start at the last bit of one: a bound that g++ unrolls by.
   for (int i = 1; i <= (Vec<acc_t<T>>::lanes + 6) / 8; ++i)
     if (first + i <= last) bits |= uint64_t(row[first + i]) << 8 * i;
   return bits >> column % 8;
 }
 
-// Rows of at most 64 elements, which is several runs.
+// Rows that are gathered at a time, each of at most 64 elements.
 constexpr int64_t gathered_rows = 64, gathered_bytes = 8;
 
-FASTBN_INLINE bool has_gaps(const MaskBlock& mask, int64_t cols) { return mask.run < cols; }
+// Returns whether a row of `cols` elements spans several padded runs.
+FASTBN_INLINE bool has_gaps(const MaskTile& mask, int64_t cols) { return mask.run < cols; }
 
-// call(block, bits of its rows): a few rows of a block at a time, whose bits lie in `bits`, gathered_bytes a row.
+// Calls `call(part, first row, bits)` for a few rows of a tile at a time. `bits` has `gathered_bytes` bytes per row.
 template <class Call>
-FASTBN_INLINE void for_gathered_rows(const Block& block, Call&& call) {
+FASTBN_INLINE void for_gathered_rows(const Tile& tile, Call&& call) {
   uint64_t bits[gathered_rows];
-  for (int64_t row = 0; row < block.rows; row += gathered_rows) {
-    Block part = block;
-    part.offset += row * block.row_stride;
-    part.rows = block.rows - row < gathered_rows ? block.rows - row : gathered_rows;
+  for (int64_t row = 0; row < tile.rows; row += gathered_rows) {
+    Tile part = tile;
+    part.offset += row * tile.row_stride;
+    part.rows = tile.rows - row < gathered_rows ? tile.rows - row : gathered_rows;
     call(part, row, bits);
   }
 }
 
-// Padded runs of a row to and from a word. Runs of up to eight elements, a byte each, get loops of their own.
+// Scatter the bits of a row to its padded runs, and gather them again. Runs of up to eight elements take one byte each
+// and have loops of their own.
 FASTBN_INLINE void spread_bits(uint64_t word, int64_t cols, int64_t run, uint8_t* padded) {
   const uint64_t ones = (uint64_t(1) << run) - 1;
   if (run <= 8) {

@@ -30,9 +30,9 @@ FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_
 // visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
 // in registers down a few rows, those of a channel along its row.
 template <bool per_column, class T, class Prepare, class Visit>
-FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visit&& visit) {
+FASTBN_INLINE void for_each_prepared(const Tile& block, Prepare&& prepare, Visit&& visit) {
   if constexpr (per_column) {
-    const bool by_row = block.far && block.cols * int64_t(sizeof(T)) >= least_bytes_by_row;
+    const bool by_row = block.out_of_cache && block.cols * int64_t(sizeof(T)) >= min_bytes_by_row;
     for_each_strip<T>(block, by_row ? 1 : rows_of_strip,
                       [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
                         const auto prepared = prepare(column, lanes);
@@ -49,10 +49,10 @@ FASTBN_INLINE void for_each_prepared(const Block& block, Prepare&& prepare, Visi
 
 // `mask` is that of the block, without gaps in its rows.
 template <class T, bool per_column>
-FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint8_t* mask, int64_t mask_stride) {
+FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& block, uint8_t* mask, int64_t mask_stride) {
   using V = Vec<acc_t<T>>;
   const InputRows<T> input(args.input, block), residual(args.residual, block);
-  const OutputRows<T> output(args.output, block, args.past_caches);
+  const OutputRows<T> output(args.output, block, args.non_temporal);
 
   auto loop = [&]<EpilogueKind kind, bool plain>() FASTBN_INLINE_LAMBDA {
     for_each_prepared<per_column, T>(
@@ -87,11 +87,11 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Block& block, uint
 }
 
 template <class T, bool per_column>
-void normalize_block(const NormalizeArgs& args, Block block, MaskBlock mask_block) {
+void normalize_block(const NormalizeArgs& args, Tile block, MaskTile mask_block) {
   uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
   if (!per_column || !mask || !has_gaps(mask_block, block.cols))
     return normalize<T, per_column>(args, block, mask, mask_block.row_stride);
-  for_gathered_rows(block, [&](const Block& part, int64_t first, uint64_t* words) {
+  for_gathered_rows(block, [&](const Tile& part, int64_t first, uint64_t* words) {
     normalize<T, per_column>(args, part, reinterpret_cast<uint8_t*>(words), gathered_bytes);
     for (int64_t row = 0; row < part.rows; ++row)
       spread_bits(words[row], block.cols, mask_block.run, mask + (first + row) * mask_block.row_stride);

@@ -1,7 +1,7 @@
-// relu's derivative from the bits of x. z = (x - pivot) * scale + shift is monotone in x, as it is rounded too, so that
-// !(z <= 0) on one side of a threshold. As bits, unsigned, modulo 2^16, that side is an interval of bfloat16: where
-// loops take a register of them as stored, a subtraction and a comparison find the derivatives that the formula needs
-// seven instructions for. Backward is 1.0 to 1.45 times as fast so, mostly 1.2 (EPYC 9004).
+// relu's derivative from the bits of x. z = (x - pivot) * scale + shift is monotone in x, even as rounded, so that the
+// derivative, !(z <= 0), is 1 on one side of a threshold. As unsigned bits modulo 2^16, that side is an interval of
+// bfloat16: one subtraction and one comparison of a register of stored elements replace seven instructions. Backward is
+// 1.0 to 1.45 times as fast, mostly 1.2 (EPYC 9004).
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Finds intervals bit by bit, on vectors, whose z is rounded as that of loops. A NaN may lie on either side: it makes
-// all z of its channel NaN where it is part of a batch, and then all derivatives are 1.
+// Finds the intervals by bisection, on vectors whose z is rounded as in the loops. A NaN may lie on either side: if it
+// is part of the batch, all z of its channel are NaN and all derivatives are 1.
 inline void relu_intervals(const AffineArrays& affine, int64_t channels, uint16_t* first, uint16_t* span) {
   using V = Vec<float>;
   using Keys = Vec<uint32_t>;
@@ -28,14 +28,14 @@ inline void relu_intervals(const AffineArrays& affine, int64_t channels, uint16_
       return load(lane, AllLanes<float>{});
     };
     const Affine<V> vectors{load_member(affine.pivot), load_member(affine.scale), load_member(affine.shift)};
-    // Keys have the order of what they stand for: -NaN, -inf, finite numbers, inf, NaN. Negative ones, 0 to 0x7fff, are
-    // the bits 0xffff to 0x8000.
+    // Keys are ordered like the numbers they encode: -NaN, -inf, finite numbers, inf, NaN. Keys 0 to 0x7fff encode the
+    // negative numbers, whose bits are 0xffff to 0x8000.
     auto is_upper = [&](const Keys& key) FASTBN_INLINE_LAMBDA {
       const Keys bits = (Keys(0xffff) - key) + (key >> 15) * (key + key - Keys(0x17fff));
       return activation_is_upper(Activation::relu, vectors.apply(bit_cast_lanes<float>(bits << 16)));
     };
-    const Mask<float> starts_upper = is_upper(Keys(0x80));  // the least finite number
-    Keys last(0);                                           // key on its side
+    const Mask<float> starts_upper = is_upper(Keys(0x80));  // the smallest finite number
+    Keys last(0);                                           // the last key on the same side
     for (uint32_t bit = 0x8000; bit > 0; bit >>= 1) {
       const Keys next = last + Keys(bit);
       last = bit_cast_lanes<uint32_t>(
@@ -49,7 +49,7 @@ inline void relu_intervals(const AffineArrays& affine, int64_t channels, uint16_
       if (starts >> i & 1) {  // keys up to the last
         first[begin + i] = uint16_t(is_negative ? 0xffff - key[i] : 0x8000);
         span[begin + i] = uint16_t(key[i]);
-      } else {  // keys behind the last, of which the greatest, a NaN, is always one
+      } else {  // keys after the last, which always include the greatest one, a NaN
         first[begin + i] = uint16_t(is_negative ? 0 : key[i] - 0x7fff);
         span[begin + i] = uint16_t(0xfffe - key[i]);
       }
@@ -57,11 +57,12 @@ inline void relu_intervals(const AffineArrays& affine, int64_t channels, uint16_
   }
 }
 
-// Intervals of as many elements as a register of bfloat16 holds.
+// Intervals for the elements of a register of bfloat16.
 struct Intervals {
   Shorts first, span;
 };
 
+// Loads the intervals of the columns from `at` on, or broadcasts that of channel `at`.
 template <bool per_column, class Lanes>
 FASTBN_INLINE Intervals intervals_at(const ReluIntervals& arrays, int64_t at, Lanes lanes) {
   if constexpr (per_column)
@@ -70,7 +71,7 @@ FASTBN_INLINE Intervals intervals_at(const ReluIntervals& arrays, int64_t at, La
     return {Shorts{} + arrays.first[at], Shorts{} + arrays.span[at]};
 }
 
-// Elements of grad_out whose x lies in its interval; others are 0.
+// Loads the elements of grad_out whose x lies in its interval, and 0 for the others.
 template <class Lanes>
 FASTBN_INLINE Vec<float> load_inside(const Intervals& intervals, const bfloat16* x, const bfloat16* grad_out,
                                      Lanes lanes) {

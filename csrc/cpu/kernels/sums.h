@@ -1,5 +1,5 @@
-// Sums of a block about a pivot. Where float is good enough, lanes add up a few terms in it before they move on to
-// double, which a second look, where phases.h takes one, does not. A constant channel has sums of exactly zero.
+// Sums of a tile about a pivot. The fast loops add up a few terms per lane in float, if that is accurate enough, before
+// they add to double; the exact ones (phases.h) do not. The sums of a constant channel are exactly zero.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -9,7 +9,7 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// A vector of A in double: vectors of float become two, vectors of double one.
+// A vector of A converted to double: two vectors for float, one for double.
 template <class A>
 struct WideVec {
   static constexpr int halves = int(sizeof(double) / sizeof(A));
@@ -40,11 +40,11 @@ struct WideVec {
   }
 };
 
-// The two sums of this file, lane by lane, in A: of at most `longest` terms, each addition of which rounds by 2^-24 of
-// the sum so far, or 2^-53 where A is double.
-template <class A, int64_t most_terms>
+// The two sums per lane in A, over at most `max_terms` terms. Each addition has a relative rounding error of 2^-24, or
+// 2^-53 if A is double.
+template <class A, int64_t limit>
 struct LaneSums {
-  static constexpr int64_t longest = most_terms;
+  static constexpr int64_t max_terms = limit;
   using Value = Vec<A>;
   Vec<A> first{A(0)}, second{A(0)};
 
@@ -68,17 +68,17 @@ struct LaneSums {
   }
 };
 
-// Likewise in double, of any number of terms, and always in the order of memory.
+// The same in double, over any number of terms and always in memory order.
 template <class A>
 struct WideSums {
-  static constexpr int64_t longest = int64_t(1) << 48;
+  static constexpr int64_t max_terms = int64_t(1) << 48;
   using Value = WideVec<A>;
   WideVec<A> first{Vec<A>(A(0))}, second{Vec<A>(A(0))};
 
   template <class T, class Source, template <class> class Lanes>
   static FASTBN_INLINE Value load_value(const Source* source, Lanes<T> lanes) {
     if constexpr (std::is_same_v<Source, float> && std::is_same_v<Lanes<T>, AllLanes<float>>) {
-      // Conversion is cheaper from memory than from a register.
+      // Converting from memory is cheaper than from a register.
       Value value;
       for (int i = 0; i < 2; ++i) value.half[i] = load_as_double(source + i * Vec<double>::lanes);
       return value;
@@ -105,19 +105,19 @@ struct WideSums {
     first += other.first;
     second += other.second;
   }
-  template <int64_t most_terms>
-  FASTBN_INLINE void join(const LaneSums<A, most_terms>& other) {
+  template <int64_t limit>
+  FASTBN_INLINE void join(const LaneSums<A, limit>& other) {
     first += Value(other.first);
     second += Value(other.second);
   }
 };
 
-// What terms are added up in at first. Squares of differences do not cancel, so that what float rounds of them averages
-// out, and of a mean it is a part of the standard deviation. Gradients and their products do cancel, and what is left
-// of their sum is measured by 2 ulp: those of bfloat16 still fit (0.5 ulp is the median, 1.5 the most of 150 tensors of
-// 8 channels, stock's median 1.7 to 11), those of float32 do not (0.8 and 3.9; stock's most is 2.5 for the same), not
-// even by twos, where a channel is alone (tests/numerics: 4.8). A sum in double as long as a block shows in
-// float64 results; sums of 16 terms, added up, do not.
+// The types that fast loops accumulate in. Squares of differences do not cancel, so that float rounding averages out,
+// and in a mean it is relative to the standard deviation. Gradients and their products do cancel, and the remaining sum
+// is held to 2 ulp. That of bfloat16 stays within it (median 0.5 ulp, maximum 1.5 over 150 tensors of 8 channels;
+// stock's median is 1.7 to 11), that of float32 does not (0.8 and 3.9; stock's maximum is 2.5), not even in groups of
+// two terms if a channel is alone (tests/numerics: 4.8). Rounding in a double sum as long as a tile shows in float64
+// results; in sums of 16 terms, added up, it does not.
 template <class T>
 using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 16>, WideSums<acc_t<T>>>;
 template <class T>
@@ -125,8 +125,9 @@ using Terms = std::conditional_t<std::is_same_v<T, double>, DoubleTerms<T>, Lane
 template <class T>
 using GradTerms = std::conditional_t<std::is_same_v<T, bfloat16>, LaneSums<float, 8>, DoubleTerms<T>>;
 
-template <class T, class A, int64_t most_terms>
-FASTBN_INLINE LaneSums<A, most_terms> in_memory_order(const LaneSums<A, most_terms>& sums) {
+// Returns the sums with their lanes in memory order.
+template <class T, class A, int64_t limit>
+FASTBN_INLINE LaneSums<A, limit> in_memory_order(const LaneSums<A, limit>& sums) {
   return {from_order_of<T>(sums.first), from_order_of<T>(sums.second)};
 }
 template <class T>
@@ -134,7 +135,7 @@ FASTBN_INLINE const WideSums<acc_t<T>>& in_memory_order(const WideSums<acc_t<T>>
   return sums;
 }
 
-// Adds lanes to one sum a column.
+// Adds each lane to the sum of its column.
 template <class T>
 FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, AllLanes<T>) {
   constexpr int step = Vec<double>::lanes;
@@ -153,11 +154,12 @@ FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A
   add_columns(sums.second + column, terms.second, lanes);
 }
 
-// Sums of a block of one channel, lane by lane: add(terms, row, column, lanes) adds those of a vector.
+// Returns the sums of a tile of one channel, per lane. `add(terms, row, column, lanes)` adds the terms of a vector.
 template <class T, class Terms, class Add>
-FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Block& block, Add&& add) {
+FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Tile& tile, Add&& add) {
   using A = acc_t<T>;
-  // Additions wait for one another, so four registers of a sum take turns; half of all registers hold what they add to.
+  // Each addition depends on the one before, so four registers per sum take turns; half of all registers are left for
+  // the operands.
   constexpr int chains = std::min<int>(4 / parts, register_count / 2 * register_bytes / int(sizeof(Terms)));
   WideSums<A> total;
   Terms terms[chains];
@@ -167,43 +169,44 @@ FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Block& block, Add&& add) {
     total.join(terms[0]);
     for (Terms& chain : terms) chain = {};
   };
-  for_each_batch<T, chains, Terms::longest>(
-      block,
+  for_each_batch<T, chains, Terms::max_terms>(
+      tile,
       [&](int chain, int64_t row, int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { add(terms[chain], row, column, lanes); },
       flush);
   return total;
 }
 
-// Sums of a block's channels: sum(channel, first row, part) gives those of part of a channel, lane by lane. Several
-// channels are walked side by side, a few rows at a time, which is nearly the order of memory.
+// Adds the sums of a tile's channels to `sums`. `sum(channel, first row, part)` returns those of part of a channel, per
+// lane. Channels are processed side by side, a few rows at a time, which is nearly memory order.
 template <class T, class Sum>
-FASTBN_INLINE void sum_channels(const Block& block, ColumnSums sums, Sum&& sum) {
+FASTBN_INLINE void sum_channels(const Tile& tile, ColumnSums sums, Sum&& sum) {
   using A = acc_t<T>;
   struct {
     WideVec<A> first, second;
-  } total[most_channels];
-  const int64_t rows = block.channels > 1 ? rows_of_channel_sums : block.rows;
-  for (int64_t row = 0; row < block.rows; row += rows) {
-    for (int64_t channel = 0; channel < block.channels; ++channel) {
-      Block part = block;
-      part.offset += row * block.row_stride + channel * block.cols;
-      part.rows = std::min(rows, block.rows - row);
+  } total[max_tile_channels];
+  const int64_t rows = tile.channels > 1 ? rows_of_channel_sums : tile.rows;
+  for (int64_t row = 0; row < tile.rows; row += rows) {
+    for (int64_t channel = 0; channel < tile.channels; ++channel) {
+      Tile part = tile;
+      part.offset += row * tile.row_stride + channel * tile.cols;
+      part.rows = std::min(rows, tile.rows - row);
       part.channels = 1;
       WideSums<A> terms = sum(channel, row, part);
       if (row > 0) terms.join(WideSums<A>{total[channel].first, total[channel].second});
       total[channel] = {terms.first, terms.second};
     }
   }
-  for (int64_t channel = 0; channel < block.channels; ++channel) {
+  for (int64_t channel = 0; channel < tile.channels; ++channel) {
     sums.first[channel] += total[channel].first.total();
     sums.second[channel] += total[channel].second.total();
   }
 }
 
-// Sums of the columns of a block: prepare(column, lanes) gives what add(terms, prepared, row, column, lanes) uses.
+// Adds the sums of a tile's columns to `sums`. `prepare(column, lanes)` returns the coefficients that `add(terms,
+// prepared, row, column, lanes)` uses.
 template <class T, class Terms, class Prepare, class Add>
-FASTBN_INLINE void sum_columns(const Block& block, int64_t rows, ColumnSums sums, Prepare&& prepare, Add&& add) {
+FASTBN_INLINE void sum_columns(const Tile& tile, int64_t rows, ColumnSums sums, Prepare&& prepare, Add&& add) {
   auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
     const auto prepared = prepare(column, lanes);
     Terms terms;
@@ -212,12 +215,12 @@ FASTBN_INLINE void sum_columns(const Block& block, int64_t rows, ColumnSums sums
     wide.join(in_memory_order<T>(terms));
     add_columns(sums, column, wide, lanes);
   };
-  for_each_strip<T>(block, std::min(rows, Terms::longest), strip);
+  for_each_strip<T>(tile, std::min(rows, Terms::max_terms), strip);
 }
 
-// The mean of 16 elements of a channel where it lies among the five samples, else `median`. Five are often some
-// standard deviations off, and what that adds to the squares multiplies the error of a float64 variance. The mean of 16
-// equal elements is exactly they.
+// Returns the mean of 16 elements of a channel if it lies within the range of the five samples, else `median`. The
+// median of five is often some standard deviations off the mean, and the larger squares multiply the error of a float64
+// variance. The mean of 16 equal elements is exactly that element.
 FASTBN_INLINE double nearer_pivot(const double* data, const Layout& layout, int64_t channel, double median,
                                   const double (&sample)[pivot_samples]) {
   constexpr int elements = 16;
@@ -237,11 +240,12 @@ FASTBN_INLINE double nearer_pivot(const double* data, const Layout& layout, int6
   return sum[0] >= low && sum[0] <= high && sum[0] - sum[0] == 0 ? sum[0] : median;
 }
 
-// Writes the pivot (pivot.h) of each channel in [begin, end). Rows of channels are taken a vector at a time.
+// Writes the pivot (pivot.h) of each channel in [begin, end). With channels innermost it computes a vector of them at a
+// time.
 template <class T>
 void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, void* result) {
   using A = acc_t<T>;
-  const T* first[pivot_samples];  // of channel 0
+  const T* first[pivot_samples];  // the samples of channel 0
   for (int i = 0; i < pivot_samples; ++i) first[i] = static_cast<const T*>(data) + pivot_sample(layout, i);
   A* const pivot = static_cast<A*>(result);
   int64_t channel = begin;
@@ -263,34 +267,33 @@ void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, 
 }
 
 template <class T, class Terms>
-void channel_sums(const void* data, Block whole, const void* pivots, ColumnSums sums) {
+void channel_sums(const void* data, Tile tile, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
-  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t, const Block& block) FASTBN_INLINE_LAMBDA {
-    const InputRows<T> input(data, block, block.row_stride);
+  sum_channels<T>(tile, sums, [&](int64_t channel, int64_t, const Tile& part) FASTBN_INLINE_LAMBDA {
+    const InputRows<T> input(data, part, part.row_stride);
     const Vec<A> narrow_pivot(static_cast<const A*>(pivots)[channel]);
     const typename Terms::Value pivot(narrow_pivot);
-    return sum_channel<T, Terms>(
-        block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-          const T* source = input.at(row * block.row_stride + column);
-          if constexpr (std::is_same_v<decltype(lanes), AllLanes<T>>)
-            terms.add_shifted(Terms::load_value(source, lanes), pivot);
-          else
-            terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
-        });
+    return sum_channel<T, Terms>(part, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+      const T* source = input.at(row * part.row_stride + column);
+      if constexpr (std::is_same_v<decltype(lanes), AllLanes<T>>)
+        terms.add_shifted(Terms::load_value(source, lanes), pivot);
+      else
+        terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
+    });
   });
 }
 
 template <class T, class Terms>
-void column_sums(const void* data, Block block, const void* pivots, ColumnSums sums) {
+void column_sums(const void* data, Tile tile, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
   using Value = typename Terms::Value;
-  const InputRows<T> input(data, block, rows_ahead_of_column_sums * block.row_stride);
+  const InputRows<T> input(data, tile, rows_ahead_of_column_sums * tile.row_stride);
   sum_columns<T, Terms>(
-      block, rows_of_column_sums, sums,
+      tile, rows_of_column_sums, sums,
       [&](int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },
       [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-        terms.add_shifted(Terms::load_value(input.at(row * block.row_stride + column), lanes), pivot);
+        terms.add_shifted(Terms::load_value(input.at(row * tile.row_stride + column), lanes), pivot);
       });
 }
 

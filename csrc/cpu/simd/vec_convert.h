@@ -1,8 +1,8 @@
 // Conversions of vectors: float to double, half types to float and back, masks to bits and back.
 //
-// Where a vector is two registers, one of bfloat16 has the elements at even places in its first and those at odd places
-// in its second, which takes a shift and a mask, where elements in order have to be moved between lanes. So each T has
-// an order of lanes.
+// If a vector has two registers, a vector of bfloat16 holds the even elements in its first register and the odd ones in
+// its second. That takes a shift and a mask, whereas elements in order would have to move between lanes. So the order
+// of lanes depends on T.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// By intrinsics where there are any: g++ 12 puts those of whole vectors together from halves. The forms with a mask of
-// all lanes are those that it does not warn of.
+// Intrinsics are used where they exist, since g++ 12 assembles generic conversions of full vectors from halves. Forms
+// with a mask of all lanes are used where g++ warns about the plain ones.
 typedef float HalfFloats __attribute__((vector_size(register_bytes / 2)));
 
 FASTBN_INLINE Doubles to_double(HalfFloats x) {
@@ -28,7 +28,7 @@ FASTBN_INLINE Doubles to_double(HalfFloats x) {
 #endif
 }
 
-// The first (0) or the last (1) half of a register's lanes, as double.
+// Converts the first (0) or second (1) half of a register's lanes to double.
 FASTBN_INLINE Doubles widen_half(Floats x, int half) {
 #if defined(__AVX512F__)
   return to_double(
@@ -43,7 +43,7 @@ FASTBN_INLINE Doubles widen_half(Floats x, int half) {
 #endif
 }
 
-// Likewise of a vector's lanes.
+// Converts the first (0) or second (1) half of a vector's lanes to double.
 FASTBN_INLINE Vec<double> widen(const Vec<float>& x, int half) {
   Vec<double> wide;
   for (int i = 0; i < parts; ++i) {
@@ -53,6 +53,7 @@ FASTBN_INLINE Vec<double> widen(const Vec<float>& x, int half) {
   return wide;
 }
 
+// Loads a vector of double from floats.
 FASTBN_INLINE Vec<double> load_as_double(const float* source) {
   Vec<double> wide;
   for (int i = 0; i < parts; ++i) {
@@ -63,18 +64,18 @@ FASTBN_INLINE Vec<double> load_as_double(const float* source) {
   return wide;
 }
 
-// Whether a T's elements take turns between a vector's parts, instead of filling one after the other.
+// True if the elements of T alternate between a vector's registers instead of filling one after the other.
 template <class T>
 constexpr bool interleaved = std::is_same_v<T, bfloat16> && parts == 2;
 
-// The element that a lane of a part holds.
+// Returns the index of the element in a lane of a part.
 template <class T>
 constexpr int element_at(int part, int lane) {
   return interleaved<T> ? parts * lane + part : part * Vec<acc_t<T>>::part_lanes + lane;
 }
 
 #if defined(__AVX512F__)
-// Of a vector of two registers the lanes that each part of `from` names, counted through both.
+// Permutes the lanes of a vector of two registers; `from` has the source lane, counted through both, of each lane.
 FASTBN_INLINE Vec<float> permute(const Vec<float>& x, const __m512i (&from)[2]) {
   Vec<float> permuted;
   for (int i = 0; i < parts; ++i)
@@ -83,7 +84,7 @@ FASTBN_INLINE Vec<float> permute(const Vec<float>& x, const __m512i (&from)[2]) 
 }
 #endif
 
-// From the order of memory to a T's order, and back.
+// Convert from memory order to T's order of lanes, and back.
 template <class T>
 FASTBN_INLINE Vec<acc_t<T>> to_order_of(const Vec<acc_t<T>>& x) {
 #if defined(__AVX512F__)
@@ -122,7 +123,7 @@ FASTBN_INLINE Vec<acc_t<T>> from_order_of(const Vec<acc_t<T>>& x) {
   return x;
 }
 
-// Element i of a mask is bit i.
+// Returns the mask as bits: bit i is element i.
 template <class T>
 FASTBN_INLINE uint64_t to_bits(const Mask<acc_t<T>>& mask) {
 #if defined(__AVX512F__)
@@ -151,6 +152,7 @@ FASTBN_INLINE uint64_t to_bits(const Mask<acc_t<T>>& mask) {
 #endif
 }
 
+// Returns the mask whose element i is bit i.
 template <class T>
 FASTBN_INLINE Mask<acc_t<T>> from_bits(uint64_t bits) {
   using Native = typename Mask<acc_t<T>>::Native;
@@ -178,9 +180,10 @@ FASTBN_INLINE Mask<acc_t<T>> from_bits(uint64_t bits) {
   return mask;
 }
 
-// Half types in the order of memory, a register of float at a time.
+// The half-type elements for one register of float, in memory order.
 typedef uint16_t Halves __attribute__((vector_size(register_bytes / 2)));
 
+// Converts half types to float.
 template <class T>
 FASTBN_INLINE Floats unpack(Halves stored) {
   if constexpr (std::is_same_v<T, bfloat16>) {
@@ -205,7 +208,7 @@ FASTBN_INLINE Floats unpack(Halves stored) {
   }
 }
 
-// In the upper halves; ties go to even, and the lower halves are of no meaning.
+// Rounds to bfloat16 in the upper half of each lane, ties to even. The lower half is unspecified.
 FASTBN_INLINE Words rounded_to_bfloat16(Floats x) {
   const Words bits = __builtin_bit_cast(Words, x);
 #if defined(__AVX512F__)
@@ -220,11 +223,12 @@ FASTBN_INLINE Words rounded_to_bfloat16(Floats x) {
 #endif
 }
 
+// Rounds floats to a half type.
 template <class T>
 FASTBN_INLINE Halves pack(Floats x) {
   if constexpr (std::is_same_v<T, bfloat16>) {
 #if defined(__AVX512BF16__)
-    // Likewise, but what is subnormal becomes zero.
+    // This instruction rounds to nearest even too, but flushes subnormals to zero.
     return __builtin_bit_cast(Halves, _mm512_cvtneps_pbh((__m512)x));
 #elif defined(__AVX512F__)
     return (Halves)_mm512_cvtepi32_epi16((__m512i)(rounded_to_bfloat16(x) >> 16));
@@ -244,7 +248,7 @@ FASTBN_INLINE Halves pack(Floats x) {
   }
 }
 
-// A register of bfloat16 that are interleaved, and back.
+// Converts a register of bfloat16 to an interleaved vector of float, and back.
 FASTBN_INLINE Vec<float> unpack_interleaved(Words stored) {
   Vec<float> x;
   x.part[0] = __builtin_bit_cast(Floats, stored << 16);
@@ -254,13 +258,13 @@ FASTBN_INLINE Vec<float> unpack_interleaved(Words stored) {
 FASTBN_INLINE Words pack_interleaved([[maybe_unused]] const Vec<float>& x) {
 #if defined(__AVX512BF16__)
   const __m512i halves = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh((__m512)x.part[1], (__m512)x.part[0]));
-  const Words place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return (Words)_mm512_permutexvar_epi16((__m512i)(place * 0x10001u + 0x100000u), halves);
+  const Words index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (Words)_mm512_permutexvar_epi16((__m512i)(index * 0x10001u + 0x100000u), halves);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
   const Words even = rounded_to_bfloat16(x.part[0]) >> 16, odd = rounded_to_bfloat16(x.part[parts - 1]);
   return (Words)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
 #else
-  return Words{};  // others do not interleave
+  return Words{};  // other instruction sets do not interleave
 #endif
 }
 

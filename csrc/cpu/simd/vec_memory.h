@@ -1,4 +1,4 @@
-// Vectors to and from memory, whole or at the end of a row.
+// Loads and stores of full vectors and of the elements at the end of a row.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Which lanes of a vector are elements of a row that were not visited yet: all, or at the end of the row `count`. Those
-// are the last ones of a vector that overlaps the one before it, or in a row shorter than a vector, the first ones.
-// Where AVX-512 loads and stores any lanes at once, they are always the first.
+// The lanes of a vector that hold unvisited elements of a row: all of them, or `count` at the end of the row. Those are
+// the last lanes of a vector that overlaps the one before it, or the first lanes if the row is shorter than a vector.
+// With AVX-512, which loads and stores any subset of lanes, they are always the first.
 template <class T>
 struct AllLanes {
   static constexpr int count = Vec<acc_t<T>>::lanes, first = 0;
@@ -32,7 +32,7 @@ constexpr bool overlaps_at_ends = false;
 constexpr bool overlaps_at_ends = true;
 #endif
 
-// visit(column, lanes) at the end of a row of `cols` columns that are not a whole number of vectors.
+// Calls `visit(column, lanes)` for the end of a row whose `cols` columns do not fill vectors.
 template <class T, class Visit>
 FASTBN_INLINE void visit_end(int64_t cols, Visit&& visit) {
   constexpr int lanes = Vec<acc_t<T>>::lanes;
@@ -41,6 +41,7 @@ FASTBN_INLINE void visit_end(int64_t cols, Visit&& visit) {
   visit(cols - count - first, EndLanes<T>{count, first});
 }
 
+// Returns `x` in the given lanes and `others` elsewhere.
 template <class T>
 FASTBN_INLINE Vec<acc_t<T>> keep(AllLanes<T>, const Vec<acc_t<T>>& x, const Vec<acc_t<T>>&) {
   return x;
@@ -50,7 +51,7 @@ FASTBN_INLINE Vec<acc_t<T>> keep(EndLanes<T> lanes, const Vec<acc_t<T>>& x, cons
   return select(from_bits<T>(lanes.bits()), x, others);
 }
 
-// Copies fewer elements than a vector has by powers of two, each of which is one move.
+// Copies fewer elements than a vector has, as at most one move per power of two.
 template <int lanes, class T>
 FASTBN_INLINE void copy_some(T* target, const T* source, int count) {
   int done = 0;
@@ -61,7 +62,7 @@ FASTBN_INLINE void copy_some(T* target, const T* source, int count) {
   }
 }
 
-// A register of elements of two bytes as they are stored; those beyond a row shorter than that are 0.
+// Loads a register of 2-byte elements as stored. Lanes beyond a row that is shorter than a register are 0.
 template <class Source>
 FASTBN_INLINE Words load_register(const Source* source, AllLanes<bfloat16>) {
   static_assert(sizeof(Source) == 2);
@@ -83,7 +84,7 @@ FASTBN_INLINE Words load_register(const Source* source, EndLanes<bfloat16> lanes
 #endif
 }
 
-// Elements of T, or what belongs to each in an array of acc_t<T>, in the order of T.
+// Loads elements of T, or the matching entries of an array of acc_t<T>, in T's order of lanes.
 template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
   using V = Vec<acc_t<T>>;
@@ -102,7 +103,8 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
     return x;
   }
 }
-// What belongs to the columns from `at` on in a table by planes, whose slack is what lanes beyond its last column hold.
+// Loads the entries of the columns from `at` on from a table with planes. Lanes beyond its last column load its
+// padding.
 template <class T, class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, int64_t at, Lanes lanes) {
   if constexpr (interleaved<T>) {
@@ -114,7 +116,7 @@ FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, in
     return load(table + at, lanes);
   }
 }
-// The lanes beyond a row shorter than a vector are 0.
+// Loads the elements at the end of a row. Lanes beyond a row that is shorter than a vector are 0.
 template <class Source, class T>
 FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
   using V = Vec<acc_t<T>>;
@@ -143,7 +145,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
   }
 }
 
-// Elements whose bits are 1; others are 0.
+// Loads the elements whose bits are 1, and 0 for the others.
 template <class T, template <class> class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> load_where(uint64_t bits, const T* source, Lanes<T> lanes) {
 #if defined(__AVX512F__)
@@ -155,6 +157,7 @@ FASTBN_INLINE Vec<acc_t<T>> load_where(uint64_t bits, const T* source, Lanes<T> 
   return select(from_bits<T>(bits), load(source, lanes), Vec<acc_t<T>>(0));
 }
 
+// Stores a vector, rounded to T.
 template <class T>
 FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
@@ -190,13 +193,13 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, EndLanes<T> lanes) {
 #endif
 }
 
-// Whether a vector in memory is a cache line, which can then be stored past the caches at once. Halves of lines,
-// which vectors of half types are elsewhere, are not: ops on 16x128x56x56 bfloat16 took 1.0 to 2.2 times as long so in
-// channels_last, and 0.96 to 1.05 times contiguous.
+// True if a vector in memory is a full cache line, which non-temporal stores can then write at once. Half lines, as
+// vectors of half types are elsewhere, do not qualify: with them, ops on 16x128x56x56 bfloat16 took 1.0 to 2.2 times as
+// long in channels_last, and 0.96 to 1.05 times contiguous.
 template <class T>
 constexpr bool fills_line = register_bytes >= 32 && Vec<acc_t<T>>::lanes * sizeof(T) == 64;
 
-// To the address of a line, past the caches; other threads see it after finish_streaming().
+// Stores a vector to an aligned cache line, non-temporally. Other threads see it after `finish_streaming()`.
 template <class T>
 FASTBN_INLINE void stream([[maybe_unused]] T* target, [[maybe_unused]] const Vec<acc_t<T>>& x) {
   if constexpr (fills_line<T> && interleaved<T>) {
@@ -214,6 +217,7 @@ FASTBN_INLINE void stream([[maybe_unused]] T* target, [[maybe_unused]] const Vec
   }
 }
 
+// Orders the streamed stores before all later stores.
 FASTBN_INLINE void finish_streaming() {
 #if defined(__AVX2__)
   _mm_sfence();

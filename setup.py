@@ -1,8 +1,8 @@
 """Builds fastbn._C with torch's cpp_extension.
 
-FASTBN_CUDA=0|1|auto   without, with, or (default) with CUDA exactly where nvcc is found; never by whether a GPU is here
-TORCH_CUDA_ARCH_LIST   as torch reads it; without it those of sm_80, sm_90 and sm_100 that nvcc knows, and PTX of the
-                       last for what comes later
+FASTBN_CUDA=0|1|auto   builds without CUDA, with CUDA, or (default) with CUDA if nvcc is found, GPU or not
+TORCH_CUDA_ARCH_LIST   as in torch; default: those of sm_80, sm_90 and sm_100 that nvcc knows, and PTX of the last for
+                       newer GPUs
 """
 
 import glob
@@ -43,7 +43,10 @@ if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
 
 
 def find_cuda() -> str | None:
-    """The folder of the CUDA toolkit, or None for a build without. torch built without CUDA looks for none."""
+    """Returns the folder of the CUDA toolkit, or None for a build without CUDA.
+
+    torch's own search finds no toolkit if torch was built without CUDA.
+    """
     wanted = os.environ.get("FASTBN_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         fail(f"FASTBN_CUDA: expected 0, 1 or auto, got '{wanted}'")
@@ -53,7 +56,7 @@ def find_cuda() -> str | None:
         fail("FASTBN_CUDA=1 needs nvcc, got none: install the CUDA toolkit, or set CUDA_HOME")
     if wanted == "0" or nvcc is None:
         return None
-    # nvcc on PATH may be a link or a script; nvcc itself knows where its toolkit is.
+    # nvcc on PATH may be a link or a script, but nvcc knows where its toolkit is.
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     return os.path.realpath(top[1]) if top else str(Path(nvcc).resolve().parents[1])
@@ -73,7 +76,7 @@ def sources(*patterns: str) -> list[str]:
 CUDA = find_cuda()
 if CUDA:
     cpp_extension.CUDA_HOME = CUDA
-    # Nothing of CUDA is taken from torch, so its version and nvcc's need not match.
+    # The extension takes nothing of CUDA from torch, so torch's CUDA version and nvcc's need not match.
     cpp_extension._check_cuda_version = lambda *args: None
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(CUDA)
@@ -87,16 +90,17 @@ macros = [
 if CUDA:
     macros.append(("FASTBN_WITH_CUDA", None))
 host_flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# A switch over an enum names every case, so that one that is added later is an error where it was forgotten.
+# A switch over an enum names every case, so that forgetting one that is added later is an error.
 host_flags += ["-Werror=switch"]
-# Compilers vectorise no square root that may set errno, and no choice between what may raise exceptions of arithmetic.
+# Without these flags, compilers do not vectorise square roots, which may set errno, nor conditional arithmetic, which
+# may raise floating-point exceptions.
 host_flags += ["-fno-math-errno", "-fno-trapping-math"]
 common = {
     "name": "fastbn._C",
     "include_dirs": [os.path.abspath("csrc"), pybind11.get_include()],
     "define_macros": macros,
 }
-# Leaf loops that are compiled for more than the baseline, and run only where dispatch.cpp finds the instructions.
+# Leaf loops for more than the baseline instruction set, which run only where dispatch.cpp detects support.
 avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 instruction_sets = {
     "csrc/cpu/kernels/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -109,7 +113,7 @@ if platform.machine() not in ("x86_64", "AMD64"):
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, and before it the files with flags of their own: torch's ninja file has one set of flags for all."""
+    """torch's BuildExtension, which first compiles the files with their own flags: torch's ninja file has one set."""
 
     def build_extensions(self) -> None:
         with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
@@ -122,7 +126,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         inputs = [Path(source), *map(Path, sources("csrc/cpu/**/*.h", "csrc/cpu/**/*.inl", "csrc/math/*.h"))]
         if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
             compiler = os.environ.get("CXX", "c++").split()
-            # g++ 12 warns of its own intrinsics' header, by a warning that clang does not know.
+            # g++ 12 warns about its own intrinsics header, with a warning that clang does not know.
             quiet = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
             flags = [*host_flags, *instruction_sets[source], *quiet, "-fPIC", "-Icsrc"]
             subprocess.run([*compiler, *flags, "-c", source, "-o", str(target)], check=True)
@@ -143,7 +147,8 @@ else:
         **common,
     )
 
-# One binary for every torch from 2.10 on, with CUDA or without: of torch only what holds the stable ABI.
+# One binary serves every torch from 2.10 on, with or without CUDA: of torch's libraries it links only the one with the
+# stable ABI.
 extension.libraries = [
     name for name in extension.libraries if name not in ("cudart", "c10_cuda", "torch_cuda", "torch_python", "torch")
 ]

@@ -1,4 +1,4 @@
-// Checks for the C++ tests: a failed one is counted, the first hundred are printed, and main returns
+// Checks for the C++ tests. Failures are counted, the first hundred are printed, and main returns
 // fastbn::test::result().
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace fastbn::test {
 
-constexpr int skipped = 77;  // what main returns for CTest to name the test as skipped
+constexpr int skipped = 77;  // the exit status that CTest takes for a skipped test
 
 inline int64_t failures = 0;
 constexpr int64_t printed_failures = 100;  // tensors have thousands of elements

@@ -1,5 +1,7 @@
-// The edges of the contract, included by test_kernels.cu: constant, huge, infinite and empty input, absent operands.
+// The edge cases of the contract, included by test_kernels.cu: constant, huge, infinite and empty input, absent
+// operands.
 
+// Checks that a constant channel gives exactly its bias.
 template <class T>
 void test_constant(const Shape& shape, double value) {
   Case<T> a(shape);
@@ -9,7 +11,8 @@ void test_constant(const Shape& shape, double value) {
   for (double inv_std : a.inv_std) CHECK_EQUAL(inv_std, 1 / std::sqrt(kEps));
 }
 
-// Calls check(channel, mean, var, mean in double, var in double) for float input that change(value, index) has altered.
+// Calls `check(channel, mean, var, mean in double, var in double)` for float input, each value of which is replaced by
+// `change(value, index)`.
 template <class Change, class Check>
 void test_stats(const Shape& shape, Change change, Check check) {
   Case<float> a(shape);
@@ -21,7 +24,7 @@ void test_stats(const Shape& shape, Change change, Check check) {
   CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
   for (int64_t k = 0; k < a.layout.channels; ++k) check(k, a.mean[k], var[k], a.channels.mean[k], a.var[k]);
 
-  // The same by a forward, with its own plan.
+  // A forward has its own plan and must give the same.
   p.var = nullptr;
   a.mean.assign(a.layout.channels, NAN);
   CHECK_EQUAL(a.forward(p), cudaSuccess);
@@ -39,7 +42,7 @@ void test_extremes(const Shape& shape) {
   test_stats(shape, [](double x, int64_t) { return 1e4 + 0.01 * x; }, close);
   test_stats(shape, [](double x, int64_t) { return 1e6 + x; }, close);
 
-  // One value that is not finite, as the first or the last element of channel 0, leaves the other channels alone.
+  // A value that is not finite, in the first or last element of channel 0, does not affect the other channels.
   for (double value : {kInfinity, -kInfinity, double(NAN)}) {
     for (int64_t index : {int64_t(0), shape.layout.count() - 1}) {
       const int64_t inner = shape.layout.inner;
@@ -55,6 +58,7 @@ void test_extremes(const Shape& shape) {
   }
 }
 
+// Checks that an empty batch is counted and changes no running statistics.
 void test_empty(const Layout& layout) {
   Case<float> a({layout, 0, 0, 0});
   const int64_t channels = layout.channels;
@@ -82,8 +86,8 @@ void test_empty(const Layout& layout) {
   CHECK(a.grad_weight == Doubles(channels, 0) && a.grad_bias == Doubles(channels, 0));
 }
 
-// A killed launch leaves a counter that a checkpoint may keep, so it must hold its old or its new value at every
-// moment. Where a block reads the new value instead of the old one, the average is off.
+// Checks that the counter holds its old or its new value at every moment, since a killed launch may leave it in a
+// checkpoint. If a block reads the new value instead of the old one, the average is off.
 void test_counter(const Shape& shape) {
   for (bool has_momentum : {false, true}) {
     Case<float> a(shape);

@@ -1,4 +1,4 @@
-// The results that kernels are held to, from the definitions in double; and tensors of T.
+// Tensors of T, and the expected results of kernels, from the definitions in double.
 #pragma once
 
 #include <sys/mman.h>
@@ -27,7 +27,7 @@ constexpr DType dtype_of<bfloat16> = DType::bfloat16;
 template <>
 constexpr DType dtype_of<float16> = DType::float16;
 
-// Bound on the error of arithmetic in acc_t<T> at scale 1: some tens of roundings, or an exp of a rounded argument.
+// A bound on the error of arithmetic in acc_t<T> at scale 1: some tens of roundings, or an exp of a rounded argument.
 template <class T>
 constexpr double arithmetic = sizeof(acc_t<T>) == 8 ? 1e-13 : 4e-6;
 
@@ -41,10 +41,11 @@ double rounding(double value) {
 
 inline ChannelVector vector_of(Doubles& values) { return {values.data(), DType::float64}; }
 
-// A `shift` that puts the last element before a page that nothing may touch. AddressSanitizer does not see accesses by
+// The `shift` that places the last element before an inaccessible page. AddressSanitizer does not check accesses by
 // intrinsics, such as masked loads; the processor does.
 constexpr int64_t before_guard = -1;
 
+// Allocates memory that ends at an inaccessible page.
 template <class T>
 std::shared_ptr<T> allocate_before_guard(int64_t size) {
   const int64_t page = sysconf(_SC_PAGESIZE), bytes = (size * int64_t(sizeof(T)) + page - 1) / page * page;
@@ -54,8 +55,8 @@ std::shared_ptr<T> allocate_before_guard(int64_t size) {
   return {reinterpret_cast<T*>(guard) - size, [=](T*) { munmap(memory, bytes + page); }};
 }
 
-// A tensor in memory of exactly its elements, so that AddressSanitizer sees an overrun, `shift` elements off 16-byte
-// alignment.
+// A tensor whose allocation has exactly its elements, so that AddressSanitizer finds overruns, and is `shift` elements
+// off 16-byte alignment.
 template <class T>
 struct Tensor {
   std::shared_ptr<T> memory;  // copies share it
@@ -74,6 +75,7 @@ struct Tensor {
   double at(int64_t i) const { return double(to_acc(data()[i])); }
 };
 
+// Returns a nearly normal number: a sum of twelve uniform ones.
 inline double random_normal(uint64_t& state) {
   double sum = -6;
   for (int i = 0; i < 12; ++i) {
@@ -100,6 +102,7 @@ inline bool mask_bit(const Layout& layout, const uint8_t* mask, int64_t i) {
   return mask[run * layout.mask_bytes_per_run() + index / 8] >> (index % 8) & 1;
 }
 
+// Computes mean and biased variance per channel.
 template <class T>
 void reference_stats(const Layout& layout, const Tensor<T>& input, Doubles& mean, Doubles& var) {
   mean.assign(layout.channels, 0);
@@ -112,10 +115,12 @@ void reference_stats(const Layout& layout, const Tensor<T>& input, Doubles& mean
   }
 }
 
+// The per-channel numbers of a normalisation.
 struct Channels {
   Doubles mean, inv_std, weight, bias;
 };
 
+// Returns z, the input of the activation.
 template <class T>
 double reference_z(const Layout& layout, const Channels& c, const Tensor<T>& input, const Tensor<T>* residual,
                    int64_t i) {
@@ -124,6 +129,7 @@ double reference_z(const Layout& layout, const Channels& c, const Tensor<T>& inp
   return residual ? z + residual->at(i) : z;
 }
 
+// grad_z, its sums per channel, and the sums of absolute values that bound their error.
 struct Gradients {
   Doubles z, sum, sum_xhat, absolute_sum, absolute_sum_xhat;
 };

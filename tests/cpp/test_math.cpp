@@ -1,5 +1,5 @@
-// The shared math against what it is defined by: half conversions against every value, moments of hard data, layouts
-// and formats against torch's rules.
+// Checks the shared math against its definitions: half conversions of every value, moments of hard data, layouts and
+// formats by torch's rules.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -33,7 +33,7 @@ void test_float16_round_trips() {
 }
 
 void test_halves_round_to_nearest_even() {
-  // Between every two neighbours: below, at and above the middle.
+  // These lie below, at and above the middle of every two neighbours.
   for (uint32_t bits = 0; bits < 0x7bff; ++bits) {
     const float low = to_acc(float16{uint16_t(bits)}), high = to_acc(float16{uint16_t(bits + 1)});
     const float middle = (low + high) / 2;
@@ -79,7 +79,7 @@ void test_moments() {
   CHECK(averaging_factor(true, 2, 9) == 2);
 }
 
-// A float32 mean is off by up to half an ulp; the affine form gives that back.
+// Checks that the affine form corrects the rounding of a float32 mean, which is off by up to half an ulp.
 void test_affine_keeps_the_rounding_of_the_mean() {
   const double mean = 10000.00031, inv_std = 100;
   const auto affine = Affine<float>::make(mean, inv_std, 1, 0);
@@ -90,7 +90,7 @@ void test_affine_keeps_the_rounding_of_the_mean() {
   CHECK(std::abs(double(grad.apply(3.0f, 10000.01f)) - (3 - 1 - xhat * 2) * inv_std) < 1e-3);
 }
 
-// The rounding of the mean of the gradients too, where all of them are nearly the same.
+// Checks that the rounding of the mean gradient is corrected too, where all gradients are nearly equal.
 void test_gradients_keep_the_rounding_of_their_mean() {
   const double mean_grad = 300.30003, count = 8;
   const auto grad = GradAffine<float>::make(0, 2, 1, mean_grad * count, 0, count);
@@ -99,7 +99,7 @@ void test_gradients_keep_the_rounding_of_their_mean() {
     CHECK(std::abs(double(grad.apply(g, 0.0f)) - (double(g) - mean_grad) * 2) < 1e-9);
 }
 
-// Squares of standard deviations leave the range of float, and differences from the mean do.
+// Checks coefficients where squares of the standard deviation, or differences from the mean, leave the range of float.
 void test_coefficients_at_the_ends_of_the_range() {
   for (double std : {1e-30, 1e-21, 1e21, 1e30, 1e37}) {
     for (double mean : {0.0, 100 * std}) {
@@ -113,7 +113,7 @@ void test_coefficients_at_the_ends_of_the_range() {
       CHECK(is_far_from_one(1 / std));
     }
   }
-  // 3 in 4 elements are the largest number, the others the least one.
+  // 3 in 4 elements are the largest number, the others the smallest.
   const double largest = std::numeric_limits<float>::max(), mean = largest / 2;
   const double inv_std = 2 / (std::sqrt(3.0) * largest);
   const auto affine = Affine<float>::make(mean, inv_std, 1, 0);
@@ -127,7 +127,7 @@ void test_coefficients_at_the_ends_of_the_range() {
   CHECK(std::isfinite(float(steps)) && grad_pivot_of(largest, 0.9e-37) <= largest);
 }
 
-void test_what_rounding_a_mean_loses() {
+void test_rounding_error_of_a_mean() {
   const double pivot = 1e6, sum = 1.0, count = 3;
   const Moments moments = Moments::from_shifted(count, pivot, sum, 1);
   const double rest = Moments::rest_of_mean(count, pivot, sum);
@@ -160,7 +160,8 @@ void test_samples_of_pivots_lie_in_one_channel_and_off_its_ends() {
   }
 }
 
-// Near the mean, and such that float differences from it are exact, of an x farther from zero than the mean.
+// Checks that the pivot is near the mean, and that float differences from it are exact for x farther from zero than the
+// mean.
 void test_gradient_pivots() {
   for (double inv_std : {1e-6, 0.3, 1.0, 1.7, 316.0, 1e9}) {
     for (double deviations : {-3e4, -1.0, 1e-9, 0.7, 100.0}) {
@@ -187,7 +188,7 @@ void test_layouts() {
   CHECK(is_dense(sizes, last, 4, MemoryFormat::channels_last));
   CHECK(!is_dense(sizes, transposed, 4, MemoryFormat::contiguous));
 
-  // The stride of a dimension of size 1 says nothing where the others do; of an ambiguous tensor it decides.
+  // The stride of a dimension of size 1 does not matter unless the other dimensions are ambiguous; then it decides.
   const int64_t column[] = {2, 3, 4, 1}, odd[] = {12, 1, 3, 1}, gaps[] = {24, 1, 6, 1}, pixel[] = {2, 3, 1, 1};
   const int64_t ambiguous[] = {3, 1, 1, 1}, ambiguous_last[] = {3, 1, 3, 3};
   CHECK(suggest_memory_format(column, odd, 4) == MemoryFormat::channels_last);
@@ -217,7 +218,7 @@ int main() {
   test_affine_keeps_the_rounding_of_the_mean();
   test_gradients_keep_the_rounding_of_their_mean();
   test_coefficients_at_the_ends_of_the_range();
-  test_what_rounding_a_mean_loses();
+  test_rounding_error_of_a_mean();
   test_median_of_five();
   test_samples_of_pivots_lie_in_one_channel_and_off_its_ends();
   test_gradient_pivots();

@@ -1,6 +1,6 @@
-// The vector functions of FASTBN_ISA against double: relative error at most 2 ulp over every magnitude and sign, and
-// what libm gives for zeros, infinities, NaN, overflow and underflow. With an argument, every float instead of one in
-// 2503. And the conversions of half types against those of csrc/math.
+// Checks the vector functions of FASTBN_ISA against double: relative error of at most 2 ulp for every magnitude and
+// sign, and libm's results for zeros, infinities, NaN, overflow and underflow. It tests one float in 2503, or every
+// float if given an argument. It also checks the conversions of half types against those of csrc/math.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr float inf = std::numeric_limits<float>::infinity();
 
-// The error in units of the spacing of floats at the exact value; subnormal results have that of the smallest normal.
+// Returns the error in units of the spacing of floats at `exact`, with subnormals as coarse as the smallest normal.
 double error_in_ulps(float actual, double exact) {
   if (std::isnan(exact)) return std::isnan(actual) ? 0 : 1e9;
   if (float(exact) == actual) return 0;
@@ -46,7 +46,7 @@ void check_function(const char* name, uint32_t step, float low, float high, Func
   CHECK(worst <= 2);
 }
 
-// What is stored of x: AVX-512 BF16 takes subnormal floats for zero.
+// Returns x as the conversion sees it: AVX-512 BF16 flushes subnormal floats to zero.
 template <class T>
 float stored(float x) {
 #if defined(__AVX512BF16__)
@@ -55,7 +55,7 @@ float stored(float x) {
   return x;
 }
 
-// Every half, and floats on both sides of every tie of either half type.
+// Checks the conversion of every half, and of floats on both sides of every tie.
 template <class T>
 void check_conversions() {
   constexpr int lanes = Vec<float>::lanes;
@@ -76,7 +76,7 @@ void check_conversions() {
   }
 }
 
-// Apart from main, which must not hold instructions that the machine may lack.
+// This function is separate from main, which must not contain instructions that the machine may lack.
 __attribute__((noinline)) int run(uint32_t step);
 
 }  // namespace

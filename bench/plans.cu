@@ -1,10 +1,6 @@
 // Times every plan that the planner could choose, for a table of shapes, on the current GPU: the kernels alone, without
 // torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run,
 // and tests/csrc/test_plans.py holds the planner to it.
-//
-//   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans && ./plans >
-//   plans.csv
-//   ./plans 128,64,    only shapes whose "outer,channels,inner" starts with the argument, for a profiler
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -263,6 +259,10 @@ class Bench {
 
 }  // namespace fastbn::bench
 
+// Build and run:
+//   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans
+//   ./plans > plans.csv
+//   ./plans 128,64,    only shapes whose "outer,channels,inner" starts with the argument, for a profiler
 int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "";
   fastbn::bench::Bench bench;

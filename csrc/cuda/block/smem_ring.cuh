@@ -1,12 +1,6 @@
 // A ring of slots in shared memory that keeps a channel tile on chip between the pass for the sums and the output pass.
 // Each thread has slots for vectors of its own walk, so no barrier stands between loading a vector and using it, nor
 // between its last use and the next load into its slot. Vectors arrive by asynchronous copies, awaited in stages.
-//
-// Visiting vector i frees its slot, one of n, for vector i + n of the sequence
-//   sums of this tile, in order: a thread with more than n vectors ends with the last n in its slots;
-//   output of this tile: those n, then the others backwards (ResidentFirst);
-//   sums of the group's next tile.
-// With a slot for every vector, each slot passes to the same vector of the next tile.
 #pragma once
 
 #include "cuda/block/vec8.cuh"
@@ -18,6 +12,11 @@
 
 namespace fastbn::cuda {
 
+// A thread's n slots. Visiting vector i frees its slot for vector i + n of the sequence
+//   sums of this tile, in order: a thread with more than n vectors ends with the last n in its slots;
+//   output of this tile: those n, then the others backwards (ResidentFirst);
+//   sums of the group's next tile.
+// With a slot for every vector, each slot passes to the same vector of the next tile.
 template <class T>
 class SmemRing {
  public:

@@ -112,7 +112,13 @@ def test_an_installed_command_finds_the_clone_in_the_current_directory(monkeypat
     assert Path(clone.load("demo", "examples.lenet.command").__file__) == ROOT / "examples" / "lenet" / "command.py"
 
 
-@pytest.mark.parametrize("module, usage", [("bench", "fastbn bench"), ("examples.lenet", "fastbn demo")])
+@pytest.mark.parametrize(
+    "module, usage",
+    [
+        pytest.param("bench", "fastbn bench", marks=pytest.mark.slow),
+        ("examples.lenet", "fastbn demo"),
+    ],
+)
 def test_a_command_and_its_module_are_one(module, usage):
     command = [sys.executable, "-m", module, "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -141,6 +141,7 @@ def test_instruction_sets(instruction_set, tmp_path):
             assert_close_to_reference(tensors[i], exact, _allowed(case, dtype, tensors[i]), f"{name}, result {i}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "instruction_set",
     [name for name in _C.build_info()["cpu_instruction_sets"] if name != _C.build_info()["cpu_instruction_set"]],

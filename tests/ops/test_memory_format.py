@@ -57,7 +57,7 @@ def _eval(function, x: torch.Tensor) -> torch.Tensor:
     return function(x, torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
 
 
-@pytest.mark.parametrize("gap", [0, 1])
+@pytest.mark.parametrize("gap", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dim", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_output_has_the_format_of_torch(dim, gap):
     """layout.suggest_memory_format and the fake kernels, which repeat the rule of C++, give the same strides."""
@@ -70,7 +70,7 @@ def test_output_has_the_format_of_torch(dim, gap):
         assert actual.stride() == contract._activation(SimpleNamespace(input=x)).stride(), which
 
 
-@pytest.mark.parametrize("gap", [0, 1])
+@pytest.mark.parametrize("gap", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dim", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_gradient_has_the_format_of_the_output(dim, gap):
     """torch makes a gradient of odd strides contiguous, and copies it again where the layer before is channels_last."""

@@ -72,11 +72,11 @@ def _samples(case, dtype, param_dtype, residual, activation):
 SAMPLES = [
     ("4d", 1),
     ("channels_last", 2),
-    ("channels_last", 1),
-    ("2d", 3),
-    ("transposed", 0),
+    pytest.param("channels_last", 1, marks=pytest.mark.slow),
+    pytest.param("2d", 3, marks=pytest.mark.slow),
+    pytest.param("transposed", 0, marks=pytest.mark.slow),
     ("sliced", 2),
-    ("empty", 0),
+    pytest.param("empty", 0, marks=pytest.mark.slow),
 ]
 
 

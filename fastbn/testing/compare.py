@@ -18,6 +18,7 @@ from fastbn.testing import cases, extended, tolerance
 
 EPS, MOMENTUM = 1e-5, 0.1
 _LEAVES = ("input", "weight", "bias", "residual")
+_OPERANDS = ("input", "running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,13 @@ def _away_from_kink(case: ParityCase, grad_out: Tensor, z: Tensor) -> Tensor:
 
 
 def _run(
-    implementation: Callable[..., dict[str, Tensor]], case: ParityCase, data: dict[str, Tensor]
+    implementation: Callable[[ParityCase, dict[str, Tensor]], dict[str, Tensor]],
+    case: ParityCase,
+    data: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     leaves = [name for name in _LEAVES if name in data]
     tensors = {name: value.detach().clone().requires_grad_(name in leaves) for name, value in data.items()}
-    result = implementation(case, **{name: value for name, value in tensors.items() if name != "grad_out"})
+    result = implementation(case, tensors)
     gradients = torch.autograd.grad(result["output"], [tensors[name] for name in leaves], tensors["grad_out"])
     if case.training:
         result |= {name: tensors[name] for name in ("running_mean", "running_var")}
@@ -130,15 +133,9 @@ def _run(
     }
 
 
-def _compose(
-    case: ParityCase,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None = None,
-) -> dict[str, Tensor]:
+def _compose(case: ParityCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    input, running_mean, running_var, weight, bias = (tensors[name] for name in _OPERANDS)
+
     def per_channel(tensor: Tensor) -> Tensor:
         return tensor.view(1, -1, *[1] * (input.dim() - 2))
 
@@ -150,7 +147,7 @@ def _compose(
             running_mean.lerp_(mean, MOMENTUM)
             running_var.lerp_(var * count / (count - 1), MOMENTUM)
     z = (input - per_channel(mean)) * per_channel(weight / (var + EPS).sqrt()) + per_channel(bias)
-    z = z if residual is None else z + residual
+    z = z + tensors["residual"] if case.residual else z
     return {"z": z, "output": z.relu() if case.relu else z}
 
 
@@ -175,28 +172,15 @@ def _extend(case: ParityCase, data: dict[str, Tensor]) -> dict[str, extended.Arr
     return result | ({"grad_residual": grad_z} if case.residual else {})
 
 
-def _stock(
-    case: ParityCase,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None = None,
-) -> dict[str, Tensor]:
+def _stock(case: ParityCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    input, running_mean, running_var, weight, bias = (tensors[name] for name in _OPERANDS)
     z = F.batch_norm(input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS)
-    z = z if residual is None else z + residual
+    z = z + tensors["residual"] if case.residual else z
     return {"output": z.relu() if case.relu else z}
 
 
-def _fastbn(
-    case: ParityCase,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None = None,
-) -> dict[str, Tensor]:
+def _fastbn(case: ParityCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    input, running_mean, running_var, weight, bias = (tensors[name] for name in _OPERANDS)
     arguments = (input, running_mean, running_var, weight, bias, case.training, MOMENTUM, EPS)
-    return {"output": batch_norm(*arguments, residual=residual, activation="relu" if case.relu else None)}
+    residual, activation = tensors.get("residual"), "relu" if case.relu else None
+    return {"output": batch_norm(*arguments, residual=residual, activation=activation)}

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastbn.autograd import batch_norm as fused
 from fastbn.backends import aten, registry
+from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual
 
@@ -22,6 +23,7 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    activation_param: float | None = None,
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -31,16 +33,19 @@ def batch_norm(
     memory format. weight, bias, running_mean, running_var: (C,), the dtype of input, or float32 beside a half type.
     training: normalise by the biased statistics of the batch and move the running ones, if given, by `momentum`
     (`running = (1 - momentum) * running + momentum * batch`, unbiased variance); else normalise by the running ones.
-    residual: the shape, dtype and device of input. activation: None, "relu", "leaky_relu", "relu6", "elu", "silu",
-    "gelu" or "hardswish", with torch's default parameters.
+    residual: the shape, dtype and device of input. activation: None or one of "relu", "leaky_relu", "relu6", "elu",
+    "silu", "gelu", "hardswish", "hardsigmoid", "mish", "softplus", "sigmoid", "tanh". activation_param: the slope of
+    leaky_relu below 0, or the alpha of elu; None for torch's default, and for the others.
     num_batches_tracked: int64 of one element, incremented in training; with momentum None the statistics move by
     1 / num_batches_tracked, which makes them the average over all batches.
     backend: "cpu", "cuda", "reference" or "torch"; None takes the fastest that can, and torch's own where none can, or
     where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
 
     Raises what torch raises for the same input, before any buffer has changed (but what hooks on saved tensors raise),
-    and ValueError for a residual or activation that does not fit and for a named backend that cannot take the call.
+    and ValueError for a residual, activation or activation_param that does not fit, and for a named backend that cannot
+    take the call.
     """
+    index = activation_index(activation)
     call = Call(
         input,
         residual,
@@ -51,8 +56,9 @@ def batch_norm(
         num_batches_tracked if training else None,
         momentum,
         eps,
-        activation_index(activation),
+        index,
         training,
+        None if activation_param is None else check_param(index, activation_param),
     )
     if residual is not None:
         check_residual(input, residual)

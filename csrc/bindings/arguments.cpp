@@ -204,6 +204,13 @@ Activation Operands::activation(int64_t index) const {
   return Activation(index);
 }
 
+double Operands::activation_param(Activation activation, std::optional<double> param) const {
+  with_activation(activation, [&](auto a) {
+    if (param && !a.has_param) fail(op_, "expected no activation_param, which ", a.name, " has not, got ", *param);
+  });
+  return param.value_or(default_param_of(activation));
+}
+
 Tensor Operands::empty_like_input() const {
   return in_format(new_empty(input_, input_.sizes(), input_.scalar_type()), format_);
 }

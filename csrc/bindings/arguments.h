@@ -2,6 +2,7 @@
 // failed check says what was expected and what was got; nothing has been allocated or changed by then.
 #pragma once
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -65,6 +66,8 @@ class Operands {
   void follow_mask(const OptionalTensor& tensor);
   const uint8_t* mask(const OptionalTensor& tensor) const;
   Activation activation(int64_t index) const;
+  // Returns the parameter of an activation, torch's default where none is given.
+  double activation_param(Activation activation, std::optional<double> param) const;
 
   Tensor empty_like_input() const;
   Tensor empty_mask() const;

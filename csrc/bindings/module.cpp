@@ -6,7 +6,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings/max_sms.h"
@@ -52,12 +51,15 @@ py::dict build_info() {
 template <class... All>
 py::list list_of(ActivationList<All...>) {
   py::list list;
-  for (const auto& [name, form] : {std::pair(All::name, All::form)...}) {
+  const auto append = [&](auto activation) {
     py::dict row;
-    row["name"] = name;
-    row["is_piecewise_linear"] = form == Form::piecewise_linear;
+    row["name"] = activation.name;
+    row["is_piecewise_linear"] = activation.form == Form::piecewise_linear;
+    row["default_param"] = py::none();
+    if constexpr (activation.has_param) row["default_param"] = activation.default_param;
     list.append(row);
-  }
+  };
+  (append(All()), ...);
   return list;
 }
 
@@ -130,7 +132,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this binary was built, and the CPU instruction sets it can use here.");
   m.def(
       "activations", [] { return list_of(Activations()); },
-      "The activations in the order of their numbers: name, and whether they are piecewise linear.");
+      "The activations in the order of their numbers: name, whether they are piecewise linear, and torch's default of "
+      "their parameter, or None.");
   m.def("named_device", &named_device, "The limits of a100, h100, h200 or b200.");
   m.def("device_limits", &device_limits, "The limits of a CUDA device that is here, by its index.");
   m.def(

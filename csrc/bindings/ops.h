@@ -17,9 +17,10 @@ struct Ops {
   static Four batch_norm_train(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                               std::optional<double> momentum, double eps, int64_t activation, bool save_mask) {
+                               std::optional<double> momentum, double eps, int64_t activation, bool save_mask,
+                               std::optional<double> activation_param) {
     Operands operands("batch_norm_train", input);
-    Forward forward(operands, residual, weight, bias, activation);
+    Forward forward(operands, residual, weight, bias, activation, activation_param);
     ForwardParams& params = forward.params;
     params.statistics = Statistics::batch;
     params.running_mean = operands.channel_vector("running_mean", running_mean);
@@ -33,9 +34,9 @@ struct Ops {
 
   static Tensor batch_norm_eval(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                 const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
-                                double eps, int64_t activation) {
+                                double eps, int64_t activation, std::optional<double> activation_param) {
     Operands operands("batch_norm_eval", input);
-    Forward forward(operands, residual, weight, bias, activation);
+    Forward forward(operands, residual, weight, bias, activation, activation_param);
     forward.normalize_by(running_mean, running_var, eps);
     forward.allocate_output();
     Backend(operands).forward(forward.params);
@@ -44,18 +45,19 @@ struct Ops {
 
   static Four batch_norm_frozen(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                 const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
-                                double eps, int64_t activation, bool save_mask) {
+                                double eps, int64_t activation, bool save_mask,
+                                std::optional<double> activation_param) {
     Operands operands("batch_norm_frozen", input);
-    Forward forward(operands, residual, weight, bias, activation);
+    Forward forward(operands, residual, weight, bias, activation, activation_param);
     forward.normalize_by(running_mean, running_var, eps);
     return launch_and_save(forward, save_mask);
   }
 
   static Two normalize(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                        const OptionalTensor& bias, const Tensor& mean, const Tensor& inv_std, int64_t activation,
-                       bool save_mask) {
+                       bool save_mask, std::optional<double> activation_param) {
     Operands operands("normalize", input);
-    Forward forward(operands, residual, weight, bias, activation);
+    Forward forward(operands, residual, weight, bias, activation, activation_param);
     ForwardParams& params = forward.params;
     params.statistics = Statistics::given;
     params.mean = operands.channel_float64("mean", mean);
@@ -83,9 +85,10 @@ struct Ops {
   static Four batch_norm_backward(const Tensor& grad_out, const Tensor& input, const OptionalTensor& residual,
                                   const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Tensor& mean, const Tensor& inv_std, bool batch_stats, int64_t activation,
-                                  bool need_input, bool need_weight, bool need_bias, bool need_residual) {
+                                  bool need_input, bool need_weight, bool need_bias, bool need_residual,
+                                  std::optional<double> activation_param) {
     Operands operands("batch_norm_backward", input);
-    Backward backward(operands, grad_out, residual, mask, weight, bias, mean, inv_std, activation);
+    Backward backward(operands, grad_out, residual, mask, weight, bias, mean, inv_std, activation, activation_param);
     BackwardParams& params = backward.params;
     params.statistics = batch_stats ? Statistics::batch : Statistics::running;
     const ScalarType type = weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
@@ -101,9 +104,10 @@ struct Ops {
 
   static Two grad_sums(const Tensor& grad_out, const Tensor& input, const OptionalTensor& residual,
                        const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const Tensor& mean, const Tensor& inv_std, int64_t activation) {
+                       const Tensor& mean, const Tensor& inv_std, int64_t activation,
+                       std::optional<double> activation_param) {
     Operands operands("grad_sums", input);
-    Backward backward(operands, grad_out, residual, mask, weight, bias, mean, inv_std, activation);
+    Backward backward(operands, grad_out, residual, mask, weight, bias, mean, inv_std, activation, activation_param);
     const Tensor sum_grad = operands.empty(operands.layout().channels, ScalarType::Double);
     const Tensor sum_grad_xhat = operands.empty(operands.layout().channels, ScalarType::Double);
     backward.params.sum_grad = static_cast<double*>(sum_grad.data_ptr());
@@ -116,9 +120,9 @@ struct Ops {
                         const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
                         const Tensor& mean, const Tensor& inv_std, const OptionalTensor& sum_grad,
                         const OptionalTensor& sum_grad_xhat, const OptionalTensor& count, int64_t activation,
-                        bool need_residual) {
+                        bool need_residual, std::optional<double> activation_param) {
     Operands operands("input_grad", input);
-    Backward backward(operands, grad_out, residual, mask, weight, bias, mean, inv_std, activation);
+    Backward backward(operands, grad_out, residual, mask, weight, bias, mean, inv_std, activation, activation_param);
     BackwardParams& params = backward.params;
     const bool frozen = !sum_grad && !sum_grad_xhat && !count;
     if (!frozen && !(sum_grad && sum_grad_xhat && count))
@@ -154,11 +158,12 @@ struct Ops {
     ForwardParams params;
 
     Forward(Operands& operands, const OptionalTensor& residual_argument, const OptionalTensor& weight,
-            const OptionalTensor& bias, int64_t activation)
+            const OptionalTensor& bias, int64_t activation, std::optional<double> activation_param)
         : operands(operands), residual(operands.dense("residual", residual_argument)) {
       params.layout = operands.layout();
       params.dtype = operands.dtype();
       params.activation = operands.activation(activation);
+      params.activation_param = ActivationParam(operands.activation_param(params.activation, activation_param));
       params.weight = operands.channel_vector("weight", weight);
       params.bias = operands.channel_vector("bias", bias);
       params.input = operands.input().const_data_ptr();
@@ -210,7 +215,7 @@ struct Ops {
     Backward(Operands& operands, const Tensor& grad_out_argument, const OptionalTensor& residual_argument,
              const OptionalTensor& mask_argument, const OptionalTensor& weight_argument,
              const OptionalTensor& bias_argument, const Tensor& mean_argument, const Tensor& inv_std_argument,
-             int64_t activation)
+             int64_t activation, std::optional<double> activation_param)
         : operands(operands),
           mask(operands.contiguous("mask", mask_argument)),
           weight(operands.contiguous("weight", weight_argument)),
@@ -218,6 +223,7 @@ struct Ops {
           mean(operands.contiguous("mean", mean_argument)),
           inv_std(operands.contiguous("inv_std", inv_std_argument)) {
       params.activation = operands.activation(activation);
+      params.activation_param = ActivationParam(operands.activation_param(params.activation, activation_param));
       if (is_piecewise_linear(params.activation)) operands.follow_mask(mask);
       grad_out = operands.dense("grad_out", grad_out_argument);
       params.layout = operands.layout();

@@ -155,6 +155,7 @@ class Backward {
             params_.residual,
             params_.mask,
             params_.activation,
+            params_.activation_param.in_double,
             pivots_.data() + first,
             affine_.arrays(first),
             grad_affine_.arrays(first, frozen),

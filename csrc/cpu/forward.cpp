@@ -122,8 +122,10 @@ void forward_channels(const ForwardParams& params, int64_t channels, const Threa
     affine.repeat(begin, end);
   };
   auto apply = [&](const Tile& tile, const MaskTile& mask_tile, int64_t channel) {
-    const NormalizeArgs args{params.input,      params.residual,        params.output, params.mask,
-                             params.activation, affine.arrays(channel), non_temporal};
+    const NormalizeArgs args{params.input,           params.residual,
+                             params.output,          params.mask,
+                             params.activation,      params.activation_param.in_double,
+                             affine.arrays(channel), non_temporal};
     (partition.in_columns() ? table.column_normalize : table.channel_normalize)(args, tile, mask_tile);
   };
   if (batch)

@@ -63,21 +63,23 @@ FASTBN_INLINE F normal_cdf(F z) {
 }
 
 // Each struct has `forward`, activation(z), and `backward`, grad_out * activation'(z). A piecewise linear one has
-// `is_upper` and `lower_slope` instead of `backward`: where its derivative is 1, and what it is elsewhere.
+// `is_upper` and `leaks` instead of `backward`: where its derivative is 1, and whether it is the parameter elsewhere,
+// or 0. The last argument is the activation's parameter, of those that have one.
 template <Activation id_, Form form_>
 struct ActivationOf {
   static constexpr Activation id = id_;
   static constexpr Form form = form_;
+  static constexpr bool has_param = false;
 };
 
 struct None : ActivationOf<Activation::none, Form::identity> {
   static constexpr const char* name = "none";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return z;
   }
   template <class F>
-  static FASTBN_INLINE F backward(F, F grad_out) {
+  static FASTBN_INLINE F backward(F, F grad_out, F) {
     return grad_out;
   }
 };
@@ -88,9 +90,9 @@ struct PiecewiseLinear : ActivationOf<id, Form::piecewise_linear> {};
 // relu leaves -0 as it is, as torch's does on a CPU. (CUDA's loops for relu make it +0.)
 struct Relu : PiecewiseLinear<Activation::relu> {
   static constexpr const char* name = "relu";
-  static constexpr double lower_slope = 0;
+  static constexpr bool leaks = false;
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return select(z < F(0), F(0), z);
   }
   template <class F>
@@ -101,10 +103,11 @@ struct Relu : PiecewiseLinear<Activation::relu> {
 
 struct LeakyRelu : PiecewiseLinear<Activation::leaky_relu> {
   static constexpr const char* name = "leaky_relu";
-  static constexpr double lower_slope = 0.01;
+  static constexpr bool leaks = true, has_param = true;
+  static constexpr double default_param = 0.01;  // the slope below 0
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
-    return select(z > F(0), z, z * F(lower_slope));
+  static FASTBN_INLINE F forward(F z, F slope) {
+    return select(z > F(0), z, z * slope);
   }
   template <class F>
   static FASTBN_INLINE auto is_upper(F z) {
@@ -114,9 +117,9 @@ struct LeakyRelu : PiecewiseLinear<Activation::leaky_relu> {
 
 struct Relu6 : PiecewiseLinear<Activation::relu6> {
   static constexpr const char* name = "relu6";
-  static constexpr double lower_slope = 0;
+  static constexpr bool leaks = false;
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return select(z <= F(0), F(0), select(z >= F(6), F(6), z));
   }
   template <class F>
@@ -127,25 +130,27 @@ struct Relu6 : PiecewiseLinear<Activation::relu6> {
 
 struct Elu : ActivationOf<Activation::elu, Form::long_formula> {
   static constexpr const char* name = "elu";
+  static constexpr bool has_param = true;
+  static constexpr double default_param = 1;  // alpha
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
-    return select(z <= F(0), expm1(z), z);
+  static FASTBN_INLINE F forward(F z, F alpha) {
+    return select(z <= F(0), expm1(z) * alpha, z);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
-    return select(z > F(0), grad_out, grad_out * exp(z));
+  static FASTBN_INLINE F backward(F z, F grad_out, F alpha) {
+    return select(z > F(0), grad_out, grad_out * (exp(z) * alpha));
   }
 };
 
 struct Silu : ActivationOf<Activation::silu, Form::long_formula> {
   static constexpr const char* name = "silu";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return z / (F(1) + exp(-z));
   }
   // 1 - s cancels where s is nearly 1: there it is e * s.
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     const F e = exp(-z), s = F(1) / (F(1) + e);
     return grad_out * (s * (F(1) + z * select(z > F(0), e * s, F(1) - s)));
   }
@@ -154,11 +159,11 @@ struct Silu : ActivationOf<Activation::silu, Form::long_formula> {
 struct Gelu : ActivationOf<Activation::gelu, Form::long_formula> {
   static constexpr const char* name = "gelu";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return z * normal_cdf(z);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     const F density = exp(z * z * F(-0.5)) * F(0.39894228040143267794);
     return grad_out * (normal_cdf(z) + z * density);
   }
@@ -167,12 +172,12 @@ struct Gelu : ActivationOf<Activation::gelu, Form::long_formula> {
 struct Hardswish : ActivationOf<Activation::hardswish, Form::short_formula> {
   static constexpr const char* name = "hardswish";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     const F ramp = z + F(3);
     return z * select(ramp <= F(0), F(0), select(ramp >= F(6), F(6), ramp)) / F(6);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     return select(z <= F(-3), F(0), select(z >= F(3), grad_out, grad_out * (z * F(1.0 / 3) + F(0.5))));
   }
 };
@@ -181,12 +186,12 @@ struct Hardswish : ActivationOf<Activation::hardswish, Form::short_formula> {
 struct Hardsigmoid : ActivationOf<Activation::hardsigmoid, Form::short_formula> {
   static constexpr const char* name = "hardsigmoid";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     const F ramp = z + F(3);
     return select(ramp <= F(0), F(0), select(ramp >= F(6), F(6), ramp)) / F(6);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     return select((z > F(-3)) & (z < F(3)), grad_out * F(1.0 / 6), F(0));
   }
 };
@@ -208,12 +213,12 @@ struct Mish : ActivationOf<Activation::mish, Form::long_formula> {
   };
 
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     const Ratio<F> ratio(z, exp_of_minus_magnitude(z));
     return z * (ratio.numerator / ratio.denominator);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     const F p = exp_of_minus_magnitude(z);
     const Ratio<F> ratio(z, p);
     const F inverse = F(1) / ratio.denominator;
@@ -226,11 +231,11 @@ struct Mish : ActivationOf<Activation::mish, Form::long_formula> {
 struct Softplus : ActivationOf<Activation::softplus, Form::long_formula> {
   static constexpr const char* name = "softplus";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return select(z > F(20), z, select(z > F(0), z, F(0)) + log1p(exp_of_minus_magnitude(z)));
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     return select(z > F(20), grad_out, grad_out * sigmoid(z));
   }
 };
@@ -238,11 +243,11 @@ struct Softplus : ActivationOf<Activation::softplus, Form::long_formula> {
 struct Sigmoid : ActivationOf<Activation::sigmoid, Form::long_formula> {
   static constexpr const char* name = "sigmoid";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     return sigmoid(z);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     const F p = exp_of_minus_magnitude(z), q = F(1) + p;
     return grad_out * (p / (q * q));
   }
@@ -251,12 +256,12 @@ struct Sigmoid : ActivationOf<Activation::sigmoid, Form::long_formula> {
 struct Tanh : ActivationOf<Activation::tanh, Form::long_formula> {
   static constexpr const char* name = "tanh";
   template <class F>
-  static FASTBN_INLINE F forward(F z) {
+  static FASTBN_INLINE F forward(F z, F) {
     const F magnitude = select(z > F(0), z, -z), m = expm1(F(-2) * magnitude), t = m / (m + F(2));
     return select(z > F(0), -t, t);
   }
   template <class F>
-  static FASTBN_INLINE F backward(F z, F grad_out) {
+  static FASTBN_INLINE F backward(F z, F grad_out, F) {
     const F p = exp_of_minus_magnitude(z + z), q = F(1) + p;
     return grad_out * (F(4) * (p / (q * q)));
   }
@@ -300,11 +305,20 @@ FASTBN_INLINE constexpr bool is_piecewise_linear(Activation activation) {
   return form_of(activation) == Form::piecewise_linear;
 }
 
-// Says whether a piecewise linear activation has a slope below its upper branch.
+// Says whether the derivative of a piecewise linear activation is its parameter below the upper branch, instead of 0.
 FASTBN_INLINE constexpr bool leaks(Activation activation) {
   bool result = false;
   with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
-    if constexpr (a.form == Form::piecewise_linear) result = a.lower_slope != 0;
+    if constexpr (a.form == Form::piecewise_linear) result = a.leaks;
+  });
+  return result;
+}
+
+// Returns torch's default of the activation's parameter, 0 for one that has none.
+FASTBN_INLINE constexpr double default_param_of(Activation activation) {
+  double result = 0;
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
+    if constexpr (a.has_param) result = a.default_param;
   });
   return result;
 }
@@ -319,41 +333,37 @@ FASTBN_INLINE auto activation_is_upper(Activation activation, F z) -> decltype(z
   return upper;
 }
 
-// grad_z of a piecewise linear activation from its mask.
-template <class F, class Mask>
-FASTBN_INLINE F activation_backward_masked(Activation activation, Mask upper, F grad_out) {
-  F lower(0);
-  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
-    if constexpr (a.form == Form::piecewise_linear)
-      if constexpr (a.lower_slope != 0) lower = grad_out * F(a.lower_slope);
-  });
-  return select(upper, grad_out, lower);
+// grad_z of a piecewise linear activation from its mask. `param`, here and below, is a number of F's element type.
+template <class F, class Mask, class P>
+FASTBN_INLINE F activation_backward_masked(Activation activation, Mask upper, F grad_out, P param) {
+  return select(upper, grad_out, leaks(activation) ? grad_out * F(param) : F(0));
 }
 
 // activation(z), and grad_out * activation'(z).
-template <class A, class F>
-FASTBN_INLINE F activation_forward(A, F z) {
-  return A::forward(z);
+template <class A, class F, class P>
+FASTBN_INLINE F activation_forward(A, F z, P param) {
+  return A::forward(z, F(param));
 }
-template <class A, class F>
-FASTBN_INLINE F activation_backward(A a, F z, F grad_out) {
+template <class A, class F, class P>
+FASTBN_INLINE F activation_backward(A a, F z, F grad_out, P param) {
   if constexpr (A::form == Form::piecewise_linear)
-    return activation_backward_masked(a.id, A::is_upper(z), grad_out);
+    return activation_backward_masked(a.id, A::is_upper(z), grad_out, param);
   else
-    return A::backward(z, grad_out);
+    return A::backward(z, grad_out, F(param));
 }
 
 // The same of an activation that is known when it runs.
-template <class F>
-FASTBN_INLINE F activation_forward(Activation activation, F z) {
+template <class F, class P>
+FASTBN_INLINE F activation_forward(Activation activation, F z, P param) {
   F y = z;
-  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA { y = activation_forward(a, z); });
+  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA { y = activation_forward(a, z, param); });
   return y;
 }
-template <class F>
-FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out) {
+template <class F, class P>
+FASTBN_INLINE F activation_backward(Activation activation, F z, F grad_out, P param) {
   F grad_z = grad_out;
-  with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad_z = activation_backward(a, z, grad_out); });
+  with_activation(activation,
+                  [&](auto a) FASTBN_INLINE_LAMBDA { grad_z = activation_backward(a, z, grad_out, param); });
   return grad_z;
 }
 

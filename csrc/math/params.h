@@ -6,6 +6,7 @@
 
 #include "math/activation.h"
 #include "math/layout.h"
+#include "math/macros.h"
 #include "math/types.h"
 
 namespace fastbn {
@@ -13,11 +14,29 @@ namespace fastbn {
 // The source of the statistics that normalise.
 enum class Statistics { batch, running, given };
 
+// An activation's parameter in both types that elements are computed in, so that no kernel converts it.
+struct ActivationParam {
+  double in_double = 0;
+  float in_float = 0;
+
+  ActivationParam() = default;
+  explicit ActivationParam(double value) : in_double(value), in_float(float(value)) {}
+
+  template <class A>
+  FASTBN_INLINE A in() const {
+    if constexpr (sizeof(A) == sizeof(double))
+      return in_double;
+    else
+      return in_float;
+  }
+};
+
 // The arguments of batch_norm_train, batch_norm_eval, batch_norm_frozen, normalize and channel_stats.
 struct ForwardParams {
   Layout layout;
   DType dtype = DType::float32;
   Activation activation = Activation::none;
+  ActivationParam activation_param;
   Statistics statistics = Statistics::batch;
 
   const void* input = nullptr;
@@ -42,6 +61,7 @@ struct BackwardParams {
   Layout layout;
   DType dtype = DType::float32;
   Activation activation = Activation::none;
+  ActivationParam activation_param;
   // batch: reduce and use the sums; running: frozen statistics; given: use sum_grad, sum_grad_xhat and count.
   Statistics statistics = Statistics::batch;
 

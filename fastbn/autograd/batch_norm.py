@@ -26,7 +26,7 @@ def below_autograd() -> contextlib.AbstractContextManager[Any]:
 
 def batch_norm(call: Call, backend: Backend) -> Tensor:
     """Return activation(batch_norm(input) + residual) by a backend's fused ops, updating the buffers."""
-    input, residual, weight, bias, running_mean, running_var, counter, momentum, eps, activation, training = call
+    input, residual, weight, bias, running_mean, running_var, counter, momentum, eps, activation, training, param = call
     try:
         if torch.is_grad_enabled() and (
             input.requires_grad
@@ -38,8 +38,8 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
         operands = input, residual, weight, bias, running_mean, running_var
         with below_autograd():
             if training:
-                return backend.ops.batch_norm_train(*operands, counter, momentum, eps, activation, False)[0]
-            return backend.ops.batch_norm_eval(*operands, eps, activation)
+                return backend.ops.batch_norm_train(*operands, counter, momentum, eps, activation, False, param)[0]
+            return backend.ops.batch_norm_eval(*operands, eps, activation, param)
     except RuntimeError as error:
         errors.raise_of_torch(error)
         raise
@@ -61,14 +61,14 @@ class BatchNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         chosen: tuple[Call, Backend],
     ) -> Tensor:
-        (*_, running_mean, running_var, counter, momentum, eps, activation, batch_stats), backend = chosen
+        (*_, running_mean, running_var, counter, momentum, eps, activation, batch_stats, param), backend = chosen
         masked = residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
         operands = input, residual, weight, bias, running_mean, running_var
         with below_autograd():
             if batch_stats:
-                results = backend.ops.batch_norm_train(*operands, counter, momentum, eps, activation, masked)
+                results = backend.ops.batch_norm_train(*operands, counter, momentum, eps, activation, masked, param)
             else:
-                results = backend.ops.batch_norm_frozen(*operands, eps, activation, masked)
+                results = backend.ops.batch_norm_frozen(*operands, eps, activation, masked, param)
         output, mean, inv_std, mask = results
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked
@@ -87,7 +87,7 @@ class BatchNormFunction(torch.autograd.Function):
         # Hooks on saved tensors may give back other strides. Compiled graphs are traced for those of forward.
         keeps_strides = input.is_contiguous() or torch.compiler.is_compiling()
         ctx.options = (
-            (batch_stats, eps, activation, backend),
+            (batch_stats, eps, activation, param, backend),
             (
                 needs_input_data,
                 masked,
@@ -103,7 +103,7 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (batch_stats, eps, activation, backend), is_saved, strides, absent_input, bias_dtype = ctx.options
+        (batch_stats, eps, activation, param, backend), is_saved, strides, absent_input, bias_dtype = ctx.options
         has_input, has_mask, has_weight, has_bias, has_residual = is_saved
         take: Callable[[], Any] = list(ctx.saved_tensors).pop
         residual = take() if has_residual else None
@@ -124,7 +124,7 @@ class BatchNormFunction(torch.autograd.Function):
             stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
             memory_format = absent_input[2] if absent_input else suggest_memory_format(input)
             grads = _differentiable_backward(
-                grad_out, input, residual, mask, weight, bias, activation, stats, memory_format
+                grad_out, input, residual, mask, weight, bias, activation, param, stats, memory_format
             )
         else:
             # Without an activation the gradient of the residual is grad_out itself.
@@ -146,6 +146,7 @@ class BatchNormFunction(torch.autograd.Function):
                         need_weight,
                         need_bias,
                         kernel_residual,
+                        param,
                     )
             except RuntimeError as error:
                 errors.raise_of_torch(error)
@@ -207,12 +208,14 @@ def _differentiable_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     activation: int,
+    param: float | None,
     stats: dict[str, Any],
     memory_format: torch.memory_format,
 ) -> tuple[Tensor, ...]:
     """Return `backward_formula` in the dtype and memory format that it has to have."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    grads = backward_formula(grad_out, input, residual, mask, weight, bias, activation, dtype=dtype, **stats)
+    options = {"dtype": dtype, "activation_param": param, **stats}
+    grads = backward_formula(grad_out, input, residual, mask, weight, bias, activation, **options)
     grad_input, *others = grads
     if not _torch.is_legacy_batched(grad_input):  # of which formats cannot be asked
         grad_input = grad_input.contiguous(memory_format=memory_format)

@@ -50,6 +50,7 @@ def backward_formula(
     inv_std: Tensor | None = None,
     eps: float | None = None,
     dtype: torch.dtype = torch.float64,
+    activation_param: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (grad_input, grad_weight, grad_bias, grad_residual) as a differentiable composition in `dtype`.
 
@@ -72,7 +73,7 @@ def backward_formula(
             unit_eps = scaled_eps.to(dtype)
         m, var = moments(x_)
         s = (var + unit_eps).rsqrt()
-    grad_z = grad_z_of(g, x_, r, upper, w, b, m, s, activation)
+    grad_z = grad_z_of(g, x_, r, upper, w, b, m, s, activation, activation_param)
     xhat = (x_ - wide(x_, m)) * wide(x_, s)
     dims = reduced_dims(x)
     sum_grad, sum_grad_xhat = grad_z.sum(dims), (grad_z * xhat).sum(dims)

@@ -68,6 +68,7 @@ class Settings(NamedTuple):
     hooks: Hooks
     eps: float
     activation: int
+    activation_param: float | None
     backend: Backend
 
 
@@ -103,7 +104,7 @@ def normalize(call: Call, hooks: Hooks, backend: str | None = None) -> tuple[Ten
     if reason is not None:
         raise ValueError(f"batch_norm: cannot take this call: {reason}")
     chosen, _ = registry.choose(call, backend)
-    return batch_norm(*call[:4], Settings(hooks, call.eps, call.activation, chosen))
+    return batch_norm(*call[:4], Settings(hooks, call.eps, call.activation, call.activation_param, chosen))
 
 
 class StatisticsFunction(torch.autograd.Function):
@@ -118,7 +119,7 @@ class StatisticsFunction(torch.autograd.Function):
         bias: Tensor | None,
         settings: Settings,
     ) -> tuple[Tensor, ...]:
-        hooks, eps, activation, backend = settings
+        hooks, eps, activation, param, backend = settings
         with below_autograd():
             selected, replacement = hooks.select(input), hooks.replace()
             x = _cleared(input, selected)
@@ -129,7 +130,7 @@ class StatisticsFunction(torch.autograd.Function):
             scale, shift = _corrected(input, weight, bias, correction)
             saves_mask = residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
             output, mask = backend.ops.normalize(
-                x, residual, scale, shift, moments.mean, inv_std, activation, saves_mask
+                x, residual, scale, shift, moments.mean, inv_std, activation, saves_mask, param
             )
         r, d = correction or (None, None)
         saved: dict[str, Tensor | None] = dict(
@@ -146,7 +147,7 @@ class StatisticsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        hooks, _, activation, backend = ctx.settings
+        hooks, _, activation, param, backend = ctx.settings
         saved: dict[str, Any] = dict.fromkeys(
             ("residual", "mask", "weight", "bias", "scale", "shift", "selected", "r", "d")
         )
@@ -162,13 +163,13 @@ class StatisticsFunction(torch.autograd.Function):
         totals = None, None, None
         with below_autograd():
             if need_weight or need_bias or not ctx.is_constant:
-                sums = backend.ops.grad_sums(*operands, activation)
+                sums = backend.ops.grad_sums(*operands, activation, param)
                 grad_weight, grad_bias = _parameter_gradients(saved, *sums)
                 if not ctx.is_constant:
                     totals = *hooks.merge_sums(*sums), saved["count"]
             if need_input or (need_residual and activation != 0):
                 grad_input, grad_residual = backend.ops.input_grad(
-                    *operands, *totals, activation, need_residual and activation != 0
+                    *operands, *totals, activation, need_residual and activation != 0, param
                 )
                 grad_input = _cleared(grad_input, selected)
         return (
@@ -253,7 +254,7 @@ def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) 
     """Return the gradients of input, residual, weight and bias as a differentiable composition in float64."""
     if ctx.is_merged:
         raise RuntimeError("batch_norm: moments merged with those of other ranks cannot be differentiated twice")
-    activation, selected, input = ctx.settings.activation, saved["selected"], saved["input"]
+    selected, input = saved["selected"], saved["input"]
     x, g = _cleared(input.double(), selected), _cleared(grad_out.double(), selected)
     mean, inv_std, count = saved["mean"], saved["inv_std"], saved["count"]
     if not ctx.is_constant:
@@ -262,7 +263,8 @@ def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) 
     correction = None if saved["r"] is None else (saved["r"], saved["d"])
     scale, shift = _corrected(x, saved["weight"], saved["bias"], correction)
     upper = None if saved["mask"] is None else unpack_mask(saved["mask"], x.shape)
-    grad_z = grad_z_of(g, x, saved["residual"], upper, scale, shift, mean, inv_std, activation)
+    epilogue = ctx.settings.activation, ctx.settings.activation_param
+    grad_z = grad_z_of(g, x, saved["residual"], upper, scale, shift, mean, inv_std, *epilogue)
     xhat = _cleared((x - wide(x, mean)) * wide(x, inv_std), selected)
     sums = grad_z.sum(reduced_dims(x)), (grad_z * xhat).sum(reduced_dims(x))
     grad_x = input_gradient(grad_z, xhat, scale, inv_std, None if ctx.is_constant else (*sums, count))
@@ -277,7 +279,7 @@ def _composition(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Moments]:
     """Run a call by torch's operations in float64, which everything can look through and differentiate."""
-    hooks, eps, activation, _ = settings
+    hooks, eps, activation, param, _ = settings
     selected, moments = hooks.select(input), hooks.replace()
     x = _cleared(input.double(), selected)
     if moments is None:
@@ -290,5 +292,5 @@ def _composition(
     z = affine(x, residual, scale, shift, moments.mean, (moments.var + eps).rsqrt())
     if selected is not None:
         z = torch.where(selected, z, z.detach())
-    output = activate(z, activation).to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
+    output = activate(z, activation, param).to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
     return output, constants

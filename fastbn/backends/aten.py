@@ -43,7 +43,7 @@ TORCH = AtenBackend()
 
 def batch_norm(call: Call) -> Tensor:
     """Run a call by torch's operations, in whose words it may fail; then no buffer has changed."""
-    input, residual, weight, bias, running_mean, running_var, counter, momentum, eps, activation, training = call
+    input, residual, weight, bias, running_mean, running_var, counter, momentum, eps, activation, training, param = call
     if momentum is not None:
         factor = momentum
     else:
@@ -59,7 +59,7 @@ def batch_norm(call: Call) -> Tensor:
     if not training:
         running_mean, running_var = _contiguous(running_mean), _contiguous(running_var)
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    output = activate(output if residual is None else output + residual, activation)
+    output = activate(output if residual is None else output + residual, activation, param)
     if counter is not None:  # after all that may raise
         counter.add_(1)
     return output

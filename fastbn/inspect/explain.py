@@ -8,6 +8,7 @@ from torch import Tensor
 from fastbn import _C
 from fastbn.backends import aten, native, registry
 from fastbn.ops import dispatch
+from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, Plan
 
@@ -19,6 +20,7 @@ def explain(
     direction: str = "forward",
     *,
     activation: str | None = None,
+    activation_param: float | None = None,
     residual: bool = False,
     training: bool = True,
     device: str | None = None,
@@ -26,6 +28,7 @@ def explain(
 ) -> Plan:
     """Return the plan for batch-normalising `input`, (N, C, *), on any device; a meta tensor is enough.
 
+    activation, activation_param: as fastbn.functional.batch_norm takes them; the plan does not depend on the latter.
     direction: "forward" or "backward". training: batch statistics, else frozen ones. residual: whether one is added.
     device: "a100", "h100", "h200" or "b200" plans for that GPU, which need not be here; None for the input's device.
     backend: a name as fastbn.functional.batch_norm takes it; None for the backend that a call would get.
@@ -35,6 +38,7 @@ def explain(
     if direction not in _DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
     limits = None if device is None else _C.named_device(device)
+    index = activation_index(activation)
     call = Call(
         input,
         input if residual else None,
@@ -44,8 +48,9 @@ def explain(
         None,
         0.1,
         1e-5,
-        activation_index(activation),
+        index,
         training,
+        check_param(index, activation_param),
     )
     if limits is not None:
         reason = dispatch.why_torch_must_see(call) or dispatch.why_unsupported(call)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn._torch import BatchNormBase
+from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 
 
@@ -19,20 +20,31 @@ def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Pr
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
+def describe_activation(activation: str | None, activation_param: float | None) -> str:
+    """Return what a module's extra_repr says of its activation."""
+    text = "" if activation is None else f", activation={activation!r}"
+    return text if activation_param is None else f"{text}, activation_param={activation_param!r}"
+
+
 class FastBatchNorm(BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
     Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs. `activation`
-    is a class attribute, so that a torch.nn module whose class is swapped has it too.
+    and `activation_param` are class attributes, so that a torch.nn module whose class is swapped has them too.
     """
 
     activation: str | None = None
+    activation_param: float | None = None
 
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
-        activation_index(activation)
+    def __init__(
+        self, *args: Any, activation: str | None = None, activation_param: float | None = None, **kwargs: Any
+    ) -> None:
+        check_param(activation_index(activation), activation_param)
         super().__init__(*args, **kwargs)
         if activation is not None:
             self.activation = activation
+        if activation_param is not None:
+            self.activation_param = activation_param
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
@@ -51,6 +63,7 @@ class FastBatchNorm(BatchNormBase):
             self.eps,
             residual=residual,
             activation=self.activation,
+            activation_param=self.activation_param,
             num_batches_tracked=num_batches_tracked,
         )
 
@@ -83,13 +96,15 @@ class FastBatchNorm(BatchNormBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[no-untyped-call]
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        return text + describe_activation(self.activation, self.activation_param)
 
 
 _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
 
     Arguments, parameters, buffers and state_dict are those of the installed torch.nn.{name}; also
-    activation: None, "relu", "leaky_relu", "relu6", "elu", "silu", "gelu" or "hardswish", applied last.
+    activation: None or one of "relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "hardswish", "hardsigmoid",
+    "mish", "softplus", "sigmoid", "tanh", applied last.
+    activation_param: the slope of leaky_relu below 0, or the alpha of elu; None for torch's default.
 
     forward(input, residual=None): {shape}; residual has the shape, dtype and device of input and is
     added before the activation. Errors are torch.nn.{name}'s.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastbn import functional
-from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
+from fastbn.nn.batchnorm import describe_activation, leaf_of_symbolic_tracing
+from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 
 _COUNTER = "num_batches_tracked"
@@ -23,6 +24,7 @@ class _FrozenBatchNorm(nn.Module):
 
     _version = 3  # detectron2's, which reads and writes the same four buffers
     activation: str | None = None
+    activation_param: float | None = None
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor
@@ -35,14 +37,17 @@ class _FrozenBatchNorm(nn.Module):
         eps: float = 1e-5,
         *,
         activation: str | None = None,
+        activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        activation_index(activation)
+        check_param(activation_index(activation), activation_param)
         super().__init__()
         self.num_features, self.eps = num_features, eps
         if activation is not None:
             self.activation = activation
+        if activation_param is not None:
+            self.activation_param = activation_param
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
 
@@ -61,6 +66,7 @@ class _FrozenBatchNorm(nn.Module):
             self.eps,
             residual=residual,
             activation=self.activation,
+            activation_param=self.activation_param,
         )
 
     def _load_from_state_dict(
@@ -76,14 +82,14 @@ class _FrozenBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}"
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        return text + describe_activation(self.activation, self.activation_param)
 
 
 _DOC = """Batch normalisation of {shape} by constant statistics, in training and evaluation alike.
 
     weight, bias, running_mean and running_var are buffers of shape (num_features,), and the whole state: that of
     torchvision's and detectron2's FrozenBatchNorm2d. A torch.nn.{name}'s state can be loaded too; its counter is left
-    out. eps: added to running_var, above 0. activation: as fastbn.{name} has it.
+    out. eps: added to running_var, above 0. activation, activation_param: as fastbn.{name} has them.
 
     forward(input, residual=None): residual has the shape, dtype and device of input and is added before the activation.
     Backward computes what needs a gradient; of the input it keeps nothing, unless weight is made a parameter or an

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
+from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
 
@@ -69,13 +70,23 @@ class _BatchRenorm(FastBatchNorm):
         r_max: float | Schedule = 3.0,
         d_max: float | Schedule = 5.0,
         activation: str | None = None,
+        activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, bound, smallest in (("r_max", r_max, 1), ("d_max", d_max, 0)):
             if not callable(bound) and not bound >= smallest:
                 raise ValueError(f"{name}: expected a number from {smallest} on, or a schedule, got {bound}")
-        super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype, activation=activation)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            device=device,
+            dtype=dtype,
+            activation=activation,
+            activation_param=activation_param,
+        )
         self.r_max, self.d_max = r_max, d_max
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -87,6 +98,7 @@ class _BatchRenorm(FastBatchNorm):
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or counter is None:
             raise ValueError("BatchRenorm: expected running_mean, running_var and num_batches_tracked, got None")
+        index = activation_index(self.activation)
         call = Call(
             input,
             residual,
@@ -97,8 +109,9 @@ class _BatchRenorm(FastBatchNorm):
             counter,
             self.momentum,
             self.eps,
-            activation_index(self.activation),
+            index,
             True,
+            check_param(index, self.activation_param),
         )
         batches = counter.double() + 1
         bounds = tuple(bound(batches) if callable(bound) else bound for bound in (self.r_max, self.d_max))

@@ -1,6 +1,6 @@
 """The activations that can be fused behind the normalisation: one row each, in the order that the ops number them.
 
-The order, and which are piecewise linear, is that of `Activations` in csrc/math/activation.h: `check_build` compares
+Order, form and default parameters are those of `Activations` in csrc/math/activation.h: `check_build` compares
 the two when fastbn is imported.
 """
 
@@ -23,15 +23,17 @@ class Activation:
     forward: activation(z). backward: grad_out * activation'(z) of (grad_out, z), for those that are not piecewise
     linear. The branches at the boundaries are those of torch's `*_backward` kernels, and at NaN those of the vectorised
     ones for CPUs. Where the derivative is 0 the result is 0 whatever grad_out is.
-    is_upper, lower_slope: of a piecewise linear activation, where its derivative is 1 (the bits of the mask), and what
-    it is elsewhere.
+    is_upper: of a piecewise linear activation, where its derivative is 1 (the bits of the mask). Elsewhere it is the
+    parameter, or 0 without one.
+    default_param: torch's default of the parameter, the last argument of forward and backward; None for an activation
+    that has none.
     """
 
     name: str
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor] | None = None
     is_upper: Callable[[Tensor], Tensor] | None = None
-    lower_slope: float = 0.0
+    default_param: float | None = None
 
     def __post_init__(self) -> None:
         if (self.backward is None) == (self.is_upper is None):
@@ -41,11 +43,22 @@ class Activation:
     def is_piecewise_linear(self) -> bool:
         return self.is_upper is not None
 
+    def param(self, given: float | None) -> tuple[()] | tuple[float]:
+        """The last argument of forward and backward: what was given, or torch's default; nothing without a parameter.
 
-def _elu_backward(grad_out: Tensor, z: Tensor) -> Tensor:
-    # exp of the unused branch would overflow, and its inf would make the second derivative NaN. At 0, where both give
-    # 1, the second derivative is 0, as torch's is.
-    return torch.where(z >= 0, grad_out, grad_out * torch.where(z >= 0, 0.0, z).exp())
+        ValueError for a parameter of an activation that has none.
+        """
+        if self.default_param is not None:
+            return (self.default_param if given is None else given,)
+        if given is not None:
+            raise ValueError(f"activation_param: expected None, since {self.name} has no parameter, got {given!r}")
+        return ()
+
+
+def _elu_backward(grad_out: Tensor, z: Tensor, alpha: float) -> Tensor:
+    # exp of the unused branch would overflow, and its inf would make the second derivative NaN. At 0 the second
+    # derivative is 0, as torch's is.
+    return torch.where(z > 0, grad_out, grad_out * alpha * torch.where(z >= 0, 0.0, z).exp())
 
 
 def _silu_backward(grad_out: Tensor, z: Tensor) -> Tensor:
@@ -89,9 +102,9 @@ def _tanh_backward(grad_out: Tensor, z: Tensor) -> Tensor:
 ROWS = (
     Activation("none", forward=lambda z: z, backward=lambda grad_out, z: grad_out),
     Activation("relu", forward=F.relu, is_upper=lambda z: ~(z <= 0)),
-    Activation("leaky_relu", forward=F.leaky_relu, is_upper=lambda z: z > 0, lower_slope=0.01),
+    Activation("leaky_relu", forward=F.leaky_relu, is_upper=lambda z: z > 0, default_param=0.01),
     Activation("relu6", forward=F.relu6, is_upper=lambda z: (z > 0) & (z < 6)),
-    Activation("elu", forward=F.elu, backward=_elu_backward),
+    Activation("elu", forward=F.elu, backward=_elu_backward, default_param=1.0),
     Activation("silu", forward=F.silu, backward=_silu_backward),
     Activation("gelu", forward=F.gelu, backward=_gelu_backward),
     Activation("hardswish", forward=F.hardswish, backward=_hardswish_backward),
@@ -109,7 +122,14 @@ PIECEWISE_LINEAR = frozenset(row.name for row in ROWS if row.is_piecewise_linear
 
 def check_build(built: Sequence[dict[str, Any]]) -> None:
     """Raise ImportError unless `built`, the activations of a build of fastbn._C, are the rows."""
-    rows = [{"name": row.name, "is_piecewise_linear": row.is_piecewise_linear} for row in ROWS]
+    rows = [
+        {
+            "name": row.name,
+            "is_piecewise_linear": row.is_piecewise_linear,
+            "default_param": row.default_param,
+        }
+        for row in ROWS
+    ]
     if list(built) != rows:
         raise ImportError(f"fastbn._C: expected the activations {rows}, got {list(built)}; build it again")
 
@@ -122,6 +142,18 @@ def index(name: str | None) -> int:
         return ACTIVATIONS.index(name)
     except ValueError:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}") from None
+
+
+def check_param(activation: int, param: float | None) -> float | None:
+    """Return `param`, None for torch's default, as the ops take it.
+
+    ValueError for anything but a number, and for a parameter of an activation that has none.
+    """
+    if param is None:
+        return None
+    if isinstance(param, bool) or not isinstance(param, (float, int)):
+        raise ValueError(f"activation_param: expected a number or None, got {param!r}")
+    return float(*ROWS[activation].param(param))
 
 
 def is_piecewise_linear(activation: int) -> bool:

@@ -83,11 +83,13 @@ _RESULTS: dict[str, Callable[[SimpleNamespace], Tensor]] = {
 
 def _fake_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """Return the fake of an op: it binds arguments by their names in the schema and allocates results by theirs."""
-    arguments = [argument.name for argument in op._schema.arguments]
+    arguments = op._schema.arguments
     results = [_RESULTS[result.name] for result in op._schema.returns]
 
     def fake(*values: Any) -> Any:
-        call = SimpleNamespace(**dict(zip(arguments, values, strict=True)))
+        # torch leaves out trailing arguments that have their default value.
+        values += tuple(argument.default_value for argument in arguments[len(values) :])
+        call = SimpleNamespace(**{argument.name: v for argument, v in zip(arguments, values, strict=True)})
         for tensor in values:
             # One meta tensor is enough for torch to call this instead of the kernels, which check the devices too.
             if isinstance(tensor, Tensor) and tensor.device != call.input.device:

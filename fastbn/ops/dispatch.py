@@ -17,7 +17,8 @@ from fastbn.ops.contract import DTYPES, HALF_TYPES
 class Call(NamedTuple):
     """The operands of one call in the order of the ops' schemas, and whether it normalises by batch statistics.
 
-    `num_batches_tracked` is None in evaluation; `activation` is an index (fastbn.ops.activations).
+    `num_batches_tracked` is None in evaluation; `activation` is an index (fastbn.ops.activations), and
+    `activation_param` None for torch's default.
     """
 
     input: Tensor
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     eps: float
     activation: int
     training: bool
+    activation_param: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def why_unsupported(call: Call) -> str | None:
 
 def why_left_to_torch(call: Call) -> str | None:
     """Return the part of `why_unsupported` that the ops do not refuse themselves."""
-    input, _, _, _, running_mean, running_var, counter, momentum, eps, _, training = call
+    input, _, _, _, running_mean, running_var, counter, momentum, eps, _, training, _ = call
     if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
         if not torch.is_inference_mode_enabled():
             return "num_batches_tracked is an inference tensor, which torch refuses to update"

@@ -59,6 +59,7 @@ def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
         if target is not None:
             module.__class__ = target
             if classes is _TO_TORCH:
-                # A module that was built as fastbn's may have the attribute in its __dict__; torch.nn's has none.
-                vars(module).pop("activation", None)
+                # A module that was built as fastbn's may have the attributes in its __dict__; torch.nn's has none.
+                for name in ("activation", "activation_param"):
+                    vars(module).pop(name, None)
     return model

@@ -78,6 +78,7 @@ struct BackwardTest {
     p.layout = a.layout;
     p.dtype = dtype_of<T>;
     p.activation = activation;
+    p.activation_param = ActivationParam(param_of(activation));
     p.grad_out = grad_out.data();
     p.input = a.input.data();
     p.residual = pointer_if(options.residual && !masked, a.residual);

@@ -36,6 +36,7 @@ Forward<T> run_forward(const Case<T>& a, const Channels& c, Statistics statistic
   p.layout = a.layout;
   p.dtype = dtype_of<T>;
   p.activation = activation;
+  p.activation_param = ActivationParam(param_of(activation));
   p.statistics = statistics;
   p.input = a.input.data();
   p.residual = pointer_if(options.residual, a.residual);
@@ -76,7 +77,7 @@ void test_forward(const Case<T>& a, Statistics statistics, Activation activation
       [&](const cpu::Threads& threads) { return run_forward(a, c, statistics, activation, options, threads); });
   for (int64_t i = 0; i < a.layout.numel(); ++i) {
     const double z = reference_z(a.layout, c, a.input, options.residual ? &a.residual : nullptr, i);
-    const double y = activation_forward(activation, z);
+    const double y = activation_forward(activation, z, param_of(activation));
     CHECK_NEAR(out.output.at(i), y, rounding<T>(y) + arithmetic<T> * (1 + std::fabs(z)));
     if (options.mask && !is_at_kink<T>(z))
       CHECK_EQUAL(mask_bit(a.layout, out.mask.data(), i), bool(activation_is_upper(activation, z)));

@@ -134,6 +134,9 @@ struct Gradients {
   Doubles z, sum, sum_xhat, absolute_sum, absolute_sum_xhat;
 };
 
+// The parameter that tests give an activation: not torch's default.
+inline double param_of(Activation activation) { return 1.5 * default_param_of(activation); }
+
 template <class T>
 Gradients reference_gradients(const Layout& layout, const Channels& c, Activation activation, const Tensor<T>& grad_out,
                               const Tensor<T>& input, const Tensor<T>* residual) {
@@ -141,7 +144,8 @@ Gradients reference_gradients(const Layout& layout, const Channels& c, Activatio
   for (Doubles* sums : {&g.sum, &g.sum_xhat, &g.absolute_sum, &g.absolute_sum_xhat}) sums->assign(layout.channels, 0);
   for (int64_t i = 0; i < layout.numel(); ++i) {
     const int64_t k = channel_of(layout, i);
-    const double z = activation_backward(activation, reference_z(layout, c, input, residual, i), grad_out.at(i));
+    const double z = activation_backward(activation, reference_z(layout, c, input, residual, i), grad_out.at(i),
+                                         param_of(activation));
     const double xhat = (input.at(i) - c.mean[k]) * c.inv_std[k];
     g.z.push_back(z);
     g.sum[k] += z;

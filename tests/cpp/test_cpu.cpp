@@ -150,13 +150,14 @@ void test_memory_paths() {
     for (bool in_columns : {false, true}) {
       auto run = [&](bool non_temporal) {
         const Outputs outputs;
-        const cpu::NormalizeArgs normalize{input.data(),     nullptr, outputs.output.data(), nullptr,
-                                           Activation::relu, affine,  non_temporal};
+        const cpu::NormalizeArgs normalize{
+            input.data(), nullptr, outputs.output.data(), nullptr, Activation::relu, 0, affine, non_temporal};
         const cpu::GradArgs grad{grad_out.data(),
                                  input.data(),
                                  nullptr,
                                  nullptr,
                                  Activation::relu,
+                                 0,
                                  affine.pivot,
                                  affine,
                                  grad_affine,

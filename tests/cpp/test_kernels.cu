@@ -192,6 +192,7 @@ struct Case {
     p.layout = layout;
     p.dtype = dtype_of<T>;
     p.activation = activation;
+    p.activation_param = ActivationParam(param_of(activation));
     p.statistics = statistics;
     p.input = input.data();
     p.residual = with_residual ? residual.data() : nullptr;
@@ -210,6 +211,7 @@ struct Case {
     p.layout = layout;
     p.dtype = dtype_of<T>;
     p.activation = activation;
+    p.activation_param = ActivationParam(param_of(activation));
     p.statistics = statistics;
     p.grad_out = grad_out.data();
     p.input = input.data();
@@ -237,7 +239,7 @@ template <class T>
 void check_output(const Case<T>& a, const Channels& c, Activation activation, bool with_residual) {
   for (int64_t i = 0; i < a.layout.numel(); ++i) {
     const double z = reference_z(a.layout, c, a.input, with_residual ? &a.residual : nullptr, i);
-    const double y = activation_forward(activation, z);
+    const double y = activation_forward(activation, z, param_of(activation));
     CHECK_NEAR(a.output.at(i), y, rounding<T>(y) + arithmetic<T> * (1 + std::fabs(z)));
     if (with_residual) CHECK_EQUAL(mask_bit(a.layout, a.mask.data(), i), bool(activation_is_upper(activation, z)));
   }

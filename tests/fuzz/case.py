@@ -68,6 +68,7 @@ class Case(_ShortRepr):
     running: str | None = None
     counter: bool = False
     activation: str | None = None
+    activation_param: float | None = None
     residual: str | None = None
     residual_layout: Layout = Layout()
     training: bool = True

@@ -62,8 +62,10 @@ def examine(case: Case) -> Report:
         torch.set_num_threads(threads)
 
 
-def _activate(z: Tensor, activation: str | None) -> Tensor:
-    return z if activation in (None, "none") else getattr(F, activation)(z)
+def _activate(z: Tensor, activation: str | None, param: float | None) -> Tensor:
+    if activation in (None, "none"):
+        return z
+    return getattr(F, activation)(z, *(() if param is None else (param,)))
 
 
 def _module(case: Case, tensors: SimpleNamespace, package, **options) -> nn.Module:
@@ -89,7 +91,9 @@ def _module(case: Case, tensors: SimpleNamespace, package, **options) -> nn.Modu
 def _fast(case: Case, t: SimpleNamespace) -> Tensor:
     residual = () if t.residual is None else (t.residual,)
     if case.api == "module":
-        return _module(case, t, fastbn, activation=case.activation)(t.input, *residual)
+        return _module(case, t, fastbn, activation=case.activation, activation_param=case.activation_param)(
+            t.input, *residual
+        )
     return fastbn.functional.batch_norm(
         t.input,
         t.running_mean,
@@ -101,6 +105,7 @@ def _fast(case: Case, t: SimpleNamespace) -> Tensor:
         case.eps,
         residual=t.residual,
         activation=case.activation,
+        activation_param=case.activation_param,
         num_batches_tracked=t.num_batches_tracked,
         backend=case.backend,
     )
@@ -116,7 +121,7 @@ def _stock(case: Case, t: SimpleNamespace) -> Tensor:
         y = F.batch_norm(t.input, t.running_mean, t.running_var, t.weight, t.bias, case.training, factor, case.eps)
         if case.training and t.num_batches_tracked is not None:
             t.num_batches_tracked.add_(1)
-    return _activate(y if t.residual is None else y + t.residual, case.activation)
+    return _activate(y if t.residual is None else y + t.residual, case.activation, case.activation_param)
 
 
 @dataclass
@@ -229,13 +234,18 @@ class _Examination:
         w = self.operands
         running = None if self.batch_stats else (w["running_mean"], w["running_var"])
         self.exact = exact.forward(
-            w["input"], w["residual"], w["weight"], w["bias"], running, case.eps, self.activation
+            w["input"], w["residual"], w["weight"], w["bias"], running, case.eps, self.activation, case.activation_param
         )
         self.count = max(x.numel() // x.shape[1], 1)
         self._scales(w)
         self._take_out_kinks(tensors)
         self.exact_backward = exact.backward(
-            self.operands["grad_out"], self.exact, w["weight"], self.batch_stats, self.activation
+            self.operands["grad_out"],
+            self.exact,
+            w["weight"],
+            self.batch_stats,
+            self.activation,
+            self.case.activation_param,
         )
 
     def _scales(self, w: dict) -> None:
@@ -254,7 +264,7 @@ class _Examination:
         dtype = torch.float64 if tensors.input.dtype == torch.float64 else torch.float32
         margin = 4 * tolerance.forward_tolerance(dtype, self.count, self.z_scale, self.steepness)
         margin = exact.wide(z, margin.numpy())
-        for kink in exact.KINKS.get(self.activation, ()):
+        for kink in exact.kinks(self.activation, self.case.activation_param):
             near |= (np.abs(z - kink) <= margin) & (margin > 1e-300)
         if not near.any():
             return

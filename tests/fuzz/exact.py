@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-LEAKY_SLOPE = 0.01
+# torch's parameters.
+DEFAULT_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
 
 # z at which an activation's derivative jumps, so that rounding may take the other branch.
 KINKS = {
@@ -26,6 +27,13 @@ KINKS = {
 
 SQRT_HALF = np.sqrt(np.longdouble(0.5))
 PI = 4 * np.arctan(np.longdouble(1))
+
+
+def kinks(activation: str, param: float | None = None) -> tuple[float, ...]:
+    """Return where the derivative jumps; that of elu does where alpha is not 1."""
+    if activation == "elu" and param not in (None, 1.0):
+        return (0.0,)
+    return KINKS.get(activation, ())
 
 
 def wide(x: np.ndarray, per_channel: np.ndarray) -> np.ndarray:
@@ -61,18 +69,19 @@ def normal_cdf(z: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + erf(z * SQRT_HALF.astype(z.dtype)))
 
 
-def activate(z: np.ndarray, activation: str) -> np.ndarray:
+def activate(z: np.ndarray, activation: str, param: float | None = None) -> np.ndarray:
+    param = DEFAULT_PARAMS.get(activation) if param is None else param
     match activation:
         case "none":
             return z
         case "relu":
             return np.where(z <= 0, 0, z)
         case "leaky_relu":
-            return np.where(z > 0, z, z * LEAKY_SLOPE)
+            return np.where(z > 0, z, z * param)
         case "relu6":
             return np.where(z <= 0, 0, np.where(z >= 6, 6, z))
         case "elu":
-            return np.where(z <= 0, np.expm1(np.where(z <= 0, z, 0)), z)
+            return np.where(z <= 0, param * np.expm1(np.where(z <= 0, z, 0)), z)
         case "silu":
             return z / (1 + np.exp(-z))
         case "gelu":
@@ -92,23 +101,24 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
     raise ValueError(f"activation: got {activation!r}")
 
 
-def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str) -> np.ndarray:
+def activation_gradient(grad_out: np.ndarray, z: np.ndarray, activation: str, param: float | None = None) -> np.ndarray:
     """Return grad_out * activation'(z) with torch's branches at the kinks: 0 where the derivative is 0, whatever
     grad_out.
 
     Where z is NaN the branches are those of torch's vectorised CPU kernels.
     """
+    param = DEFAULT_PARAMS.get(activation) if param is None else param
     match activation:
         case "none":
             return grad_out
         case "relu":
             return np.where(z <= 0, 0, grad_out)
         case "leaky_relu":
-            return np.where(z > 0, grad_out, grad_out * LEAKY_SLOPE)
+            return np.where(z > 0, grad_out, grad_out * param)
         case "relu6":
             return np.where((z > 0) & (z < 6), grad_out, 0)
         case "elu":
-            return np.where(z > 0, grad_out, grad_out * np.exp(np.where(z > 0, 0, z)))
+            return np.where(z > 0, grad_out, grad_out * param * np.exp(np.where(z > 0, 0, z)))
         case "silu":
             s = 1 / (1 + np.exp(-z))
             return grad_out * (s * (1 + z * (1 - s)))
@@ -167,6 +177,7 @@ def forward(
     running: tuple[np.ndarray, np.ndarray] | None,
     eps: float,
     activation: str,
+    param: float | None = None,
 ) -> Forward:
     """Normalise by `running` (mean, variance), or if it is None by the statistics of x."""
     if running is None:
@@ -180,7 +191,7 @@ def forward(
     z = xhat if weight is None else xhat * wide(x, weight)
     z = z if bias is None else z + wide(x, bias)
     z = z if residual is None else z + residual
-    return Forward(activate(z, activation), z, xhat, mean, var, inv_std)
+    return Forward(activate(z, activation, param), z, xhat, mean, var, inv_std)
 
 
 @dataclass
@@ -194,10 +205,15 @@ class Backward:
 
 
 def backward(
-    grad_out: np.ndarray, fwd: Forward, weight: np.ndarray | None, batch_stats: bool, activation: str
+    grad_out: np.ndarray,
+    fwd: Forward,
+    weight: np.ndarray | None,
+    batch_stats: bool,
+    activation: str,
+    param: float | None = None,
 ) -> Backward:
     """Return the gradients of sum(grad_out * output)."""
-    grad_z = activation_gradient(grad_out, fwd.z, activation)
+    grad_z = activation_gradient(grad_out, fwd.z, activation, param)
     sum_grad, sum_grad_xhat = channel_sum(grad_z), channel_sum(grad_z * fwd.xhat)
     grad_input = grad_z
     if batch_stats and grad_z.size:

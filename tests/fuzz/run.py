@@ -58,6 +58,7 @@ class Summary:
             "layout": case.layout.name,
             "gradient's layout": case.grad_layout.name,
             "activation": case.activation,
+            "activation_param": case.activation_param,
             "data": case.data[0],
             "residual": case.residual,
             "hook": case.hook,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastbn.ops.activations import ACTIVATIONS
 from tests import implementations
+from tests.fuzz import exact
 from tests.fuzz.case import DATA, OPERANDS, RUNNING, VECTORS, Case, Layout, channels_last
 from tests.fuzz.hooks import HOOKS
 
@@ -68,6 +69,7 @@ _EMPTY = weighted((24, False), (1, True))
 _UNSUPPORTED = st.sampled_from(UNSUPPORTED)
 _DTYPES = st.sampled_from(DTYPES)
 _ACTIVATIONS = st.sampled_from((None, *ACTIVATIONS[1:], "none"))
+_PARAMS = weighted((4, None), (2, 0.2), (1, 0.1), (1, 1.0), (1, 0.5), (1, 0.0), (1, -0.5))
 _THREADS = st.sampled_from((1, 2, 3))
 _UNIT_STRIDES = st.sampled_from((7, 1, 0, 1000))
 _SEED = st.integers(0, 2**16)
@@ -143,6 +145,7 @@ def cases(draw, implementation: str, max_numel: int) -> Case:
     training = draw(_FLAG)
     dense = not (layout.expanded or layout.unit_stride)
     backward = draw(weighted((8, "once"), (2, "twice"), (1, "none"), (2 * (dtype == "float64"), "create graph")))
+    activation = "selu" if oddity == "unknown activation" else draw(_ACTIVATIONS)
     requires = tuple(name for name in OPERANDS if draw(_WANTED)) if backward != "none" else ()
     reference = weighted((12, None), (1, "reference"), (1, "cpu"))
     return Case(
@@ -158,7 +161,8 @@ def cases(draw, implementation: str, max_numel: int) -> Case:
             _mostly("initial", RUNNING, 1) if training else weighted((1, None), (9, "near"), *((1, r) for r in RUNNING))
         ),
         counter=draw(_FLAG),
-        activation="selu" if oddity == "unknown activation" else draw(_ACTIVATIONS),
+        activation=activation,
+        activation_param=draw(_PARAMS) if activation in exact.DEFAULT_PARAMS else None,
         residual=draw(_mostly("normal", DATA, 3)),
         residual_layout=layout if like and dense else _layout(draw, shape, _OTHER_LAYOUTS),
         training=training,

@@ -28,8 +28,8 @@ def test_drawn_cases(capsys, record_property):
 
 
 def _wrong_momentum(op, *arguments):
-    *rest, momentum, eps, activation, save_mask = arguments
-    return op(*rest, momentum and 1.001 * momentum, eps, activation, save_mask)
+    *rest, momentum, eps, activation, save_mask, param = arguments
+    return op(*rest, momentum and 1.001 * momentum, eps, activation, save_mask, param)
 
 
 def _wrong_sign_of_silu(op, *arguments):

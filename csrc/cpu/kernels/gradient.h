@@ -43,14 +43,17 @@ template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;
   MaskRows mask;
-  Activation activation;
+  acc_t<T> slope;
 
-  FASTBN_INLINE MaskedGrad(MaskRows mask, Activation activation) : mask(mask), activation(activation) {}
+  FASTBN_INLINE MaskedGrad(MaskRows mask, acc_t<T> slope) : mask(mask), slope(slope) {}
 
   template <class Lanes>
   FASTBN_INLINE V grad_z(bool, int64_t row, int64_t column, Lanes lanes, V, const T* grad_out) const {
     const uint64_t upper = load_bits(mask.bits + row * mask.stride, column, lanes);
-    if constexpr (leaks) return activation_backward_masked(activation, from_bits<T>(upper), load(grad_out, lanes));
+    if constexpr (leaks) {
+      const V grad = load(grad_out, lanes);
+      return select(from_bits<T>(upper), grad, grad * V(slope));
+    }
     return load_where(upper, grad_out, lanes);
   }
 };
@@ -83,6 +86,7 @@ struct RecomputedGrad {
   InputRows<T> residual;
   int64_t row_stride;
   Activation activation;
+  acc_t<T> param;
 
   template <class Lanes>
   FASTBN_INLINE Affine<V> prepare(int64_t column, Lanes lanes) const {
@@ -93,15 +97,16 @@ struct RecomputedGrad {
                          const T* grad_out) const {
     V z = prepared.apply(x);
     if (residual) z = z + load(residual.at(row * row_stride + column), lanes);
-    return differentiate<kind>(activation, z, load(grad_out, lanes));
+    return differentiate<kind>(activation, param, z, load(grad_out, lanes));
   }
 };
 
 template <class T, bool per_column, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& block, MaskRows mask, int64_t ahead, Use&& use) {
+  const acc_t<T> param = acc_t<T>(args.activation_param);
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
-  if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, args.activation));
-  if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, args.activation));
+  if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, param));
+  if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, param));
   if constexpr (interleaved<T>) {
     if (args.relu.first) {
       const T* input = static_cast<const T*>(args.input) + block.offset;
@@ -110,7 +115,7 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& block, MaskRows m
   }
   const InputRows<T> residual(args.residual, block, ahead);
   auto recompute = [&]<EpilogueKind kind>() FASTBN_INLINE_LAMBDA {
-    use(RecomputedGrad<T, per_column, kind>{args.affine, residual, block.row_stride, args.activation});
+    use(RecomputedGrad<T, per_column, kind>{args.affine, residual, block.row_stride, args.activation, param});
   };
   switch (kind_of(args.activation)) {
     case EpilogueKind::none: return;

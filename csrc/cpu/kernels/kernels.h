@@ -69,6 +69,7 @@ struct NormalizeArgs {
   void* output;
   uint8_t* mask;
   Activation activation;
+  double activation_param;
   AffineArrays affine;
   bool non_temporal;  // how to store the output
 };
@@ -80,6 +81,7 @@ struct GradArgs {
   const void* residual;
   const uint8_t* mask;
   Activation activation;
+  double activation_param;
   const void* pivot;             // of the sums
   AffineArrays affine;           // recomputes z if the activation needs it; has the pivot of input_grad
   GradAffineArrays grad_affine;  // for input_grad; a null slope means that statistics are frozen

@@ -51,6 +51,7 @@ FASTBN_INLINE void for_each_prepared(const Tile& block, Prepare&& prepare, Visit
 template <class T, bool per_column>
 FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& block, uint8_t* mask, int64_t mask_stride) {
   using V = Vec<acc_t<T>>;
+  const acc_t<T> param = acc_t<T>(args.activation_param);
   const InputRows<T> input(args.input, block), residual(args.residual, block);
   const OutputRows<T> output(args.output, block, args.non_temporal);
 
@@ -64,7 +65,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& block, uint8
           if constexpr (!plain) {
             if (residual) z = z + load(residual.at(at), lanes);
           }
-          const V y = activate<kind>(args.activation, z);
+          const V y = activate<kind>(args.activation, param, z);
           if (!plain && mask)
             store_bits<T>(
                 mask + row * mask_stride, column, lanes,

@@ -138,33 +138,35 @@ FASTBN_INLINE void with_activation_of(Activation activation, Use&& use) {
 }
 
 template <class A>
-__attribute__((noinline)) void activate_out_of_line(Activation activation, Vec<A>& z) {
-  with_activation_of<EpilogueKind::out_of_line>(activation,
-                                                [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z); });
+__attribute__((noinline)) void activate_out_of_line(Activation activation, A param, Vec<A>& z) {
+  with_activation_of<EpilogueKind::out_of_line>(
+      activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z, param); });
 }
 template <class A>
-__attribute__((noinline)) void differentiate_out_of_line(Activation activation, const Vec<A>& z, Vec<A>& grad) {
+__attribute__((noinline)) void differentiate_out_of_line(Activation activation, A param, const Vec<A>& z,
+                                                         Vec<A>& grad) {
   with_activation_of<EpilogueKind::out_of_line>(
-      activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad); });
+      activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad, param); });
 }
 
 // activation(z), and grad * activation'(z), of an activation of that kind.
 template <EpilogueKind kind, class A>
-FASTBN_INLINE Vec<A> activate(Activation activation, Vec<A> z) {
+FASTBN_INLINE Vec<A> activate(Activation activation, A param, Vec<A> z) {
   if constexpr (kind == EpilogueKind::relu && std::is_same_v<A, float>)
     return max(Vec<A>(0), z);  // one instruction
   else if constexpr (kind == EpilogueKind::out_of_line)
-    activate_out_of_line(activation, z);
+    activate_out_of_line(activation, param, z);
   else
-    with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z); });
+    with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z, param); });
   return z;
 }
 template <EpilogueKind kind, class A>
-FASTBN_INLINE Vec<A> differentiate(Activation activation, const Vec<A>& z, Vec<A> grad) {
+FASTBN_INLINE Vec<A> differentiate(Activation activation, A param, const Vec<A>& z, Vec<A> grad) {
   if constexpr (kind == EpilogueKind::out_of_line)
-    differentiate_out_of_line(activation, z, grad);
+    differentiate_out_of_line(activation, param, z, grad);
   else
-    with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad); });
+    with_activation_of<kind>(activation,
+                             [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad, param); });
   return grad;
 }
 

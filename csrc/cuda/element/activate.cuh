@@ -40,13 +40,13 @@ FASTBN_DEVICE void dispatch_epilogue(Activation activation, Use use) {
 }
 
 template <class A>
-FASTBN_DEVICE void activate(Activation activation, A (&z)[vec_size]) {
-  map_activation(activation, z, z, [](auto a, A z, A) { return activation_forward(a, z); });
+FASTBN_DEVICE void activate(Activation activation, A param, A (&z)[vec_size]) {
+  map_activation(activation, z, z, [param](auto a, A z, A) { return activation_forward(a, z, param); });
 }
 
 template <class A>
-FASTBN_DEVICE void activate_backward(Activation activation, const A (&z)[vec_size], A (&grad)[vec_size]) {
-  map_activation(activation, z, grad, [](auto a, A z, A grad) { return activation_backward(a, z, grad); });
+FASTBN_DEVICE void activate_backward(Activation activation, A param, const A (&z)[vec_size], A (&grad)[vec_size]) {
+  map_activation(activation, z, grad, [param](auto a, A z, A grad) { return activation_backward(a, z, grad, param); });
 }
 
 template <class A>

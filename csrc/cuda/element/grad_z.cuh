@@ -53,11 +53,11 @@ class GradZ {
   }
   FASTBN_DEVICE A load_grad(const Step& step, int i, const Affine<A>& affine) const {
     const A grad = to_acc(at(params_.grad_out, step)[i]);
-    if (masked_) return activation_backward_masked(params_.activation, bool(load_mask(step) >> i & 1), grad);
+    if (masked_) return activation_backward_masked(params_.activation, bool(load_mask(step) >> i & 1), grad, param());
     if (params_.activation == Activation::none) return grad;
     A z = affine.apply(load_x(step, i));
     if (reads_residual_) z += to_acc(at(params_.residual, step)[i]);
-    return activation_backward(params_.activation, z, grad);
+    return activation_backward(params_.activation, z, grad, param());
   }
 
   FASTBN_DEVICE uint8_t load_mask(const Step& step) const {
@@ -100,7 +100,7 @@ class GradZ {
     if ((light_epilogue || !has_light_loops) && masked_) {
       FASTBN_UNROLL
       for (int i = 0; i < vec_size; ++i) {
-        grad[i] = activation_backward_masked(params_.activation, (item.mask >> i & 1) != 0, grad[i]);
+        grad[i] = activation_backward_masked(params_.activation, (item.mask >> i & 1) != 0, grad[i], param());
       }
       return;
     }
@@ -114,13 +114,15 @@ class GradZ {
     }
     if constexpr (light_epilogue) {
       FASTBN_UNROLL
-      for (int i = 0; i < vec_size; ++i) grad[i] = activation_backward(Activation::relu, z[i], grad[i]);
+      for (int i = 0; i < vec_size; ++i) grad[i] = activation_backward(Relu(), z[i], grad[i], A(0));
     } else {
-      activate_backward(params_.activation, z, grad);
+      activate_backward(params_.activation, param(), z, grad);
     }
   }
 
  private:
+  FASTBN_DEVICE A param() const { return params_.activation_param.template in<A>(); }
+
   // Unaligned walks and float64 are not worth a second loop and its registers.
   static constexpr bool has_light_loops = aligned && sizeof(A) < sizeof(double);
 

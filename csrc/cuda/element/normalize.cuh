@@ -23,6 +23,7 @@ class Normalize {
         layout_(params.layout),
         mask_(params.mask),
         activation_(params.activation),
+        activation_param_(params.activation_param),
         lower_bound_(params.activation == Activation::relu ? A(0) : -INFINITY),
         vectorized_(plan.vectorized) {}
 
@@ -51,7 +52,7 @@ class Normalize {
       FASTBN_UNROLL
       for (int i = 0; i < vec_size; ++i) z[i] = device::max_or_nan(z[i], lower_bound_);
     } else {
-      activate(activation_, z);
+      activate(activation_, activation_param_.template in<A>(), z);
     }
     store_vec<aligned>(output_ + step.offset, step.count, vectorized_, z);
   }
@@ -62,6 +63,7 @@ class Normalize {
   const Layout& layout_;
   uint8_t* mask_;
   Activation activation_;
+  const ActivationParam& activation_param_;
   A lower_bound_;  // of the output, with a light epilogue
   bool vectorized_;
 };

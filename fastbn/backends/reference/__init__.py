@@ -60,11 +60,11 @@ def _like(result: Tensor, x: Tensor) -> Tensor:
     return result.to(x.dtype).contiguous(memory_format=suggest_memory_format(x))
 
 
-def _output(x: Tensor, z: Tensor, index: int, save_mask: bool) -> tuple[Tensor, Tensor]:
+def _output(x: Tensor, z: Tensor, index: int, param: float | None, save_mask: bool) -> tuple[Tensor, Tensor]:
     mask = torch.empty(EMPTY, dtype=torch.uint8, device=x.device)
     if save_mask and is_piecewise_linear(index):
         mask = pack_mask(is_upper(z, index), suggest_memory_format(x))
-    return _like(activation(z, index), x), mask
+    return _like(activation(z, index, param), x), mask
 
 
 @torch.no_grad()
@@ -93,7 +93,18 @@ def _update_buffers(
 
 
 def batch_norm_train(
-    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask
+    input,
+    residual,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    momentum,
+    eps,
+    activation,
+    save_mask,
+    activation_param=None,
 ):
     """Normalise with the statistics of the batch and update the buffers: (output, mean, inv_std, mask)."""
     x, r, w, b = _double(input, residual, weight, bias)
@@ -103,20 +114,23 @@ def batch_norm_train(
     # About the exact mean: what rounding it lost shows where it is far larger than the standard deviation.
     x = x - wide(x, mean)
     z = affine(x, r, w, b, x.mean(reduced_dims(x)), inv_std)
-    output, mask = _output(input, z, activation, save_mask)
+    output, mask = _output(input, z, activation, activation_param, save_mask)
     return output, mean, inv_std, mask
 
 
-def batch_norm_eval(input, residual, weight, bias, running_mean, running_var, eps, activation):
+def batch_norm_eval(input, residual, weight, bias, running_mean, running_var, eps, activation, activation_param=None):
     """Normalise with the running statistics: output."""
-    return batch_norm_frozen(input, residual, weight, bias, running_mean, running_var, eps, activation, False)[0]
+    options = eps, activation, False, activation_param
+    return batch_norm_frozen(input, residual, weight, bias, running_mean, running_var, *options)[0]
 
 
-def batch_norm_frozen(input, residual, weight, bias, running_mean, running_var, eps, activation, save_mask):
+def batch_norm_frozen(
+    input, residual, weight, bias, running_mean, running_var, eps, activation, save_mask, activation_param=None
+):
     """Normalise with the running statistics, for backward: (output, mean, inv_std, mask)."""
     x, r, w, b, mean, var = _double(input, residual, weight, bias, running_mean, running_var)
     inv_std = (var + eps).rsqrt()
-    output, mask = _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
+    output, mask = _output(input, affine(x, r, w, b, mean, inv_std), activation, activation_param, save_mask)
     return output, mean.clone(), inv_std, mask
 
 
@@ -125,17 +139,17 @@ def channel_stats(input):
     return moments(input.double())
 
 
-def normalize(input, residual, weight, bias, mean, inv_std, activation, save_mask):
+def normalize(input, residual, weight, bias, mean, inv_std, activation, save_mask, activation_param=None):
     """Normalise with given statistics: (output, mask)."""
     x, r, w, b = _double(input, residual, weight, bias)
-    return _output(input, affine(x, r, w, b, mean, inv_std), activation, save_mask)
+    return _output(input, affine(x, r, w, b, mean, inv_std), activation, activation_param, save_mask)
 
 
-def _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
+def _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation, activation_param):
     """Return grad_z, xhat and the sums per channel of grad_z and of grad_z * xhat, all float64."""
     upper = None if mask is None else unpack_mask(mask, input.shape)
     g, x, r, w, b = _double(grad_out, input, residual, weight, bias)
-    grad_z = grad_z_of(g, x, r, upper, w, b, mean, inv_std, activation)
+    grad_z = grad_z_of(g, x, r, upper, w, b, mean, inv_std, activation, activation_param)
     xhat = (x - wide(x, mean)) * wide(x, inv_std)
     dims = reduced_dims(x)
     return grad_z, xhat, grad_z.sum(dims), (grad_z * xhat).sum(dims)
@@ -156,10 +170,11 @@ def batch_norm_backward(
     need_weight,
     need_bias,
     need_residual,
+    activation_param=None,
 ):
     """Return (grad_input, grad_weight, grad_bias, grad_residual); shape [0] for what is not needed."""
     grad_z, xhat, sum_grad, sum_grad_xhat = _gradients(
-        grad_out, input, residual, mask, weight, bias, mean, inv_std, activation
+        grad_out, input, residual, mask, weight, bias, mean, inv_std, activation, activation_param
     )
     dtype = param_dtype(input, weight, bias)
     grad_input, grad_residual = input.new_empty(EMPTY), input.new_empty(EMPTY)
@@ -173,9 +188,9 @@ def batch_norm_backward(
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation):
+def grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation, activation_param=None):
     """Return (sum_grad, sum_grad_xhat) per channel, float64 [C]."""
-    return _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation)[2:]
+    return _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation, activation_param)[2:]
 
 
 def input_grad(
@@ -192,9 +207,12 @@ def input_grad(
     count,
     activation,
     need_residual,
+    activation_param=None,
 ):
     """Return (grad_input, grad_residual) from the sums of all ranks and their count; three None: frozen statistics."""
-    grad_z, xhat, _, _ = _gradients(grad_out, input, residual, mask, weight, bias, mean, inv_std, activation)
+    grad_z, xhat, _, _ = _gradients(
+        grad_out, input, residual, mask, weight, bias, mean, inv_std, activation, activation_param
+    )
     sums = None if sum_grad is None else (sum_grad, sum_grad_xhat, count)
     grad_input = _like(input_gradient(grad_z, xhat, weight, inv_std, sums), input)
     return grad_input, _like(grad_z, input).clone() if need_residual else input.new_empty(EMPTY)

@@ -11,22 +11,23 @@ from torch import Tensor
 from fastbn.ops.activations import ROWS
 
 
-def activation(z: Tensor, index: int) -> Tensor:
+def activation(z: Tensor, index: int, param: float | None = None) -> Tensor:
     """activation(z), as torch computes it."""
-    return ROWS[index].forward(z)
+    row = ROWS[index]
+    return row.forward(z, *row.param(param))
 
 
-def activation_backward(grad_out: Tensor, z: Tensor, index: int) -> Tensor:
+def activation_backward(grad_out: Tensor, z: Tensor, index: int, param: float | None = None) -> Tensor:
     """grad_out * activation'(z), differentiable in both."""
-    backward = ROWS[index].backward
-    if backward is None:
-        return masked_backward(grad_out, is_upper(z, index), index)
-    return backward(grad_out, z)
+    row = ROWS[index]
+    if row.backward is None:
+        return masked_backward(grad_out, is_upper(z, index), index, param)
+    return row.backward(grad_out, z, *row.param(param))
 
 
-def activation_grad(z: Tensor, index: int) -> Tensor:
+def activation_grad(z: Tensor, index: int, param: float | None = None) -> Tensor:
     """activation'(z)."""
-    return activation_backward(torch.ones_like(z), z, index)
+    return activation_backward(torch.ones_like(z), z, index, param)
 
 
 def is_upper(z: Tensor, index: int) -> Tensor:
@@ -37,8 +38,7 @@ def is_upper(z: Tensor, index: int) -> Tensor:
     return row.is_upper(z)
 
 
-def masked_backward(grad_out: Tensor, upper: Tensor, index: int) -> Tensor:
+def masked_backward(grad_out: Tensor, upper: Tensor, index: int, param: float | None = None) -> Tensor:
     """`activation_backward` of a piecewise linear activation from its bits."""
-    slope = ROWS[index].lower_slope
-    lower = grad_out * slope if slope != 0 else torch.zeros_like(grad_out)
-    return torch.where(upper, grad_out, lower)
+    slope = ROWS[index].param(param)
+    return torch.where(upper, grad_out, grad_out * slope[0] if slope else torch.zeros_like(grad_out))

@@ -58,12 +58,13 @@ def grad_z_of(
     mean: Tensor,
     inv_std: Tensor,
     index: int,
+    param: float | None = None,
 ) -> Tensor:
     if upper is not None and is_piecewise_linear(index):
-        return masked_backward(grad_out, upper, index)
+        return masked_backward(grad_out, upper, index, param)
     if index == 0:
         return grad_out
-    return activation_backward(grad_out, affine(x, residual, weight, bias, mean, inv_std), index)
+    return activation_backward(grad_out, affine(x, residual, weight, bias, mean, inv_std), index, param)
 
 
 def input_gradient(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fastbn
 from fastbn.ops import contract, dispatch
+from fastbn.ops.activations import ACTIVATIONS
 from tests.stock import FAST, STOCK, normal
 
 
@@ -215,6 +216,7 @@ def test_a_backend_cannot_differentiate_running_statistics(trained, training):
         fastbn.functional.batch_norm(_zeros(3, 4), *statistics, training=training, backend="cpu")
 
 
+COUNT = len(ACTIVATIONS)
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -242,8 +244,11 @@ def _arguments(**changed):
         ({"running_mean": _zeros(8)[::2]}, "expected contiguous running_mean, got stride 2"),
         ({"running_var": _zeros(3)}, "expected running_var of shape [4], got [3]"),
         ({"num_batches_tracked": torch.tensor(0.0)}, "expected num_batches_tracked of dtype Long and one element, got"),
-        ({"activation": 8}, "expected activation from 0 to 7, got 8"),
-        ({"activation": -1}, "expected activation from 0 to 7, got -1"),
+        (
+            {"activation": len(ACTIVATIONS)},
+            f"expected activation from 0 to {len(ACTIVATIONS) - 1}, got {len(ACTIVATIONS)}",
+        ),
+        ({"activation": -1}, f"expected activation from 0 to {COUNT - 1}, got -1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -18,7 +18,7 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows ? 2 : any_occupancy)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? 2 : any_occupancy)
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);

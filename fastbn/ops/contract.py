@@ -81,7 +81,7 @@ _RESULTS: dict[str, Callable[[SimpleNamespace], Tensor]] = {
 }
 
 
-def _fake_of(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def _fake_of(op: Any) -> Callable[..., Any]:
     """Return the fake of an op: it binds arguments by their names in the schema and allocates results by theirs."""
     arguments = op._schema.arguments
     results = [_RESULTS[result.name] for result in op._schema.returns]
@@ -109,7 +109,7 @@ def _refuse_backward(op: str) -> Callable[..., None]:
     return backward
 
 
-def _refuse_forward(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def _refuse_forward(op: Any) -> Callable[..., Any]:
     """Return an autograd kernel that refuses to be differentiated: torch registers formulas for functional ops only."""
 
     def forward(keyset: Any, *args: Any) -> Any:

@@ -7,8 +7,15 @@
 namespace fastbn::cuda {
 namespace {
 
+// The number of blocks that an SM must hold. Unaligned rows of float32 spill a word where nvcc, left alone, aims at
+// two.
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? any_occupancy : 3)
+constexpr int input_grad_blocks = Walk::by_rows && !Walk::aligned && sizeof(T) == sizeof(float) ? 1
+                                  : Walk::by_rows || sizeof(T) == sizeof(double)                ? any_occupancy
+                                                                                                : 3;
+
+template <class T, class Walk>
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (input_grad_blocks<T, Walk>))
     input_grad_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   constexpr int channels = Walk::channels;

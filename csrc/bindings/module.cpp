@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -45,6 +46,7 @@ py::dict build_info() {
 #endif
   info["cpu_instruction_sets"] = sets;
   info["cpu_instruction_set"] = cpu::instruction_set();
+  info["dtypes"] = std::vector<std::string>(std::begin(dtype_names), std::end(dtype_names));
   return info;
 }
 
@@ -80,16 +82,22 @@ DeviceLimits device_limits(int device) {
 #endif
 }
 
+Direction direction_named(const std::string& name) {
+  if (name == "forward") return Direction::forward;
+  if (name == "eval") return Direction::eval;
+  if (name == "backward") return Direction::backward;
+  if (name == "frozen_backward") return Direction::frozen_backward;
+  throw std::invalid_argument("direction: expected one of forward, eval, backward, frozen_backward, got '" + name +
+                              "'");
+}
+
 py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int dtype,
               const std::string& direction, int activation, bool residual, bool aligned, const DeviceLimits& limits) {
   const int64_t dim = int64_t(sizes.size());
   Request request;
   request.layout = layout_of(sizes.data(), dim, suggest_memory_format(sizes.data(), strides.data(), dim));
   request.dtype = DType(dtype);
-  request.direction = direction == "forward"    ? Direction::forward
-                      : direction == "eval"     ? Direction::eval
-                      : direction == "backward" ? Direction::backward
-                                                : Direction::frozen_backward;
+  request.direction = direction_named(direction);
   request.activation = Activation(activation);
   request.residual = residual;
   // As fastbn.backends.registry.saves_mask has it.

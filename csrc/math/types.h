@@ -17,6 +17,7 @@ struct float16 {
 };
 
 enum class DType : int { float32, float64, bfloat16, float16 };
+constexpr const char* dtype_names[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of DType
 
 inline int64_t element_size(DType dtype) {
   switch (dtype) {

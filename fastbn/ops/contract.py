@@ -29,8 +29,9 @@ activations.check_build(_C.activations())
 BUILD_INFO: dict[str, Any] = _C.build_info()
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
-# In the order of DType in csrc/math/types.h.
-DTYPES = (torch.float32, torch.float64, *HALF_TYPES)
+DTYPES = (torch.float32, torch.float64, *HALF_TYPES)  # in the order of DType in csrc/math/types.h
+if [f"torch.{name}" for name in BUILD_INFO["dtypes"]] != [str(dtype) for dtype in DTYPES]:
+    raise ImportError(f"fastbn._C: expected the dtypes {DTYPES}, got {BUILD_INFO['dtypes']}; build it again")
 
 OPS = (
     "batch_norm_train",

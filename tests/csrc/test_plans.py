@@ -13,6 +13,7 @@ import torch
 
 import fastbn
 from bench.workloads import RESNET50
+from fastbn import _C
 from fastbn.backends import reference
 from fastbn.ops import contract
 from fastbn.testing import tolerance
@@ -189,3 +190,10 @@ def test_launches_are_those_of_the_schedule(ops, launches, shape):
         rounded = allowed + len(x) * tolerance.ulp(torch.float32, deviation)
         tolerance.assert_close_to_reference(got, exact, rounded, what)
     assert buffers[2].item() == 3
+
+
+def test_an_unknown_direction_is_refused():
+    limits = _C.named_device("h200")
+    options = dict(dtype=0, activation=0, residual=False, aligned=True, limits=limits)
+    with pytest.raises(ValueError, match="direction: expected one of forward, eval, .*, got 'sideways'"):
+        _C.plan(sizes=[2, 3], strides=[3, 1], direction="sideways", **options)

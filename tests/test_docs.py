@@ -1,4 +1,4 @@
-"""Paths that README, CONTRIBUTING and docs name exist, so that a move cannot leave them behind."""
+"""What docs and docstrings say of the tree: paths that they name exist, and lists of activations are complete."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+import fastbn
+from fastbn.ops.activations import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
@@ -41,3 +44,18 @@ def test_named_paths_exist(page):
 def test_a_path_that_is_gone_is_found():
     assert _named("see `tests/gone.py`, or run python docs/gone.py > x") == {"tests/gone.py", "docs/gone.py"}
     assert _alternatives("csrc/cuda/{device,block}/") == ["csrc/cuda/device/", "csrc/cuda/block/"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
+@pytest.mark.parametrize(
+    "text",
+    [
+        fastbn.functional.batch_norm.__doc__,
+        fastbn.BatchNorm2d.__doc__,
+        (ROOT / "README.md").read_text(),
+        (ROOT / "docs" / "design.md").read_text(),
+    ],
+    ids=["batch_norm", "BatchNorm2d", "README", "design"],
+)
+def test_every_activation_is_named(text, name):
+    assert re.search(rf"\b{name}\b", text)

@@ -66,19 +66,25 @@ def inv_std_tolerance(var_tolerance: Tensor, inv_std: Tensor) -> Tensor:
     return 0.5 * inv_std**3 * var_tolerance + 4 * ulp(torch.float64, inv_std)
 
 
-def forward_tolerance(dtype: torch.dtype, count: int, scale: Tensor | float, steepness: Tensor | float = 0.0) -> Tensor:
+def forward_tolerance(
+    dtype: torch.dtype,
+    count: int,
+    scale: Tensor | float,
+    steepness: Tensor | float = 0.0,
+    at_zero: Tensor | float = 0.0,
+) -> Tensor:
     """Bound the error of an output whose largest term (xhat * weight, bias or residual, added up) has the magnitude
     `scale`.
 
     The bound is the error of z, times 1.5 for the steepest activation (hardswish), and the rounding of the output.
     inv_std contributes half of the relative error of the variance. `steepness` is |mean| / std: in units of float64's
     spacing, it is how far the rounding of the mean moves xhat and, through the variance, inv_std. It shows in float64
-    only.
+    only. `at_zero` is |activation(0)|, which the output has beside what z contributes (sigmoid, softplus, hardsigmoid).
     """
     scale = torch.as_tensor(scale, dtype=torch.float64)
     z = unit(dtype) * ELEMENT_ROUNDINGS * scale + sum_tolerance(dtype, count, 2 * scale)
     z = z + 4 * torch.finfo(torch.float64).eps * steepness * (1 + scale)
-    return 1.5 * z + ulp(dtype, 1.5 * scale)
+    return 1.5 * z + unit(dtype) * ELEMENT_ROUNDINGS * at_zero + ulp(dtype, 1.5 * scale + at_zero)
 
 
 def activation_tolerance(dtype: torch.dtype, grad_scale: Tensor | float, z_scale: Tensor | float) -> Tensor:

@@ -77,7 +77,7 @@ def _tensors(shape, dtype=torch.float64, residual=True, seed=0):
 
 
 def _run(backend, hooks, tensors, grad_out, activation):
-    settings = Settings(hooks, EPS, activation_index(activation), backend)
+    settings = Settings(hooks, EPS, activation_index(activation), None, backend)
     output, moments = statistics.batch_norm(*tensors, settings)
     given = [t for t in tensors if t is not None]
     return output, moments, torch.autograd.grad(output, given, grad_out)
@@ -162,7 +162,7 @@ def test_moments_of_selected_elements_far_from_zero(backend):
     x = cases.make_normal(cases.Case("far", (8, 3, 50)), torch.float64) * 1e-2 + 1e4
     x = x.float()
     mask = torch.rand(8, 1, 50, generator=torch.Generator().manual_seed(1)) < 0.3
-    settings = Settings(Masked(mask), EPS, 0, backend)
+    settings = Settings(Masked(mask), EPS, 0, None, backend)
     _, moments = statistics.batch_norm(x, None, None, None, settings)
     chosen = x.double().transpose(0, 1)[:, mask.squeeze(1)]
     torch.testing.assert_close(moments.mean, chosen.mean(1), rtol=1e-12, atol=0)
@@ -184,7 +184,7 @@ def test_replaced_moments(backend, trained, activation):
     mean, var = torch.linspace(-1, 1, 5).double(), torch.linspace(0.5, 2, 5).double()
     tensors[2:] = [t.detach().requires_grad_(trained) for t in tensors[2:]]
     given = [t for t in tensors if t.requires_grad]
-    settings = Settings(Frozen(mean, var), EPS, activation_index(activation), backend)
+    settings = Settings(Frozen(mean, var), EPS, activation_index(activation), None, backend)
     output, _ = statistics.batch_norm(*tensors, settings)
     expected = F.batch_norm(tensors[0], mean, var, tensors[2], tensors[3], False, 0.1, EPS) + tensors[1]
     expected = expected if activation is None else getattr(F, activation)(expected)
@@ -236,7 +236,7 @@ def test_first_and_second_derivative(name, activation, variant):
         moments = torch.zeros(3).double(), torch.ones(3).double()
         hooks = {"plain": Hooks(), "selected": Masked(mask), "replaced": Frozen(*moments)}[variant]
     tensors, _ = _tensors((4, 3), seed=5)
-    settings = Settings(hooks, EPS, activation_index(activation), registry.get(name))
+    settings = Settings(hooks, EPS, activation_index(activation), None, registry.get(name))
 
     def function(*tensors):
         output, _ = statistics.batch_norm(*tensors, settings)
@@ -250,7 +250,7 @@ def test_merged_moments_have_no_second_derivative():
     tensors, _ = _tensors((4, 3))
     zeros = torch.zeros(3).double()
     hooks = OfTwoRanks(Moments(zeros, zeros, torch.ones(1).double()), (zeros, zeros))
-    output, _ = statistics.batch_norm(*tensors, Settings(hooks, EPS, 0, registry.get("cpu")))
+    output, _ = statistics.batch_norm(*tensors, Settings(hooks, EPS, 0, None, registry.get("cpu")))
     with pytest.raises(RuntimeError, match="merged with those of other ranks cannot be differentiated twice"):
         torch.autograd.grad(output.sum(), tensors[0], create_graph=True)
 
@@ -267,7 +267,7 @@ def test_formats_and_dtypes(backend, dtype):
 
 def test_compiled_it_is_one_graph():
     tensors, grad_out = _tensors((3, 5, 4, 6), torch.float32)
-    settings = Settings(Renormalised(), EPS, 1, registry.get("cpu"))
+    settings = Settings(Renormalised(), EPS, 1, None, registry.get("cpu"))
     eager = statistics.batch_norm(*tensors, settings)[0]
     compiled = torch.compile(lambda *t: statistics.batch_norm(*t, settings)[0], fullgraph=True, backend="aot_eager")
     output = compiled(*tensors)

@@ -428,7 +428,8 @@ class _Examination:
         dtype, count, w = self.case.torch_dtype, self.count, self.operands
         fwd, bwd = self.exact, self.exact_backward
         expected = {}
-        allowed = tolerance.forward_tolerance(dtype, count, self.z_scale, self.steepness)
+        at_zero = float(abs(exact.activate(np.longdouble(0), self.activation, self.case.activation_param)))
+        allowed = tolerance.forward_tolerance(dtype, count, self.z_scale, self.steepness, at_zero)
         expected["output"] = fwd.output, exact.wide(fwd.output, allowed.numpy())
         expected |= self._expected_buffers()
 

@@ -33,7 +33,7 @@ def _tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-OTHERS = {"momentum": 0.1, "eps": 1e-5, "activation": 1, "save_mask": True, "batch_stats": True}
+OTHERS = {"momentum": 0.1, "eps": 1e-5, "activation": 1, "activation_param": None}
 
 
 def _arguments(op: torch._ops.OpOverload, tensors: dict) -> dict:

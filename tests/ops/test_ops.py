@@ -89,7 +89,8 @@ def _check_format(actual, host, what):
 def _check_output(setup, host, output, mask, mean, inv_std, save_mask):
     z, scale = _affine(host, mean, inv_std)
     steepness = (mean * inv_std).abs().nan_to_num(0.0, 0.0, 0.0)
-    allowed = _wide(z, tolerance.forward_tolerance(setup.dtype, setup.case.count, scale, steepness))
+    at_zero = reference.activation(torch.zeros((), dtype=torch.float64), setup.activation).abs()
+    allowed = _wide(z, tolerance.forward_tolerance(setup.dtype, setup.case.count, scale, steepness, at_zero))
     assert_close_to_reference(output, reference.activation(z, setup.activation), allowed, "output")
     _check_format(output, host, "output")
     assert mask.dtype == torch.uint8

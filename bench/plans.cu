@@ -64,10 +64,10 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
   };
   Plan walk = choose_walk(request);
   walk.groups = walk.tiles = std::max(walk.tiles, 1);
-  const int64_t most_splits = std::clamp<int64_t>(vectors_per_thread(request.layout, walk, 1) / 4, 1, 1024);
+  const int64_t max_splits = std::clamp<int64_t>(vectors_per_thread(request.layout, walk, 1) / 4, 1, 1024);
   for (int blocks : {4, 8, 16}) {
     Plan plan = walk;
-    plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, most_splits));
+    plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, max_splits));
     add_shared_bytes(request, plan);
     add(plan);
   }
@@ -114,7 +114,7 @@ class Bench {
     for (void** tensor : {&input_, &residual_, &grad_out_, &result_, &expected_, &grad_residual_})
       FASTBN_CHECK(cudaMalloc(tensor, tensor_bytes));
     FASTBN_CHECK(cudaMalloc(&mask_, tensor_bytes / 8));
-    FASTBN_CHECK(cudaMalloc(&vectors_, 8 * most_channels * sizeof(double)));
+    FASTBN_CHECK(cudaMalloc(&vectors_, 8 * max_channels * sizeof(double)));
     FASTBN_CHECK(cudaMalloc(&workspace_, workspace_bytes));
     FASTBN_CHECK(cudaMalloc(&flush_, flush_bytes));
     FASTBN_CHECK(cudaMemset(flush_, 0, flush_bytes));
@@ -247,7 +247,7 @@ class Bench {
   }
 
   static constexpr int64_t tensor_bytes = int64_t(16) * 64 * 512 * 512 * 4, workspace_bytes = int64_t(256) << 20;
-  static constexpr int64_t flush_bytes = int64_t(160) << 20, most_channels = 4096;
+  static constexpr int64_t flush_bytes = int64_t(160) << 20, max_channels = 4096;
   DeviceLimits limits_{"cuda", 0, 0, 0, 0};
   void *input_, *residual_, *grad_out_, *result_, *expected_, *grad_residual_, *workspace_, *flush_;
   uint8_t* mask_;

@@ -9,7 +9,7 @@
 
 namespace fastbn {
 
-// Says whether torch's current CUDA stream can be asked for, which takes a torch that was built with CUDA.
+// Returns whether torch's current CUDA stream can be asked for, which takes a torch that was built with CUDA.
 bool finds_cuda_stream();
 
 // Returns the limits of a device, which are asked for once.

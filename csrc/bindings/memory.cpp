@@ -8,8 +8,8 @@
 
 #include "bindings/arguments.h"
 
-// Returns the text of the last error that the C interface caught in this thread. Null before torch 2.13, which added
-// it.
+// Returns the text of the last error that the C interface caught in this thread. The symbol is null before torch 2.13,
+// which added it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fastbn {

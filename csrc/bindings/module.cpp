@@ -1,4 +1,4 @@
-// fastbn._C: importing it registers the ops; what it binds is not an op: build information and the planner.
+// The module fastbn._C. Importing it registers the ops; its own functions are build information and the planner.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,7 +100,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   request.direction = direction_named(direction);
   request.activation = Activation(activation);
   request.residual = residual;
-  // As fastbn.backends.registry.saves_mask has it.
+  // The rule is that of CudaBackend.saves_mask in fastbn/backends/native.py.
   request.masked = residual && is_piecewise_linear(request.activation) && request.layout.run() % 8 == 0;
   request.aligned = aligned;
   const Plan chosen = choose_plan(request, within_max_sms(limits));
@@ -127,7 +127,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the planner of fastbn; importing it registers torch.ops.fastbn.";
-  py::class_<DeviceLimits>(m, "DeviceLimits", "What the planner knows of a GPU.")
+  py::class_<DeviceLimits>(m, "DeviceLimits", "The properties of a GPU that the planner uses.")
       .def(py::init([](int sm_count, int64_t shared_bytes_per_block, int max_cluster, int64_t l2_bytes) {
              return DeviceLimits{"cuda", sm_count, shared_bytes_per_block, max_cluster, l2_bytes};
            }),
@@ -137,17 +137,19 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("shared_bytes_per_block", &DeviceLimits::shared_bytes_per_block)
       .def_readonly("max_cluster", &DeviceLimits::max_cluster)
       .def_readonly("l2_bytes", &DeviceLimits::l2_bytes);
-  m.def("build_info", &build_info, "How this binary was built, and the CPU instruction sets it can use here.");
+  m.def("build_info", &build_info,
+        "Return how this binary was built, and the CPU instruction sets that it can use here.");
   m.def(
       "activations", [] { return list_of(Activations()); },
-      "The activations in the order of their numbers: name, whether they are piecewise linear, and torch's default of "
-      "their parameter, or None.");
-  m.def("named_device", &named_device, "The limits of a100, h100, h200 or b200.");
-  m.def("device_limits", &device_limits, "The limits of a CUDA device that is here, by its index.");
+      "Return the activations in the order of their numbers: name, whether they are piecewise linear, and torch's "
+      "default of their parameter, or None.");
+  m.def("named_device", &named_device, "Return the limits of a100, h100, h200 or b200.");
+  m.def("device_limits", &device_limits, "Return the limits of a CUDA device of this machine, by its index.");
   m.def(
       "set_max_sms", [](std::optional<int> count) { max_sms = count.value_or(std::numeric_limits<int>::max()); },
-      "Cooperative plans count on at most so many multiprocessors; None for all.", py::arg("count").none(true));
-  m.def("plan", &plan, "The CUDA plan for a tensor's sizes and strides; traffic in units of one activation tensor.",
+      "Let cooperative plans occupy at most `count` SMs; None allows all.", py::arg("count").none(true));
+  m.def("plan", &plan,
+        "Return the CUDA plan for a tensor's sizes and strides. Traffic is in units of one activation tensor.",
         py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),
         py::arg("activation"), py::arg("residual"), py::arg("aligned"), py::arg("limits"));
 }

@@ -150,7 +150,7 @@ struct Ops {
   }
 
  private:
-  // What the forward ops share; keeps what its pointers point to alive.
+  // The common part of the forward ops. It owns what the pointers of `params` point to.
   struct Forward {
     Operands& operands;
     OptionalTensor residual;
@@ -189,7 +189,7 @@ struct Ops {
     }
   };
 
-  // A forward op that keeps what backward needs.
+  // Runs a forward op whose results backward needs.
   static Four launch_and_save(Forward& forward, bool save_mask) {
     const Operands& operands = forward.operands;
     ForwardParams& params = forward.params;
@@ -203,8 +203,8 @@ struct Ops {
     return {forward.output, mean, inv_std, forward.mask};
   }
 
-  // What the backward ops share; keeps what its pointers point to alive. What forward saved comes in any strides: hooks
-  // on saved tensors may change them.
+  // The common part of the backward ops. It owns what the pointers of `params` point to. Tensors that forward saved may
+  // have any strides, since hooks on saved tensors may change them.
   struct Backward {
     Operands& operands;
     Tensor grad_out;

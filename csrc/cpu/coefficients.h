@@ -1,6 +1,5 @@
 // Tables of per-channel coefficients for the leaf loops, stored as one array per member. With channels innermost, a
-// table has one entry per column: where several rows are packed into one, each channel's entry recurs for every one of
-// them.
+// table has one entry per column: where several rows are packed into one, the channels' entries repeat.
 #pragma once
 
 #include <algorithm>

@@ -8,7 +8,8 @@
 namespace fastbn::cpu {
 namespace {
 
-// A smaller output spans at most one aligned large page, and allocators keep its memory between calls.
+// Minimum output for which large pages are requested: a smaller one spans at most one aligned large page, and
+// allocators keep its memory between calls.
 constexpr int64_t large_page = int64_t(2) << 20, min_bytes_for_large_pages = 2 * large_page;
 
 // Returns whether the pages of `output` exist. It checks the middle and the last page: if the allocator extended a

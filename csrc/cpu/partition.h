@@ -16,7 +16,7 @@ namespace fastbn::cpu {
 // also costs time where a few rows fill an L1 cache: 1.1 to 1.3 times for 16x2048x7x7 (EPYC 7003).
 constexpr int64_t min_out_of_cache_bytes = int64_t(2) << 20, max_prefetched_row_bytes = 2048;
 
-// The tiles of a tensor's first `channels` channels, which are all of them, or those of a panel (panels.h).
+// The tiles of a tensor's first `channels` channels: all channels, or those of a panel (panels.h).
 class Partition {
  public:
   Partition(const Layout& layout, DType dtype, int64_t channels)
@@ -60,18 +60,18 @@ class Partition {
   int64_t elements() const { return layout_.count() * channels_; }
   int64_t channels() const { return channels_; }
 
-  // Number of channels or columns of a tile, each with two partial sums.
+  // Returns the number of channels or columns of a tile, each of which has two partial sums.
   int64_t width() const { return width_; }
   int64_t partials() const { return tiles_ * width_; }
 
   // Returns the number of entries of a coefficient table: one per channel, or one per column if channels are columns.
   int64_t entries() const { return in_columns_ ? width_ : channels_; }
 
-  // With channels outermost, the channels of a group share the tiles [group * tiles_per_group, (group + 1) *
-  // tiles_per_group).
+  // Returns the number of groups of channels. With channels outermost, the channels of a group share the tiles [group *
+  // tiles_per_group, (group + 1) * tiles_per_group).
   int64_t groups() const { return groups_; }
   int64_t tiles_per_group() const { return tiles_per_group_; }
-  // Returns the first channel of a tile. With channels innermost it is 0, where the tile's coefficients begin.
+  // Returns the channel at which a tile's coefficients begin: its first one, or 0 with channels innermost.
   int64_t first_channel(int64_t tile) const { return in_columns_ ? 0 : tile / tiles_per_group_ * width_; }
   int64_t end_channel(int64_t tile) const { return std::min(first_channel(tile) + width_, layout_.channels); }
 

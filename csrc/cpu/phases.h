@@ -15,7 +15,7 @@ namespace fastbn::cpu {
 // channel lost too many digits, its tiles are summed again exactly.
 enum class Precision { fast, exact };
 
-// With fewer terms than this, float rounding does not average out (an estimate).
+// Minimum number of terms for float rounding to average out (an estimate).
 constexpr int64_t min_count_in_float = 256;
 
 // The sums of a reduction: partial sums per tile, and the pair of totals per channel.

@@ -8,7 +8,7 @@
 namespace fastbn::cuda {
 namespace {
 
-// Compiled as the other kernels are, so that its attributes tell which code the device runs.
+// A kernel that is compiled as the others are, so that its attributes tell which code the device runs.
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) probe_kernel(int* rank) { *rank = device::cluster_rank(); }
 
 }  // namespace

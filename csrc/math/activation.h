@@ -26,8 +26,8 @@ enum class Activation : int {
   tanh
 };
 
-// What loops ask of a formula. The derivative of a piecewise linear one has two values, so that one bit per element
-// tells it; a short one takes a few operations, a long one exp or erf.
+// The kind of formula, by which loops specialise. The derivative of a piecewise linear one has two values, so one bit
+// per element determines it; a short one takes a few operations, a long one exp or erf.
 enum class Form { identity, piecewise_linear, short_formula, long_formula };
 
 template <class F>
@@ -44,7 +44,7 @@ FASTBN_INLINE double erf(double x) { return ::erf(x); }
 FASTBN_INLINE float log1p(float x) { return ::log1pf(x); }
 FASTBN_INLINE double log1p(double x) { return ::log1p(x); }
 
-// exp(-|z|), which does not overflow.
+// Returns exp(-|z|), which does not overflow.
 template <class F>
 FASTBN_INLINE F exp_of_minus_magnitude(F z) {
   return exp(select(z > F(0), -z, z));
@@ -56,7 +56,7 @@ FASTBN_INLINE F sigmoid(F z) {
   return select(z > F(0), F(1), p) / (F(1) + p);
 }
 
-// Phi(z), the normal distribution function.
+// Returns Phi(z), the normal distribution function.
 template <class F>
 FASTBN_INLINE F normal_cdf(F z) {
   return F(0.5) * (F(1) + erf(z * F(0.70710678118654752440)));
@@ -148,7 +148,7 @@ struct Silu : ActivationOf<Activation::silu, Form::long_formula> {
   static FASTBN_INLINE F forward(F z, F) {
     return z / (F(1) + exp(-z));
   }
-  // 1 - s cancels where s is nearly 1: there it is e * s.
+  // 1 - s cancels where s is nearly 1; e * s is the same without cancellation.
   template <class F>
   static FASTBN_INLINE F backward(F z, F grad_out, F) {
     const F e = exp(-z), s = F(1) / (F(1) + e);
@@ -182,7 +182,7 @@ struct Hardswish : ActivationOf<Activation::hardswish, Form::short_formula> {
   }
 };
 
-// Its derivative has two values, but none of them is 1: a mask of its own is not worth a copy of every loop.
+// hardsigmoid's derivative has two values, but neither is 1, and a mask of its own is not worth a copy of every loop.
 struct Hardsigmoid : ActivationOf<Activation::hardsigmoid, Form::short_formula> {
   static constexpr const char* name = "hardsigmoid";
   template <class F>
@@ -196,11 +196,11 @@ struct Hardsigmoid : ActivationOf<Activation::hardsigmoid, Form::short_formula> 
   }
 };
 
-// mish = z * tanh(softplus(z)).
+// mish is z * tanh(softplus(z)).
 struct Mish : ActivationOf<Activation::mish, Form::long_formula> {
   static constexpr const char* name = "mish";
 
-  // tanh(softplus(z)) is numerator / denominator, of p = exp(-|z|), which neither overflows nor cancels.
+  // tanh(softplus(z)) as numerator / denominator, from p = exp(-|z|), which neither overflows nor cancels.
   template <class F>
   struct Ratio {
     F numerator, denominator;
@@ -227,7 +227,7 @@ struct Mish : ActivationOf<Activation::mish, Form::long_formula> {
   }
 };
 
-// From 20 on it is z itself, as torch's.
+// softplus is z itself above 20, as torch's is.
 struct Softplus : ActivationOf<Activation::softplus, Form::long_formula> {
   static constexpr const char* name = "softplus";
   template <class F>
@@ -267,9 +267,9 @@ struct Tanh : ActivationOf<Activation::tanh, Form::long_formula> {
   }
 };
 
-// All of them, in the order of the enum. Whatever depends on the activation is made from this list, so that one that is
-// missing here has no number (fastbn.ops.activations compares names when it is imported), and one that is here is
-// everywhere.
+// All activations, in the order of the enum. Everything that depends on the activation is made from this list, so an
+// activation that is in the list is supported everywhere, and one that is not has no number (fastbn.ops.activations
+// compares the names at import).
 template <class... All>
 struct ActivationList {
   static constexpr int size = sizeof...(All);
@@ -285,7 +285,7 @@ constexpr bool is_in_order(ActivationList<All...>) {
 static_assert(is_in_order(Activations()), "Activations must have the order of the enum");
 constexpr int activation_count = Activations::size;
 
-// Calls use(struct) for the activation's struct.
+// Calls `use(struct of the activation)`.
 template <class Use, class... All>
 FASTBN_INLINE constexpr void with_activation(Activation activation, Use&& use, ActivationList<All...>) {
   (void)((activation == All::id ? (use(All()), true) : false) || ...);
@@ -305,7 +305,7 @@ FASTBN_INLINE constexpr bool is_piecewise_linear(Activation activation) {
   return form_of(activation) == Form::piecewise_linear;
 }
 
-// Says whether the derivative of a piecewise linear activation is its parameter below the upper branch, instead of 0.
+// Returns whether the derivative of a piecewise linear activation outside its upper branch is the parameter, not 0.
 FASTBN_INLINE constexpr bool leaks(Activation activation) {
   bool result = false;
   with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
@@ -323,7 +323,7 @@ FASTBN_INLINE constexpr double default_param_of(Activation activation) {
   return result;
 }
 
-// Says where a piecewise linear activation takes its upper branch.
+// Returns whether a piecewise linear activation takes its upper branch at z, per lane.
 template <class F>
 FASTBN_INLINE auto activation_is_upper(Activation activation, F z) -> decltype(z > F(0)) {
   auto upper = z > F(0);
@@ -333,13 +333,13 @@ FASTBN_INLINE auto activation_is_upper(Activation activation, F z) -> decltype(z
   return upper;
 }
 
-// grad_z of a piecewise linear activation from its mask. `param`, here and below, is a number of F's element type.
+// Returns grad_z of a piecewise linear activation from its mask. `param`, here and below, has F's element type.
 template <class F, class Mask, class P>
 FASTBN_INLINE F activation_backward_masked(Activation activation, Mask upper, F grad_out, P param) {
   return select(upper, grad_out, leaks(activation) ? grad_out * F(param) : F(0));
 }
 
-// activation(z), and grad_out * activation'(z).
+// Return activation(z), and grad_out * activation'(z).
 template <class A, class F, class P>
 FASTBN_INLINE F activation_forward(A, F z, P param) {
   return A::forward(z, F(param));
@@ -352,7 +352,7 @@ FASTBN_INLINE F activation_backward(A a, F z, F grad_out, P param) {
     return A::backward(z, grad_out, F(param));
 }
 
-// The same of an activation that is known when it runs.
+// Do the same for an activation that is known only at run time.
 template <class F, class P>
 FASTBN_INLINE F activation_forward(Activation activation, F z, P param) {
   F y = z;

@@ -100,7 +100,7 @@ FASTBN_INLINE bool is_far_from_one(double inv_std) {
 
 // Returns whether products that underflow in float32, and so are missing from sum(grad_z * (x - pivot)), would be
 // visible in the result. Below this bound they contribute less than the smallest normal float32.
-FASTBN_INLINE bool misses_vanished_products(double inv_std) { return inv_std >= 0x1p20; }
+FASTBN_INLINE bool loses_underflowed_products(double inv_std) { return inv_std >= 0x1p20; }
 
 // Returns a * b, rounded before anything is added to it: the compiler can fuse the product with the 0 only.
 FASTBN_INLINE double rounded_product(double a, double b) { return a * b + 0.0; }

@@ -1,5 +1,5 @@
-// FASTBN_INLINE: compiled for host and device, and always inlined, so that a function takes the instruction set of the
-// loop that calls it; FASTBN_INLINE_LAMBDA stands behind the parameters of a lambda for the same. FASTBN_UNROLL stands
+// FASTBN_INLINE compiles a function for host and device and always inlines it, so that it takes the instruction set of
+// the loop that calls it. FASTBN_INLINE_LAMBDA, after the parameters of a lambda, does the same. FASTBN_UNROLL goes
 // before a loop that keeps an array in registers; g++ unrolls on its own.
 #pragma once
 

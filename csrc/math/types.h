@@ -29,7 +29,7 @@ inline int64_t element_size(DType dtype) {
   __builtin_unreachable();
 }
 
-// What a T is computed in: float for everything but double.
+// The type that elements of T are computed in: double for double, float for all others.
 template <class T>
 struct AccumulateType {
   using type = float;
@@ -64,7 +64,7 @@ FASTBN_INLINE float to_acc(float16 value) {
 #endif
 }
 
-// Of two half-precision elements in a word.
+// Convert the lower or the upper of two half-precision elements in a word.
 template <class T>
 FASTBN_INLINE float lower_to_acc(uint32_t word) {
   return to_acc(T{uint16_t(word)});
@@ -118,8 +118,8 @@ FASTBN_INLINE float16 from_acc<float16, float>(float value) {
 #endif
 }
 
-// A per-channel vector of one of several dtypes: weight, bias and running statistics are read and written once a
-// channel, so a run-time switch costs nothing and kernels need no template parameter for it. Null where absent.
+// A per-channel vector whose dtype is known only at run time: weight, bias and running statistics are read and written
+// once per channel, so a switch costs nothing and kernels need no template parameter for it. Null if absent.
 struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -147,7 +147,7 @@ struct ChannelVector {
     }
   }
 
-  // The same of channels [first, first + count), with one switch for all of them.
+  // Load and store channels [first, first + count), with one switch for all of them.
   void load_or(int64_t first, int64_t count, double fallback, double* values) const {
     auto convert = [=](const auto* source) {
       for (int64_t i = 0; i < count; ++i) values[i] = to_acc(source[first + i]);

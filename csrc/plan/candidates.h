@@ -1,4 +1,4 @@
-// The one-pass plans for a walk: what fits on chip in a cluster, in a cooperative grid, or there in part.
+// The one-pass plans for a walk: tiles that fit on chip in a cluster or in a cooperative grid, and there also in part.
 #pragma once
 
 #include <algorithm>
@@ -82,7 +82,7 @@ inline bool fit_part_on_grid(const Request& request, const DeviceLimits& limits,
   return plan.splits > 1;
 }
 
-// Calls use(plan) for the one-pass plans of a walk: all tile widths, clusters and grids that fit on chip, and with
+// Calls `use(plan)` for the one-pass plans of a walk: all tile widths, clusters and grids that fit on chip, and with
 // `parts` also grids that keep a part; the widest tiles and the smallest clusters first. Their traffic is not counted
 // yet.
 template <class Use>

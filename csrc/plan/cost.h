@@ -1,4 +1,4 @@
-// The predicted time of a plan, which serves to choose among plans and for nothing else.
+// The predicted time of a plan. It serves only to choose among plans.
 #pragma once
 
 #include <algorithm>

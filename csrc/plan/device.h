@@ -1,4 +1,4 @@
-// What the planner knows of a GPU.
+// The properties of a GPU that the planner uses.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct DeviceLimits {
   int sms_of_grid() const { return grid_sms > 0 && grid_sms < sm_count ? grid_sms : sm_count; }
 };
 
-// From NVIDIA's data sheets and programming guide, with 7/8 of the bandwidth, which is what a copy reaches on an H200.
-// At run time the device itself is asked.
+// GPUs for which plans can be explained without one. The numbers are from NVIDIA's data sheets and programming guide,
+// with 7/8 of the bandwidth, which is what a copy reaches on an H200. A device of this machine is asked itself.
 inline constexpr DeviceLimits known_devices[] = {
     {"a100", 108, 166912, 1, int64_t(40) << 20, 1.36e6},
     {"h100", 132, 232448, 16, int64_t(50) << 20, 2.93e6},

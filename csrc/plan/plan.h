@@ -13,7 +13,7 @@ namespace fastbn {
 
 enum class Direction { forward, eval, backward, frozen_backward };
 
-// What is computed, as far as the choice of a plan depends on it.
+// The properties of an op on which the choice of its plan depends.
 struct Request {
   Layout layout;
   DType dtype = DType::float32;
@@ -22,7 +22,7 @@ struct Request {
   bool residual = false;    // a residual is added before the activation
   bool masked = false;      // the activation's derivative is kept as one bit per element
   bool aligned = true;      // every pointer is a multiple of 16 bytes
-  bool fused = true;        // sums and their use in one op; false: channel_stats and grad_sums, which end with the sums
+  bool fused = true;        // one op computes the sums and uses them; false: channel_stats and grad_sums
   bool cooperative = true;  // the device grants cooperative launches of the size that its limits promise
 };
 
@@ -32,7 +32,7 @@ constexpr int vec_size = 8;
 // Depth of the cp.async pipeline: the reduction starts once a quarter of a thread's vectors has arrived.
 constexpr int copy_stages = 4;
 
-// Vectors of one stage that a thread may process side by side. A stage is a multiple of it.
+// Returns how many vectors of one stage a thread may process side by side. A stage is a multiple of it.
 FASTBN_INLINE constexpr int unroll_of(int64_t element_size) { return element_size == 2 ? 2 : 1; }
 
 // Maximum threads per block, and the stride of per-thread totals in shared memory for every block size.
@@ -43,7 +43,7 @@ enum class Kernel {
   row_tiles,      // NHWC-like: a tile is some neighbouring channels, and a block walks rows of them
 };
 
-// Channels that a thread keeps sums of.
+// Returns the number of channels of which a thread keeps sums.
 FASTBN_INLINE constexpr int channels_per_thread(Kernel kernel) { return kernel == Kernel::row_tiles ? vec_size : 1; }
 
 enum class Schedule {
@@ -52,7 +52,7 @@ enum class Schedule {
   cooperative,  // one pass: groups of blocks of one cooperative launch keep one channel tile after the other
 };
 
-// Occupancy that a one-pass kernel is compiled for, in blocks per SM; 1 where two blocks would leave too few registers.
+// Returns the blocks per SM that a one-pass kernel is compiled for: 1 if two would leave too few registers.
 constexpr int blocks_per_sm(int64_t element_size, Kernel kernel, bool backward, bool vectorized) {
   if (element_size == 8) return 1;
   return backward && kernel == Kernel::row_tiles && (element_size == 4 || !vectorized) ? 1 : 2;
@@ -73,24 +73,24 @@ struct Plan {
   int splits = 1;             // blocks per group, which split the work of a tile, as in split-K
   bool vectorized = true;     // every vector is full and 16-byte aligned
 
-  // What one-pass plans keep on chip.
+  // On-chip storage of one-pass plans.
   int cluster = 1;               // blocks per cluster
   int slots = 0;                 // vectors of each tensor that a thread has room for
   int slots_per_stage = 0;       // of those, vectors per stage of the copy pipeline
-  int resident_tensors = 0;      // tensors kept: input; or grad_out, input, residual
-  double resident_fraction = 1;  // fraction of a channel tile that is kept; the rest is read again
+  int resident_tensors = 0;      // tensors on chip: input; or grad_out, input, residual
+  double resident_fraction = 1;  // fraction of a channel tile that stays on chip; the rest is read again
   double reread_fraction = 0;    // fraction of a channel tile that is read again from memory, because L2 has lost it
 
-  // What a call takes.
+  // The cost of a call; traffic is in activation tensors.
   int64_t shared_bytes = 0;  // per block, the maximum over its launches
   int launches = 1;
   double tensor_reads = 0;
   double tensor_writes = 0;
 
-  // Vectors per run (channel_tiles).
+  // Returns the number of vectors per run (channel_tiles).
   FASTBN_INLINE int64_t vectors_per_run(const Layout& layout) const { return (layout.inner + vec_size - 1) / vec_size; }
 
-  // Work items that the blocks of a tile share: rows, or the vectors of all runs of a channel.
+  // Returns how many work items the blocks of a tile share: rows, or the vectors of all runs of a channel.
   FASTBN_INLINE int64_t work_items(const Layout& layout) const {
     return kernel == Kernel::row_tiles ? (layout.outer + fold - 1) / fold : layout.outer * vectors_per_run(layout);
   }

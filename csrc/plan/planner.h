@@ -37,7 +37,7 @@ inline Plan fastest(const Request& request, const DeviceLimits& limits, const Pl
 inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
   Request request = given;
   if (request.direction == Direction::forward) {
-    // Statistics are the same bits with and without a residual, and with and without a mask wherever they can be.
+    // Statistics have the same bits with and without a residual, and where possible with and without a mask.
     request.residual = false;
     request.masked = request.masked && request.layout.run() % vec_size != 0;
   }

@@ -21,7 +21,7 @@ struct SharedArray {
   FASTBN_INLINE T* in(void* memory) const { return reinterpret_cast<T*>(static_cast<char*>(memory) + offset); }
 };
 
-// What every kernel that reduces begins with. Totals are float64: two sums per thread, for each of its channels.
+// The first part of the shared memory of every kernel that reduces: float64 totals, two per thread and channel of it.
 template <int channels_per_thread>
 struct ReduceMemory {
   double first[channels_per_thread][max_threads];
@@ -29,7 +29,7 @@ struct ReduceMemory {
   uint32_t votes[max_threads / 32];  // one word per warp
 };
 
-// Room for what a kernel keeps per channel of the tile beside the sums: pivot, coefficients or moments.
+// Room for a kernel's numbers per channel of the tile, beside the sums: pivot, coefficients or moments.
 struct alignas(8) ChannelScratch {
   double numbers[4];
 };
@@ -44,7 +44,7 @@ struct alignas(16) StoredVector {
 template <class T, class Coefficients>
 struct SharedMemoryMap {
   SharedArray<ChannelScratch> scratch;  // per channel of the tile, after ReduceMemory
-  // One-pass plans only:
+  // The rest is for one-pass plans only.
   SharedArray<Sums> exchange;  // two buffers of the block's sums per channel, for its cluster to read (resident)
   SharedArray<Coefficients> coefficients;  // per channel of the tile; others may still read `exchange` as they are made
   SharedArray<StoredVector<T>> ring;       // per slot, tensor and thread

@@ -13,7 +13,7 @@ inline void add_traffic(const Request& request, Plan& plan) {
   const double mask = masked ? 1.0 / (8 * double(element_size(request.dtype))) : 0;
   const double residual = request.residual ? 1 : 0;
   const bool once = is_one_pass(plan);
-  // A backward pass over the elements reads input and grad_out, and what the activation's derivative follows from.
+  // A backward pass over the elements reads input, grad_out, and the mask or residual if the derivative depends on it.
   const double backward_pass = 2 + (!activated ? 0 : masked ? mask : residual);
   switch (request.direction) {
     case Direction::forward:

@@ -1,4 +1,4 @@
-// How blocks walk a tensor: by channels or by rows, in tiles of how many channels.
+// How blocks walk a tensor: by channels or by rows, and in how wide tiles.
 #pragma once
 
 #include <cstdint>

@@ -15,14 +15,15 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Bits of a block's mask, without gaps in its rows.
+// The mask bits of a tile, without gaps in its rows.
 struct MaskRows {
   const uint8_t* bits;
   int64_t stride;
 };
 
-// The four ways to grad_z. prepare(at, lanes) gives what is the same down a column or along a run, and grad_z is made
-// of that, the position, x and where grad_out lies; the argument x has a value only if `needs_input`.
+// The sources of grad_z: without an activation, it is grad_out itself. All four share an interface: `prepare(at,
+// lanes)` returns what is the same down a column or along a run, and `grad_z` computes a vector from that, its
+// position, x and the address of its grad_out. The argument x has a value only if `needs_input`.
 template <class T, bool per_column>
 struct GradOut {
   using V = Vec<acc_t<T>>;
@@ -38,7 +39,7 @@ struct GradOut {
   }
 };
 
-// Where nothing leaks through the mask, elements that it hides need not be loaded.
+// grad_z from the mask. Unless the activation leaks, elements whose bit is 0 need not be loaded.
 template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;
@@ -58,7 +59,7 @@ struct MaskedGrad : GradOut<T, per_column> {
   }
 };
 
-// Of relu, from x alone.
+// grad_z of relu, from x alone.
 template <class T, bool per_column>
 struct IntervalGrad {
   using V = Vec<acc_t<T>>;
@@ -78,6 +79,7 @@ struct IntervalGrad {
   }
 };
 
+// grad_z of any activation, from z, which is recomputed.
 template <class T, bool per_column, EpilogueKind kind>
 struct RecomputedGrad {
   using V = Vec<acc_t<T>>;
@@ -101,21 +103,22 @@ struct RecomputedGrad {
   }
 };
 
+// Calls `use(source)` with the source of grad_z.
 template <class T, bool per_column, class Use>
-FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& block, MaskRows mask, int64_t ahead, Use&& use) {
+FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows mask, int64_t ahead, Use&& use) {
   const acc_t<T> param = acc_t<T>(args.activation_param);
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
   if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, param));
   if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, param));
   if constexpr (interleaved<T>) {
     if (args.relu.first) {
-      const T* input = static_cast<const T*>(args.input) + block.offset;
-      return use(IntervalGrad<T, per_column>{args.relu, input, block.row_stride});
+      const T* input = static_cast<const T*>(args.input) + tile.offset;
+      return use(IntervalGrad<T, per_column>{args.relu, input, tile.row_stride});
     }
   }
-  const InputRows<T> residual(args.residual, block, ahead);
+  const InputRows<T> residual(args.residual, tile, ahead);
   auto recompute = [&]<EpilogueKind kind>() FASTBN_INLINE_LAMBDA {
-    use(RecomputedGrad<T, per_column, kind>{args.affine, residual, block.row_stride, args.activation, param});
+    use(RecomputedGrad<T, per_column, kind>{args.affine, residual, tile.row_stride, args.activation, param});
   };
   switch (kind_of(args.activation)) {
     case EpilogueKind::none: return;
@@ -126,37 +129,38 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& block, MaskRows m
   }
 }
 
-// call(block, its mask), once, or where the mask has gaps, for a few rows at a time.
+// Calls `call(tile, its mask)` once or, if the mask has gaps, for a few rows at a time.
 template <class Call>
-FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& block, const MaskTile& mask_block, Call&& call) {
-  const uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
-  if (!mask || args.activation == Activation::none || !has_gaps(mask_block, block.cols))
-    return call(block, MaskRows{mask, mask_block.row_stride});
-  for_gathered_rows(block, [&](const Tile& part, int64_t first, uint64_t* words) {
+FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& tile, const MaskTile& mask_tile, Call&& call) {
+  const uint8_t* mask = args.mask ? args.mask + mask_tile.offset : nullptr;
+  if (!mask || args.activation == Activation::none || !has_gaps(mask_tile, tile.cols))
+    return call(tile, MaskRows{mask, mask_tile.row_stride});
+  for_gathered_rows(tile, [&](const Tile& part, int64_t first, uint64_t* words) {
     for (int64_t row = 0; row < part.rows; ++row)
-      words[row] = gather_bits(mask + (first + row) * mask_block.row_stride, block.cols, mask_block.run);
+      words[row] = gather_bits(mask + (first + row) * mask_tile.row_stride, tile.cols, mask_tile.run);
     call(part, MaskRows{reinterpret_cast<const uint8_t*>(words), gathered_bytes});
   });
 }
 
+// Adds the gradient sums of a tile's channels to `sums`.
 template <class T, class Terms>
-void channel_grad_sums(const GradArgs& args, Tile whole, MaskTile mask_block, ColumnSums sums) {
+void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  sum_channels<T>(whole, sums, [&](int64_t channel, int64_t first_row, const Tile& block) FASTBN_INLINE_LAMBDA {
-    const int64_t ahead = block.row_stride;
-    const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
+  sum_channels<T>(tile, sums, [&](int64_t channel, int64_t first_row, const Tile& part) FASTBN_INLINE_LAMBDA {
+    const int64_t ahead = part.row_stride;
+    const InputRows<T> grad_out(args.grad_out, part, ahead), input(args.input, part, ahead);
     const V pivot(static_cast<const A*>(args.pivot)[channel]);
     const int64_t mask_offset =
-        mask_block.offset + first_row * mask_block.row_stride + channel * ((mask_block.run + 7) / 8);
-    const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_block.row_stride};
+        mask_tile.offset + first_row * mask_tile.row_stride + channel * ((mask_tile.run + 7) / 8);
+    const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_tile.row_stride};
     WideSums<A> result;
-    with_grad<T, false>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+    with_grad<T, false>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
       const auto prepared = source.prepare(channel, AllLanes<T>{});
       result =
-          sum_channel<T, Terms>(block, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            const int64_t at = row * block.row_stride + column;
-            // Other lanes than the row's new ones add 0 * (pivot - pivot).
+          sum_channel<T, Terms>(part, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * part.row_stride + column;
+            // Lanes other than the row's new ones add 0 * (pivot - pivot).
             const V x = keep(lanes, load(input.at(at), lanes), pivot);
             const V grad_z = source.grad_z(prepared, row, column, lanes, x, grad_out.at(at));
             terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
@@ -166,36 +170,38 @@ void channel_grad_sums(const GradArgs& args, Tile whole, MaskTile mask_block, Co
   });
 }
 
+// Adds the gradient sums of a tile's columns to `result`.
 template <class T, class Terms>
-void column_grad_sums(const GradArgs& args, Tile whole, MaskTile mask_block, ColumnSums result) {
+void column_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums result) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  auto sum = [&](const Tile& block, MaskRows mask) FASTBN_INLINE_LAMBDA {
-    const int64_t ahead = rows_ahead_of_column_sums * block.row_stride;
-    const InputRows<T> grad_out(args.grad_out, block, ahead), input(args.input, block, ahead);
-    with_grad<T, true>(args, block, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+  auto sum = [&](const Tile& part, MaskRows mask) FASTBN_INLINE_LAMBDA {
+    const int64_t ahead = rows_ahead_of_column_sums * part.row_stride;
+    const InputRows<T> grad_out(args.grad_out, part, ahead), input(args.input, part, ahead);
+    with_grad<T, true>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       struct Column {
         Prepared prepared;
         V pivot;
       };
       sum_columns<T, Terms>(
-          block, rows_of_column_grad_sums, result,
+          part, rows_of_column_grad_sums, result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes)};
           },
           [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            const int64_t at = row * block.row_stride + column;
+            const int64_t at = row * part.row_stride + column;
             const V x = load(input.at(at), lanes);
             const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
             terms.template add_weighted<T>(grad_z, x - at_column.pivot);
           });
     });
   };
-  with_mask_rows(args, whole, mask_block, sum);
+  with_mask_rows(args, tile, mask_tile, sum);
 }
 
-// With the pivot of what recomputes z, so that the difference from it is taken once for both.
+// Loads the coefficients of GradAffine. The pivot is that of `args.affine`, which recomputes z, so that the difference
+// from it is computed once for both.
 template <bool per_column, class T, class Lanes>
 FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradArgs& args, int64_t column, Lanes lanes) {
   const GradAffineArrays& arrays = args.grad_affine;
@@ -205,16 +211,17 @@ FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradArgs& args, int
           member(arrays.scale)};
 }
 
+// Writes grad_input and grad_residual of a tile whose mask has no gaps.
 template <class T, bool per_column>
-FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& block, MaskRows mask) {
+FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& tile, MaskRows mask) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  const InputRows<T> grad_out(args.grad_out, block), input(args.input, block);
-  const OutputRows<T> grad_input(args.grad_input, block, args.non_temporal);
-  const OutputRows<T> grad_residual(args.grad_residual, block, args.non_temporal);
+  const InputRows<T> grad_out(args.grad_out, tile), input(args.input, tile);
+  const OutputRows<T> grad_input(args.grad_input, tile, args.non_temporal);
+  const OutputRows<T> grad_residual(args.grad_residual, tile, args.non_temporal);
   const GradAffineArrays& arrays = args.grad_affine;
 
-  with_grad<T, per_column>(args, block, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
+  with_grad<T, per_column>(args, tile, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
     auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       using Coefficients = decltype(coefficients(0, AllLanes<T>{}));
@@ -223,11 +230,11 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& block, MaskRows 
         Coefficients coefficients;
       };
       for_each_prepared<per_column, T>(
-          block,
+          tile,
           [&](int64_t column, auto lanes)
               FASTBN_INLINE_LAMBDA { return Column{source.prepare(column, lanes), coefficients(column, lanes)}; },
           [&](const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            const int64_t at = row * block.row_stride + column;
+            const int64_t at = row * tile.row_stride + column;
             V x(0);
             if constexpr (needs_input || source.needs_input) x = load(input.at(at), lanes);
             const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
@@ -252,9 +259,10 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& block, MaskRows 
   });
 }
 
+// Writes grad_input and grad_residual of a tile.
 template <class T, bool per_column>
-void input_grad_block(const GradArgs& args, Tile block, MaskTile mask) {
-  with_mask_rows(args, block, mask, [&](const Tile& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
+void input_grad_tile(const GradArgs& args, Tile tile, MaskTile mask) {
+  with_mask_rows(args, tile, mask, [&](const Tile& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
     input_grad<T, per_column>(args, part, rows);
   });
 }

@@ -44,7 +44,7 @@ struct AffineArrays {
   int64_t plane = 0;
 };
 
-// The same for GradAffine, whose pivot is Affine's.
+// The members of GradAffine in the same form, except for the pivot, which is Affine's.
 struct GradAffineArrays {
   const void* slope = nullptr;
   const void* mean_grad = nullptr;
@@ -98,7 +98,7 @@ struct Sums {
   double second = 0;  // of (x - pivot)^2, or of grad_z * (x - pivot)
 };
 
-// The same for each channel or column of a tile.
+// Partial sums for each channel or column of a tile.
 struct ColumnSums {
   double* first;
   double* second;
@@ -109,8 +109,8 @@ struct ConstColumnSums {
   const double* second;
 };
 
-// Per-channel numbers are computed for this many channels at a time, in arrays that fit in L1 and in loops that
-// compilers vectorise (an estimate).
+// Channels whose numbers are computed at a time, in arrays that fit in L1 and in loops that compilers vectorise (an
+// estimate).
 constexpr int64_t chunk_channels = 64;
 
 // Per-channel numbers of channels [first, first + channels), in double.
@@ -134,22 +134,23 @@ struct Kernels {
   int column_planes;
   // Writes the median of five elements of each channel in [begin, end) to entry `channel` of an array of acc_t<T>.
   void (*pivots)(const void* input, const Layout& layout, int64_t begin, int64_t end, void* pivots);
-  // The forward formulas for a chunk: mean, var and unbiased_var from sums of `count` terms about pivots; inv_std from
-  // var; the coefficients of Affine<acc_t<T>>. Pivots and sums have an entry per channel; `coefficients` is a
-  // ChunkCoefficients.
+  // Compute the forward formulas for a chunk: mean, var and unbiased_var from sums of `count` terms about pivots;
+  // inv_std from var; the coefficients of Affine<acc_t<T>>. Pivots and sums have an entry per channel; `coefficients`
+  // is a ChunkCoefficients.
   void (*moments)(const void* pivots, ConstColumnSums sums, double count, Chunk& chunk);
   void (*inv_std)(double eps, Chunk& chunk);
   void (*affine)(const Chunk& chunk, void* coefficients);
-  // The backward formulas for a chunk: pivots; the two sums from those about pivots; the coefficients of GradAffine.
+  // Compute the backward formulas for a chunk: pivots; the two sums from those about pivots; the coefficients of
+  // GradAffine.
   void (*grad_pivots)(const Chunk& chunk, void* pivots);
   void (*grad_sums)(const void* pivots, ConstColumnSums sums, Chunk& chunk);
   void (*grad_affine)(const Chunk& chunk, double count, bool is_far, void* coefficients);
   // Finds intervals from the coefficients of a chunk. Null if the loops do not use intervals.
   FindReluIntervals* relu_intervals;
-  // The sums about pivots, which are one acc_t<T> per channel or column.
+  // Add the sums about pivots, which are one acc_t<T> per channel or column.
   void (*channel_sums)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
   void (*column_sums)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
-  // The same entirely in double, for data that float cannot sum accurately.
+  // Add the same sums computed entirely in double, for data that float cannot sum accurately.
   void (*channel_sums_in_double)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
   void (*column_sums_in_double)(const void* input, Tile tile, const void* pivots, ColumnSums sums);
   void (*channel_normalize)(const NormalizeArgs& args, Tile tile, MaskTile mask);

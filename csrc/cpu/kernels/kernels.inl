@@ -24,14 +24,14 @@ constexpr Kernels table{
     column_sums<T, Terms<T>>,
     channel_sums<T, DoubleTerms<T>>,
     column_sums<T, DoubleTerms<T>>,
-    normalize_block<T, false>,
-    normalize_block<T, true>,
+    normalize_tile<T, false>,
+    normalize_tile<T, true>,
     channel_grad_sums<T, GradTerms<T>>,
     column_grad_sums<T, GradTerms<T>>,
     channel_grad_sums<T, DoubleTerms<T>>,
     column_grad_sums<T, DoubleTerms<T>>,
-    input_grad_block<T, false>,
-    input_grad_block<T, true>,
+    input_grad_tile<T, false>,
+    input_grad_tile<T, true>,
 };
 
 const Kernels& kernels(DType dtype) {

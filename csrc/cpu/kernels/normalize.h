@@ -10,7 +10,7 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Of the columns from `at` on, or of the channel `at`.
+// Loads a coefficient of the columns from `at` on, or broadcasts that of channel `at`.
 template <bool per_column, class T, class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t plane, int64_t at, Lanes lanes) {
   const acc_t<T>* values = static_cast<const acc_t<T>*>(array);
@@ -20,6 +20,7 @@ FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t plane, int64_
     return Vec<acc_t<T>>(values[at]);
 }
 
+// Loads the coefficients of Affine, likewise.
 template <bool per_column, class T, class Lanes>
 FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
   auto member = [&](const void* array)
@@ -27,40 +28,41 @@ FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_
   return {member(arrays.pivot), member(arrays.scale), member(arrays.shift)};
 }
 
-// visit(prepared, row, column, lanes) over a block, where prepare(at, lanes) gives coefficients: those of columns stay
-// in registers down a few rows, those of a channel along its row.
+// Calls `visit(prepared, row, column, lanes)` for every vector of a tile. `prepared` is what `prepare(at, lanes)`
+// returns: coefficients of columns, which stay in registers down a few rows, or of a channel, which stay there along
+// its row.
 template <bool per_column, class T, class Prepare, class Visit>
-FASTBN_INLINE void for_each_prepared(const Tile& block, Prepare&& prepare, Visit&& visit) {
+FASTBN_INLINE void for_each_prepared(const Tile& tile, Prepare&& prepare, Visit&& visit) {
   if constexpr (per_column) {
-    const bool by_row = block.out_of_cache && block.cols * int64_t(sizeof(T)) >= min_bytes_by_row;
-    for_each_strip<T>(block, by_row ? 1 : rows_of_strip,
+    const bool by_row = tile.out_of_cache && tile.cols * int64_t(sizeof(T)) >= min_bytes_by_row;
+    for_each_strip<T>(tile, by_row ? 1 : rows_of_strip,
                       [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
                         const auto prepared = prepare(column, lanes);
                         for (int64_t row = begin; row < end; ++row) visit(prepared, row, column, lanes);
                       });
   } else {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const auto prepared = prepare(row * block.channel_step, AllLanes<T>{});
-      for_each_column<T>(block.cols,
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const auto prepared = prepare(row * tile.channel_step, AllLanes<T>{});
+      for_each_column<T>(tile.cols,
                          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
     }
   }
 }
 
-// `mask` is that of the block, without gaps in its rows.
+// Writes the output of a tile, and its mask unless `mask` is null, without gaps in its rows.
 template <class T, bool per_column>
-FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& block, uint8_t* mask, int64_t mask_stride) {
+FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64_t mask_stride) {
   using V = Vec<acc_t<T>>;
   const acc_t<T> param = acc_t<T>(args.activation_param);
-  const InputRows<T> input(args.input, block), residual(args.residual, block);
-  const OutputRows<T> output(args.output, block, args.non_temporal);
+  const InputRows<T> input(args.input, tile), residual(args.residual, tile);
+  const OutputRows<T> output(args.output, tile, args.non_temporal);
 
   auto loop = [&]<EpilogueKind kind, bool plain>() FASTBN_INLINE_LAMBDA {
     for_each_prepared<per_column, T>(
-        block,
+        tile,
         [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
         [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-          const int64_t at = row * block.row_stride + column;
+          const int64_t at = row * tile.row_stride + column;
           V z = affine.apply(load(input.at(at), lanes));
           if constexpr (!plain) {
             if (residual) z = z + load(residual.at(at), lanes);
@@ -87,15 +89,16 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& block, uint8
   }
 }
 
+// Writes the output and the mask of a tile.
 template <class T, bool per_column>
-void normalize_block(const NormalizeArgs& args, Tile block, MaskTile mask_block) {
-  uint8_t* mask = args.mask ? args.mask + mask_block.offset : nullptr;
-  if (!per_column || !mask || !has_gaps(mask_block, block.cols))
-    return normalize<T, per_column>(args, block, mask, mask_block.row_stride);
-  for_gathered_rows(block, [&](const Tile& part, int64_t first, uint64_t* words) {
+void normalize_tile(const NormalizeArgs& args, Tile tile, MaskTile mask_tile) {
+  uint8_t* mask = args.mask ? args.mask + mask_tile.offset : nullptr;
+  if (!per_column || !mask || !has_gaps(mask_tile, tile.cols))
+    return normalize<T, per_column>(args, tile, mask, mask_tile.row_stride);
+  for_gathered_rows(tile, [&](const Tile& part, int64_t first, uint64_t* words) {
     normalize<T, per_column>(args, part, reinterpret_cast<uint8_t*>(words), gathered_bytes);
     for (int64_t row = 0; row < part.rows; ++row)
-      spread_bits(words[row], block.cols, mask_block.run, mask + (first + row) * mask_block.row_stride);
+      spread_bits(words[row], tile.cols, mask_tile.run, mask + (first + row) * mask_tile.row_stride);
   });
 }
 

@@ -68,7 +68,7 @@ struct LaneSums {
   }
 };
 
-// The same in double, over any number of terms and always in memory order.
+// The two sums per lane in double, over any number of terms and always in memory order.
 template <class A>
 struct WideSums {
   static constexpr int64_t max_terms = int64_t(1) << 48;
@@ -112,12 +112,12 @@ struct WideSums {
   }
 };
 
-// The types that fast loops accumulate in. Squares of differences do not cancel, so that float rounding averages out,
-// and in a mean it is relative to the standard deviation. Gradients and their products do cancel, and the remaining sum
-// is held to 2 ulp. That of bfloat16 stays within it (median 0.5 ulp, maximum 1.5 over 150 tensors of 8 channels;
-// stock's median is 1.7 to 11), that of float32 does not (0.8 and 3.9; stock's maximum is 2.5), not even in groups of
-// two terms if a channel is alone (tests/numerics: 4.8). Rounding in a double sum as long as a tile shows in float64
-// results; in sums of 16 terms, added up, it does not.
+// The types that fast loops accumulate in. Squares of differences do not cancel, so float rounding averages out, and in
+// a mean it is relative to the standard deviation. Gradients and their products do cancel, and the remaining sum is
+// held to 2 ulp. With float sums bfloat16 stays within that (median 0.5 ulp, maximum 1.5 over 150 tensors of 8
+// channels; stock's median is 1.7 to 11). float32 does not (0.8 and 3.9; stock's maximum is 2.5), not even in groups of
+// two terms if a channel is alone (tests/numerics: 4.8). A double sum as long as a tile has rounding that is visible in
+// float64 results; sums of 16 terms, added up, do not.
 template <class T>
 using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 16>, WideSums<acc_t<T>>>;
 template <class T>

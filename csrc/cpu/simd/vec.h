@@ -1,9 +1,5 @@
 // Vectors of float or double on the compilers' vector extensions, for the instruction set that the including file is
 // compiled for. They have the operators and functions that csrc/math asks of an F, so formulas are written once.
-//
-// Where that makes one more type's vector a cache line, a vector is two registers: of rows that lie a stride apart,
-// lines that are visited by halves have often left L1 in between. Under AVX2 the type is float, under AVX-512 BF16,
-// which has no other, bfloat16.
 #pragma once
 
 #if defined(__x86_64__)
@@ -19,6 +15,9 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
+// A vector has `parts` registers: two if that makes it a full cache line of the type in memory, which is float with
+// AVX2 and bfloat16 with AVX-512 BF16, whose only type it is. Otherwise a line would be visited by halves, and where
+// rows lie a stride apart it has often left L1 in between.
 #if defined(__AVX512BF16__)
 constexpr int register_bytes = 64, register_count = 32, parts = 2;
 #elif defined(__AVX512F__)
@@ -59,8 +58,8 @@ using Doubles = NativeVectors<double>::Values;
 using Words = NativeVectors<uint32_t>::Values;
 using Shorts = NativeVectors<uint16_t>::Values;
 
-// Only FASTBN_INLINE functions take these and Vec and Mask, so no calling convention for wide vectors is involved.
-// AVX-512 has registers of bits for masks, elsewhere all bits of a lane say yes or no.
+// The result of a comparison, per lane: one bit in a mask register with AVX-512, elsewhere all bits of the lane. Only
+// FASTBN_INLINE functions take Mask, Vec and the types above, so no calling convention for wide vectors is involved.
 template <class A>
 struct Mask {
 #if defined(__AVX512F__)
@@ -91,7 +90,7 @@ struct Vec {
   }
 };
 
-// What a function makes of each part of the arguments.
+// Applies a function to each part of the arguments.
 template <class Result, class Function, class... Arguments>
 FASTBN_INLINE Result by_parts(Function&& function, const Arguments&... arguments) {
   Result result;
@@ -152,8 +151,8 @@ FASTBN_INLINE Vec<A> select(const Mask<A>& mask, const Vec<A>& yes, const Vec<A>
                           no);
 }
 
-// a < b ? a : b and a > b ? a : b, which are b where one is NaN: on x86 one instruction. g++ finds it for AVX2, but not
-// behind the intrinsics of AVX-512.
+// Return a < b ? a : b and a > b ? a : b, which are b if one is NaN: on x86 one instruction. g++ finds it for AVX2, but
+// not through the intrinsics of AVX-512.
 // clang-format off
 #if defined(__AVX512F__)
 FASTBN_INLINE Floats min_lanes(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }

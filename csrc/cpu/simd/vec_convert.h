@@ -1,8 +1,4 @@
 // Conversions of vectors: float to double, half types to float and back, masks to bits and back.
-//
-// If a vector has two registers, a vector of bfloat16 holds the even elements in its first register and the odd ones in
-// its second. That takes a shift and a mask, whereas elements in order would have to move between lanes. So the order
-// of lanes depends on T.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +60,9 @@ FASTBN_INLINE Vec<double> load_as_double(const float* source) {
   return wide;
 }
 
-// True if the elements of T alternate between a vector's registers instead of filling one after the other.
+// True if the elements of T alternate between a vector's registers instead of filling one after the other: a vector of
+// bfloat16 that has two registers holds the even elements in the first and the odd ones in the second. That takes a
+// shift and a mask, whereas elements in order would have to move between lanes. So the order of lanes depends on T.
 template <class T>
 constexpr bool interleaved = std::is_same_v<T, bfloat16> && parts == 2;
 

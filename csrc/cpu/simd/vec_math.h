@@ -1,6 +1,6 @@
 // exp, expm1, log1p and erf of vectors, under the names by which csrc/math asks for them. Those of float are
-// polynomials, fitted for the least relative error, within 2 ulp (tests/cpp/vec_math.inl); those of double are libm's,
-// lane by lane.
+// polynomials, fitted for the minimum relative error, within 2 ulp (tests/cpp/vec_math.inl); those of double are
+// libm's, lane by lane.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ FASTBN_INLINE Vec<double> erf(Vec<double> x) {
   return map_lanes(x, [](double value) { return fastbn::erf(value); });
 }
 
-// c[0] + c[1] x + c[2] x^2 + ...
+// Returns c[0] + c[1] x + c[2] x^2 + ...
 template <int terms>
 FASTBN_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[terms]) {
   Vec<float> sum(c[terms - 1]);
@@ -40,13 +40,13 @@ FASTBN_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[terms]) {
   return sum;
 }
 
-// NaN stays NaN.
+// Returns x limited to [low, high]. NaN stays NaN.
 FASTBN_INLINE Vec<float> clamp(const Vec<float>& x, float low, float high) {
   return min(Vec<float>(high), max(Vec<float>(low), x));
 }
 
-// x = n log(2) + r with |r| <= log(2) / 2, and exp(r) - 1. Adding 1.5 * 2^23 rounds to an integer, which is then in the
-// low bits.
+// The reduction x = n log(2) + r with |r| <= log(2) / 2, and exp(r) - 1. Adding 1.5 * 2^23 rounds to an integer, which
+// is then in the low bits.
 constexpr float integer_shift = 12582912.0f;
 struct ReducedExp {
   Vec<float> n, expm1_r;
@@ -54,26 +54,26 @@ struct ReducedExp {
   FASTBN_INLINE explicit ReducedExp(const Vec<float>& x) {
     const Vec<float> shift(integer_shift);
     n = (x * Vec<float>(1.44269504f) + shift) - shift;
-    // log(2) in two parts, the first of few digits, so that its product with n is exact.
+    // log(2) is split in two parts. The first has few digits, so that its product with n is exact.
     const Vec<float> r = (x - n * Vec<float>(0.693359375f)) + n * Vec<float>(2.12194440e-4f);
     constexpr float c[] = {0.49999997f, 0.16666539f, 0.041667223f, 0.00836718082f, 0.00138823956f};
     expm1_r = r + r * r * polynomial(r, c);
   }
 };
 
-// 2^n for n in [-126, 127].
+// Returns 2^n for n in [-126, 127].
 FASTBN_INLINE Vec<float> power_of_2(const Vec<float>& n) {
   const Vec<uint32_t> bits = bit_cast_lanes<uint32_t>(n + Vec<float>(integer_shift + 127.0f));
   return bit_cast_lanes<float>(bits << 23);
 }
 
-// x * 2^n for x in [0.5, 2] and n in [-252, 254], which may be subnormal or infinite.
+// Returns x * 2^n for x in [0.5, 2] and n in [-252, 254]; the result may be subnormal or infinite.
 FASTBN_INLINE Vec<float> scale_by_power_of_2(const Vec<float>& x, const Vec<float>& n) {
 #if defined(__AVX512F__)
   return by_parts<Vec<float>>(
       [](auto a, auto b) FASTBN_INLINE_LAMBDA { return (Floats)_mm512_scalef_ps((__m512)a, (__m512)b); }, x, n);
 #else
-  // In two steps, each of a power that is neither.
+  // Two steps, by powers that are normal numbers.
   const Vec<float> shift(integer_shift), half = (n * Vec<float>(0.5f) + shift) - shift;
   return x * power_of_2(half) * power_of_2(n - half);
 #endif
@@ -84,7 +84,7 @@ FASTBN_INLINE Vec<float> exp(const Vec<float>& x) {
   return scale_by_power_of_2(Vec<float>(1.0f) + reduced.expm1_r, reduced.n);
 }
 
-// Of x <= 0, as elu needs it.
+// Returns exp(x) - 1 for x <= 0, as elu needs it.
 FASTBN_INLINE Vec<float> expm1(const Vec<float>& x) {
   const ReducedExp reduced(clamp(x, -20.0f, 0.0f));
   const Vec<float> power = power_of_2(reduced.n);
@@ -92,7 +92,7 @@ FASTBN_INLINE Vec<float> expm1(const Vec<float>& x) {
 }
 
 // Returns log(1 + x) for x in [0, 1], as softplus needs it: x - s * (x - r) with s = x / (2 + x) and a polynomial r in
-// s^2, so that little rounds but the difference.
+// s^2, so that hardly anything but the difference rounds.
 FASTBN_INLINE Vec<float> log1p(const Vec<float>& x) {
   const Vec<float> s = x / (Vec<float>(2.0f) + x), square = s * s;
   constexpr float c[] = {0.6666667f, 0.39999703f, 0.28592584f, 0.21703315f, 0.23239051f};
@@ -129,7 +129,7 @@ constexpr EpilogueKind kind_of(Activation activation) {
   __builtin_unreachable();
 }
 
-// Calls use(struct) for an activation of a kind.
+// Calls `use(struct of the activation)` if the activation is of that kind.
 template <EpilogueKind kind, class Use>
 FASTBN_INLINE void with_activation_of(Activation activation, Use&& use) {
   with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
@@ -149,7 +149,7 @@ __attribute__((noinline)) void differentiate_out_of_line(Activation activation, 
       activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad, param); });
 }
 
-// activation(z), and grad * activation'(z), of an activation of that kind.
+// Return activation(z), and grad * activation'(z), for an activation of that kind.
 template <EpilogueKind kind, class A>
 FASTBN_INLINE Vec<A> activate(Activation activation, A param, Vec<A> z) {
   if constexpr (kind == EpilogueKind::relu && std::is_same_v<A, float>)

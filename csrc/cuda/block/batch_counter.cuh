@@ -11,8 +11,8 @@
 
 namespace fastbn::cuda {
 
-// Returns whether the blocks of a one-pass launch have to count themselves, because nothing that they do anyway tells
-// when all of them have read the counter. Blocks of one cluster meet at its barrier, those of a cooperative grid at the
+// Returns whether the blocks of a one-pass launch have to count themselves, because no barrier that they pass anyway
+// shows that all of them have read the counter. Blocks of one cluster pass its barrier, those of a cooperative grid the
 // grid's.
 FASTBN_INLINE bool needs_ticket(const ForwardParams& params, const Plan& plan) {
   return params.num_batches_tracked && !params.has_momentum && plan.schedule == Schedule::resident && plan.groups > 1;
@@ -26,7 +26,7 @@ class BatchCounter {
         ticket_(needs_ticket(params, plan) ? ticket : nullptr),
         is_cumulative_(!params.has_momentum) {}
 
-  // Returns the number of batches, this one included, or 0 where nobody needs it. Call it before `increment`.
+  // Returns the number of batches, this one included, or 0 if it is not needed. Call it before `increment`.
   FASTBN_DEVICE int64_t number() const { return counter_ && is_cumulative_ ? *counter_ + 1 : 0; }
 
   // Counts this batch, once. Call it in all threads, after `number` and then a barrier of the cluster and, in a

@@ -1,4 +1,4 @@
-// Numbers per channel of a tile: made once per block, shared by its threads.
+// Per-channel numbers of a tile, computed once per block and shared by its threads.
 #pragma once
 
 #include "cuda/block/walk.cuh"

@@ -21,7 +21,7 @@ FASTBN_DEVICE V pick(const V (&array)[n], int first, int i = 0) {
   return value;
 }
 
-// Sets array[first + i], likewise.
+// Sets array[first + i], for the same `first` and `i`.
 template <int part = 1, class V, int n>
 FASTBN_DEVICE void insert(V (&array)[n], int first, int i, V value) {
   FASTBN_UNROLL

@@ -1,6 +1,6 @@
 // The exchange of partial sums among the blocks of a channel tile: through distributed shared memory if they are a
 // cluster, through global memory if they are a group of a cooperative grid. Two buffers alternate, so that a tile costs
-// one barrier: before a block writes a buffer again it has met every block that read it.
+// one barrier: every block that read a buffer has passed it before the buffer is written again.
 #pragma once
 
 #include "cuda/block/reduce.cuh"
@@ -15,8 +15,9 @@ constexpr int64_t counter_words = 32;
 
 class PartialExchange {
  public:
-  // shared: SharedMemoryMap::exchange. workspace: in cooperative plans, one counter per group, then the sums as
-  // [2 buffers, groups, splits, channels per tile]. Keeps a reference to the plan, which is a parameter of the kernel.
+  // `shared` is SharedMemoryMap::exchange. `workspace` has, in cooperative plans, one counter per group, then the sums
+  // as [2 buffers, groups, splits, channels per tile]. Keeps a reference to the plan, which is a parameter of the
+  // kernel.
   FASTBN_DEVICE PartialExchange(const Plan& plan, Sums* shared, void* workspace)
       : plan_(plan), shared_(shared), workspace_(static_cast<uint32_t*>(workspace)) {}
 
@@ -30,7 +31,7 @@ class PartialExchange {
   // Returns the number of exchanges completed.
   FASTBN_DEVICE int count() const { return count_; }
 
-  // Says whether this block writes the results that a tile has once.
+  // Returns whether this block writes the results that a tile has once.
   FASTBN_DEVICE bool is_leader() const { return block() % plan_.splits == 0; }
 
   // Sets this block's part of the sums of a channel of the tile.

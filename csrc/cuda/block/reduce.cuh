@@ -43,7 +43,7 @@ struct LongSum {
   }
 };
 
-// Returns what the block's shared memory begins with.
+// Returns the first part of the block's shared memory.
 template <int channels>
 FASTBN_DEVICE ReduceMemory<channels>& reduce_memory() {
   return *device::shared_memory<ReduceMemory<channels>>();
@@ -81,8 +81,8 @@ FASTBN_DEVICE void by_teams(int channels, Work work) {
   }
 }
 
-// Says whether float32 sums of squares or products are as good as float64 ones: no sum overflowed, and no sum of
-// nonzero numbers vanished. `is_exact_zero` says that a second sum of 0 is right.
+// Returns whether float32 sums of squares or products are as good as float64 ones: no sum overflowed, and no sum of
+// nonzero numbers underflowed. `is_exact_zero` says that a second sum of 0 is right.
 FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
   const bool finite = sums.first - sums.first == 0 && sums.second - sums.second == 0;
   return finite && (sums.second >= 1e-30 || sums.second <= -1e-30 || (sums.second == 0 && is_exact_zero));

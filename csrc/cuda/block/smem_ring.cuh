@@ -46,7 +46,7 @@ class SmemRing {
     close_stages(count);
   }
 
-  // Waits for the vectors of a stage before the first of them is visited.
+  // Waits for the vectors of a stage if the first of them is next.
   FASTBN_DEVICE void wait() const {
     if (released_ == 0) device::copy_async_wait<copy_stages - 1>();
   }

@@ -16,7 +16,7 @@ namespace fastbn::cuda {
 // the compiler would otherwise spill a word or two to fit one more block.
 constexpr int any_occupancy = 0;
 
-// Reversed, a second pass over a tensor begins where the first one ended, with the lines that L2 still holds.
+// The order of a pass. A reversed second pass begins where the first one ended, with the lines that L2 still holds.
 enum class Order { ascending, reversed };
 
 struct Step {
@@ -24,7 +24,7 @@ struct Step {
   int count;       // of its elements: 8, fewer at the end of a row or run, 0 after the last vector
 };
 
-// `aligned`: every vector is full and 16-byte aligned, so loads need no bounds check.
+// The vectors of one thread. `aligned`: every vector is full and 16-byte aligned, so loads need no bounds check.
 template <Kernel kernel, bool aligned_>
 class Walk {
  public:
@@ -97,7 +97,7 @@ class Walk {
     return by_rows ? int64_t(tiles) * plan_.vectors_per_row * vec_size : tiles * layout_.inner;
   }
 
-  // Says whether that tile has this vector. A later tile has no vector that an earlier one lacks.
+  // Returns whether that tile has this vector. A later tile has no vector that an earlier one lacks.
   FASTBN_DEVICE bool has_vector_in_tile(int tiles) const {
     return by_rows ? (index_ + tiles * plan_.vectors_per_row) * vec_size < plan_.row_width
                    : first_channel + tiles < layout_.channels;
@@ -214,7 +214,7 @@ class Walk {
   int64_t to_next_run_ = 0;  // from the end of a run to the next one of the channel
 };
 
-// Says whether all walks of a plan are aligned.
+// Returns whether all walks of a plan are aligned.
 inline bool is_aligned_walk(const Plan& plan, const Layout& layout) {
   constexpr int64_t max_vectors = 1 << 30;  // the sum of two indices is an int
   return plan.vectorized && layout.outer % plan.fold == 0 &&

@@ -135,7 +135,7 @@ FASTBN_DEVICE void sync_cluster_after_reads() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Maps an address in this block's shared memory to the same place in that of block `rank` of the cluster, which must
+// Maps an address in this block's shared memory to the same offset in that of block `rank` of the cluster, which must
 // not have returned yet.
 template <class T>
 FASTBN_DEVICE T* cluster_shared(T* local, int rank) {

@@ -10,7 +10,7 @@
 
 namespace fastbn::cuda {
 
-// values[i] = map(struct of the activation, z[i], values[i]); long formulas take parts of the vector at a time.
+// Sets values[i] to map(struct of the activation, z[i], values[i]). Long formulas take parts of the vector at a time.
 template <class A, class Map>
 FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[vec_size], A (&values)[vec_size], Map map) {
   with_activation(activation, [&](auto a) {
@@ -27,13 +27,13 @@ FASTBN_DEVICE void map_activation(Activation activation, const A (&z)[vec_size],
   });
 }
 
-// Says whether an activation is so short that loops process several vectors side by side; the others take one vector at
-// a time.
+// Returns whether an activation is so short that loops process several vectors side by side; with the others they take
+// one vector at a time.
 FASTBN_DEVICE bool has_light_epilogue(Activation activation) {
   return activation == Activation::none || activation == Activation::relu;
 }
 
-// Calls `use(std::true_type)` or `use(std::false_type)`, by has_light_epilogue; both are instantiated.
+// Calls `use(std::true_type)` or `use(std::false_type)` as has_light_epilogue says; both are instantiated.
 template <class Use>
 FASTBN_DEVICE void dispatch_epilogue(Activation activation, Use use) {
   has_light_epilogue(activation) ? use(std::true_type()) : use(std::false_type());

@@ -8,8 +8,8 @@
 
 namespace fastbn::cuda {
 
-// Coefficients that recompute z, and the pivot of the sums. Only in float32 the rounding of x - pivot shows: float64 is
-// too fine for it, and elements of half types are themselves rounded far more.
+// Coefficients that recompute z, and the pivot of the sums. The rounding of x - pivot is visible only in float32:
+// float64 is too fine for it, and elements of half types are themselves rounded far more.
 template <class T>
 struct SumCoefficients {
   using A = acc_t<T>;

@@ -23,7 +23,7 @@ class GradZ {
   };
   static constexpr int bytes_in_flight = 2 * sizeof(Vec8<T>);  // per item, without a residual
 
-  // needs_x: whether the caller uses x for more than z. Keeps a reference to the parameters, which are the kernel's.
+  // `needs_x`: whether the caller uses x for more than z. Keeps a reference to the parameters, which are the kernel's.
   FASTBN_DEVICE GradZ(const BackwardParams& params, const Plan& plan, bool needs_x)
       : params_(params), vectorized_(plan.vectorized) {
     masked_ = params.mask && is_piecewise_linear(params.activation);
@@ -32,9 +32,10 @@ class GradZ {
     reads_input_ = needs_z || needs_x;
   }
 
-  // Says whether a sum(grad_z * (x - pivot)) of 0 is right for a channel, or not wanted, although sum(grad_z) is not 0.
+  // Returns whether 0 is right for a channel's sum(grad_z * (x - pivot)), or the sum not wanted, if sum(grad_z) is not
+  // 0.
   FASTBN_DEVICE bool may_be_zero(int64_t channel) const {
-    return !reads_input_ || !misses_vanished_products(params_.inv_std[channel]);
+    return !reads_input_ || !loses_underflowed_products(params_.inv_std[channel]);
   }
   FASTBN_DEVICE bool reads_input() const { return reads_input_; }
 
@@ -47,7 +48,7 @@ class GradZ {
     return item;
   }
 
-  // Return an element's x, or 0 where nobody reads it, and its grad_z.
+  // Return an element's x, or 0 if it is not read, and its grad_z.
   FASTBN_DEVICE A load_x(const Step& step, int i) const {
     return reads_input_ ? to_acc(at(params_.input, step)[i]) : A(0);
   }
@@ -92,7 +93,7 @@ class GradZ {
     return item;
   }
 
-  // light_epilogue: from dispatch_epilogue.
+  // Computes grad_z of a vector. `light_epilogue` is from dispatch_epilogue.
   template <bool light_epilogue, int channels>
   FASTBN_DEVICE void compute(const Item& item, const Affine<A> (&affine)[channels], A (&grad)[vec_size]) const {
     FASTBN_UNROLL

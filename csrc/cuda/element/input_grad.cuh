@@ -8,14 +8,14 @@
 
 namespace fastbn::cuda {
 
-// grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or only
-// grad_z * weight * inv_std where the statistics are frozen; grad_residual = grad_z.
+// The function that stores grad_input = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * weight * inv_std, or
+// only grad_z * weight * inv_std if the statistics are frozen, and grad_residual = grad_z.
 template <class T, bool aligned>
 class InputGrad {
  public:
   using A = acc_t<T>;
 
-  // is_far: from any_is_far, for the tile; its coefficients were made with it.
+  // `is_far` is the tile's any_is_far, with which its coefficients were made.
   FASTBN_DEVICE InputGrad(const BackwardParams& params, const Plan& plan, bool frozen, bool is_far)
       : grad_input_(static_cast<T*>(params.grad_input)),
         grad_residual_(static_cast<T*>(params.grad_residual)),
@@ -23,7 +23,7 @@ class InputGrad {
         is_far_(is_far && sizeof(A) < sizeof(double)),
         vectorized_(plan.vectorized) {}
 
-  // light_epilogue: from grad_z.dispatch_epilogue.
+  // Stores the gradients of a vector. `light_epilogue` is from grad_z.dispatch_epilogue.
   template <bool light_epilogue, int channels>
   FASTBN_DEVICE void operator()(const Step& step, const GradZ<T, aligned>& grad_z,
                                 const typename GradZ<T, aligned>::Item& item,
@@ -66,7 +66,7 @@ class InputGrad {
   bool frozen_, is_far_, vectorized_;
 };
 
-// Says, in all threads of the block, whether the gradients of a tile have to be made by apply_far.
+// Returns, in all threads of the block, whether the gradients of a tile have to be computed by apply_far.
 template <class A, class Walk>
 FASTBN_DEVICE bool any_is_far(const BackwardParams& params, const Walk& walk, uint32_t* votes) {
   if constexpr (sizeof(A) == sizeof(double)) return false;

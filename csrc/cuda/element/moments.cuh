@@ -29,15 +29,15 @@ FASTBN_DEVICE Moments moments_of(const Layout& layout, double pivot, const Sums&
   return layout.count() > 0 ? Moments::from_shifted(double(layout.count()), pivot, sums.first, sums.second) : Moments{};
 }
 
-// Says whether float32 sums about the pivot leave too few digits of a block's squares: whether the pivot lies more than
-// 8 standard deviations from the mean of the block's `count` elements of a channel. If no block's part cancels, neither
-// do the sums over all of them. Parts of a few elements may be as narrow by chance, and lose little.
+// Returns whether float32 sums about the pivot leave too few digits of a block's squares: whether the pivot lies more
+// than 8 standard deviations from the mean of the block's `count` elements of a channel. If no block's part cancels,
+// neither do the sums over all of them. Parts of a few elements may be as narrow by chance, and lose little.
 FASTBN_DEVICE bool cancels(const Sums& sums, double count) {
   constexpr double min_count = 32, max_ratio = 64;  // of the squares to those about the mean
   return count >= min_count && (max_ratio - 1) * sums.second * count < max_ratio * sums.first * sums.first;
 }
 
-// Sums in A over the vectors for which each(use) calls use(step, x). One thread per channel of the tile calls
+// Sums, in A, over the vectors for which each(use) calls use(step, x). One thread per channel of the tile calls
 // save(channel, sums). Returns whether float32 was enough for all channels.
 template <class T, class A, class Walk, class Each, class Save>
 FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,

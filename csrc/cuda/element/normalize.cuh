@@ -11,7 +11,8 @@
 
 namespace fastbn::cuda {
 
-// output = activation((x - mean) * inv_std * weight + bias + residual), and a mask of one bit per element if wanted.
+// The function that stores output = activation((x - mean) * inv_std * weight + bias + residual), and a mask of one bit
+// per element if wanted.
 template <class T, bool aligned>
 class Normalize {
  public:
@@ -33,7 +34,7 @@ class Normalize {
     return residual;
   }
 
-  // light_epilogue: from dispatch_epilogue.
+  // Stores the output of a vector. `light_epilogue` is from dispatch_epilogue.
   template <bool light_epilogue, int channels>
   FASTBN_DEVICE void operator()(const Step& step, const Vec8<T>& x, const Vec8<T>& residual,
                                 const Affine<A> (&affine)[channels]) const {

@@ -12,7 +12,7 @@
 
 namespace fastbn::cuda {
 
-// One thread per channel calls Finish()(params, channel, sums).
+// Adds up the parts of each channel; one thread per channel calls Finish()(params, channel, sums).
 template <class Params, class Finish>
 FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) finish_kernel(Params params, int splits, const Sums* partials) {
   const int64_t channels = params.layout.channels;

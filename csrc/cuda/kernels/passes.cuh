@@ -15,7 +15,7 @@
 
 namespace fastbn::cuda {
 
-// Partial sums are laid out as [splits, channels].
+// Launches the first pass of a two-phase forward. Partial sums are laid out as [splits, channels].
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
 cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
                                   cudaStream_t stream);
@@ -25,11 +25,11 @@ cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sum
 // Writes sum_grad, sum_grad_xhat, grad_weight and grad_bias where they are not null.
 cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
                                     cudaStream_t stream);
-// With a null sum_grad the statistics are frozen; with a null count it is that of the layout.
+// Writes grad_input and grad_residual. A null sum_grad means frozen statistics, a null count that of the layout.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
 
-// Sums and the last pass in one launch, for one-pass plans and the statistics of the batch. The workspace
-// is that of cooperative plans, or the ticket of a cumulative average (batch_counter.cuh), then 0.
+// Run a one-pass plan, with the statistics of the batch: the sums and the last pass in one launch. The workspace is
+// that of cooperative plans, or the ticket of a cumulative average (batch_counter.cuh), which must be 0.
 cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
                                     cudaStream_t stream);
 cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,

@@ -43,7 +43,7 @@ if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
 
 
 def find_cuda() -> str | None:
-    """Returns the folder of the CUDA toolkit, or None for a build without CUDA.
+    """Return the folder of the CUDA toolkit, or None for a build without CUDA.
 
     torch's own search finds no toolkit if torch was built without CUDA.
     """

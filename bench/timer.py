@@ -1,10 +1,6 @@
 """The one timer: calls take turns in rounds, so that drift of the machine reaches all of them alike.
 
-The order changes from round to round, so that no call always follows the same other one. A clock times one sample. On a
-CPU that is the host's, over as many calls as make a sample long enough to read, after one that is not timed: caches and
-allocator then hold the implementation's own data, whichever ran before. On a GPU it is a pair of CUDA events around one
-call: L2 is flushed before it, and a spin on the device lets the host enqueue the whole call first, so that the events
-bracket device time and no wait for the host.
+The order changes from round to round, so that no call always follows the same other one. A clock times one sample.
 """
 
 from __future__ import annotations
@@ -40,7 +36,10 @@ class Budget:
 
 
 class HostClock:
-    """A clock on the host: perf_counter around as many calls as take `sample_seconds`, after one more."""
+    """A clock on the host: perf_counter around as many calls as take `sample_seconds`, after one that is not timed.
+
+    Caches and allocator then hold the implementation's own data, whichever ran before.
+    """
 
     sample_seconds = 3e-4
 
@@ -62,7 +61,11 @@ class HostClock:
 
 
 class CudaClock:
-    """A clock on the device: CUDA events on the current stream around one call, with L2 flushed before it."""
+    """A clock on the device: CUDA events on the current stream around one call, with L2 flushed before it.
+
+    A spin on the device lets the host enqueue the entire call first, so that the events bracket device time and no wait
+    for the host.
+    """
 
     # Bytes read to flush L2: twice B200's, the largest known.
     flush_bytes = 256 * 2**20

@@ -37,24 +37,24 @@ __all__ = [
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 # The dispatch keys below autograd, for an op that has its own autograd kernel.
 after_autograd = torch._C._after_autograd_keyset
-# Whether torch.func transforms are under way.
+# Returns whether torch.func transforms are active.
 has_functorch_transforms = torch._C._are_functorch_transforms_active
-# What is inside a tensor that left a transform that is over.
+# Returns the tensor inside a wrapper that has outlived its transform.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-# Whether a tensor stands for a batch of gradients (`is_grads_batched`): its strides cannot be asked for.
+# Returns whether a tensor stands for a batch of gradients (`is_grads_batched`): its strides cannot be read.
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _peek_interpreter_stack, _Interpreter = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.CInterpreter
 
 
 def apply_below_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply`, but without what torch.autograd.Function.apply asks before, which is for transforms: 1.4 us."""
+    """Return `function.apply` without the checks for transforms that torch.autograd.Function.apply makes (1.4 us)."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def is_in_functorch_transform() -> bool:
-    """Like `has_functorch_transforms`, but Dynamo can trace it."""
-    # Not `is not None`: Dynamo wraps what it cannot trace, and a wrapped None is not None.
+    """Return what `has_functorch_transforms` returns, in a form that Dynamo can trace."""
+    # `is not None` would be wrong: Dynamo wraps values that it cannot trace, and a wrapped None is not None.
     return isinstance(_peek_interpreter_stack(), _Interpreter)
 
 
@@ -63,5 +63,8 @@ def is_in_forward_ad() -> bool:
 
 
 def is_exporting() -> bool:
-    """Not torch.compiler.is_exporting(), which Dynamo of torch 2.10 takes for true wherever it compiles."""
+    """Return whether torch.export is tracing.
+
+    Dynamo of torch 2.10 takes torch.compiler.is_exporting() for true wherever it compiles.
+    """
     return torch.compiler._is_exporting_flag

@@ -27,7 +27,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """activation(batch_norm(input) + residual) in one op, as `torch.nn.functional.batch_norm` otherwise.
+    """Return activation(batch_norm(input) + residual) in one op; otherwise as `torch.nn.functional.batch_norm`.
 
     input: (N, C, *), float32, float64, bfloat16 or float16, any strides. The result has its shape, dtype and suggested
     memory format. weight, bias, running_mean, running_var: (C,), the dtype of input, or float32 beside a half type.

@@ -1,4 +1,4 @@
-"""What docs and docstrings say of the tree: paths that they name exist, and lists of activations are complete."""
+"""Claims of docs and docstrings about the tree: paths that they name exist, and lists of activations are complete."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastbn.ops.activations import ACTIVATIONS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
 TOP = "csrc fastbn tests bench docs examples .ci .github".split()
-# What commands write or find elsewhere.
+# Paths that commands write or find elsewhere.
 MADE = {"demo/curves.png"}
 
 
 def _named(text: str) -> set[str]:
-    """Paths below a folder of the tree, between backticks or as a word of a command."""
+    """Return paths below a folder of the tree, between backticks or as a word of a command."""
     words = re.findall(r"(?<![\w./*-])[\w.-]+(?:/[\w.{},*-]*)+", text)
     return {word.rstrip(".,") for word in words if word.split("/")[0] in TOP and word not in MADE}
 

@@ -1,10 +1,4 @@
-"""Measures the time that a model spends in its BatchNorm modules, forward and backward, by hooks that leave results
-unchanged.
-
-Forward is from a module's call to its return. Backward is from the gradient of its output being ready to that of its
-input being ready, and includes the gradients of weight and bias. Both include the cost of launches. The clock is the
-host's on a CPU and CUDA events on the current stream on a GPU.
-"""
+"""The time that a model spends in its BatchNorm modules, forward and backward, by hooks that change no results."""
 
 import statistics
 import time
@@ -17,6 +11,10 @@ from fastbn._torch import BatchNormBase
 
 class BatchNormTimer:
     """A timer of every BatchNorm of `model`; `with timer:` around a training step measures it.
+
+    Forward is from a module's call to its return. Backward is from the gradient of its output being ready to that of
+    its input being ready, and includes the gradients of weight and bias. Both include the cost of launches. The clock
+    is the host's on a CPU and CUDA events on the current stream on a GPU.
 
     A module may be called several times in a step. The time is exact where nothing but the BatchNorm uses its input, as
     in a chain of layers; elsewhere backward also includes work before the last gradient of that input arrives. The

@@ -48,7 +48,7 @@ def variants(seed: int) -> dict[str, nn.Sequential]:
 
 @dataclass
 class Run:
-    """One net and its history: a value an epoch. `first_loss` is that of the first batch, before the first update;
+    """One net and its history: one value per epoch. `first_loss` is that of the first batch, before the first update;
     `logits` are those of the test set after the first epoch."""
 
     net: nn.Sequential
@@ -61,7 +61,7 @@ class Run:
 
 
 class Experiment:
-    """Train the three variants in lockstep, so that what else the machine does hits all of them alike."""
+    """The training of the three variants in lockstep, so that other load on the machine affects all of them alike."""
 
     def __init__(self, data: Dataset, device: torch.device, *, batch_size: int, lr: float, seed: int):
         self.data = data.to(device)
@@ -76,7 +76,7 @@ class Experiment:
 
     @property
     def steps(self) -> int:
-        """Steps an epoch. A last batch of one image is left out: BatchNorm1d has no statistics of a single value."""
+        """Return the steps per epoch. A last batch of one image is left out: it has no statistics for BatchNorm1d."""
         count, size = len(self.data.train_labels), self.batch_size
         return count // size + (count % size > 1)
 

@@ -73,7 +73,7 @@ class BatchNormFunction(torch.autograd.Function):
         # Frozen statistics need the input only for the gradient of weight, or to find the activation's derivative.
         recomputes = activation != 0 and not masked
         needs_input_data = batch_stats or recomputes or ctx.needs_input_grad[2]
-        # Tensors alone, since what walks a graph takes saved_tensors for tensors; backward takes them off the end.
+        # Only tensors are saved, since tools that walk a graph expect no None in saved_tensors. Backward pops them.
         saved = [mean, inv_std]
         if weight is not None:
             saved.append(weight)
@@ -174,7 +174,7 @@ def _apply(
         return BatchNormFunction.apply(input, residual, weight, bias, chosen)  # type: ignore[no-untyped-call]
     if dispatch.cannot_be_saved(input, residual, weight, bias, chosen[0].running_mean, chosen[0].running_var):
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
-    # A tensor that left a functorch transform that is over is still wrapped. (A loop would take 0.2 us.)
+    # A tensor that has outlived its functorch transform is still wrapped. (A loop would take 0.2 us.)
     unwrap = _torch.unwrap_if_dead
     return _apply_below_transforms(
         unwrap(input),

@@ -25,7 +25,7 @@ def to_unit_scale(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     dims = reduced_dims(x)
     with torch.no_grad():
-        # Not by one power of two: a mean far off would leave no digits of a small x, or x overflow.
+        # One power of two is not enough: with a mean far off, a small x would lose all digits, or x would overflow.
         max_magnitude = x.abs().amax(dims).double()
         first = _power_of_two_below(max_magnitude.clamp(min=math.sqrt(eps))).clamp(2.0**-126, 2.0**126)
         near = x * wide(x, first)

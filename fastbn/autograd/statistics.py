@@ -26,7 +26,7 @@ from fastbn.ops.layout import suggest_memory_format, unpack_mask
 
 
 class Moments(NamedTuple):
-    """mean and biased var, float64 [C], of as many `elements` per channel, float64 [1]."""
+    """The mean and biased variance, float64 [C], of `elements` elements per channel, float64 [1]."""
 
     mean: Tensor
     var: Tensor
@@ -34,11 +34,11 @@ class Moments(NamedTuple):
 
 
 class Hooks:
-    """What a variant changes. The base class is plain batch normalisation.
+    """The steps that a variant overrides. The base class is plain batch normalisation.
 
     Hooks compute in float64 on vectors of C elements, without a host sync. A forward calls `select`, `replace`, `merge`
     and `correct` once each, in that order, but `merge` only where `replace` returns None; a backward calls `merge_sums`
-    once, also only then. No gradient flows through a hook but the one that backward computes.
+    once, also only then. No gradient flows through a hook, except the one that backward computes.
     """
 
     def select(self, input: Tensor) -> Tensor | None:
@@ -63,7 +63,7 @@ class Hooks:
 
 
 class Settings(NamedTuple):
-    """What StatisticsFunction takes beside the tensors that it differentiates."""
+    """The arguments of StatisticsFunction beside the tensors that it differentiates."""
 
     hooks: Hooks
     eps: float
@@ -182,7 +182,7 @@ class StatisticsFunction(torch.autograd.Function):
 
 
 def _cleared(x: Tensor, selected: Tensor | None) -> Tensor:
-    """Return x with 0 where it is not selected: what is there, NaN perhaps, must not reach a sum."""
+    """Return x with 0 where it is not selected: the element there, which may be NaN, must not reach a sum."""
     return x if selected is None else torch.where(selected, x, 0.0)
 
 
@@ -195,13 +195,13 @@ def _moments(
         mean, var = channel_stats(input)
         return Moments(mean, var, mean.new_full((1,), total))
     count = _count(input, selected)
-    share = total / count.clamp(min=1)
-    # The others take the mean of the selected ones, rounded to the input's dtype: what they then add to the squares is
-    # small and known.
-    filling = (channel_stats(input)[0] * share).to(input.dtype)
+    ratio = total / count.clamp(min=1)
+    # The others are set to the mean of the selected ones, rounded to the input's dtype, so that their part of the
+    # squares is small and known.
+    filling = (channel_stats(input)[0] * ratio).to(input.dtype)
     mean_of_all, var_of_all = channel_stats(torch.where(selected, input, wide(input, filling)))
     filling = filling.double()
-    mean = filling + (mean_of_all - filling) * share
+    mean = filling + (mean_of_all - filling) * ratio
     squares = total * var_of_all - (total - count) * (filling - mean_of_all).square()
     var = (squares / count.clamp(min=1) - (mean - mean_of_all).square()).clamp(min=0)
     return Moments(torch.where(count > 0, mean, 0.0), torch.where(count > 0, var, 0.0), count)

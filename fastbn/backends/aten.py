@@ -1,4 +1,4 @@
-"""torch's own operations: what serves the calls that no op of fastbn can take, and those that torch has to see."""
+"""torch's own operations, for the calls that no op of fastbn can take, and for those that torch has to see."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def batch_norm(call: Call) -> Tensor:
     if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
         counter.add_(0)  # raises what counting would raise after the averages had moved
     if training and weight is not None and bias is not None and weight.dtype != bias.dtype:
-        # torch compares the two after it has moved the averages: so first with copies of them.
+        # torch compares the two after it has moved the averages, so it is first called with copies of them.
         mean, var = (t if t is None else t.clone() for t in (running_mean, running_var))
         F.batch_norm(input, mean, var, weight, bias, True, factor, eps)
     # torch's backward of (N, C) reads beside a vector that is not contiguous.

@@ -11,19 +11,19 @@ from fastbn.ops import dispatch
 from fastbn.ops.dispatch import Backend, Call
 
 _backends: dict[str, Backend] = {}
-# Of one type of device, the fastest first.
+# The backends for each type of device, the fastest first.
 _offered: dict[str, list[Backend]] = {}
 
 
 def register(backend: Backend) -> None:
-    """Make a backend known by its name, and offer it calls on its types of devices after those registered before."""
+    """Register a backend under its name, and offer it calls on its types of devices after those registered before."""
     _backends[backend.name] = backend
     for device_type in backend.device_types:
         _offered.setdefault(device_type, []).append(backend)
 
 
 def get(name: str) -> Backend:
-    """Return the backend of that name. ValueError for an unknown one."""
+    """Return the backend of that name. Raises ValueError for an unknown one."""
     try:
         return _backends[name]
     except KeyError:

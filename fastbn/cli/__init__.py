@@ -1,4 +1,4 @@
-"""The command `fastbn`: one file a subcommand, each with `add_arguments(parser)` and `run(args) -> int`."""
+"""The command `fastbn`: one file per subcommand, each with `add_arguments(parser)` and `run(args) -> int`."""
 
 import argparse
 import contextlib

@@ -1,1 +1,1 @@
-"""What reports on a build, a device or a call."""
+"""Reports on a build, a device or a call."""

@@ -1,4 +1,4 @@
-"""fastbn.set_max_sms: caps the SMs that a kernel may occupy, so that other work can run at the same time."""
+"""fastbn.set_max_sms: caps the SMs that a cooperative kernel may occupy, so that other work can run beside it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """FrozenBatchNorm1d, 2d and 3d: batch normalisation by running statistics that nothing moves, in either mode.
 
-One op a direction, like the layers that train: the contract has a fused op for constant statistics.
+Forward and backward are one op each, as in the layers that train: the contract has a fused op for constant statistics.
 """
 
 from __future__ import annotations

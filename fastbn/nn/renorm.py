@@ -117,7 +117,7 @@ class _BatchRenorm(FastBatchNorm):
         bounds = tuple(bound(batches) if callable(bound) else bound for bound in (self.r_max, self.d_max))
         output, moments = normalize(call, _Renormalize(mean, var, self.eps, bounds))
         with torch.no_grad():
-            # As BatchNorm's: by the unbiased variance, and by an empty batch not at all, without a host sync.
+            # The update is BatchNorm's: with the unbiased variance, and none for an empty batch, without a host sync.
             factor = (moments.elements > 0).double() * (1 / batches if self.momentum is None else self.momentum)
             unbiased = moments.var * (moments.elements / (moments.elements - 1).clamp(min=1))
             for running, batch in ((mean, moments.mean), (var, unbiased)):

@@ -1,4 +1,4 @@
-"""The activations that can be fused behind the normalisation: one row each, in the order that the ops number them.
+"""The activations that can be fused after the normalisation: one row each, in the order that the ops number them.
 
 Order, form and default parameters are those of `Activations` in csrc/math/activation.h: `check_build` compares
 the two when fastbn is imported.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """How torch computes an activation, and its derivative as differentiable torch operations.
+    """An activation as torch computes it, and its derivative as differentiable torch operations.
 
     forward: activation(z). backward: grad_out * activation'(z) of (grad_out, z), for those that are not piecewise
     linear. The branches at the boundaries are those of torch's `*_backward` kernels, and at NaN those of the vectorised
@@ -44,9 +44,9 @@ class Activation:
         return self.is_upper is not None
 
     def param(self, given: float | None) -> tuple[()] | tuple[float]:
-        """The last argument of forward and backward: what was given, or torch's default; nothing without a parameter.
+        """Return the last argument of forward and backward: `given`, or torch's default; nothing without a parameter.
 
-        ValueError for a parameter of an activation that has none.
+        Raises ValueError for a parameter of an activation that has none.
         """
         if self.default_param is not None:
             return (self.default_param if given is None else given,)
@@ -116,7 +116,7 @@ ROWS = (
 )
 ACTIVATIONS = tuple(row.name for row in ROWS)
 
-# Their derivative is known from one bit per element, which the mask holds.
+# Activations whose derivative is known from one bit per element, which the mask holds.
 PIECEWISE_LINEAR = frozenset(row.name for row in ROWS if row.is_piecewise_linear)
 
 
@@ -135,7 +135,7 @@ def check_build(built: Sequence[dict[str, Any]]) -> None:
 
 
 def index(name: str | None) -> int:
-    """The number that the ops know an activation by; None is "none". ValueError for an unknown name."""
+    """Return the number of an activation in the ops; None is "none". Raises ValueError for an unknown name."""
     if name is None:
         return 0
     try:
@@ -147,7 +147,7 @@ def index(name: str | None) -> int:
 def check_param(activation: int, param: float | None) -> float | None:
     """Return `param`, None for torch's default, as the ops take it.
 
-    ValueError for anything but a number, and for a parameter of an activation that has none.
+    Raises ValueError for anything but a number, and for a parameter of an activation that has none.
     """
     if param is None:
         return None

@@ -65,8 +65,8 @@ def _parameter_gradient(call: SimpleNamespace, is_needed: bool) -> Tensor:
     return like.new_empty(call.input.size(1) if is_needed else 0)
 
 
-# What a result is, by its name in the schemas, from the arguments by theirs; a name means the same in every op. An op
-# without `need_input` always returns that gradient.
+# Functions that allocate a result, by its name in the schemas, from the arguments by theirs. A name means the same in
+# every op. An op without `need_input` always returns grad_input.
 _RESULTS: dict[str, Callable[[SimpleNamespace], Tensor]] = {
     "output": _activation,
     "mean": _stats,

@@ -1,4 +1,4 @@
-"""What a call is, what a backend is, and for which calls torch's own batch_norm has to run, whatever the backend."""
+"""The types Call, Plan and Backend, and the calls for which torch's own batch_norm has to run, whatever the backend."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs. Traffic is predicted, not measured, in units of S, the bytes of one activation tensor; it is
-    NaN where nobody counted it."""
+    """The way one call runs. Traffic is predicted, not measured, in units of S, the bytes of one activation tensor; NaN
+    where it was not counted."""
 
     backend: str
     kernel: str
@@ -71,11 +71,11 @@ class Backend(Protocol):
 
     @property
     def ops(self) -> Any:
-        """The eight ops as attributes, or None for a composition of torch's operations that needs none."""
+        """Return the eight ops as attributes, or None for a composition of torch's operations that needs none."""
 
     @property
     def device_types(self) -> tuple[str, ...]:
-        """Types of the devices whose tensors the backend is offered without being named."""
+        """Return the types of devices whose tensors the backend is offered without being named."""
 
     def why_not(self, call: Call) -> str | None:
         """Return why the backend cannot take a call that the contract allows, or None if it can."""
@@ -84,7 +84,7 @@ class Backend(Protocol):
         """Return whether the backward of a piecewise linear activation after a residual reads a mask."""
 
     def plan(self, call: Call, direction: str, reason: str) -> Plan:
-        """Return how the backend runs a call. direction: "forward" or "backward". reason: how the plan's begins."""
+        """Return how the backend runs a call. direction: "forward" or "backward". reason: the start of the plan's."""
 
     def availability(self) -> str:
         """Return "yes: ..." or "no: ..." with what runs, or what is missing, in this process."""

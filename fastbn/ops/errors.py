@@ -1,8 +1,8 @@
-"""Errors that torch raises below the ops (out of memory above all), kept with their type and text.
+"""Errors that torch raises below the ops (out of memory above all), preserved with their type and text.
 
 Torch's C interface, through which the ops allocate, drops both. An op whose allocation failed therefore repeats it from
 Python, where torch raises its own exception. That exception cannot pass through the op, which fails with a RuntimeError
-of the same text, so it is kept here for the caller of the op.
+of the same text, so it is stored here for the caller of the op.
 """
 
 from __future__ import annotations

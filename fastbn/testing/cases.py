@@ -55,12 +55,12 @@ class Case:
 
     @property
     def memory_format(self) -> str:
-        """The memory format that the ops give the output; channels_last stands for channels_last_3d too."""
+        """Return the memory format that the ops give the output; channels_last stands for channels_last_3d too."""
         return "channels_last" if "channels_last" in self.layout else "contiguous"
 
     @property
     def count(self) -> int:
-        """Number of elements per channel."""
+        """Return the number of elements per channel."""
         return self.numel // self.channels
 
 

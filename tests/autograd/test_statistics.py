@@ -88,7 +88,7 @@ def _wide(x, vector):
 
 
 def _expected(tensors, grad_out, activation, mean=None, var=None, r=None, d=None, mask=None):
-    """The definition, differentiated by autograd."""
+    """Return output and gradients by the definition, differentiated by autograd."""
     x, residual, weight, bias = tensors
     dims = [dim for dim in range(x.dim()) if dim != 1]
     if mean is None:
@@ -206,8 +206,8 @@ def test_merged_moments(backend, own):
         mean = x[part].detach().mean((0, 2, 3)) if len(x[part]) else torch.zeros(5).double()
         var = x[part].detach().var((0, 2, 3), correction=0) if len(x[part]) else torch.zeros(5).double()
         moments.append(Moments(mean, var, torch.tensor([len(x[part]) * 12.0]).double()))
-        whole = x.detach()
-        xhat = (whole - _wide(x, whole.mean((0, 2, 3)))) / _wide(x, (whole.var((0, 2, 3), correction=0) + EPS).sqrt())
+        batch = x.detach()
+        xhat = (batch - _wide(x, batch.mean((0, 2, 3)))) / _wide(x, (batch.var((0, 2, 3), correction=0) + EPS).sqrt())
         grad_z = grads[1][part]
         sums.append((grad_z.sum((0, 2, 3)), (grad_z * xhat[part]).sum((0, 2, 3))))
     parameter_grads = []

@@ -121,7 +121,7 @@ def test_an_empty_batch_is_counted_and_nothing_else():
     assert torch.equal(mean, torch.zeros(4)) and torch.equal(var, torch.ones(4))
 
 
-def test_one_value_a_channel_has_no_unbiased_variance():
+def test_one_value_per_channel_has_no_unbiased_variance():
     mean, var = torch.zeros(2), torch.ones(2)
     x = torch.tensor([[1.0, 2.0]])
     output = reference.batch_norm_train(x, None, None, None, mean, var, None, 0.5, EPS, 0, False)[0]

@@ -34,7 +34,7 @@ class Added(ReferenceBackend):
 
 @pytest.fixture
 def added(monkeypatch):
-    """The backend, registered before all others."""
+    """Register a backend before all others."""
     monkeypatch.setattr(registry, "_backends", {})
     monkeypatch.setattr(registry, "_offered", {})
     backend = Added()

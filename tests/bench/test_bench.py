@@ -345,7 +345,7 @@ def test_the_schema_names_the_fields_of_the_records():
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Arguments for a run of some seconds on one small case."""
+    """Return arguments for a run of some seconds on one small case."""
     monkeypatch.setattr(bandwidth, "_LARGEST", {"cpu": 2**16, "cuda": 2**16})
     return [
         *(
@@ -551,7 +551,7 @@ def test_compare_takes_times_in_units_of_torchs():
 
 
 def pair_of(times, torch_times):
-    """A run of the cases a, b, c, ... with both implementations."""
+    """Make a run of the cases a, b, c, ... with both implementations."""
     cases = zip("abcdefgh", times, torch_times)
     return run_of(
         *(

@@ -26,7 +26,7 @@ AMPLIFICATION = 1e6
 
 @pytest.fixture(scope="module")
 def models():
-    """Plain and fused from one state_dict."""
+    """Make a plain and a fused model from one state_dict."""
     torch.manual_seed(0)
     plain, fused = resnet50.ResNet50(resnet50.PLAIN), resnet50.ResNet50(resnet50.FUSED)
     fused.load_state_dict(plain.state_dict())

@@ -108,7 +108,7 @@ Plan plan_of(const Shape& shape, bool masked) {
     request.activation = Activation::silu;
     request.residual = request.fused = true;
     const Plan walk = choose_walk(request);
-    request.masked = false;  // so that every op has room for what it keeps
+    request.masked = false;  // so that every op has room for its tensors
     const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
     Plan plan = walk;
     const bool keeps_all = fit_on_grid(request, limits, 1, plan);
@@ -121,7 +121,7 @@ Plan plan_of(const Shape& shape, bool masked) {
   if (shape.threads) plan.threads = std::max(shape.threads, (plan.vectors_per_row + 31) / 32 * 32);
   if (shape.splits) plan.splits = shape.splits;
   if (shape.cluster || shape.groups) {
-    // Room for what every op keeps.
+    // The request is a backward with everything, so that every op has room.
     request.direction = Direction::backward;
     request.activation = Activation::silu;
     request.residual = true;
@@ -177,7 +177,7 @@ struct Case {
     Shape in_phases = shape;
     in_phases.cluster = in_phases.groups = in_phases.slots = in_phases.sms = 0;
     two_phase = plan_of<T>(in_phases, masked);
-    ForwardParams cumulative;  // the op that needs the most of it
+    ForwardParams cumulative;  // the op that needs the largest workspace
     int64_t batches = 0;
     cumulative.layout = layout;
     cumulative.num_batches_tracked = &batches;
@@ -341,7 +341,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
     p.sum_grad = sums.data();
     p.sum_grad_xhat = sums_xhat.data();
     CHECK_EQUAL(cuda::grad_sums(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
-    // As if a second rank had seen the same data.
+    // The sums and the count are those of two ranks that have seen the same data.
     const double count = 2 * double(a.layout.count());
     for (int64_t k = 0; k < a.layout.channels; ++k) {
       CHECK_NEAR(sums[k], g.sum[k], arithmetic<T> * (1 + g.absolute_sum[k]));

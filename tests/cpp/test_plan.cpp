@@ -34,7 +34,7 @@ void test_two_phase_plans() {
     }
 }
 
-// Rows that fill whole vectors where runs do not.
+// Checks the walks of layouts whose rows fill vectors where runs do not.
 void test_walks() {
   const DeviceLimits h200 = known_devices[2];
   const auto plan_of = [&](Layout layout, bool masked, bool aligned) {
@@ -51,7 +51,7 @@ void test_walks() {
   };
   check_rows(plan_of({32, 512, 7 * 7}, false, true), 49, 1, 8);
   check_rows(plan_of({32, 256, 14 * 14}, false, true), 49, 1, 2);
-  check_rows(plan_of({32, 64, 4 * 4}, true, true), 8, 1, 4);  // its mask has whole bytes per run
+  check_rows(plan_of({32, 64, 4 * 4}, true, true), 8, 1, 4);  // a run of its mask fills bytes
   check_rows(plan_of({1000, 3, 1}, false, true), 3, 8, 3);
   check_rows(plan_of({1000, 100, 1}, false, true), 25, 2, 100);
   check_rows(plan_of({64, 5, 9}, false, true), 45, 8, 5);
@@ -64,8 +64,8 @@ void test_walks() {
   }
 }
 
-// Statistics have the same bits whatever comes after them: a forward's plan depends on neither residual nor mask,
-// except for a mask that would begin in the middle of a vector.
+// Checks that statistics have the same bits whatever follows them: a forward's plan depends on neither residual nor
+// mask, except for a mask that would begin in the middle of a vector.
 void test_forward_plans_ignore_the_epilogue() {
   for (int64_t channels : {3, 64, 100, 512, 2048})
     for (int64_t outer : {8, 64, 12544, 100352, 802816})
@@ -93,7 +93,7 @@ void test_resident_plans() {
   Plan plan = choose_plan({{128, 512, 7 * 7}, DType::bfloat16}, h200);
   CHECK(plan.schedule == Schedule::resident && plan.cluster == 2 && plan.launches == 1 && plan.tiles == 64);
   CHECK(plan.tensor_reads == 1 && plan.tensor_writes == 1 && plan.shared_bytes <= h200.shared_bytes_per_block);
-  // A GPU without clusters keeps in blocks of a grid what others keep in clusters.
+  // A GPU without clusters uses blocks of a cooperative grid where others use clusters.
   CHECK(choose_plan({{256, 64, 56 * 56}, DType::bfloat16}, a100).schedule == Schedule::cooperative);
   for (int64_t inner : {56 * 56, 112 * 112}) {
     plan = choose_plan({{256, 64, inner}, DType::bfloat16}, h200);
@@ -137,7 +137,7 @@ void test_resident_plans() {
               CHECK(per_sm <=
                     blocks_per_sm(element_size(dtype), p.kernel, direction == Direction::backward, p.vectorized));
             }
-            // Every element has a slot, or the slots of one group are a ring of whole stages.
+            // Every element has a slot, or the slots of one group are a ring that consists of full stages.
             const Layout layout{outer, channels, inner};
             CHECK(p.tiles * p.channels_per_tile >= channels);
             if (p.resident_fraction == 1) {
@@ -156,14 +156,14 @@ void test_resident_plans() {
 
 void test_plans_that_keep_a_part() {
   const DeviceLimits h200 = known_devices[2];
-  // Of two tensors of 103 MB, 17 MB stay on chip, 31 MB in half of L2, and the rest is read from memory again.
+  // The two tensors have 103 MB. 17 MB stay on chip, 31 MB in half of L2, and the rest is read from memory again.
   Request request{{128 * 56 * 56, 64, 1}, DType::bfloat16, Direction::backward};
   Plan plan = choose_plan(request, h200);
   CHECK(plan.schedule == Schedule::cooperative && plan.groups == 1 && plan.tiles == 1 && plan.launches == 1);
   CHECK(plan.slots == 16 && plan.slots == copy_stages * plan.slots_per_stage);
   CHECK_NEAR(plan.resident_fraction, 16 / 96.0, 0.01);
   CHECK_NEAR(plan.tensor_reads, 2 + 2 * (1 - 16 / 96.0 - 31.5 / 102.8), 0.02);
-  // It does not pay where more is read or written, nor in forward, whose plans ignore what comes after.
+  // Keeping a part does not pay if more is read or written, nor in forward, whose plans ignore the epilogue.
   request.dtype = DType::float32;
   CHECK(choose_plan(request, h200).resident_fraction == 1);
   request.dtype = DType::bfloat16;
@@ -179,7 +179,7 @@ void test_plans_that_keep_a_part() {
   CHECK(choose_plan(request, small).schedule == Schedule::two_phase);
 }
 
-// The map of shared memory: arrays follow one another without overlap, each aligned for its type.
+// Checks the map of shared memory: arrays follow one another without overlap, each aligned for its type.
 void test_shared_memory_map() {
   Plan plan;
   plan.kernel = Kernel::row_tiles;

@@ -114,7 +114,7 @@ def max_sms():
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
-def test_cooperative_plans_leave_multiprocessors(max_sms, memory_format, direction):
+def test_cooperative_plans_leave_sms(max_sms, memory_format, direction):
     """A grid has at most one block per SM then: a smaller grid occupies as many SMs as it has blocks."""
     everything = _plan(64, 64, 112, memory_format, direction)
     max_sms(100)
@@ -128,7 +128,7 @@ def test_cooperative_plans_leave_multiprocessors(max_sms, memory_format, directi
 
 
 @pytest.mark.parametrize("count", [0, -3])
-def test_no_multiprocessors_are_too_few(max_sms, count):
+def test_a_cap_of_no_sms_is_refused(max_sms, count):
     with pytest.raises(ValueError, match=f"count: expected at least 1, or None, got {count}"):
         max_sms(count)
 

@@ -73,7 +73,7 @@ def _emulated_backend():
             return None if call.input.is_cpu else f"the emulator takes no {call.input.device.type} tensors"
 
         def plan(self, call, direction, reason):
-            # Of a real device: the limits of the emulated one are what a test sets.
+            # The plan is that of a real device: the limits of the emulated one are whatever a test sets.
             return self.plan_on(_C.named_device("h200"), call, direction, reason)
 
         def availability(self):

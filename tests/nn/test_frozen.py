@@ -19,7 +19,7 @@ FOUR = ["weight", "bias", "running_mean", "running_var"]
 
 
 def _frozen(dim=2, **options):
-    """A frozen layer and a torch.nn one with the same state, in evaluation and without trained parameters."""
+    """Return a frozen layer and a torch.nn one with the same state, in evaluation and without trained parameters."""
     stock, _ = pair(dim)
     frozen = FROZEN[dim](CHANNELS, dtype=torch.float64, **options)
     frozen.load_state_dict(stock.state_dict())

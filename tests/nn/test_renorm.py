@@ -18,7 +18,7 @@ RENORM = {1: fastbn.BatchRenorm1d, 2: fastbn.BatchRenorm2d, 3: fastbn.BatchRenor
 
 
 def _layer(dim=2, **options):
-    """A layer whose running statistics are those of some batches, and a BatchNorm with the same state."""
+    """Return a layer whose running statistics are those of some batches, and a BatchNorm with the same state."""
     layer = RENORM[dim](CHANNELS, dtype=torch.float64, **options)
     stock = STOCK[dim](CHANNELS, momentum=layer.momentum, eps=layer.eps, dtype=torch.float64)
     generator = torch.Generator().manual_seed(dim)
@@ -37,7 +37,7 @@ def _wide(x, vector):
 
 
 def _expected(layer, x, r_max, d_max):
-    """The paper's formulas, differentiable, with r and d as constants."""
+    """Return the result of the paper's formulas, differentiable, with r and d as constants."""
     dims = [dim for dim in range(x.dim()) if dim != 1]
     mean, var = x.mean(dims), x.var(dims, correction=0)
     running_std = (layer.running_var + layer.eps).sqrt()

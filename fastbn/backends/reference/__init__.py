@@ -111,7 +111,7 @@ def batch_norm_train(
     mean, var = moments(x)
     _update_buffers(x, mean, var, running_mean, running_var, num_batches_tracked, momentum)
     inv_std = (var + eps).rsqrt()
-    # About the exact mean: what rounding it lost shows where it is far larger than the standard deviation.
+    # x is taken about the exact mean: its rounding error shows where it is far larger than the standard deviation.
     x = x - wide(x, mean)
     z = affine(x, r, w, b, x.mean(reduced_dims(x)), inv_std)
     output, mask = _output(input, z, activation, activation_param, save_mask)

@@ -12,13 +12,13 @@ from fastbn.ops.activations import ROWS
 
 
 def activation(z: Tensor, index: int, param: float | None = None) -> Tensor:
-    """activation(z), as torch computes it."""
+    """Return activation(z), as torch computes it."""
     row = ROWS[index]
     return row.forward(z, *row.param(param))
 
 
 def activation_backward(grad_out: Tensor, z: Tensor, index: int, param: float | None = None) -> Tensor:
-    """grad_out * activation'(z), differentiable in both."""
+    """Return grad_out * activation'(z), differentiable in both."""
     row = ROWS[index]
     if row.backward is None:
         return masked_backward(grad_out, is_upper(z, index), index, param)
@@ -26,12 +26,12 @@ def activation_backward(grad_out: Tensor, z: Tensor, index: int, param: float | 
 
 
 def activation_grad(z: Tensor, index: int, param: float | None = None) -> Tensor:
-    """activation'(z)."""
+    """Return activation'(z)."""
     return activation_backward(torch.ones_like(z), z, index, param)
 
 
 def is_upper(z: Tensor, index: int) -> Tensor:
-    """Where a piecewise linear activation takes its upper branch: the bits of the mask. bool, the shape of z."""
+    """Return where a piecewise linear activation takes its upper branch, the bits of the mask: bool, the shape of z."""
     row = ROWS[index]
     if row.is_upper is None:
         raise ValueError(f"mask: expected a piecewise linear activation, got {row.name!r}")
@@ -39,6 +39,6 @@ def is_upper(z: Tensor, index: int) -> Tensor:
 
 
 def masked_backward(grad_out: Tensor, upper: Tensor, index: int, param: float | None = None) -> Tensor:
-    """`activation_backward` of a piecewise linear activation from its bits."""
+    """Return `activation_backward` of a piecewise linear activation from its bits."""
     slope = ROWS[index].param(param)
     return torch.where(upper, grad_out, grad_out * slope[0] if slope else torch.zeros_like(grad_out))

@@ -26,7 +26,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         zero = x.new_zeros(x.shape[1])
         return zero, zero.clone()
     dims = reduced_dims(x)
-    # The mean about a first mean: rounding of the first does not matter, and a constant channel's is exact.
+    # The mean is taken about a first mean: rounding of the first does not matter, and a constant channel's is exact.
     pivot = x.detach().mean(dims)
     correction = (x - wide(x, pivot)).mean(dims)
     mean = pivot + torch.where(pivot.isinf(), 0.0, correction)  # an infinite mean stays infinite, as torch's does

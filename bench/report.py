@@ -55,7 +55,7 @@ def _machine_rows(results: Results) -> Iterator[tuple[str, str]]:
     yield "device", _value(machine.get("name"))
     gpu = machine.get("gpu")
     if gpu:
-        sizes = f"{size(gpu['memory_bytes'])}, L2 {size(gpu['l2_bytes'])}, {gpu['sm_count']} SMs"
+        sizes = f"{size(gpu['memory_bytes'])}, L2 {size(gpu['l2_bytes'])}, {gpu['sm_count']} multiprocessors"
         yield "GPU", f"compute capability {gpu['capability']}, {sizes}, driver {_value(gpu.get('driver'))}"
     if machine.get("datasheet_gb_per_s"):
         yield "bandwidth by its datasheet", f"{machine['datasheet_gb_per_s']} GB/s"

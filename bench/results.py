@@ -19,7 +19,7 @@ FORMAT = "fastbn bench 1"
 SCHEMA = Path(__file__).with_name("results.schema.json")
 # The largest file that is read: a hundred times the largest run.
 MAX_BYTES = 2**28
-# From 0 to 1.
+# A fraction from 0 to 1.
 Share = typing.NewType("Share", float)
 # One of DTYPES, since files are named after it.
 Dtype = typing.NewType("Dtype", str)

@@ -44,7 +44,7 @@ DEVICE_LANGUAGE = re.compile(
     r"<<<|cooperative_groups|\batomic[A-Z]\w*|cudaLaunch|\basm\b|__nv_bfloat|__half\b"
 )
 
-# For each room of fastbn, lower ones first, the rooms that its modules may import beside their own.
+# For each layer of fastbn, lower ones first, the layers that its modules may import beside their own.
 MAY_IMPORT = {
     "_torch": set(),
     "_version": set(),
@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "cli": {"__init__", "inspect", "testing"},
     "__main__": {"cli"},
 }
-# The order within a room that has one.
+# The order within a layer that has one.
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
@@ -106,9 +106,9 @@ def _forbidden_includes(file: str, includes: list[str]) -> list[str]:
 
 def test_the_tree_is_where_these_tests_look():
     assert {_folder(_relative(path)) for path in SOURCES} == set(MAY_INCLUDE)
-    assert {_room(path) for path in PACKAGE} == set(MAY_IMPORT)
-    for room, order in WITHIN.items():
-        parts = {path.relative_to(ROOT / "fastbn" / room).parts[0].removesuffix(".py") for path in _files_of(room)}
+    assert {_layer(path) for path in PACKAGE} == set(MAY_IMPORT)
+    for layer, order in WITHIN.items():
+        parts = {path.relative_to(ROOT / "fastbn" / layer).parts[0].removesuffix(".py") for path in _files_of(layer)}
         assert parts - {"__init__"} == set(order)
 
 
@@ -184,12 +184,12 @@ def test_bindings_hold_no_arithmetic():
 PACKAGE = sorted((ROOT / "fastbn").rglob("*.py"))
 
 
-def _room(path: Path) -> str:
+def _layer(path: Path) -> str:
     return path.relative_to(ROOT / "fastbn").parts[0].removesuffix(".py")
 
 
-def _files_of(room: str) -> list[Path]:
-    return [path for path in PACKAGE if _room(path) == room]
+def _files_of(layer: str) -> list[Path]:
+    return [path for path in PACKAGE if _layer(path) == layer]
 
 
 def _imports(source: str) -> set[tuple[str, ...]]:
@@ -205,20 +205,20 @@ def _imports(source: str) -> set[tuple[str, ...]]:
         for name in names:
             package, *parts = name.split(".")
             if package == "fastbn":
-                is_room = parts and (parts[0] in MAY_IMPORT or parts[0] == "_C")
-                found.add(tuple(parts) if is_room else ("__init__",))
+                is_layer = parts and (parts[0] in MAY_IMPORT or parts[0] == "_C")
+                found.add(tuple(parts) if is_layer else ("__init__",))
     return found
 
 
 def _upward(path: Path, source: str) -> list[str]:
     """Return the imports of a file that its level does not allow."""
-    room, wrong = _room(path), []
+    layer, wrong = _layer(path), []
     parts = path.relative_to(ROOT / "fastbn").parts
     module = parts[min(1, len(parts) - 1)].removesuffix(".py")
-    order = WITHIN.get(room, ())
+    order = WITHIN.get(layer, ())
     for imported in _imports(source):
-        if imported[0] != room:
-            allowed = imported[0] in MAY_IMPORT[room]
+        if imported[0] != layer:
+            allowed = imported[0] in MAY_IMPORT[layer]
         elif len(imported) > 1 and imported[1] in order and module in order:
             allowed = order.index(imported[1]) <= order.index(module)
         else:

@@ -438,7 +438,7 @@ def test_report_of_a_gpu(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "between two CUDA events" in text
     assert "| bandwidth by its datasheet | 4800 GB/s |" in text
-    assert "150 GB, L2 60.0 MB, 132 SMs, driver 570.1" in text
+    assert "150 GB, L2 60.0 MB, 132 multiprocessors, driver 570.1" in text
 
 
 def test_markdown_tables_survive_what_cells_hold(tmp_path):

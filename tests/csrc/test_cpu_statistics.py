@@ -82,7 +82,7 @@ def _training(batch_norm=fastbn.functional.batch_norm):
     return results
 
 
-# Standard deviations of data and gradients whose products overflow or vanish in float32.
+# Standard deviations of data and gradients whose products overflow or underflow in float32.
 PRODUCTS = {"ordinary": (1.0, 1.0), "overflow": (1e25, 1e15), "vanish": (1e-15, 1e-30), "are subnormal": (1e-12, 1e-29)}
 
 

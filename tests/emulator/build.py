@@ -41,7 +41,7 @@ def load() -> ModuleType:
     module = cpp_extension.load(
         name="fastbn_emulator",
         sources=_sources(folder),
-        # In this order: cuda/device/device.cuh and cuda/device/runtime.h are then the emulator's.
+        # This order makes cuda/device/device.cuh and cuda/device/runtime.h the emulator's.
         extra_include_paths=[str(ROOT / "tests" / "emulator"), str(ROOT / "csrc")],
         extra_cflags=[
             "-std=c++20",

@@ -103,7 +103,7 @@ def test_second_derivatives_know_eps(eps):
         y = batch_norm(x, None, None, None, None, True, MOMENTUM, eps)
         (grad,) = torch.autograd.grad(y, x, grad_out, create_graph=True)
         results.append(torch.autograd.grad((grad * along).sum(), x)[0])
-    # In float64: each order multiplies terms that cancel.
+    # Tensors are float64, since each order multiplies terms that cancel.
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 

@@ -1,6 +1,6 @@
 // The exchange of partial sums among the blocks of a channel tile: through distributed shared memory if they are a
 // cluster, through global memory if they are a group of a cooperative grid. Two buffers alternate, so that a tile costs
-// one barrier: every block that read a buffer has passed it before the buffer is written again.
+// one barrier: before a block writes a buffer again, all its readers have reached the barrier in between.
 #pragma once
 
 #include "cuda/block/reduce.cuh"

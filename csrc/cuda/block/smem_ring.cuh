@@ -170,7 +170,7 @@ class SmemRing {
   bool has_next_tile_ = false;
 };
 
-// The item of a pass that loads nothing beside what is in the ring.
+// The item of a pass that loads nothing beside the vectors in the ring.
 struct Nothing {};
 
 // Calls use(step, load(step)) and then after(step, visit) for every vector of a walk while it is in the ring's slot,

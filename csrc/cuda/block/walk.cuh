@@ -12,13 +12,14 @@
 
 namespace fastbn::cuda {
 
-// 0 leaves occupancy to the compiler (minBlocksPerMultiprocessor of __launch_bounds__). Kernels ask for a number where
-// the compiler would otherwise spill a word or two to fit one more block.
+// Value of __launch_bounds__' minBlocksPerMultiprocessor that leaves occupancy to the compiler. Kernels ask for a
+// number where the compiler would otherwise spill a word or two to fit one more block.
 constexpr int any_occupancy = 0;
 
 // The order of a pass. A reversed second pass begins where the first one ended, with the lines that L2 still holds.
 enum class Order { ascending, reversed };
 
+// The position of a vector.
 struct Step {
   int64_t offset;  // of the vector's first element in the tensor
   int count;       // of its elements: 8, fewer at the end of a row or run, 0 after the last vector

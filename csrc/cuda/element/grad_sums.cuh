@@ -1,6 +1,6 @@
 // The two sums that the gradients of a channel need: of grad_z, and of grad_z * (x - pivot) about a number near the
-// mean, which is corrected to xhat once per channel. Where float sums overflow, vanish, or meet inf or NaN, the block
-// starts again in double.
+// mean, which is corrected to xhat once per channel. If float sums overflow or underflow, or meet inf or NaN, the
+// block starts again in double.
 #pragma once
 
 #include "cuda/block/reduce.cuh"

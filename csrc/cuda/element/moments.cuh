@@ -1,6 +1,6 @@
 // The sums that the statistics of a channel come from, of d and d * d about a pivot, and the statistics. The pivot is
-// an element of the channel, the same for all threads and blocks, so that partial sums add up. Where float sums
-// overflow, vanish, meet inf or NaN, or cancel about a distant pivot, the block starts again in double.
+// an element of the channel, the same for all threads and blocks, so that partial sums add up. If float sums
+// overflow, underflow, meet inf or NaN, or cancel about a distant pivot, the block starts again in double.
 #pragma once
 
 #include "cuda/block/loop.cuh"

@@ -1,5 +1,5 @@
 // The second launch of two-phase plans: adds up the partial sums of a channel over the splits, one warp per channel,
-// and finishes them into what the op wants.
+// and computes the results of the op from them.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // A backward in one launch that reads grad_out and the input once: the blocks of a channel tile keep both on chip,
-// exchange their sums, and make grad_input from what is on chip while they load their next tile. Of a tile that does
-// not fit on the chip they keep a part and read the rest again.
+// exchange their sums, and make grad_input from what is on chip while they load their next tile. If a tile does not fit
+// on the chip, they keep a part of it and read the rest again.
 #include "cuda/block/coefficients.cuh"
 #include "cuda/block/tiles.cuh"
 #include "cuda/block/vector_loop.cuh"

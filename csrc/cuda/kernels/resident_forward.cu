@@ -1,6 +1,6 @@
 // A training forward in one launch that reads the input once: the blocks of a channel tile keep its elements on chip,
-// exchange their sums, and normalise what is on chip while they load their next tile. Of a tile that does not fit on
-// the chip they keep a part and read the rest again.
+// exchange their sums, and normalise what is on chip while they load their next tile. If a tile does not fit on the
+// chip, they keep a part of it and read the rest again.
 #include "cuda/block/batch_counter.cuh"
 #include "cuda/block/coefficients.cuh"
 #include "cuda/block/tiles.cuh"
@@ -12,7 +12,7 @@
 namespace fastbn::cuda {
 namespace {
 
-// Scratch memory of a channel of the tile: what is loaded while its elements are in flight, and later its moments.
+// Scratch memory of a channel of the tile: numbers that are loaded while its elements are in flight, later its moments.
 union Channel {
   struct {
     double pivot, weight, bias;

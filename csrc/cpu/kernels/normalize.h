@@ -20,7 +20,7 @@ FASTBN_INLINE Vec<acc_t<T>> coefficient(const void* array, int64_t plane, int64_
     return Vec<acc_t<T>>(values[at]);
 }
 
-// Loads the coefficients of Affine, likewise.
+// Loads the coefficients of Affine for the same columns or channel.
 template <bool per_column, class T, class Lanes>
 FASTBN_INLINE Affine<Vec<acc_t<T>>> affine_at(const AffineArrays& arrays, int64_t at, Lanes lanes) {
   auto member = [&](const void* array)

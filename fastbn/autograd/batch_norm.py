@@ -171,7 +171,8 @@ def _apply(
 ) -> Tensor:
     """Call BatchNormFunction.apply; in eager mode without its handling of functorch, which takes 1.4 us."""
     if torch.compiler.is_compiling() or _torch.has_functorch_transforms():
-        return BatchNormFunction.apply(input, residual, weight, bias, chosen)  # type: ignore[no-untyped-call]
+        apply: Any = BatchNormFunction.apply  # typed in some releases of torch
+        return apply(input, residual, weight, bias, chosen)
     if dispatch.cannot_be_saved(input, residual, weight, bias, chosen[0].running_mean, chosen[0].running_var):
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # A tensor that has outlived its functorch transform is still wrapped. (A loop would take 0.2 us.)

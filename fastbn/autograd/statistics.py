@@ -83,9 +83,7 @@ def batch_norm(
     if settings.backend.ops is None:
         return _composition(input, residual, weight, bias, settings)
     try:
-        output, *moments = StatisticsFunction.apply(  # type: ignore[no-untyped-call]
-            input, residual, weight, bias, settings
-        )
+        output, *moments = _apply(input, residual, weight, bias, settings)
     except RuntimeError as error:
         errors.raise_of_torch(error)
         raise
@@ -179,6 +177,9 @@ class StatisticsFunction(torch.autograd.Function):
             grad_bias if need_bias else None,
             None,
         )
+
+
+_apply: Any = StatisticsFunction.apply  # typed in some releases of torch
 
 
 def _cleared(x: Tensor, selected: Tensor | None) -> Tensor:

@@ -177,6 +177,8 @@ def test_batches_of_gradients(training, wants_weight, what):
         def stock(x, s=statistics, w=weight, b=bias, r=r, a=activation):
             z = F.batch_norm(x, *(t if t is None else t.clone() for t in s), w, b, training)
             z = z if r is None else z + r
+            if a == "hardsigmoid" and what == "hessian":  # of which torch has no second derivative
+                return (z + 3).clamp(0, 6) / 6
             return z if a == "none" else getattr(F, a)(z)
 
         def fast(x, s=statistics, w=weight, b=bias, r=r, a=activation):

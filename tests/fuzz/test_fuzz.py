@@ -112,7 +112,11 @@ def without():
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_found(name, without, plant):
     kind = plant(name)
-    assert _counts().get(kind, 0) > without.get(kind, 0)
+
+    def count(counts):  # a case with a hook on saved tensors counts too
+        return counts.get(kind, 0) + counts.get(f"{kind}, with a hook", 0)
+
+    assert count(_counts()) > count(without)
 
 
 def test_a_fault_is_shrunk_and_its_code_shows_it(plant):

@@ -296,6 +296,7 @@ def test_what_compiles_takes_part_only_where_asked():
     assert measured.refusals == []
 
 
+@pytest.mark.slow  # compares times, and so runs alone
 def test_a_measurement_holds_what_it_was_made_of():
     run, measured = _brief_runner(*[r for r in implementations.implementations(CPU) if r.name in ("torch", "fastbn")])
     measured.copy[:] = [results.CopyPoint(1 << 12, 1.0, 8.0)]

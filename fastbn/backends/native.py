@@ -17,6 +17,7 @@ from fastbn.ops.layout import runs_of, suggest_memory_format
 
 CUDA_ARCHITECTURES: str = contract.BUILD_INFO["cuda_architectures"]
 
+_WITHOUT_CUDA = "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
 _OPS = contract.bind("fastbn")
 
 
@@ -55,7 +56,7 @@ class CudaBackend:
         if device.type != "cuda":
             return f"the CUDA kernels take no {device.type} tensors"
         if not CUDA_ARCHITECTURES:
-            return "fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+            return _WITHOUT_CUDA
         capability = torch.cuda.get_device_capability(device)
         if not runs_on(capability, CUDA_ARCHITECTURES):
             return f"fastbn was built for {CUDA_ARCHITECTURES}, and this GPU is {capability[0]}.{capability[1]}"
@@ -94,7 +95,7 @@ class CudaBackend:
 
     def availability(self) -> str:
         if not CUDA_ARCHITECTURES:
-            return "no: fastbn was built without CUDA (no nvcc, or FASTBN_CUDA=0)"
+            return f"no: {_WITHOUT_CUDA}"
         if not torch.version.cuda:
             return "no: this torch was built without CUDA"
         if not _C.build_info()["finds_cuda_stream"]:

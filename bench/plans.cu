@@ -1,6 +1,5 @@
 // Times every plan that the planner could choose, for a table of shapes, on the current GPU: the kernels alone, without
-// torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run,
-// and tests/csrc/test_plans.py holds the planner to it.
+// torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -50,7 +49,7 @@ std::vector<Layout> make_layouts() {
   return layouts;
 }
 
-// Returns all one-pass plans, and two-phase plans with several numbers of blocks.
+// Returns two-phase plans with several numbers of blocks.
 std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
   Request request = given;
   if (request.direction == Direction::forward) {  // as in choose_plan
@@ -58,10 +57,6 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
     request.masked = request.masked && request.layout.run() % vec_size != 0;
   }
   std::vector<Plan> plans;
-  const auto add = [&](Plan plan) {
-    add_traffic(given, plan);
-    plans.push_back(plan);
-  };
   Plan walk = choose_walk(request);
   walk.groups = walk.tiles = std::max(walk.tiles, 1);
   const int64_t max_splits = std::clamp<int64_t>(vectors_per_thread(request.layout, walk, 1) / 4, 1, 1024);
@@ -69,9 +64,9 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
     Plan plan = walk;
     plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, max_splits));
     add_shared_bytes(request, plan);
-    add(plan);
+    add_traffic(given, plan);
+    plans.push_back(plan);
   }
-  for_each_one_pass_plan(request, limits, walk, true, add);
   return plans;
 }
 
@@ -220,12 +215,11 @@ class Bench {
       unsigned long long wrong = 0;
       FASTBN_CHECK(cudaMemcpyAsync(&wrong, counter_, sizeof wrong, cudaMemcpyDeviceToHost, stream_));
       const auto [us, min_us] = time([&] { return run(plan, result_); });
-      const char* schedules[] = {"two_phase", "resident", "cooperative"};
-      std::printf("%s,%s,%s,%d,%d,%d,%d,%d,%d,%d,%.3f,%.2f,%.2f,%llu,%.2f\n", prefix.c_str(),
+      const char* schedules[] = {"two_phase"};
+      std::printf("%s,%s,%s,%d,%d,%d,%d,%d,%.2f,%.2f,%llu,%.2f\n", prefix.c_str(),
                   schedules[static_cast<int>(plan.schedule)],
                   plan.kernel == Kernel::row_tiles ? "row_tiles" : "channel_tiles", plan.fold, plan.vectors_per_row,
-                  plan.channels_per_tile, plan.groups, plan.splits, plan.cluster, plan.slots, plan.resident_fraction,
-                  us, min_us, wrong, copy_us);
+                  plan.channels_per_tile, plan.groups, plan.splits, us, min_us, wrong, copy_us);
     }
     std::fflush(stdout);
   }
@@ -248,7 +242,7 @@ class Bench {
 
   static constexpr int64_t tensor_bytes = int64_t(16) * 64 * 512 * 512 * 4, workspace_bytes = int64_t(256) << 20;
   static constexpr int64_t flush_bytes = int64_t(160) << 20, max_channels = 4096;
-  DeviceLimits limits_{"cuda", 0, 0, 0, 0};
+  DeviceLimits limits_{"cuda", 0, 0, 0};
   void *input_, *residual_, *grad_out_, *result_, *expected_, *grad_residual_, *workspace_, *flush_;
   uint8_t* mask_;
   double* vectors_;
@@ -268,8 +262,7 @@ int main(int argc, char** argv) {
   fastbn::bench::Bench bench;
   std::puts(
       "outer,channels,inner,dtype,direction,epilogue,schedule,kernel,fold,vectors_per_row,channels_per_tile,groups,"
-      "splits,cluster,"
-      "slots,resident_fraction,us,min_us,wrong,copy_us");
+      "splits,us,min_us,wrong,copy_us");
   bench.run<fastbn::bfloat16>(fastbn::DType::bfloat16, "bfloat16", wanted);
   bench.run<float>(fastbn::DType::float32, "float32", wanted);
 }

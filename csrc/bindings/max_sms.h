@@ -11,13 +11,8 @@ namespace fastbn {
 
 inline std::atomic<int> max_sms = std::numeric_limits<int>::max();
 
-// Applies the cap. The blocks of a smaller grid go to different SMs while any is free, so plans count on one block per
-// SM.
 inline DeviceLimits within_max_sms(DeviceLimits limits) {
-  if (max_sms < limits.sm_count) {
-    limits.grid_sms = max_sms;
-    limits.max_blocks_per_sm = 1;
-  }
+  if (max_sms < limits.sm_count) limits.grid_sms = max_sms;
   return limits;
 }
 

@@ -105,21 +105,15 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   request.aligned = aligned;
   const Plan chosen = choose_plan(request, within_max_sms(limits));
   py::dict result;
-  const std::string kernel = chosen.kernel == Kernel::channel_tiles ? "channel_tiles" : "row_tiles";
-  const std::string schedule = chosen.schedule == Schedule::resident      ? "resident_"
-                               : chosen.schedule == Schedule::cooperative ? "cooperative_"
-                                                                          : "";
-  result["kernel"] = schedule + kernel;
+  result["kernel"] = chosen.kernel == Kernel::channel_tiles ? "channel_tiles" : "row_tiles";
   result["launches"] = chosen.launches;
   result["tensor_reads"] = chosen.tensor_reads;
   result["tensor_writes"] = chosen.tensor_writes;
-  result["cluster"] = chosen.cluster;
   result["blocks"] = chosen.groups * chosen.splits;
   result["threads"] = chosen.threads;
   result["channels_per_tile"] = chosen.channels_per_tile;
   result["shared_bytes"] = chosen.shared_bytes;
   result["vectorized"] = chosen.vectorized;
-  result["resident_fraction"] = chosen.resident_fraction;
   return result;
 }
 
@@ -128,14 +122,12 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the planner of fastbn; importing it registers torch.ops.fastbn.";
   py::class_<DeviceLimits>(m, "DeviceLimits", "The properties of a GPU that the planner uses.")
-      .def(py::init([](int sm_count, int64_t shared_bytes_per_block, int max_cluster, int64_t l2_bytes) {
-             return DeviceLimits{"cuda", sm_count, shared_bytes_per_block, max_cluster, l2_bytes};
+      .def(py::init([](int sm_count, int64_t shared_bytes_per_block, int64_t l2_bytes) {
+             return DeviceLimits{"cuda", sm_count, shared_bytes_per_block, l2_bytes};
            }),
-           py::kw_only(), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("max_cluster"),
-           py::arg("l2_bytes"))
+           py::kw_only(), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("l2_bytes"))
       .def_readonly("sm_count", &DeviceLimits::sm_count)
       .def_readonly("shared_bytes_per_block", &DeviceLimits::shared_bytes_per_block)
-      .def_readonly("max_cluster", &DeviceLimits::max_cluster)
       .def_readonly("l2_bytes", &DeviceLimits::l2_bytes);
   m.def("build_info", &build_info,
         "Return how this binary was built, and the CPU instruction sets that it can use here.");

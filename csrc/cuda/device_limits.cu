@@ -2,16 +2,10 @@
 // milliseconds. Empty for g++: the emulator has no device to ask.
 #ifdef __CUDACC__
 
-#include "cuda/device/device.cuh"
+#include "cuda/device/runtime.h"
 #include "cuda/launch.h"
 
 namespace fastbn::cuda {
-namespace {
-
-// A kernel that is compiled as the others are, so that its attributes tell which code the device runs.
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads) probe_kernel(int* rank) { *rank = device::cluster_rank(); }
-
-}  // namespace
 
 cudaError_t device_limits(int device, DeviceLimits* limits) {
   cudaError_t error = cudaSuccess;
@@ -29,7 +23,6 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   const double kilohertz = attribute(cudaDevAttrMemoryClockRate), bits = attribute(cudaDevAttrGlobalMemoryBusWidth);
   if (error != cudaSuccess) cudaGetLastError();  // clear the error, so that the next launch does not report it
   if (kilohertz * bits > 0) asked.copy_bytes_per_us = kilohertz * 1e-3 * 2 * bits / 8 * 7 / 8;
-  asked.max_cluster = device::largest_cluster(&probe_kernel, max_threads, asked.shared_bytes_per_block);
   *limits = asked;
   return cudaSuccess;
 }

@@ -1,15 +1,11 @@
-// The ops as launches: one for a one-pass plan; for a two-phase plan reduce, finish, then a second pass over the
-// elements.
-#include "cuda/block/batch_counter.cuh"
-#include "cuda/block/partial_exchange.cuh"
-#include "cuda/block/reduce.cuh"
+// The ops as launches: reduce, finish, then a second pass over the elements.
 #include "cuda/kernels/passes.cuh"
 #include "cuda/launch.h"
 
 namespace fastbn::cuda {
 namespace {
 
-// The workspace of a two-phase plan: two doubles per channel that one launch leaves to the next, then the partial sums.
+// The workspace: two doubles per channel that one launch leaves to the next, then the partial sums.
 struct Workspace {
   double* first;
   double* second;
@@ -21,26 +17,17 @@ struct Workspace {
 
 int64_t bytes_of_sums(const Plan& plan, const Layout& layout) {
   constexpr int64_t partial = sizeof(Sums), number = sizeof(double);
-  switch (plan.schedule) {
-    case Schedule::resident: return 0;
-    case Schedule::cooperative:
-      return plan.groups *
-             (counter_words * int64_t(sizeof(uint32_t)) + partial * 2 * plan.splits * plan.channels_per_tile);
-    case Schedule::two_phase: break;
-  }
   return layout.channels * (plan.splits * partial + 2 * number);
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const Plan& plan, const ForwardParams& params) {
-  return needs_ticket(params, plan) ? int64_t(sizeof(uint32_t)) : bytes_of_sums(plan, params.layout);
-}
+int64_t workspace_bytes(const Plan& plan, const ForwardParams& params) { return bytes_of_sums(plan, params.layout); }
 
 int64_t workspace_bytes(const Plan& plan, const BackwardParams& params) { return bytes_of_sums(plan, params.layout); }
 
 cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan, given.layout) || is_one_pass(plan)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   ForwardParams params = given;
   params.inv_std = nullptr;
   params.running_mean = params.running_var = {};
@@ -51,17 +38,9 @@ cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* me
 }
 
 cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  const bool batch = given.statistics == Statistics::batch;
-  if (!is_runnable(plan, given.layout) || (is_one_pass(plan) && !batch)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   ForwardParams params = given;
-  if (batch) {
-    if (is_one_pass(plan)) {
-      if (needs_ticket(params, plan)) {
-        const cudaError_t error = device::clear(static_cast<uint32_t*>(memory), stream);
-        if (error != cudaSuccess) return error;
-      }
-      return launch_resident_forward(params, plan, memory, stream);
-    }
+  if (given.statistics == Statistics::batch) {
     const Workspace workspace(memory, params.layout);
     if (!params.mean) params.mean = workspace.first;
     if (!params.inv_std) params.inv_std = workspace.second;
@@ -75,7 +54,7 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
 }
 
 cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan, given.layout) || is_one_pass(plan)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   BackwardParams params = given;
   params.grad_weight = params.grad_bias = {};
   auto* partials = static_cast<Sums*>(Workspace(memory, params.layout).partials);
@@ -84,15 +63,14 @@ cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memor
 }
 
 cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   const bool batch = given.statistics == Statistics::batch;
-  if (!is_runnable(plan, given.layout) || (is_one_pass(plan) && !batch)) return cudaErrorInvalidValue;
   BackwardParams params = given;
   if (params.statistics != Statistics::given) {
     const bool needs_sums = batch && params.grad_input;
     params.sum_grad = nullptr;
     params.sum_grad_xhat = nullptr;
     params.count = nullptr;
-    if (is_one_pass(plan)) return launch_resident_backward(params, plan, memory, stream);
     if (needs_sums || params.grad_weight.defined() || params.grad_bias.defined()) {
       const Workspace workspace(memory, params.layout);
       if (needs_sums) {

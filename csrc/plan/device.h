@@ -9,12 +9,10 @@ struct DeviceLimits {
   const char* name;
   int sm_count;
   int64_t shared_bytes_per_block;
-  int max_cluster;  // blocks per cluster; 1: no clusters
   int64_t l2_bytes;
   // Device-to-device copy throughput, reads + writes. Default: H200, for drivers that do not report clocks.
   double copy_bytes_per_us = 4.3e6;
-  int grid_sms = 0;           // SMs that a cooperative grid may occupy; 0: all
-  int max_blocks_per_sm = 2;  // of a cooperative grid
+  int grid_sms = 0;  // SMs that a cooperative grid may occupy; 0: all
 
   int sms_of_grid() const { return grid_sms > 0 && grid_sms < sm_count ? grid_sms : sm_count; }
 };
@@ -22,10 +20,10 @@ struct DeviceLimits {
 // GPUs for which plans can be explained without one. The numbers are from NVIDIA's data sheets and programming guide,
 // with 7/8 of the bandwidth, which is what a copy reaches on an H200. A device of this machine is asked itself.
 inline constexpr DeviceLimits known_devices[] = {
-    {"a100", 108, 166912, 1, int64_t(40) << 20, 1.36e6},
-    {"h100", 132, 232448, 16, int64_t(50) << 20, 2.93e6},
-    {"h200", 132, 232448, 16, int64_t(60) << 20, 4.3e6},
-    {"b200", 148, 232448, 16, int64_t(126) << 20, 7e6},
+    {"a100", 108, 166912, int64_t(40) << 20, 1.36e6},
+    {"h100", 132, 232448, int64_t(50) << 20, 2.93e6},
+    {"h200", 132, 232448, int64_t(60) << 20, 4.3e6},
+    {"b200", 148, 232448, int64_t(126) << 20, 7e6},
 };
 
 // Shared memory per block that the system reserves on top of what the block asks for, in bytes.

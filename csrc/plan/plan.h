@@ -1,5 +1,5 @@
-// A CUDA plan: how blocks walk a tensor, what they keep on chip, and what that costs in memory traffic; and the request
-// that it answers. Tensor traffic is in units of one activation tensor.
+// A CUDA plan: how blocks walk a tensor, and what that costs in memory traffic; and the request that it answers. Tensor
+// traffic is in units of one activation tensor.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +29,6 @@ struct Request {
 // Elements per vector: the unit of a thread's work and of the mask, and at least one 16-byte access.
 constexpr int vec_size = 8;
 
-// Depth of the cp.async pipeline: the reduction starts once a quarter of a thread's vectors has arrived.
-constexpr int copy_stages = 4;
-
-// Returns how many vectors of one stage a thread may process side by side. A stage is a multiple of it.
-FASTBN_INLINE constexpr int unroll_of(int64_t element_size) { return element_size == 2 ? 2 : 1; }
-
 // Maximum threads per block, and the stride of per-thread totals in shared memory for every block size.
 constexpr int max_threads = 256;
 
@@ -47,16 +41,8 @@ enum class Kernel {
 FASTBN_INLINE constexpr int channels_per_thread(Kernel kernel) { return kernel == Kernel::row_tiles ? vec_size : 1; }
 
 enum class Schedule {
-  two_phase,    // one pass for the sums, one that finishes them, and one that reads the elements again
-  resident,     // one pass: a block, or a cluster, keeps its channel tile on chip until its sums are known
-  cooperative,  // one pass: groups of blocks of one cooperative launch keep one channel tile after the other
+  two_phase,  // one pass for the sums, one that finishes them, and one that reads the elements again
 };
-
-// Returns the blocks per SM that a one-pass kernel is compiled for: 1 if two would leave too few registers.
-constexpr int blocks_per_sm(int64_t element_size, Kernel kernel, bool backward, bool vectorized) {
-  if (element_size == 8) return 1;
-  return backward && kernel == Kernel::row_tiles && (element_size == 4 || !vectorized) ? 1 : 2;
-}
 
 struct Plan {
   Kernel kernel = Kernel::channel_tiles;
@@ -69,17 +55,9 @@ struct Plan {
   int row_width = 0;          // elements per row that is walked (row_tiles)
   int channels_per_tile = 1;  // channels whose sums a block has at a time
   int tiles = 1;              // channel tiles of the tensor
-  int groups = 1;             // groups of blocks; each works on one channel tile at a time
+  int groups = 1;             // groups of blocks; each works on one channel tile
   int splits = 1;             // blocks per group, which split the work of a tile, as in split-K
   bool vectorized = true;     // every vector is full and 16-byte aligned
-
-  // On-chip storage of one-pass plans.
-  int cluster = 1;               // blocks per cluster
-  int slots = 0;                 // vectors of each tensor that a thread has room for
-  int slots_per_stage = 0;       // of those, vectors per stage of the copy pipeline
-  int resident_tensors = 0;      // tensors on chip: input; or grad_out, input, residual
-  double resident_fraction = 1;  // fraction of a channel tile that stays on chip; the rest is read again
-  double reread_fraction = 0;    // fraction of a channel tile that is read again from memory, because L2 has lost it
 
   // The cost of a call; traffic is in activation tensors.
   int64_t shared_bytes = 0;  // per block, the maximum over its launches
@@ -94,15 +72,7 @@ struct Plan {
   FASTBN_INLINE int64_t work_items(const Layout& layout) const {
     return kernel == Kernel::row_tiles ? (layout.outer + fold - 1) / fold : layout.outer * vectors_per_run(layout);
   }
-
-  void set_slots(int64_t count, int64_t element_size) {
-    const int64_t unroll = unroll_of(element_size), unit = copy_stages * unroll;
-    slots = static_cast<int>(count);
-    slots_per_stage = static_cast<int>((count + unit - 1) / unit * unroll);
-  }
 };
-
-FASTBN_INLINE bool is_one_pass(const Plan& plan) { return plan.schedule != Schedule::two_phase; }
 
 // The work items [begin, end) of one of `splits` blocks; empty for blocks beyond the last item.
 struct WorkRange {

@@ -7,7 +7,6 @@
 
 #include "math/affine.h"
 #include "math/grad_coefficients.h"
-#include "math/sums.h"
 #include "plan/plan.h"
 
 namespace fastbn {
@@ -29,37 +28,19 @@ struct ReduceMemory {
   uint32_t votes[max_threads / 32];  // one word per warp
 };
 
-// Room for a kernel's numbers per channel of the tile, beside the sums: pivot, coefficients or moments.
+// Room for a kernel's numbers per channel of the tile, beside the sums: pivot or coefficients.
 struct alignas(8) ChannelScratch {
   double numbers[4];
 };
 
-// Eight elements as they lie in global memory.
-template <class T>
-struct alignas(16) StoredVector {
-  T elements[vec_size];
-};
-
-// The map of a kernel that reduces elements of type T. A one-pass kernel also has Coefficients per channel.
-template <class T, class Coefficients>
-struct SharedMemoryMap {
+// The map of a pass that reduces.
+struct ReduceMap {
   SharedArray<ChannelScratch> scratch;  // per channel of the tile, after ReduceMemory
-  // The rest is for one-pass plans only.
-  SharedArray<Sums> exchange;  // two buffers of the block's sums per channel, for its cluster to read (resident)
-  SharedArray<Coefficients> coefficients;  // per channel of the tile; others may still read `exchange` as they are made
-  SharedArray<StoredVector<T>> ring;       // per slot, tensor and thread
 
   // `channels` is channels_per_thread(plan.kernel): a constant where a kernel passes it.
-  FASTBN_INLINE SharedMemoryMap(const Plan& plan, int channels) {
-    constexpr int64_t alignment = 16;
-    const int64_t per_tile = plan.channels_per_tile;
-    scratch = {channels == 1 ? int64_t(sizeof(ReduceMemory<1>)) : int64_t(sizeof(ReduceMemory<vec_size>)), per_tile};
-    const bool has_exchange = plan.schedule == Schedule::resident, one_pass = is_one_pass(plan);
-    exchange = {scratch.end(), has_exchange ? 2 * per_tile : 0};
-    coefficients = {exchange.end(), one_pass ? per_tile : 0};
-    ring.offset = (coefficients.end() + alignment - 1) / alignment * alignment;
-    ring.count = one_pass ? int64_t(plan.slots) * plan.resident_tensors * plan.threads : 0;
-  }
+  FASTBN_INLINE ReduceMap(const Plan& plan, int channels)
+      : scratch{channels == 1 ? int64_t(sizeof(ReduceMemory<1>)) : int64_t(sizeof(ReduceMemory<vec_size>)),
+                plan.channels_per_tile} {}
 
   // Returns the scratch memory as the kernel's own type.
   template <class U>
@@ -68,7 +49,7 @@ struct SharedMemoryMap {
     return reinterpret_cast<U*>(scratch.in(memory));
   }
 
-  FASTBN_INLINE int64_t bytes() const { return ring.end(); }
+  FASTBN_INLINE int64_t bytes() const { return scratch.end(); }
 };
 
 // The map of a last pass over the elements: the coefficients of the block's channels, after a word per warp where these
@@ -91,15 +72,14 @@ using InputGradMap = LastPassMap<GradCoefficients<A>, sizeof(A) == sizeof(float)
 template <class T>
 int64_t shared_bytes_of(const Plan& plan, Direction direction) {
   using A = acc_t<T>;
-  const int channels = channels_per_thread(plan.kernel);
+  const int64_t reduce_bytes = ReduceMap(plan, channels_per_thread(plan.kernel)).bytes();
   switch (direction) {
     case Direction::eval: return LastPassMap<Affine<A>>(plan).bytes();
-    case Direction::forward:
-      return std::max(SharedMemoryMap<T, Affine<A>>(plan, channels).bytes(), LastPassMap<Affine<A>>(plan).bytes());
+    case Direction::forward: return std::max(reduce_bytes, LastPassMap<Affine<A>>(plan).bytes());
     case Direction::backward:
     case Direction::frozen_backward: break;
   }
-  return std::max(SharedMemoryMap<T, GradCoefficients<A>>(plan, channels).bytes(), InputGradMap<A>(plan).bytes());
+  return std::max(reduce_bytes, InputGradMap<A>(plan).bytes());
 }
 
 inline void add_shared_bytes(const Request& request, Plan& plan) {

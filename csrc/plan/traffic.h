@@ -12,13 +12,12 @@ inline void add_traffic(const Request& request, Plan& plan) {
   const bool masked = request.masked;
   const double mask = masked ? 1.0 / (8 * double(element_size(request.dtype))) : 0;
   const double residual = request.residual ? 1 : 0;
-  const bool once = is_one_pass(plan);
   // A backward pass over the elements reads input, grad_out, and the mask or residual if the derivative depends on it.
   const double backward_pass = 2 + (!activated ? 0 : masked ? mask : residual);
   switch (request.direction) {
     case Direction::forward:
-      plan.launches = once ? 1 : 3;
-      plan.tensor_reads = (once ? 1 + plan.reread_fraction : 2) + residual;
+      plan.launches = 3;
+      plan.tensor_reads = 2 + residual;
       plan.tensor_writes = 1 + mask;
       break;
     case Direction::eval:
@@ -26,10 +25,8 @@ inline void add_traffic(const Request& request, Plan& plan) {
       plan.tensor_writes = 1 + mask;
       break;
     case Direction::backward:
-      plan.launches = once ? 1 : 3;
-      // The mask is not worth room on chip: it is read twice.
-      plan.tensor_reads =
-          once ? backward_pass + mask + plan.resident_tensors * plan.reread_fraction : 2 * backward_pass;
+      plan.launches = 3;
+      plan.tensor_reads = 2 * backward_pass;
       plan.tensor_writes = 1 + (activated ? residual : 0);
       break;
     case Direction::frozen_backward:  // weight and bias are frozen too; their gradients take x and a second launch

@@ -18,7 +18,7 @@ inline void set_tile_width(const Layout& layout, int64_t vectors_per_row, Plan& 
   plan.tiles = plan.fold > 1 ? 1 : static_cast<int>((layout.channels + channels - 1) / channels);
 }
 
-// Chooses how blocks walk the tensor. Tiles of aligned rows are as wide as they can be; candidates.h narrows them.
+// Chooses how blocks walk the tensor. Tiles of aligned rows are as wide as they can be.
 inline Plan choose_walk(const Request& request) {
   const Layout& layout = request.layout;
   const int64_t bytes = int64_t(element_size(request.dtype)), width = layout.channels * layout.inner;

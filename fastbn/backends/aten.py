@@ -32,7 +32,7 @@ class AtenBackend:
         else:
             reads = (4.0 if call.training else 2.0) + 2 * has_activation
             writes = 1.0 + has_activation
-        return Plan(self.name, "batch_norm", 0, reads, writes, 1, 0, 0, 0, reason)
+        return Plan(self.name, "batch_norm", 0, reads, writes, 0, 0, 0, reason)
 
     def availability(self) -> str:
         return f"yes: torch {torch.__version__}"

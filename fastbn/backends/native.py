@@ -38,7 +38,7 @@ class CpuBackend:
         over_channels = runs_of(tuple(call.input.shape), suggest_memory_format(call.input))[0]
         kernel = "row_tiles" if over_channels else "channel_tiles"
         reads, writes = _two_phase_traffic(call, direction)
-        return Plan(self.name, kernel, 1, reads, writes, 1, 0, torch.get_num_threads(), 0, reason)
+        return Plan(self.name, kernel, 1, reads, writes, 0, torch.get_num_threads(), 0, reason)
 
     def availability(self) -> str:
         return f"yes: {_C.build_info()['cpu_instruction_set']}, {torch.get_num_threads()} threads"
@@ -83,12 +83,7 @@ class CudaBackend:
             aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
             limits=limits,
         )
-        resident_fraction = plan.pop("resident_fraction")
         plan.pop("channels_per_tile")
-        if resident_fraction < 1:
-            reason += (
-                f"; keeps {resident_fraction:.0%} of a channel tile on chip, re-reads the rest, from L2 where it can"
-            )
         if not plan.pop("vectorized"):
             reason += "; element by element, because neither runs nor rows fill aligned vectors of 8 elements"
         return Plan(backend=self.name, reason=reason, **plan)

@@ -45,7 +45,6 @@ class Plan:
     launches: int
     tensor_reads: float
     tensor_writes: float
-    cluster: int
     blocks: int
     threads: int
     shared_bytes: int
@@ -57,8 +56,6 @@ class Plan:
             parts.append(f"{self.launches} launch{'es' if self.launches > 1 else ''}")
         if self.threads:
             parts.append(f"{self.blocks} blocks of " * (self.blocks > 0) + f"{self.threads} threads")
-        if self.cluster > 1:
-            parts[-1] += f" in clusters of {self.cluster}"
         traffic = f"reads {self.tensor_reads:g} S, writes {self.tensor_writes:g} S"
         return "; ".join([", ".join(parts), traffic, self.reason])
 

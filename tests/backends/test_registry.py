@@ -26,7 +26,7 @@ class Added(ReferenceBackend):
         return "the number of channels is odd" if call.input.shape[1] % 2 else None
 
     def plan(self, call, direction, reason):
-        return Plan(self.name, "kernel", 1, 1.0, 1.0, 1, 0, 0, 0, reason)
+        return Plan(self.name, "kernel", 1, 1.0, 1.0, 0, 0, 0, reason)
 
     def availability(self):
         return "yes: for tests"

@@ -74,7 +74,7 @@ def layer(shape, op, times, dtype="float32", group="resnet50", layout="contiguou
 
 
 def call(launches, held_bytes):
-    about = ("resnet50", "small", (2, 64, 7, 7), "contiguous", "float32", "train", "fastbn", "resident_channel_tiles")
+    about = ("resnet50", "small", (2, 64, 7, 7), "contiguous", "float32", "train", "fastbn", "channel_tiles")
     return Call(12.34, 11, 13, 21, *about, launches, ["kernel"] * (launches or 0), held_bytes, None)
 
 

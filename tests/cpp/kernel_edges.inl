@@ -21,10 +21,10 @@ void test_stats(const Shape& shape, Change change, Check check) {
   ForwardParams p = a.forward_params(Statistics::batch, Activation::none, false);
   Doubles var(a.layout.channels, NAN);
   p.var = var.data();
-  CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::channel_stats(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
   for (int64_t k = 0; k < a.layout.channels; ++k) check(k, a.mean[k], var[k], a.channels.mean[k], a.var[k]);
 
-  // A forward has its own plan and must give the same.
+  // A forward must give the same.
   p.var = nullptr;
   a.mean.assign(a.layout.channels, NAN);
   CHECK_EQUAL(a.forward(p), cudaSuccess);
@@ -77,7 +77,7 @@ void test_empty(const Layout& layout) {
   Doubles var(channels, NAN);
   p.var = var.data();
   a.mean.assign(channels, NAN);
-  CHECK_EQUAL(cuda::channel_stats(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::channel_stats(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
   CHECK_EQUAL(batches, 1);
   CHECK(a.mean == Doubles(channels, 0) && var == Doubles(channels, 0));
 

@@ -1,7 +1,6 @@
-// The kernels of all schedules on the emulator, against the definitions in double: every dtype, layout, activation and
+// The kernels on the emulator, against the definitions in double: every dtype, layout, activation and
 // source of statistics; the edges of the contract; and the same bits in whatever order threads run.
 #include <limits>
-#include <utility>
 
 #include "check.h"
 #include "cuda/launch.h"
@@ -22,10 +21,6 @@ struct Shape {
   int threads = 0;  // per block, at least one per vector of a row; 0: as planned
   int splits = 0;
   int64_t shift = 0;
-  int cluster = 0;  // blocks per cluster of a resident plan; 0: no such plan
-  int groups = 0;   // groups of a cooperative plan, of `splits` blocks each; 0: no such plan
-  int slots = 0;    // slots per thread, fewer than it has vectors; 0: a slot for every vector
-  int sms = 0;      // SMs of a device whose cooperative grid the planner chooses; `slots` says whether it keeps a part
 };
 
 const Shape shapes[] = {
@@ -41,58 +36,19 @@ const Shape shapes[] = {
     {{40, 264, 1}, 64, 2, 0},  // two channel tiles, the second one vector wide
     {{6, 3, 1}, 32, 4, 0},     // less than a vector, splits without rows
     {{32 * 67, 8, 1}, 32, 1, 0},
-    // Resident: one block, clusters, blocks without work, slots in every stage of the pipeline.
-    {{3, 5, 16}, 0, 0, 0, 1},
-    {{3, 5, 16}, 64, 0, 1, 2},
-    {{2, 3, 49}, 32, 0, 0, 4},
-    {{4, 2, 200}, 32, 0, 0, 2},
-    {{70, 2, 8}, 32, 0, 0, 8},
-    {{1, 1, 8 * 32 * 67}, 32, 0, 0, 4},
-    {{37, 16, 1}, 0, 0, 0, 1},
-    {{37, 16, 1}, 32, 0, 1, 4},
-    {{29, 13, 1}, 64, 0, 0, 2},
-    {{40, 264, 1}, 64, 0, 0, 4},
-    {{6, 3, 1}, 32, 0, 0, 16},
-    {{32 * 67, 8, 1}, 32, 0, 0, 4},
     // Rows that fill vectors where runs do not: some channels of a row, or several packed rows, of which the last lack
     // some.
     {{9, 16, 49}, 64, 2, 0},
-    {{9, 16, 49}, 64, 0, 0, 2},
     {{5, 6, 4}, 32, 1, 0},
+    {{20, 16, 4}, 32, 2, 0},
     {{67, 3, 1}, 32, 2, 0},
-    {{67, 3, 1}, 32, 0, 0, 2},
     {{5, 7, 9}, 0, 1, 0},
     {{21, 20, 1}, 64, 2, 0},
-    {{20, 16, 4}, 32, 0, 0, 4},
-    // Cooperative: one channel tile per group, several, and fewer for the last group.
-    {{3, 5, 16}, 32, 2, 0, 0, 2},
-    {{4, 2, 200}, 32, 3, 0, 0, 1},
-    {{2, 3, 49}, 32, 2, 0, 0, 2},
-    {{37, 16, 1}, 32, 4, 1, 0, 2},
-    {{40, 264, 1}, 64, 3, 0, 0, 1},
-    {{11, 264, 1}, 64, 2, 0, 0, 2},
-    {{9, 16, 49}, 64, 2, 0, 0, 1},
-    {{67, 3, 1}, 32, 3, 0, 0, 1},
-    {{32 * 67, 8, 1}, 32, 4, 0, 0, 1},
-    {{3, 7, 16}, 32, 2, 0, 0, 2},
-    {{5, 600, 1}, 64, 3, 0, 0, 1},
-    {{5, 600, 1}, 64, 2, 1, 0, 2},
-    // Cooperative, with slots for most vectors, half of them, or few; with blocks and threads that have fewer than
-    // others.
-    {{300, 24, 1}, 32, 2, 0, 0, 1, 16},
-    {{600, 24, 1}, 32, 2, 1, 0, 1, 16},
-    {{1200, 24, 1}, 32, 2, 0, 0, 1, 16},
-    {{101, 264, 1}, 64, 3, 0, 0, 1, 8},
-    {{101, 600, 1}, 64, 2, 0, 0, 2, 8},
-    {{101, 600, 1}, 32, 2, 0, 0, 1, 16},
-    {{1500, 16, 1}, 32, 4, 0, 0, 1, 16},
-    {{45, 16, 49}, 64, 2, 0, 0, 1, 16},
-    {{5003, 3, 1}, 32, 3, 0, 0, 1, 16},
-    {{4000, 3, 1}, 32, 3, 0, 0, 1, 16},
-    // Cooperative grids that the planner chooses: two groups; one; one that keeps a part.
-    {.layout = {40, 2, 200}, .groups = 2, .sms = 4},
-    {.layout = {600, 24, 1}, .groups = 1, .sms = 3},
-    {.layout = {3001, 24, 1}, .groups = 1, .slots = 1, .sms = 2},
+    // Rows with promotions of the running sums, more of them in some threads and splits than in others.
+    {{1200, 24, 1}, 32, 2, 0},
+    {{101, 600, 1}, 64, 2, 1},
+    {{45, 16, 49}, 64, 2, 0},
+    {{5003, 3, 1}, 32, 3, 0},
 };
 
 template <class T>
@@ -103,38 +59,9 @@ Plan plan_of(const Shape& shape, bool masked) {
   request.aligned = shape.shift == 0;
   request.fused = false;
   request.masked = masked;
-  if (shape.sms) {
-    request.direction = Direction::backward;
-    request.activation = Activation::silu;
-    request.residual = request.fused = true;
-    const Plan walk = choose_walk(request);
-    request.masked = false;  // so that every op has room for its tensors
-    const DeviceLimits limits{"small", shape.sms, known_devices[2].shared_bytes_per_block, 1, 1 << 15};
-    Plan plan = walk;
-    const bool keeps_all = fit_on_grid(request, limits, 1, plan);
-    if (!keeps_all) plan = walk;
-    CHECK(keeps_all || fit_part_on_grid(request, limits, 1, plan));
-    CHECK(keeps_all == !shape.slots && plan.groups == shape.groups);
-    return plan;
-  }
   Plan plan = choose_plan(request, known_devices[2]);
   if (shape.threads) plan.threads = std::max(shape.threads, (plan.vectors_per_row + 31) / 32 * 32);
   if (shape.splits) plan.splits = shape.splits;
-  if (shape.cluster || shape.groups) {
-    // The request is a backward with everything, so that every op has room.
-    request.direction = Direction::backward;
-    request.activation = Activation::silu;
-    request.residual = true;
-    request.masked = false;
-    const auto [schedule, blocks] =
-        shape.groups ? std::pair{Schedule::cooperative, shape.splits} : std::pair{Schedule::resident, shape.cluster};
-    CHECK(fit_on_chip(request, schedule, blocks, 1 << 30, plan));
-    if (shape.groups) plan.groups = std::min(shape.groups, plan.tiles);
-    if (shape.slots) {
-      CHECK(shape.slots < plan.slots || masked);
-      plan.set_slots(shape.slots, sizeof(T));
-    }
-  }
   return plan;
 }
 
@@ -143,7 +70,7 @@ template <class T>
 struct Case {
   Shape shape;
   Layout layout = shape.layout;
-  Plan plan, two_phase;  // the latter for ops that do not both compute and use the statistics of the batch
+  Plan plan;
   Tensor<T> input, residual, grad_out, output, grad_input, grad_residual;
   Tensor<uint8_t> mask;
   Channels channels;
@@ -174,16 +101,9 @@ struct Case {
 
   void choose(bool masked) {
     plan = plan_of<T>(shape, masked);
-    Shape in_phases = shape;
-    in_phases.cluster = in_phases.groups = in_phases.slots = in_phases.sms = 0;
-    two_phase = plan_of<T>(in_phases, masked);
-    ForwardParams cumulative;  // the op that needs the largest workspace
-    int64_t batches = 0;
-    cumulative.layout = layout;
-    cumulative.num_batches_tracked = &batches;
-    cumulative.has_momentum = false;
-    const int64_t bytes =
-        std::max(cuda::workspace_bytes(plan, cumulative), cuda::workspace_bytes(two_phase, cumulative));
+    ForwardParams p;
+    p.layout = layout;
+    const int64_t bytes = cuda::workspace_bytes(plan, p);
     workspace.assign((bytes + sizeof(double) - 1) / sizeof(double), NAN);
   }
 
@@ -225,14 +145,8 @@ struct Case {
     return p;
   }
 
-  const Plan& plan_for(Statistics statistics) const { return statistics == Statistics::batch ? plan : two_phase; }
-
-  cudaError_t forward(const ForwardParams& p) {
-    return cuda::forward(p, plan_for(p.statistics), workspace.data(), nullptr);
-  }
-  cudaError_t backward(const BackwardParams& p) {
-    return cuda::backward(p, plan_for(p.statistics), workspace.data(), nullptr);
-  }
+  cudaError_t forward(const ForwardParams& p) { return cuda::forward(p, plan, workspace.data(), nullptr); }
+  cudaError_t backward(const BackwardParams& p) { return cuda::backward(p, plan, workspace.data(), nullptr); }
 };
 
 template <class T>
@@ -279,13 +193,13 @@ void test_forward(const Shape& shape, Activation activation, bool with_residual)
   p.running_var = vector_of(a.running_var);
   c.mean = a.running_mean;
   for (int64_t k = 0; k < a.layout.channels; ++k) c.inv_std[k] = 1 / std::sqrt(a.running_var[k] + kEps);
-  CHECK_EQUAL(cuda::forward(p, a.two_phase, nullptr, nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::forward(p, a.plan, nullptr, nullptr), cudaSuccess);
   check_output(a, c, activation, with_residual);
   CHECK(a.mean == c.mean && a.inv_std == c.inv_std);
 
   p = a.forward_params(Statistics::given, activation, with_residual);
   a.mean = a.channels.mean;
-  CHECK_EQUAL(cuda::forward(p, a.two_phase, nullptr, nullptr), cudaSuccess);
+  CHECK_EQUAL(cuda::forward(p, a.plan, nullptr, nullptr), cudaSuccess);
   c.mean = a.channels.mean;
   check_output(a, c, activation, with_residual);
 }
@@ -340,7 +254,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
     BackwardParams p = params(Statistics::given);
     p.sum_grad = sums.data();
     p.sum_grad_xhat = sums_xhat.data();
-    CHECK_EQUAL(cuda::grad_sums(p, a.two_phase, a.workspace.data(), nullptr), cudaSuccess);
+    CHECK_EQUAL(cuda::grad_sums(p, a.plan, a.workspace.data(), nullptr), cudaSuccess);
     // The sums and the count are those of two ranks that have seen the same data.
     const double count = 2 * double(a.layout.count());
     for (int64_t k = 0; k < a.layout.channels; ++k) {
@@ -350,7 +264,7 @@ void test_backward(const Shape& shape, Activation activation, bool with_residual
       sums_xhat[k] *= 2;
     }
     p.count = &count;
-    CHECK_EQUAL(cuda::backward(p, a.two_phase, nullptr, nullptr), cudaSuccess);
+    CHECK_EQUAL(cuda::backward(p, a.plan, nullptr, nullptr), cudaSuccess);
     check_gradients(a, g, Statistics::given, with_residual, 2);
   }
 }

@@ -32,22 +32,18 @@ ELEMENT_BYTES = {"f": 4, "d": 8, "NS_7float16E": 2, "NS_8bfloat16E": 2}
 VEC_SIZE = 8  # elements, as in plan/plan.h
 
 # Number of tensors that a kernel can move, the residual and its gradient included: from global memory to registers
-# (load), to shared memory by cp.async (copy), and back (store).
+# (load) and back (store).
 MOVES = {
     "moments": {"load": 1},
     "normalize": {"load": 2, "store": 1},
     "grad_sums": {"load": 3},
     "input_grad": {"load": 3, "store": 2},
-    "resident_forward": {"load": 1, "copy": 1, "store": 1},
-    "resident_backward": {"copy": 3, "store": 2},
 }
-MOVE_NO_ELEMENTS = {"finish", "probe"}
+MOVE_NO_ELEMENTS = {"finish"}
 
-# LD and ST take any address space: nvcc uses them where it cannot tell that an address is global, as for
-# resident_forward's residual on sm_100.
+# LD and ST take any address space: nvcc uses them where it cannot tell that an address is global.
 MOVES_16_BYTES = {
     "load": re.compile(r" LDG?\.(?:\w+\.)*128 "),
-    "copy": re.compile(r" LDGSTS\.(?:\w+\.)*128 "),
     "store": re.compile(r" STG?\.(?:\w+\.)*128 "),
 }
 

@@ -29,8 +29,8 @@ def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, d
     plan = fastbn.explain(x, direction, training=training, device=device)
     assert plan.backend == "cuda" and plan.reason == f"planned for {device}"
     kernel = "row_tiles" if memory_format == torch.channels_last else "channel_tiles"
-    assert plan.kernel.removeprefix("resident_").removeprefix("cooperative_") == kernel
-    assert plan.blocks > 0 and plan.threads > 0 and plan.launches >= 1 and plan.cluster >= 1
+    assert plan.kernel == kernel
+    assert plan.blocks > 0 and plan.threads > 0 and plan.launches >= 1
     assert plan.tensor_reads >= (2 if direction == "backward" and training else 1) and plan.tensor_writes >= 1
     assert f"{plan.blocks} blocks of {plan.threads} threads" in str(plan)
 
@@ -76,7 +76,7 @@ def test_a_plan_is_frozen_and_made_of_plain_values():
     plan = fastbn.explain(_meta(8, 64, 7, 7), device="h200")
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.backend = "cpu"
-    names = ["backend", "kernel", "launches", "tensor_reads", "tensor_writes", "cluster", "blocks", "threads"]
+    names = ["backend", "kernel", "launches", "tensor_reads", "tensor_writes", "blocks", "threads"]
     assert [field.name for field in dataclasses.fields(plan)] == [*names, "shared_bytes", "reason"]
     assert json.loads(json.dumps(dataclasses.asdict(plan))) == dataclasses.asdict(plan)
 
@@ -189,9 +189,3 @@ def test_explain_names_the_largest_shared_memory_of_the_launches():
     assert plan.kernel == "channel_tiles"
     # Two totals per thread, a vote per warp, and four numbers for the channel.
     assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 32
-
-
-def test_explain_says_what_is_read_again():
-    """132 blocks of 256 threads keep 16 vectors of each of two tensors; a tile has 401408 rows of eight vectors."""
-    plan = fastbn.explain(_meta(128, 64, 56, 56, memory_format=torch.channels_last), "backward", device="h200")
-    assert "keeps 17% of a channel tile on chip, re-reads the rest, from L2" in plan.reason

@@ -48,7 +48,7 @@ def _extended_precision():
 
 
 def _params():
-    for name in ("reference", "cpu", "emulator", "resident", "cooperative", "cuda"):
+    for name in ("reference", "cpu", "emulator", "cuda"):
         marks = [pytest.mark.gpu] if name == "cuda" else []
         for case in SMALL if name in implementations.EMULATED_LIMITS else CASES:
             yield pytest.param(name, case, id=f"{name}-{case}", marks=[*marks, *tiers.marks(case)])

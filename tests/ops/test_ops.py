@@ -272,23 +272,3 @@ def test_backward(ops, setup, batch_stats):
         _check_elements(
             host, exact, allowed, *ops.namespace.input_grad(*arguments, *statistics, setup.activation, True)
         )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_tiles_of_half_a_stage_one_after_the_other(ops, dtype):
-    """A thread of a cooperative group of two blocks has three vectors, where two are a stage of its copies.
-
-    Gradients show a missing wait: sums of forward that meet NaN, which the emulator puts there, start again.
-    """
-    case = cases.Case("half_stages", (1, 3, 10240))
-    x, grad_out = cases.make_input(case, dtype), cases.make_normal(case, dtype)
-    mean, var = reference.channel_stats(x)
-    inv_std = (var + EPS).rsqrt()
-    options = [True, 0, True, False, False, False]
-    unfused = [None, None, None, None]
-    exact = reference.batch_norm_backward(grad_out.double(), x.double(), *unfused, mean, inv_std, *options)[0]
-    there = [t.to(ops.device) for t in (grad_out, x, mean, inv_std)]
-    grad_input = ops.namespace.batch_norm_backward(*there[:2], *unfused, *there[2:], *options)[0]
-    # None of 10240 normal values lies 6 standard deviations off.
-    allowed = tolerance.gradient_tolerance(dtype, case.count, 6 * inv_std.max())
-    assert_close_to_reference(grad_input, exact, allowed, "grad_input")

@@ -13,10 +13,10 @@ constexpr int vectors_in_flight = bytes >= 64   ? 1
                                   : bytes >= 32 ? 2
                                                 : 4;
 
-// Visits every vector of the walk, `unroll` of them side by side while there are as many: calls load(step) for each,
-// then wait(), then use(step, item) for each, then done(number of vectors).
-template <int unroll, class Walk, class Load, class Wait, class Use, class Done>
-FASTBN_DEVICE void for_each_batch(Walk walk, Load load, Wait wait, Use use, Done done) {
+// Calls use(step, load(step)) for every vector of the walk, with `unroll` loads before the first use while there are as
+// many vectors.
+template <int unroll, class Walk, class Load, class Use>
+FASTBN_DEVICE void for_each_vector(Walk walk, Load load, Use use) {
   using Item = decltype(load(Step{}));
   if constexpr (unroll > 1) {
     FASTBN_KEEP_LOOP
@@ -29,27 +29,16 @@ FASTBN_DEVICE void for_each_batch(Walk walk, Load load, Wait wait, Use use, Done
         items[i] = load(steps[i]);
         walk.next();
       }
-      wait();
       FASTBN_UNROLL
       for (int i = 0; i < unroll; ++i) use(steps[i], items[i]);
-      done(unroll);
     }
   }
   FASTBN_KEEP_LOOP
   while (walk.more()) {
     const Step step = walk.step();
-    const Item item = load(step);
-    wait();
-    use(step, item);
-    done(1);
+    use(step, load(step));
     walk.next();
   }
-}
-
-// Calls use(step, load(step)) for every vector of the walk, with `unroll` loads before the first use.
-template <int unroll, class Walk, class Load, class Use>
-FASTBN_DEVICE void for_each_vector(Walk walk, Load load, Use use) {
-  for_each_batch<unroll>(walk, load, [] {}, use, [](int) {});
 }
 
 }  // namespace fastbn::cuda

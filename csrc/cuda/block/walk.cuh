@@ -57,9 +57,8 @@ class Walk {
     }
     left_ = exists && begin < range.end ? static_cast<int>((range.end - begin + thread_rows_ - 1) / thread_rows_) : 0;
     if constexpr (by_rows && !aligned) {  // a last row of several packed ones may end before this vector
-      if (left_ > 0 && step_after(step(), left_ - 1).count == 0) --left_;
+      if (left_ > 0 && row_step(offset_ + (left_ - 1) * stride_, index_).count == 0) --left_;
     }
-    vectors_ = left_;
     if (by_rows || left_ == 0) return;
     vectors_per_run_ = static_cast<Index>(plan.vectors_per_run(layout));
     const int64_t run = begin / vectors_per_run_ * layout.channels + tile;
@@ -73,9 +72,8 @@ class Walk {
 
   FASTBN_DEVICE bool more() const { return left_ > 0; }
 
-  // Return how many vectors are left, and how many the walk has in total.
+  // Returns how many vectors are left.
   FASTBN_DEVICE int left() const { return left_; }
-  FASTBN_DEVICE int vectors() const { return vectors_; }
 
   FASTBN_DEVICE Step step() const {
     if constexpr (aligned) return {offset_, vec_size};
@@ -83,31 +81,6 @@ class Walk {
     if constexpr (by_rows) return row_step(offset_, index_);
     const int64_t rest = layout_.inner - int64_t(index_) * vec_size;
     return {offset_, rest < vec_size ? static_cast<int>(rest) : vec_size};
-  }
-
-  // Returns the step of this thread that comes `vectors` after the given one (row_tiles).
-  FASTBN_DEVICE Step step_after(const Step& step, int vectors) const {
-    static_assert(by_rows);
-    const int64_t offset = step.offset + vectors * stride_;
-    if constexpr (aligned) return {offset, step.count};
-    return row_step(offset, index_);
-  }
-
-  // Returns the offset from a vector to the same vector `tiles` channel tiles ahead.
-  FASTBN_DEVICE int64_t offset_to_tile(int tiles) const {
-    return by_rows ? int64_t(tiles) * plan_.vectors_per_row * vec_size : tiles * layout_.inner;
-  }
-
-  // Returns whether that tile has this vector. A later tile has no vector that an earlier one lacks.
-  FASTBN_DEVICE bool has_vector_in_tile(int tiles) const {
-    return by_rows ? (index_ + tiles * plan_.vectors_per_row) * vec_size < plan_.row_width
-                   : first_channel + tiles < layout_.channels;
-  }
-
-  // Returns a step that was moved `tiles` channel tiles ahead, with the elements that it has there.
-  FASTBN_DEVICE Step step_in_tile(const Step& moved, int tiles) const {
-    if constexpr (by_rows && !aligned) return row_step(moved.offset, index_ + tiles * plan_.vectors_per_row);
-    return moved;
   }
 
   FASTBN_DEVICE void next() {
@@ -188,7 +161,7 @@ class Walk {
   int first_channel;  // of the block's tile
   int tile_channels;  // channels that the tile has; the last one may have fewer than the plan says
 
- protected:
+ private:
   FASTBN_DEVICE int vectors_per_row() const { return by_rows ? plan_.vectors_per_row : 1; }
 
   // Returns the step at an offset, which is cut short by the end of the row or, with packed rows, of the tensor.
@@ -205,8 +178,7 @@ class Walk {
   const Layout& layout_;
   const Plan& plan_;
   int thread_rows_;     // threads at the same vector of the row; for channel_tiles, all threads
-  int vectors_;         // of the walk
-  int left_;            // of these
+  int left_;            // vectors that are left
   Index index_ = 0;     // of the vector in its row or run
   int64_t offset_ = 0;  // of its first element
   int64_t stride_ = 0;  // from one vector to the next, in the same run
@@ -221,29 +193,6 @@ inline bool is_aligned_walk(const Plan& plan, const Layout& layout) {
   return plan.vectorized && layout.outer % plan.fold == 0 &&
          (plan.kernel == Kernel::row_tiles || plan.vectors_per_run(layout) < max_vectors);
 }
-
-// A walk that visits the vectors that are still on chip first: the last ones, as many as the plan has slots, in order;
-// then the others backwards, because a cache is most likely to hold those that were visited last.
-template <class Walk>
-class ResidentFirst : public Walk {
- public:
-  FASTBN_DEVICE explicit ResidentFirst(const Walk& walk) : Walk(walk) {
-    if constexpr (Walk::by_rows) {
-      if (others() > 0) this->offset_ += others() * this->stride_;
-    }
-  }
-
-  FASTBN_DEVICE void next() {
-    Walk::next();
-    if constexpr (Walk::by_rows) {
-      if (this->left_ > others()) return;
-      this->offset_ -= (this->left_ == others() ? this->plan_.slots + 1 : 2) * this->stride_;
-    }
-  }
-
- private:
-  FASTBN_DEVICE int others() const { return this->vectors_ - this->plan_.slots; }
-};
 
 // Returns the walk of this block where every channel tile has blocks of its own.
 template <class Walk>

@@ -2,7 +2,6 @@
 // recomputed from the input and the residual.
 #pragma once
 
-#include "cuda/block/smem_ring.cuh"
 #include "cuda/block/vec8.cuh"
 #include "cuda/block/walk.cuh"
 #include "cuda/element/activate.cuh"
@@ -74,23 +73,6 @@ class GradZ {
     } else {
       masked_ || has_light_epilogue(params_.activation) ? use(std::true_type()) : use(std::false_type());
     }
-  }
-
-  // Start to load the tensors into a slot of the ring, and load them from the slot that is visited. The mask is not
-  // worth room on chip.
-  FASTBN_DEVICE void fetch(const SmemRing<T>& ring, const Step& step, int slot) const {
-    ring.template fetch<aligned>(slot, 0, at(params_.grad_out, step), step.count, vectorized_);
-    if (reads_input_) ring.template fetch<aligned>(slot, 1, at(params_.input, step), step.count, vectorized_);
-    if (reads_residual_) ring.template fetch<aligned>(slot, 2, at(params_.residual, step), step.count, vectorized_);
-  }
-
-  FASTBN_DEVICE Item load(const SmemRing<T>& ring, uint8_t mask) const {
-    Item item;
-    item.grad_out = ring.load(0);
-    if (reads_input_) item.x = ring.load(1);
-    if (reads_residual_) item.residual = ring.load(2);
-    item.mask = mask;
-    return item;
   }
 
   // Computes grad_z of a vector. `light_epilogue` is from dispatch_epilogue.

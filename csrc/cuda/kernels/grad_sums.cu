@@ -15,7 +15,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
     grad_sums_kernel(BackwardParams params, Plan plan, Sums* partials) {
   using A = acc_t<T>;
   auto& memory = reduce_memory<Walk::channels>();
-  const SharedMemoryMap<T, GradCoefficients<A>> map(plan, Walk::channels);
+  const ReduceMap map(plan, Walk::channels);
   auto* const scratch = map.template scratch_in<SumCoefficients<T>>(&memory);
   const Walk walk = walk_of_block<Walk>(params.layout, plan, Order::ascending);
   const GradZ<T, Walk::aligned> grad_z(params, plan, params.sum_grad_xhat || params.grad_weight.defined());
@@ -47,8 +47,7 @@ struct FinishGradSums {
 
 cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&grad_sums_kernel<T, Walk>, (sums_shape<T, GradCoefficients<acc_t<T>>>(plan)), stream, params,
-                          plan, partials);
+    return device::launch(&grad_sums_kernel<T, Walk>, reduce_shape(plan), stream, params, plan, partials);
   });
 }
 

@@ -23,7 +23,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double)
   };
   using A = acc_t<T>;
   auto& memory = reduce_memory<Walk::channels>();
-  const SharedMemoryMap<T, Affine<A>> map(plan, Walk::channels);
+  const ReduceMap map(plan, Walk::channels);
   A pivot[Walk::channels];
   share_coefficients(
       walk, map.template scratch_in<A>(&memory), [&](int64_t channel) { return A(pivot_of(params, channel)); }, pivot);
@@ -46,8 +46,7 @@ struct FinishMoments {
 
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream) {
   return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&moments_kernel<T, Walk>, (sums_shape<T, Affine<acc_t<T>>>(plan)), stream, params, plan,
-                          partials);
+    return device::launch(&moments_kernel<T, Walk>, reduce_shape(plan), stream, params, plan, partials);
   });
 }
 

@@ -11,7 +11,6 @@
 #include "math/sums.h"
 #include "plan/plan.h"
 #include "plan/shared_memory.h"
-#include "plan/walk.h"
 
 namespace fastbn::cuda {
 
@@ -27,13 +26,6 @@ cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& pl
                                     cudaStream_t stream);
 // Writes grad_input and grad_residual. A null sum_grad means frozen statistics, a null count that of the layout.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
-
-// Run a one-pass plan, with the statistics of the batch: the sums and the last pass in one launch. The workspace is
-// that of cooperative plans, or the ticket of a cumulative average (batch_counter.cuh), which must be 0.
-cudaError_t launch_resident_forward(const ForwardParams& params, const Plan& plan, void* workspace,
-                                    cudaStream_t stream);
-cudaError_t launch_resident_backward(const BackwardParams& params, const Plan& plan, void* workspace,
-                                     cudaStream_t stream);
 
 // Calls run.operator()<T, Walk>() with the type of the elements and the plan's walk.
 template <class Run>
@@ -61,13 +53,7 @@ inline bool is_runnable(const Plan& plan, const Layout& layout) {
   const bool threads = plan.threads > 0 && plan.threads <= max_threads && plan.threads % device::kWarp == 0;
   const bool rows =
       plan.kernel == Kernel::channel_tiles || plan.row_width == plan.fold * layout.channels * layout.inner;
-  // Slots that are reused within a tile are a ring of whole stages, since threads process the vectors of a stage side
-  // by side.
-  const bool fits = plan.slots >= vectors_per_thread(layout, plan, plan.splits);
-  const bool stages = plan.slots > 0 && plan.slots <= copy_stages * plan.slots_per_stage &&
-                      (fits || (plan.kernel == Kernel::row_tiles && plan.slots == copy_stages * plan.slots_per_stage));
-  const bool slots = !is_one_pass(plan) || stages;
-  return threads && rows && slots && plan.vectors_per_row >= 1 && plan.vectors_per_row <= plan.threads &&
+  return threads && rows && plan.vectors_per_row >= 1 && plan.vectors_per_row <= plan.threads &&
          layout.channels <= INT32_MAX;
 }
 
@@ -76,16 +62,13 @@ inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
   device::Launch shape;
   shape.grid_x = int64_t(plan.groups) * plan.splits;
   shape.threads = plan.threads;
-  shape.cluster = plan.cluster;
-  shape.cooperative = plan.schedule == Schedule::cooperative;
   shape.shared_bytes = shared_bytes;
   return shape;
 }
 
-// Returns the shape of a launch that reduces, whatever it does afterwards.
-template <class T, class Coefficients>
-device::Launch sums_shape(const Plan& plan) {
-  return grid_of(plan, SharedMemoryMap<T, Coefficients>(plan, channels_per_thread(plan.kernel)).bytes());
+// Returns the shape of a launch that reduces.
+inline device::Launch reduce_shape(const Plan& plan) {
+  return grid_of(plan, ReduceMap(plan, channels_per_thread(plan.kernel)).bytes());
 }
 
 }  // namespace fastbn::cuda

@@ -25,7 +25,7 @@ class ReferenceBackend:
         return True
 
     def plan(self, call: Call, direction: str, reason: str) -> Plan:
-        return Plan(self.name, "float64", 0, math.nan, math.nan, 1, 0, 0, 0, reason)
+        return Plan(self.name, "float64", 0, math.nan, math.nan, 0, 0, 0, reason)
 
     def availability(self) -> str:
         return "yes: float64, for comparison"

@@ -25,7 +25,7 @@ using device::Launch;
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
 constexpr const char* kStateNames[] = {"ready",        "at a warp operation", "at sync_block", "at sync_cluster",
-                                       "at sync_grid", "at sync_blocks",      "returned"};
+                                       "at sync_grid", "at sync_blocks",      "at wait",       "returned"};
 
 // splitmix64
 uint64_t random_below(uint64_t bound) {
@@ -120,6 +120,7 @@ bool run_clusters(const int64_t* order, size_t count) {
   machine.ready.clear();
   machine.grid.waiting.clear();
   machine.rounds.clear();
+  machine.waiting.clear();
   machine.grid.expected = count * shape.cluster * threads;
 
   for (size_t i = 0; i < count; ++i) {

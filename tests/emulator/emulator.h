@@ -29,7 +29,7 @@ const char* last_failure();
 
 using Location = std::source_location;
 
-enum class Exchange { shuffle_xor, ballot };
+enum class Exchange { shuffle_xor, ballot, none };
 
 // Waits for the warp, then receives the `bytes` bytes that another lane sends, or the word of a ballot.
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "context.h"
@@ -15,7 +16,7 @@
 
 namespace fastbn::emulator {
 
-enum class State { ready, in_shuffle, in_sync_block, in_sync_cluster, in_sync_grid, in_sync_blocks, returned };
+enum class State { ready, in_shuffle, in_sync_block, in_sync_cluster, in_sync_grid, in_sync_blocks, in_wait, returned };
 
 struct Block;
 
@@ -62,6 +63,7 @@ struct Block {
   int rank = 0;
   Cluster* cluster = nullptr;
   int running = 0;
+  bool waited_for_previous = false;
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<Fibre*> fibres;
@@ -83,6 +85,7 @@ struct Machine {
   std::vector<Fibre*> ready;
   Barrier grid;
   std::map<const uint32_t*, Round> rounds;  // by their counter
+  std::unordered_map<const device::Mbarrier*, std::vector<Fibre*>> waiting;
 
   device::Launch shape;
   void (*body)(void*) = nullptr;

@@ -153,6 +153,101 @@ void copy_async16(void* shared, const void* global, const Location& where) {
   machine.current->copies.push_back({shared, global, machine.current->committed});
 }
 
+namespace {
+
+// An mbarrier in its 8 bytes. Shared memory is filled with ones, which are not the tag.
+struct Phase {
+  static constexpr uint64_t kTag = 0x5b5b5;
+  uint64_t tag : 20, expected : 21, pending : 21, parity : 1;
+
+  static Phase of(const Mbarrier* barrier, const Location& where) {
+    const auto* address = reinterpret_cast<const unsigned char*>(barrier);
+    const int64_t offset = address - machine.current->block->shared.get();
+    if (reinterpret_cast<uintptr_t>(barrier) % sizeof(Mbarrier) != 0) fail("mbarrier at an unaligned address", where);
+    if (offset < 0 || offset + int64_t{sizeof(Mbarrier)} > machine.shape.shared_bytes) {
+      fail("mbarrier outside of the block's shared memory", where);
+    }
+    Phase phase;
+    memcpy(&phase, barrier, sizeof(phase));
+    return phase;
+  }
+
+  static Phase of_initialized(const Mbarrier* barrier, const Location& where) {
+    const Phase phase = of(barrier, where);
+    if (phase.tag != kTag) fail("mbarrier that is not initialized", where);
+    return phase;
+  }
+
+  void store(Mbarrier* barrier) const { memcpy(barrier, this, sizeof(*this)); }
+};
+static_assert(sizeof(Phase) == sizeof(Mbarrier));
+
+}  // namespace
+
+void init_mbarrier(Mbarrier* barrier, int arrivals, const Location& where) {
+  Phase phase = Phase::of(barrier, where);
+  if (arrivals < 1 || arrivals > kMaxArrivals) fail("mbarrier of an impossible number of arrivals", where);
+  phase.tag = Phase::kTag;
+  phase.expected = phase.pending = static_cast<uint64_t>(arrivals);
+  phase.parity = 0;
+  phase.store(barrier);
+}
+
+void arrive(Mbarrier* barrier, const Location& where) {
+  Phase phase = Phase::of_initialized(barrier, where);
+  if (--phase.pending == 0) {
+    phase.pending = phase.expected;
+    phase.parity ^= 1;
+    std::vector<Fibre*>& waiting = machine.waiting[barrier];
+    for (Fibre* fibre : waiting) make_ready(fibre);
+    waiting.clear();
+  }
+  phase.store(barrier);
+}
+
+// A thread that wakes looks again, as on a GPU: the next phase may have completed too.
+void wait(Mbarrier* barrier, int parity, const Location& where) {
+  if (parity != 0 && parity != 1) fail("wait for a parity that is neither 0 nor 1", where);
+  while (Phase::of_initialized(barrier, where).parity == static_cast<uint64_t>(parity)) {
+    machine.current->state = State::in_wait;
+    machine.current->where = where;
+    machine.waiting[barrier].push_back(machine.current);
+    suspend();
+  }
+}
+
+void arrive_after_copies(Mbarrier* barrier, const Location& where) {
+  for (const Copy& copy : machine.current->copies) memcpy(copy.to, copy.from, 16);
+  machine.current->copies.clear();
+  arrive(barrier, where);
+}
+
+void store_message(Message16* to, const Message16& message, const Location& where) {
+  require_aligned(to, where);
+  memcpy(to, &message, sizeof(message));
+}
+
+Message16 load_message(const Message16* from, const Location& where) {
+  require_aligned(from, where);
+  Message16 message;
+  memcpy(&message, from, sizeof(message));
+  return message;
+}
+
+void pause(const Location& where) {
+  machine.current->where = where;
+  make_ready(machine.current);
+  suspend();
+}
+
+void sync_warp(const Location& where) {
+  const uint32_t nothing = 0;
+  exchange(Exchange::none, 0, &nothing, nullptr, sizeof(nothing), where);
+}
+
+void allow_next_launch() {}
+void wait_for_previous_launch() { machine.current->block->waited_for_previous = true; }
+
 void copy_async_commit() { ++machine.current->committed; }
 
 }  // namespace fastbn::device

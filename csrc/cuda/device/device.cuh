@@ -1,10 +1,12 @@
 // The device primitives, and the only header through which a kernel touches CUDA; tests/emulator has the same ones for
 // a CPU. All 32 lanes of a warp must reach a warp operation. Before sm_90 a block is its own cluster, and before sm_80
-// an asynchronous copy is an ordinary one.
+// an asynchronous copy is an ordinary one and an mbarrier traps.
 #pragma once
 
 #include <cooperative_groups.h>
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -56,6 +58,7 @@ FASTBN_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(fastbn_shared_memory);
 }
 
+FASTBN_DEVICE void sync_warp() { __syncwarp(); }
 FASTBN_DEVICE void sync_block() { __syncthreads(); }
 FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
@@ -186,6 +189,31 @@ FASTBN_DEVICE void store16(T* to, const Vector16<T>& value) {
   *reinterpret_cast<int4*>(to) = detail::to_words(value);
 }
 
+// Stores a message for another block, which sees it some time later. PTX takes the two halves for two accesses in no
+// order, so that a reader may see one half without the other; each half is whole. What a thread wrote before it is not
+// visible with it: a message carries all of its data, and no fence is needed.
+FASTBN_DEVICE void store_message(Message16* to, const Message16& message) {
+  uint64_t half[2];
+  memcpy(half, &message, 16);
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "l"(half[0]),
+               "l"(half[1])
+               : "memory");
+}
+
+FASTBN_DEVICE Message16 load_message(const Message16* from) {
+  uint64_t half[2];
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+               : "=l"(half[0]), "=l"(half[1])
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  Message16 message;
+  memcpy(&message, half, 16);
+  return message;
+}
+
+// Stands in every loop that polls for a message: the emulator runs another thread there.
+FASTBN_DEVICE void pause() {}
+
 #if __CUDA_ARCH__ >= 800
 
 // Copies 16 bytes without going through registers and L1. They are visible to this thread after copy_async_wait, and to
@@ -205,6 +233,51 @@ FASTBN_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+namespace detail {
+
+FASTBN_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+}  // namespace detail
+
+// Begins phase 0 of a barrier whose phases take `arrivals` arrivals each. A sync_block must come between this and the
+// other threads' use of the barrier.
+FASTBN_DEVICE void init_mbarrier(Mbarrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Arrives. Release: those who have waited for the phase see what this thread wrote before.
+FASTBN_DEVICE void arrive(Mbarrier* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(detail::shared_address(barrier)) : "memory");
+}
+
+// Arrives once all copies that this thread began before have landed; does not wait for them.
+FASTBN_DEVICE void arrive_after_copies(Mbarrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(detail::shared_address(barrier)) : "memory");
+}
+
+// Waits until the current phase is not the one of `parity`, that is, until the latest phase of that parity has
+// completed. On a fresh barrier, parity 1 returns at once. Acquire.
+FASTBN_DEVICE void wait(Mbarrier* barrier, int parity) {
+  uint32_t completed;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred completed;\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 completed, [%1], %2;\n"  // suspends the thread for a while
+#else
+        "mbarrier.test_wait.parity.shared.b64 completed, [%1], %2;\n"
+#endif
+        "selp.u32 %0, 1, 0, completed;\n"
+        "}"
+        : "=r"(completed)
+        : "r"(detail::shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!completed);
+}
+
 #else
 
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
@@ -216,7 +289,26 @@ FASTBN_DEVICE void copy_async_commit() {}
 template <int kPending>
 FASTBN_DEVICE void copy_async_wait() {}
 
+FASTBN_DEVICE void init_mbarrier(Mbarrier*, int) { __trap(); }
+FASTBN_DEVICE void arrive(Mbarrier*) { __trap(); }
+FASTBN_DEVICE void arrive_after_copies(Mbarrier*) { __trap(); }
+FASTBN_DEVICE void wait(Mbarrier*, int) { __trap(); }
+
 #endif
+
+// Lets the next launch on the stream start, if it overlaps_previous, once all blocks have called this or returned.
+FASTBN_DEVICE void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits, in a launch that overlaps_previous, until the one before it has ended and all that it wrote is visible.
+FASTBN_DEVICE void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 namespace detail {
 
@@ -229,6 +321,27 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes);
   return error;
+}
+
+// Returns whether the current device lets launches overlap and runs code in which wait_for_previous_launch waits: both
+// came with sm_90. All kernels are compiled for the same architectures, so that a device has one answer.
+inline bool can_overlap(const void* kernel) {
+  enum Answer : int8_t { unknown, no, yes };
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int8_t>, kDevices> answers{};
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device < kDevices && answers[device] != unknown) return answers[device] == yes;
+  cudaFuncAttributes code = {};
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // clear the error, so that the next launch does not report it
+    return false;
+  }
+  const bool can = major >= 9 && code.ptxVersion >= 90;
+  if (device < kDevices) answers[device] = can ? yes : no;
+  return can;
 }
 
 }  // namespace detail
@@ -277,7 +390,7 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
 
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -287,6 +400,11 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   if (shape.cooperative) {
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count].val.cooperative = 1;
+    ++count;
+  }
+  if (shape.overlaps_previous && detail::can_overlap(function)) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
   }
   cudaLaunchConfig_t config = {};

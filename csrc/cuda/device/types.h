@@ -1,4 +1,5 @@
-// Types that device.cuh and its emulation share: the shape of a launch, and the 16 bytes that one instruction moves.
+// Types that device.cuh and its emulation share: the shape of a launch, the 16 bytes that one instruction moves, and a
+// barrier in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,9 @@ struct Launch {
   int64_t shared_bytes = 0;
   int cluster = 1;
   bool cooperative = false;
+  // The launch may start before the one before it on the stream has ended, where the device can do that. All its
+  // threads must then call wait_for_previous_launch before they read what that one wrote, or write what it reads.
+  bool overlaps_previous = false;
 };
 
 inline constexpr int kWarp = 32;
@@ -31,6 +35,20 @@ template <class T>
 struct alignas(16) Vector16 {
   static constexpr int size = 16 / sizeof(T);
   T element[size];
+};
+
+// A barrier in shared memory on which some threads of a block arrive and others wait (PTX's mbarrier). Its phases
+// follow one another: a phase completes with the last of its arrivals, and the next has the other parity. The first has
+// 0.
+struct alignas(8) Mbarrier {
+  uint64_t state;
+};
+
+inline constexpr int kMaxArrivals = (1 << 20) - 1;
+
+// Four words that one block stores for another to poll. Only each half is sure to arrive whole, so each needs a flag.
+struct alignas(16) Message16 {
+  uint32_t word[4];
 };
 
 }  // namespace fastbn::device

@@ -25,6 +25,7 @@ int64_t block_x();
 int64_t grid_x();
 int cluster_rank();
 
+void sync_warp(const Location& where = Location::current());
 void sync_block(const Location& where = Location::current());
 void sync_cluster(const Location& where = Location::current());
 inline void sync_cluster_after_reads(const Location& where = Location::current()) { sync_cluster(where); }
@@ -91,6 +92,18 @@ template <class T>
 T opaque(T value) {
   return value;
 }
+
+void store_message(Message16* to, const Message16& message, const Location& where = Location::current());
+Message16 load_message(const Message16* from, const Location& where = Location::current());
+void pause(const Location& where = Location::current());
+
+void init_mbarrier(Mbarrier* barrier, int arrivals, const Location& where = Location::current());
+void arrive(Mbarrier* barrier, const Location& where = Location::current());
+void arrive_after_copies(Mbarrier* barrier, const Location& where = Location::current());
+void wait(Mbarrier* barrier, int parity, const Location& where = Location::current());
+
+void allow_next_launch();
+void wait_for_previous_launch();
 
 void copy_async16(void* shared, const void* global, const Location& where = Location::current());
 void copy_async_commit();

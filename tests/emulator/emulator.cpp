@@ -1,5 +1,5 @@
-// The scheduler of emulator.h. One launch runs at a time, on the host thread that made it; fibres and their stacks are
-// reused by the next one.
+// The launches of emulator.h. One runs at a time, on the host thread that made it; fibres and their stacks are reused
+// by the next one.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -25,15 +25,8 @@ using device::Launch;
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
 constexpr const char* kStateNames[] = {"ready",        "at a warp operation", "at sync_block", "at sync_cluster",
-                                       "at sync_grid", "at sync_blocks",      "at wait",       "returned"};
-
-// splitmix64
-uint64_t random_below(uint64_t bound) {
-  uint64_t z = (machine.random += 0x9e3779b97f4a7c15u);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return (z ^ (z >> 31)) % bound;
-}
+                                       "at sync_grid", "at sync_blocks",      "at wait",       "polling",
+                                       "returned"};
 
 // Fills the shared memory of a block that has returned with NaN, for another block of the cluster to read by mistake.
 void retire(Block& block) {
@@ -51,7 +44,10 @@ void fibre_main() {
     machine.body(machine.argument);
     Fibre* self = machine.current;
     self->state = State::returned;
-    if (--self->block->running == 0) retire(*self->block);
+    if (--self->block->running == 0) {
+      check_returned(*self->block);
+      retire(*self->block);
+    }
     suspend();
   }
 }
@@ -118,6 +114,9 @@ bool run_clusters(const int64_t* order, size_t count) {
   std::vector<Cluster> clusters(count);
   std::vector<std::unique_ptr<Block>> blocks;
   machine.ready.clear();
+  machine.polling.clear();
+  machine.pending.clear();
+  machine.stores.clear();
   machine.grid.waiting.clear();
   machine.rounds.clear();
   machine.waiting.clear();
@@ -133,38 +132,33 @@ bool run_clusters(const int64_t* order, size_t count) {
       block->running = shape.threads;
       block->barrier.expected = threads;
       block->warps.resize((threads + kWarp - 1) / kWarp);
-      for (Barrier& warp : block->warps) warp.expected = kWarp;
+      for (size_t w = 0; w < block->warps.size(); ++w) {
+        block->warps[w].block = block.get();
+        block->warps[w].first = static_cast<int>(w) * kWarp;
+        block->warps[w].barrier.expected = kWarp;
+      }
       block->shared.reset(new unsigned char[shape.shared_bytes]);
       memset(block->shared.get(), 0xff, shape.shared_bytes);
       for (size_t t = 0; t < threads; ++t) {
         Fibre* fibre = machine.pool[blocks.size() * threads + t].get();
         fibre->block = block.get();
+        fibre->warp = &block->warps[t / kWarp];
         fibre->index = static_cast<int>(t);
         fibre->copies.clear();
-        fibre->committed = 0;
+        fibre->arrivals.clear();
+        fibre->landed = fibre->committed = fibre->stores = 0;
         block->fibres.push_back(fibre);
-        make_ready(fibre);
       }
       clusters[i].blocks.push_back(block.get());
       blocks.push_back(std::move(block));
     }
   }
 
-  // Choosing among all fibres evenly keeps all blocks level. Half of the time one block runs only when hardly any other
-  // can, so that the others get as far ahead of it as barriers allow.
-  const bool starves = blocks.size() > 1 && random_below(2) == 0;
-  const Block* starved = starves ? blocks[random_below(blocks.size())].get() : nullptr;
-  while (!machine.ready.empty() && !machine.failed) {
-    size_t next = random_below(machine.ready.size());
-    for (int tries = 0; tries < 8 && machine.ready[next]->block == starved; ++tries) {
-      next = random_below(machine.ready.size());
-    }
-    std::swap(machine.ready[next], machine.ready.back());
-    machine.current = machine.ready.back();
-    machine.ready.pop_back();
-    switch_context(machine.host, machine.current->context);
-    if (machine.observe) machine.observe();
+  choose_starved(blocks);
+  for (const auto& block : blocks) {
+    for (Fibre* fibre : block->fibres) make_ready(fibre);
   }
+  run_fibres();
   const bool finished = std::all_of(blocks.begin(), blocks.end(), [](const auto& b) { return b->running == 0; });
   if (!finished && !machine.failed) record_failure(describe_deadlock(blocks));
 #if FASTBN_EMULATOR_ASAN
@@ -184,6 +178,11 @@ std::string describe(const Location& where) {
 }
 
 std::string describe(const Block& block) { return "block " + std::to_string(block.x); }
+
+std::string describe(const char* what, const Fibre& fibre, const Location& where) {
+  return std::string(what) + " in " + describe(*fibre.block) + ", thread " + std::to_string(fibre.index) + ", " +
+         describe(where);
+}
 
 void record_failure(std::string what) {
   machine.failed = true;

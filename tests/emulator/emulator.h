@@ -1,5 +1,6 @@
 // Runs kernels on a CPU: every thread is a fibre, and where a thread waits, a seeded generator chooses the one that
-// runs next. Clusters run one at a time in random order, or all at once if the launch is cooperative.
+// runs next, or a copy or half of a message to arrive. Often it starves some warps. Clusters run one at a time in
+// random order, or all at once if the launch is cooperative.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +30,7 @@ const char* last_failure();
 
 using Location = std::source_location;
 
-enum class Exchange { shuffle_xor, ballot, none };
+enum class Exchange { shuffle_xor, ballot, sync };
 
 // Waits for the warp, then receives the `bytes` bytes that another lane sends, or the word of a ballot.
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where);

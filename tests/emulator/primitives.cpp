@@ -1,5 +1,5 @@
-// The device primitives, which suspend the fibre of a running thread where a thread of a GPU would wait.
-#include <algorithm>
+// The device primitives, which suspend the fibre of a running thread where a thread of a GPU would wait. Those whose
+// effect comes later are in asynchronous.cpp.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -27,14 +27,14 @@ void wait_at(Barrier& barrier, State at, const Location& where) {
 }
 
 bool same_call(const Location& a, const Location& b) {
-  return a.line() == b.line() && a.column() == b.column() && strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 }  // namespace
 
 void fail(const char* what, const Location& where) {
-  record_failure(std::string(what) + " in " + describe(*machine.current->block) + ", thread " +
-                 std::to_string(machine.current->index) + ", " + describe(where));
+  record_failure(describe(what, *machine.current, where));
   suspend();
   abort();
 }
@@ -54,7 +54,7 @@ unsigned char* cluster_shared(const void* local, int rank, const Location& where
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where) {
   Fibre* self = machine.current;
   Block& block = *self->block;
-  Barrier& warp = block.warps[self->index / kWarp];
+  Barrier& warp = self->warp->barrier;
   self->kind = kind;
   self->argument = argument;
   self->bytes = bytes;
@@ -82,14 +82,6 @@ void exchange(Exchange kind, int argument, const void* send, void* receive, size
     }
   }
   wait_at(warp, State::in_shuffle, where);
-}
-
-void copy_async_wait(int pending) {
-  Fibre* self = machine.current;
-  auto arrived = std::stable_partition(self->copies.begin(), self->copies.end(),
-                                       [&](const Copy& copy) { return copy.group < self->committed - pending; });
-  for (auto copy = self->copies.begin(); copy != arrived; ++copy) memcpy(copy->to, copy->from, 16);
-  self->copies.erase(self->copies.begin(), arrived);
 }
 
 }  // namespace fastbn::emulator
@@ -145,109 +137,20 @@ void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where
   wait_at(barrier, State::in_sync_blocks, where);
 }
 
-void copy_async16(void* shared, const void* global, const Location& where) {
-  require_aligned(shared, where);
-  require_aligned(global, where);
-  // Poison that is not NaN: NaN would make the kernels sum again in float64, by when the copy has arrived.
-  memset(shared, 0x4b, 16);
-  machine.current->copies.push_back({shared, global, machine.current->committed});
-}
-
-namespace {
-
-// An mbarrier in its 8 bytes. Shared memory is filled with ones, which are not the tag.
-struct Phase {
-  static constexpr uint64_t kTag = 0x5b5b5;
-  uint64_t tag : 20, expected : 21, pending : 21, parity : 1;
-
-  static Phase of(const Mbarrier* barrier, const Location& where) {
-    const auto* address = reinterpret_cast<const unsigned char*>(barrier);
-    const int64_t offset = address - machine.current->block->shared.get();
-    if (reinterpret_cast<uintptr_t>(barrier) % sizeof(Mbarrier) != 0) fail("mbarrier at an unaligned address", where);
-    if (offset < 0 || offset + int64_t{sizeof(Mbarrier)} > machine.shape.shared_bytes) {
-      fail("mbarrier outside of the block's shared memory", where);
-    }
-    Phase phase;
-    memcpy(&phase, barrier, sizeof(phase));
-    return phase;
-  }
-
-  static Phase of_initialized(const Mbarrier* barrier, const Location& where) {
-    const Phase phase = of(barrier, where);
-    if (phase.tag != kTag) fail("mbarrier that is not initialized", where);
-    return phase;
-  }
-
-  void store(Mbarrier* barrier) const { memcpy(barrier, this, sizeof(*this)); }
-};
-static_assert(sizeof(Phase) == sizeof(Mbarrier));
-
-}  // namespace
-
-void init_mbarrier(Mbarrier* barrier, int arrivals, const Location& where) {
-  Phase phase = Phase::of(barrier, where);
-  if (arrivals < 1 || arrivals > kMaxArrivals) fail("mbarrier of an impossible number of arrivals", where);
-  phase.tag = Phase::kTag;
-  phase.expected = phase.pending = static_cast<uint64_t>(arrivals);
-  phase.parity = 0;
-  phase.store(barrier);
-}
-
-void arrive(Mbarrier* barrier, const Location& where) {
-  Phase phase = Phase::of_initialized(barrier, where);
-  if (--phase.pending == 0) {
-    phase.pending = phase.expected;
-    phase.parity ^= 1;
-    std::vector<Fibre*>& waiting = machine.waiting[barrier];
-    for (Fibre* fibre : waiting) make_ready(fibre);
-    waiting.clear();
-  }
-  phase.store(barrier);
-}
-
-// A thread that wakes looks again, as on a GPU: the next phase may have completed too.
-void wait(Mbarrier* barrier, int parity, const Location& where) {
-  if (parity != 0 && parity != 1) fail("wait for a parity that is neither 0 nor 1", where);
-  while (Phase::of_initialized(barrier, where).parity == static_cast<uint64_t>(parity)) {
-    machine.current->state = State::in_wait;
-    machine.current->where = where;
-    machine.waiting[barrier].push_back(machine.current);
-    suspend();
-  }
-}
-
-void arrive_after_copies(Mbarrier* barrier, const Location& where) {
-  for (const Copy& copy : machine.current->copies) memcpy(copy.to, copy.from, 16);
-  machine.current->copies.clear();
-  arrive(barrier, where);
-}
-
-void store_message(Message16* to, const Message16& message, const Location& where) {
-  require_aligned(to, where);
-  memcpy(to, &message, sizeof(message));
-}
-
-Message16 load_message(const Message16* from, const Location& where) {
-  require_aligned(from, where);
-  Message16 message;
-  memcpy(&message, from, sizeof(message));
-  return message;
-}
-
 void pause(const Location& where) {
-  machine.current->where = where;
-  make_ready(machine.current);
+  Fibre* self = machine.current;
+  self->state = State::polling;
+  self->where = where;
+  machine.polling.insert(*self);
   suspend();
 }
 
 void sync_warp(const Location& where) {
   const uint32_t nothing = 0;
-  exchange(Exchange::none, 0, &nothing, nullptr, sizeof(nothing), where);
+  exchange(Exchange::sync, 0, &nothing, nullptr, sizeof(nothing), where);
 }
 
 void allow_next_launch() {}
 void wait_for_previous_launch() { machine.current->block->waited_for_previous = true; }
-
-void copy_async_commit() { ++machine.current->committed; }
 
 }  // namespace fastbn::device

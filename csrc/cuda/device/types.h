@@ -13,8 +13,8 @@ struct Launch {
   int64_t shared_bytes = 0;
   int cluster = 1;
   bool cooperative = false;
-  // The launch may start before the one before it on the stream has ended, where the device can do that. All its
-  // threads must then call wait_for_previous_launch before they read what that one wrote, or write what it reads.
+  // The launch may start before the previous one on the stream has ended, where the device can do that. Every block
+  // must then call wait_for_previous_launch before it reads what that one wrote, or writes what it reads.
   bool overlaps_previous = false;
 };
 

@@ -1,5 +1,6 @@
-// Replaces csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is made in its wait, and its
-// target holds poison until then. Where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
+// Replaces csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is made in its wait or, where
+// an arrival follows it, at a random moment, and its target holds poison until then; the halves of a message, too,
+// become visible at random moments. Where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
 #pragma once
 
 #include <cstdint>

@@ -4,6 +4,7 @@
 
 #include "cuda/device/device.cuh"
 #include "cuda/device/runtime.h"
+#include "ring_kernel.cuh"
 
 namespace fastbn::test {
 
@@ -127,6 +128,111 @@ FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
   for (int i = 0; i < Vector16<float>::size; ++i)
     reversed.element[i] = (from.element[3 - i] + global.element[3 - i]) / 2;
   store16(out + base + 4 * t, reversed);
+}
+
+// Sends `count` messages through one place, from block 0 to block 1, which counts into seen[0] those that it found
+// torn. A half must never go back, and the sender must see its own: seen[1] counts what is wrong.
+FASTBN_GLOBAL void message_order_kernel(uint32_t count, Message16* message, uint32_t* seen) {
+  if (thread_index() != 0) return;
+  if (block_x() == 0) {
+    for (uint32_t i = 1; i <= count; ++i) {
+      store_message(message, {{i, i, i, i}});
+      const Message16 own = load_message(message);
+      if (own.word[0] != i || own.word[3] != i) ++seen[1];
+      for (uint32_t idle = 0; idle < count; ++idle) pause();
+    }
+    return;
+  }
+  for (Message16 last = {{0, 0, 0, 0}}; last.word[0] != count || last.word[2] != count;) {
+    const Message16 message_now = load_message(message);
+    if (message_now.word[0] != message_now.word[2]) ++seen[0];
+    for (int i = 0; i < 4; i += 2) {
+      if (message_now.word[i] != message_now.word[i + 1] || message_now.word[i] < last.word[i]) ++seen[1];
+    }
+    last = message_now;
+    pause();
+  }
+}
+
+// Copies into shared memory that a plain arrival must not wait for: out[0] becomes 1 if they were not there yet.
+FASTBN_GLOBAL void late_copies_kernel(const float* in, float* out) {
+  Mbarrier* barriers = shared_memory<Mbarrier>();
+  float* tile = shared_memory<float>() + 4;
+  if (thread_index() == 0) {
+    init_mbarrier(barriers, 1);
+    init_mbarrier(barriers + 1, 1);
+  }
+  sync_block();
+  if (thread_index() == 0) {
+    copy_async16(tile, in);
+    arrive_after_copies(barriers + 1);
+    arrive(barriers);
+    wait(barriers + 1, 0);
+    out[1] = tile[0];
+  } else if (thread_index() == kWarp) {
+    wait(barriers, 0);
+    if (tile[0] != in[0]) out[0] = 1;
+  }
+}
+
+// Logs which warp of the grid takes each step: log[..] is its number.
+FASTBN_GLOBAL void log_kernel(int steps, uint32_t* count, int* log) {
+  const int64_t warp = (block_x() * block_threads() + thread_index()) / kWarp;
+  for (int i = 0; i < steps; ++i) {
+    sync_warp();
+    if (thread_index() % kWarp == 0) log[atomic_add(count, 1)] = static_cast<int>(warp);
+  }
+}
+
+template <bool kWaits>
+FASTBN_GLOBAL void overlapping_kernel(const float* in, float* out) {
+  allow_next_launch();
+  if (kWaits || block_x() == 0) wait_for_previous_launch();
+  const int64_t i = block_x() * block_threads() + thread_index();
+  out[i] = in[i];
+}
+
+FASTBN_GLOBAL void broken_poll_kernel(Message16* message) {
+  if (thread_index() == 0) return;
+  while (load_message(message).word[1] != 1) pause();
+}
+
+enum class Misuse { no_arrivals, many_arrivals, parity, unaligned, outside, unseen_phase, message };
+
+FASTBN_GLOBAL void broken_mbarrier_kernel(Misuse misuse, Message16* message) {
+  Mbarrier* barrier = shared_memory<Mbarrier>();
+  unsigned char* bytes = shared_memory<unsigned char>();
+  switch (misuse) {
+    case Misuse::no_arrivals: init_mbarrier(barrier, 0); return;
+    case Misuse::many_arrivals: init_mbarrier(barrier, kMaxArrivals + 1); return;
+    case Misuse::parity:
+      init_mbarrier(barrier, 1);
+      wait(barrier, 2);
+      return;
+    case Misuse::unaligned: init_mbarrier(reinterpret_cast<Mbarrier*>(bytes + 4), 1); return;
+    case Misuse::outside: init_mbarrier(barrier + 1, 1); return;
+    case Misuse::unseen_phase:
+      init_mbarrier(barrier, 1);
+      arrive(barrier);
+      arrive(barrier);
+      return;
+    case Misuse::message: store_message(reinterpret_cast<Message16*>(&message->word[1]), {{0, 0, 0, 0}}); return;
+  }
+}
+
+FASTBN_GLOBAL void broken_arrival_kernel(const float* in) {
+  Mbarrier* barrier = shared_memory<Mbarrier>();
+  init_mbarrier(barrier, 1);
+  copy_async16(shared_memory<float>() + 4, in);
+  arrive_after_copies(barrier);
+}
+
+FASTBN_GLOBAL void broken_sync_warp_kernel() {
+  if (thread_index() < 16) {
+    sync_warp();
+  } else {
+    ballot(true);
+  }
 }
 
 FASTBN_GLOBAL void broken_write_kernel(float* out) {

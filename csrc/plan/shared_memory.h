@@ -26,6 +26,7 @@ struct ReduceMemory {
   double first[channels_per_thread][max_threads];
   double second[channels_per_thread][max_threads];
   uint32_t votes[max_threads / 32];  // one word per warp
+  double elements_per_channel;       // of the block; in registers it would take a pair during the loops
 };
 
 // Room for a kernel's numbers per channel of the tile, beside the sums: pivot or coefficients.

@@ -46,6 +46,8 @@ const Shape shapes[] = {
     {{21, 20, 1}, 64, 2, 0},
     // Rows with promotions of the running sums, more of them in some threads and splits than in others.
     {{1200, 24, 1}, 32, 2, 0},
+    {{1200, 24, 1}, 0, 2, 0},
+    {{600, 8, 1}, 0, 1, 0},
     {{101, 600, 1}, 64, 2, 1},
     {{45, 16, 49}, 64, 2, 0},
     {{5003, 3, 1}, 32, 3, 0},

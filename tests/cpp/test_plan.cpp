@@ -90,9 +90,9 @@ void test_shared_memory_map() {
   plan.kernel = Kernel::row_tiles;
   plan.channels_per_tile = 5;
   const ReduceMap map(plan, channels_per_thread(plan.kernel));
-  CHECK_EQUAL(map.scratch.offset, 2 * 8 * 256 * 8 + 8 * 4);
+  CHECK_EQUAL(map.scratch.offset, 2 * 8 * 256 * 8 + 8 * 4 + 8);
   CHECK_EQUAL(map.bytes(), map.scratch.offset + 5 * 32);
-  CHECK_EQUAL(ReduceMap(plan, 1).scratch.offset, 2 * 256 * 8 + 8 * 4);
+  CHECK_EQUAL(ReduceMap(plan, 1).scratch.offset, 2 * 256 * 8 + 8 * 4 + 8);
 
   CHECK_EQUAL(InputGradMap<float>(plan).bytes(), 8 * 4 + 5 * 24);
   CHECK_EQUAL(InputGradMap<double>(plan).bytes(), 5 * 48);  // nothing to vote on

@@ -187,5 +187,5 @@ def test_gpus_that_a_build_runs_on(capability, architectures, expected):
 def test_explain_names_the_largest_shared_memory_of_the_launches():
     plan = fastbn.explain(_meta(128, 3, 1024, 1024), device="h200")
     assert plan.kernel == "channel_tiles"
-    # Two totals per thread, a vote per warp, and four numbers for the channel.
-    assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 32
+    # Two totals per thread, a vote per warp, the number of elements, and four numbers for the channel.
+    assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 8 + 32

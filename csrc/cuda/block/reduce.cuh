@@ -35,8 +35,12 @@ struct LongSum {
       const auto& r = recent;
       total[0] += double(((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])));
     } else {
+      constexpr int part = vec_size / 2;
       FASTBN_KEEP_LOOP
-      for (int i = 0; i < n; ++i) total[i * max_threads] += double(pick(recent, i));
+      for (int first = 0; first < n; first += part) {
+        FASTBN_UNROLL
+        for (int i = 0; i < part; ++i) total[(first + i) * max_threads] += double(pick<part>(recent, first, i));
+      }
     }
     FASTBN_UNROLL
     for (int i = 0; i < vec_size; ++i) recent[i] = 0;
@@ -67,17 +71,18 @@ FASTBN_DEVICE void sum_vectors(ReduceMemory<channels>& memory, Each each, Add ad
   second.promote();
 }
 
-// Calls work(channel, lane, team, exists) in all threads, so that it may shuffle. `team` neighbouring lanes, a power of
-// two, share a channel. Teams without a channel get the last one again, and `exists` is false.
+// Calls work(channel, lane, bits, exists) in all lanes of warps that have a channel, so that it may shuffle. 2^bits
+// neighbouring lanes share a channel. Teams without one get the last one again, and `exists` is false.
 template <class Work>
 FASTBN_DEVICE void by_teams(int channels, Work work) {
   const int thread = device::thread_index(), threads = device::block_threads();
-  int team = device::kWarp;
-  while (team > 1 && team * channels > threads) team /= 2;
-  for (int first = 0; first < channels; first += threads / team) {
-    const int channel = first + thread / team;
+  int bits = 5;
+  while (bits > 0 && channels << bits > threads) --bits;
+  const int lane = thread & ((1 << bits) - 1), first_of_warp = (thread & -device::kWarp) >> bits;
+  for (int first = 0; first + first_of_warp < channels; first += threads >> bits) {
+    const int channel = first + (thread >> bits);
     const bool exists = channel < channels;
-    work(exists ? channel : channels - 1, thread % team, team, exists);
+    work(exists ? channel : channels - 1, lane, bits, exists);
   }
 }
 
@@ -88,17 +93,40 @@ FASTBN_DEVICE bool resolves(const Sums& sums, bool is_exact_zero) {
   return finite && (sums.second >= 1e-30 || sums.second <= -1e-30 || (sums.second == 0 && is_exact_zero));
 }
 
-// Adds up the totals of all threads. One thread per channel of the tile calls save(channel, sums).
+// Adds up the totals of the threads that have the same element of a row, a warp per element, until those of the first
+// `parts` threads are left. A thread without vectors has totals of 0.
+FASTBN_DEVICE void add_rows(ReduceMemory<vec_size>& memory, int parts) {
+  const int thread = device::thread_index(), threads = device::block_threads();
+  for (int i = thread / device::kWarp; i < vec_size; i += threads / device::kWarp) {
+    for (int part = thread % device::kWarp; part < parts; part += device::kWarp) {
+      double first = memory.first[i][part], second = memory.second[i][part];
+      for (int other = part + parts; other < threads; other += parts) {
+        first += memory.first[i][other];
+        second += memory.second[i][other];
+      }
+      memory.first[i][part] = first;
+      memory.second[i][part] = second;
+    }
+  }
+}
+
+// Adds up the totals of all threads, without a division. One thread per channel of the tile calls save(channel, sums).
 template <class Walk, class Save>
 FASTBN_DEVICE void reduce_totals(const Walk& walk, ReduceMemory<Walk::channels>& memory, Save save) {
   device::sync_block();
-  by_teams(walk.tile_channels, [&](int channel, int lane, int team, bool exists) {
+  int parts = device::block_threads();
+  if constexpr (Walk::by_rows) {
+    parts = walk.parts();
+    add_rows(memory, parts);
+    device::sync_block();
+  }
+  by_teams(walk.tile_channels, [&](int channel, int lane, int bits, bool exists) {
     double first = 0, second = 0;
-    walk.for_each_sum_of(channel, lane, team, [&](int thread, int i) {
+    walk.for_each_sum_of(channel, lane, bits, parts, [&](int thread, int i) {
       first += memory.first[i][thread];
       second += memory.second[i][thread];
     });
-    for (int delta = team / 2; delta > 0; delta /= 2) {
+    for (int delta = (1 << bits) >> 1; delta > 0; delta >>= 1) {
       first += device::shuffle_xor(first, delta);
       second += device::shuffle_xor(second, delta);
     }

@@ -137,23 +137,33 @@ class Walk {
            plan_.channels_per_tile;
   }
 
-  // Calls use(thread, i) for every thread whose i-th sum belongs to a channel of the tile. The lanes of a team share
-  // these calls.
+  // Returns how many threads' sums are left once those of the same element of a row are added up (row_tiles): a row of
+  // threads, or as many of them as a warp has lanes for.
+  FASTBN_DEVICE int parts() const {
+    int parts = plan_.vectors_per_row;
+    while (parts * 2 <= device::kWarp) parts *= 2;
+    return parts;
+  }
+
+  // Calls use(thread, i) for every thread below `parts` whose i-th sum belongs to a channel of the tile. 2^bits lanes
+  // share these calls.
   template <class Use>
-  FASTBN_DEVICE void for_each_sum_of(int channel, int lane, int team, Use use) const {
+  FASTBN_DEVICE void for_each_sum_of(int channel, int lane, int bits, int parts, Use use) const {
     if constexpr (by_rows) {
-      const int inner = static_cast<int>(layout_.inner), period = plan_.channels_per_tile * inner;
-      const int per_row = plan_.vectors_per_row * vec_size / period * inner;  // elements of the channel
-      // `across` lanes share a row and the others take other rows: idle lanes would leave long chains of additions.
-      int across = team;
-      while (across > per_row) across /= 2;
-      for (int k = lane % across; k < per_row; k += across) {
-        const int element = k / inner * period + channel * inner + k % inner;
-        for (int row = lane / across; row < thread_rows_; row += team / across)
-          use(row * plan_.vectors_per_row + element / vec_size, element % vec_size);
+      const int inner = static_cast<int>(layout_.inner), row_width = plan_.vectors_per_row * vec_size;
+      // 2^across lanes share a row of threads, and the others take other rows: idle lanes would leave long chains of
+      // additions.
+      int across = bits;
+      while (1 << across > inner) --across;
+      for (int first = channel * inner; first < row_width; first += plan_.channels_per_tile * inner) {
+        for (int k = lane & ((1 << across) - 1); k < inner; k += 1 << across) {
+          const int element = first + k, step = plan_.vectors_per_row << (bits - across);
+          int thread = element / vec_size + (lane >> across) * plan_.vectors_per_row;
+          for (; thread < parts; thread += step) use(thread, element % vec_size);
+        }
       }
     } else {
-      for (int thread = lane; thread < thread_rows_; thread += team) use(thread, 0);
+      for (int thread = lane; thread < parts; thread += 1 << bits) use(thread, 0);
     }
   }
 

@@ -37,8 +37,8 @@ FASTBN_DEVICE bool cancels(const Sums& sums, double count) {
   return count >= min_count && (max_ratio - 1) * sums.second * count < max_ratio * sums.first * sums.first;
 }
 
-// Sums, in A, over the vectors for which each(use) calls use(step, x). One thread per channel of the tile calls
-// save(channel, sums). Returns whether float32 was enough for all channels.
+// Sums, in A, over the vectors for which each(use) calls use(step, x). memory.elements_per_channel is set. One thread
+// per channel of the tile calls save(channel, sums). Returns whether float32 was enough for all channels.
 template <class T, class A, class Walk, class Each, class Save>
 FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& memory,
                                const acc_t<T> (&pivot)[Walk::channels], Each each, Save save) {
@@ -51,10 +51,9 @@ FASTBN_DEVICE bool sum_moments(const Walk& walk, ReduceMemory<Walk::channels>& m
     }
   });
   bool resolved = true;
-  const double count = double(walk.elements_per_channel());
   reduce_totals(walk, memory, [&](int channel, const Sums& sums) {
     save(channel, sums);
-    resolved = resolved && resolves(sums, sums.first == 0) && !cancels(sums, count);
+    resolved = resolved && resolves(sums, sums.first == 0) && !cancels(sums, memory.elements_per_channel);
   });
   return block_agrees(resolved, memory.votes);
 }

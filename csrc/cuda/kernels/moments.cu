@@ -24,6 +24,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double)
   using A = acc_t<T>;
   auto& memory = reduce_memory<Walk::channels>();
   const ReduceMap map(plan, Walk::channels);
+  if (device::thread_index() == 0) memory.elements_per_channel = double(walk.elements_per_channel());
   A pivot[Walk::channels];
   share_coefficients(
       walk, map.template scratch_in<A>(&memory), [&](int64_t channel) { return A(pivot_of(params, channel)); }, pivot);

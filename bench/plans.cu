@@ -59,10 +59,12 @@ std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
   std::vector<Plan> plans;
   Plan walk = choose_walk(request);
   walk.groups = walk.tiles = std::max(walk.tiles, 1);
-  const int64_t max_splits = std::clamp<int64_t>(vectors_per_thread(request.layout, walk, 1) / 4, 1, 1024);
+  const int64_t max_splits = max_splits_of(request.layout, walk);
   for (int blocks : {4, 8, 16}) {
     Plan plan = walk;
-    plan.splits = static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, max_splits));
+    plan.set_splits(request.layout,
+                    static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, max_splits)));
+    plan.last_splits = plan.splits;
     add_shared_bytes(request, plan);
     add_traffic(given, plan);
     plans.push_back(plan);

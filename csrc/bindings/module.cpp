@@ -109,7 +109,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   result["launches"] = chosen.launches;
   result["tensor_reads"] = chosen.tensor_reads;
   result["tensor_writes"] = chosen.tensor_writes;
-  result["blocks"] = chosen.groups * chosen.splits;
+  result["blocks"] = chosen.groups * (chosen.launches > 1 ? chosen.splits : chosen.last_splits);
   result["threads"] = chosen.threads;
   result["channels_per_tile"] = chosen.channels_per_tile;
   result["shared_bytes"] = chosen.shared_bytes;

@@ -57,7 +57,10 @@ struct Plan {
   int tiles = 1;              // channel tiles of the tensor
   int groups = 1;             // groups of blocks; each works on one channel tile
   int splits = 1;             // blocks per group, which split the work of a tile, as in split-K
-  bool vectorized = true;     // every vector is full and 16-byte aligned
+  int last_splits = 1;        // the same of the last pass over the elements, which has another occupancy
+  int64_t items = 0;          // work items of a tile
+  int64_t items_per_split = 0;
+  bool vectorized = true;  // every vector is full and 16-byte aligned
 
   // The cost of a call; traffic is in activation tensors.
   int64_t shared_bytes = 0;  // per block, the maximum over its launches
@@ -72,16 +75,23 @@ struct Plan {
   FASTBN_INLINE int64_t work_items(const Layout& layout) const {
     return kernel == Kernel::row_tiles ? (layout.outer + fold - 1) / fold : layout.outer * vectors_per_run(layout);
   }
+
+  // Sets the blocks per group, and what kernels would have to divide by them for.
+  void set_splits(const Layout& layout, int count) {
+    splits = count;
+    items = work_items(layout);
+    items_per_split = (items + count - 1) / count;
+  }
 };
 
-// The work items [begin, end) of one of `splits` blocks; empty for blocks beyond the last item.
+// The work items [begin, end) of one of a tile's blocks; empty for blocks beyond the last item.
 struct WorkRange {
   int64_t begin, end;
 
-  FASTBN_INLINE WorkRange(int64_t work_items, int64_t splits, int64_t split) {
-    const int64_t each = (work_items + splits - 1) / splits;
-    begin = split * each < work_items ? split * each : work_items;
-    end = begin + each < work_items ? begin + each : work_items;
+  FASTBN_INLINE WorkRange(const Plan& plan, int64_t split) {
+    const int64_t first = split * plan.items_per_split;
+    begin = first < plan.items ? first : plan.items;
+    end = begin + plan.items_per_split < plan.items ? begin + plan.items_per_split : plan.items;
   }
 };
 

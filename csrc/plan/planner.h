@@ -5,13 +5,38 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "plan/cost.h"
 #include "plan/device.h"
+#include "plan/occupancy.h"
 #include "plan/plan.h"
 #include "plan/shared_memory.h"
 #include "plan/traffic.h"
 #include "plan/walk.h"
 
 namespace fastbn {
+
+// Estimate: a split of fewer than two vectors per thread is not worth its block.
+inline int64_t max_splits_of(const Layout& layout, const Plan& plan) {
+  return std::clamp<int64_t>(vectors_per_thread(layout, plan, 1) / 2, 1, 1024);
+}
+
+// Splits each pass of a plan whose traffic is counted.
+inline void add_splits(const Request& request, const DeviceLimits& limits, Plan& plan) {
+  const bool forward = request.direction == Direction::forward || request.direction == Direction::eval;
+  const double tensor_us =
+      double(request.layout.numel()) * double(element_size(request.dtype)) / limits.copy_bytes_per_us;
+  const int64_t max_splits = max_splits_of(request.layout, plan);
+  const auto splits_of = [&](Pass pass, double tensors) {
+    const int compiled = compiled_blocks_per_sm(pass, plan.kernel, int64_t(element_size(request.dtype)),
+                                                is_aligned_walk(plan, request.layout));
+    const bool rows = plan.kernel == Kernel::row_tiles;
+    return splits_in_whole_waves(plan.tiles, blocks_per_wave(limits, compiled, plan.shared_bytes), max_splits,
+                                 tensors * tensor_us, CostModel().wave_us[rows]);
+  };
+  const double reads = plan.launches > 1 ? plan.tensor_reads / 2 : plan.tensor_reads;  // of each pass
+  plan.set_splits(request.layout, splits_of(forward ? Pass::moments : Pass::grad_sums, reads));
+  plan.last_splits = splits_of(forward ? Pass::normalize : Pass::input_grad, reads + plan.tensor_writes);
+}
 
 inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
   Request request = given;
@@ -23,12 +48,9 @@ inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
   Plan plan = choose_walk(request);
   plan.tiles = std::max(plan.tiles, 1);
   plan.groups = plan.tiles;
-  // Blocks of a two-phase plan per SM: as many as its registers hold (row_tiles), or two waves of that.
-  const int64_t wanted_blocks = int64_t(limits.sm_count) * (plan.kernel == Kernel::row_tiles ? 4 : 8);
-  // Estimate: a split of fewer than four vectors per thread is not worth its block.
-  const int64_t max_splits = std::clamp<int64_t>(vectors_per_thread(request.layout, plan, 1) / 4, 1, 1024);
-  plan.splits = static_cast<int>(std::clamp<int64_t>(wanted_blocks / plan.tiles, 1, max_splits));
   add_shared_bytes(request, plan);
+  add_traffic(request, plan);
+  add_splits(request, limits, plan);
   add_traffic(given, plan);
   return plan;
 }

@@ -66,6 +66,14 @@ inline Plan choose_walk(const Request& request) {
   return plan;
 }
 
+// Returns whether all walks of a plan are aligned: whether every vector is full and 16-byte aligned, so that kernels
+// need no bounds checks.
+inline bool is_aligned_walk(const Plan& plan, const Layout& layout) {
+  constexpr int64_t max_vectors = 1 << 30;  // the sum of two indices is an int
+  return plan.vectorized && layout.outer % plan.fold == 0 &&
+         (plan.kernel == Kernel::row_tiles || plan.vectors_per_run(layout) < max_vectors);
+}
+
 // Returns how many vectors of each tensor a thread has where `blocks` blocks share a channel tile.
 inline int64_t vectors_per_thread(const Layout& layout, const Plan& plan, int64_t blocks) {
   const int64_t items_per_block = (plan.work_items(layout) + blocks - 1) / blocks;

@@ -63,7 +63,10 @@ Plan plan_of(const Shape& shape, bool masked) {
   request.masked = masked;
   Plan plan = choose_plan(request, known_devices[2]);
   if (shape.threads) plan.threads = std::max(shape.threads, (plan.vectors_per_row + 31) / 32 * 32);
-  if (shape.splits) plan.splits = shape.splits;
+  if (shape.splits) {
+    plan.set_splits(shape.layout, shape.splits);
+    plan.last_splits = shape.splits + 1;
+  }
   return plan;
 }
 

@@ -63,6 +63,37 @@ void test_walks() {
   }
 }
 
+// Checks that no pass has a last wave of a few blocks: in as many waves, no tile could have another split.
+void test_passes_take_whole_waves() {
+  const int64_t activations[][2] = {{64, 112}, {64, 56},  {128, 56}, {256, 56},  {128, 28}, {256, 28},
+                                    {512, 28}, {256, 14}, {512, 14}, {1024, 14}, {512, 7},  {2048, 7}};
+  for (const DeviceLimits& limits : known_devices)
+    for (auto [channels, size] : activations)
+      for (int64_t n : {8, 32, 128, 256})
+        for (bool channels_last : {false, true})
+          for (Direction direction : {Direction::forward, Direction::backward})
+            for (DType dtype : {DType::bfloat16, DType::float32, DType::float64}) {
+              const int64_t space = size * size;
+              const Layout layout = channels_last ? Layout{n * space, channels, 1} : Layout{n, channels, space};
+              const Plan plan = choose_plan({layout, dtype, direction}, limits);
+              const bool forward = direction == Direction::forward;
+              const auto check_pass = [&](Pass pass, int64_t splits) {
+                const int compiled = compiled_blocks_per_sm(pass, plan.kernel, element_size(dtype), true);
+                const int64_t wave = blocks_per_wave(limits, compiled, plan.shared_bytes);
+                const int64_t blocks = plan.tiles * splits, waves = (blocks + wave - 1) / wave;
+                const bool is_most = splits == max_splits_of(layout, plan);
+                CHECK(is_most || blocks + plan.tiles > waves * wave);
+                CHECK(is_most || layout.numel() < 16000000 || double(blocks) > 0.75 * double(waves * wave));
+              };
+              CHECK(is_aligned_walk(plan, layout) && plan.items_per_split * plan.splits >= plan.work_items(layout));
+              check_pass(forward ? Pass::moments : Pass::grad_sums, plan.splits);
+              check_pass(forward ? Pass::normalize : Pass::input_grad, plan.last_splits);
+            }
+  // Shared memory may leave room for fewer blocks than registers.
+  CHECK_EQUAL(blocks_per_wave(known_devices[0], 3, 60000), 108 * 2);
+  CHECK_EQUAL(blocks_per_wave(known_devices[0], 3, 200000), 108);
+}
+
 // Checks that statistics have the same bits whatever follows them: a forward's plan depends on neither residual nor
 // mask, except for a mask that would begin in the middle of a vector.
 void test_forward_plans_ignore_the_epilogue() {
@@ -77,7 +108,8 @@ void test_forward_plans_ignore_the_epilogue() {
           for (bool masked : {false, true}) {
             request.masked = masked && request.layout.run() % vec_size == 0;
             const Plan plan = choose_plan(request, limits);
-            CHECK(plan.schedule == bare.schedule && plan.groups == bare.groups && plan.splits == bare.splits);
+            CHECK(plan.schedule == bare.schedule && plan.groups == bare.groups && plan.splits == bare.splits &&
+                  plan.last_splits == bare.last_splits);
             CHECK(plan.vectors_per_row == bare.vectors_per_row && plan.fold == bare.fold);
             CHECK(plan.tensor_reads == bare.tensor_reads + 1);
           }
@@ -103,6 +135,7 @@ void test_shared_memory_map() {
 int main() {
   test_two_phase_plans();
   test_walks();
+  test_passes_take_whole_waves();
   test_forward_plans_ignore_the_epilogue();
   test_shared_memory_map();
   return fastbn::test::result();

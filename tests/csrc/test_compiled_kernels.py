@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulator import build
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
@@ -29,7 +31,9 @@ PTXAS = re.compile(
 # A mangled name: X_kernel of X.cu and the first template argument, the element's type; then the bytes per type.
 KERNEL = re.compile(r"\d(?P<kind>[a-z_]+)_kernel(?:I(?P<dtype>[a-z]|N\w*?E))?")
 ELEMENT_BYTES = {"f": 4, "d": 8, "NS_7float16E": 2, "NS_8bfloat16E": 2}
+WALK = re.compile(r"4WalkILNS_6KernelE(?P<kernel>[01])ELb(?P<aligned>[01])E")
 VEC_SIZE = 8  # elements, as in plan/plan.h
+MAX_THREADS = 256
 
 # Number of tensors that a kernel can move, the residual and its gradient included: from global memory to registers
 # (load) and back (store).
@@ -110,6 +114,24 @@ def test_kernels_neither_spill_nor_use_a_stack(compiled: Compiled) -> None:
     wasteful = [k for k in compiled.kernels if (k["stack"], k["stores"], k["loads"]) != ("0", "0", "0")]
     count = f"{len(wasteful)} of {len(compiled.kernels)}"
     assert not wasteful, f"{count} kernels spill or use a stack, the first is {wasteful[0]}"
+
+
+@pytest.mark.slow
+def test_an_sm_holds_the_blocks_that_the_planner_expects(compiled: Compiled) -> None:
+    """Registers are handed out to warps in units of 256, from 65536 per SM on these architectures."""
+    expected_blocks = build.load().blocks_per_sm
+    seen = 0
+    for kernel in compiled.kernels:
+        kind, dtype = KERNEL.search(kernel["name"]).group("kind", "dtype")
+        if kind in MOVE_NO_ELEMENTS:
+            continue
+        walk = WALK.search(kernel["name"])
+        rows, aligned = walk["kernel"] == "1", walk["aligned"] == "1"
+        expected = expected_blocks(kind, rows=rows, element_size=ELEMENT_BYTES[dtype], aligned=aligned)
+        registers_per_warp = -(-int(kernel["registers"]) * 32 // 256) * 256
+        assert 65536 // (registers_per_warp * MAX_THREADS // 32) >= expected, kernel
+        seen += 1
+    assert seen == 16 * len(ARCHITECTURES)  # four dtypes, two walks, aligned or not
 
 
 @pytest.mark.slow

@@ -12,10 +12,6 @@
 
 namespace fastbn::cuda {
 
-// Value of __launch_bounds__' minBlocksPerMultiprocessor that leaves occupancy to the compiler. Kernels ask for a
-// number where the compiler would otherwise spill a word or two to fit one more block.
-constexpr int any_occupancy = 0;
-
 // The order of a pass. A reversed second pass begins where the first one ended, with the lines that L2 still holds.
 enum class Order { ascending, reversed };
 
@@ -45,7 +41,7 @@ class Walk {
     tile_channels = remaining < plan.channels_per_tile ? static_cast<int>(remaining) : plan.channels_per_tile;
 
     // The threads at one vector of the row share the work items of the block, or all of its threads do (channel_tiles).
-    const WorkRange range(plan.work_items(layout), plan.splits, split);
+    const WorkRange range(plan, split);
     const int thread = device::thread_index();
     const int64_t begin = range.begin + thread / vectors_per_row();
     bool exists = remaining > 0;
@@ -97,7 +93,7 @@ class Walk {
 
   // Returns how many elements of each of its channels the block visits.
   FASTBN_DEVICE int64_t elements_per_channel() const {
-    const WorkRange range(plan_.work_items(layout_), plan_.splits, split);
+    const WorkRange range(plan_, split);
     if constexpr (by_rows) {
       const int64_t end = range.end * plan_.fold;
       return ((end < layout_.outer ? end : layout_.outer) - range.begin * plan_.fold) * layout_.inner;
@@ -196,13 +192,6 @@ class Walk {
   Index index_step_ = 0;     // from one vector to the next, modulo vectors_per_run_
   int64_t to_next_run_ = 0;  // from the end of a run to the next one of the channel
 };
-
-// Returns whether all walks of a plan are aligned.
-inline bool is_aligned_walk(const Plan& plan, const Layout& layout) {
-  constexpr int64_t max_vectors = 1 << 30;  // the sum of two indices is an int
-  return plan.vectorized && layout.outer % plan.fold == 0 &&
-         (plan.kernel == Kernel::row_tiles || plan.vectors_per_run(layout) < max_vectors);
-}
 
 // Returns the walk of this block where every channel tile has blocks of its own.
 template <class Walk>

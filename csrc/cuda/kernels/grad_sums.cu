@@ -11,7 +11,7 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? 1 : 2)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pass::grad_sums)))
     grad_sums_kernel(BackwardParams params, Plan plan, Sums* partials) {
   using A = acc_t<T>;
   auto& memory = reduce_memory<Walk::channels>();

@@ -7,15 +7,8 @@
 namespace fastbn::cuda {
 namespace {
 
-// The number of blocks that an SM must hold. Unaligned rows of float32 spill a word where nvcc, left alone, aims at
-// two.
 template <class T, class Walk>
-constexpr int input_grad_blocks = Walk::by_rows && !Walk::aligned && sizeof(T) == sizeof(float) ? 1
-                                  : Walk::by_rows || sizeof(T) == sizeof(double)                ? any_occupancy
-                                                                                                : 3;
-
-template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (input_grad_blocks<T, Walk>))
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pass::input_grad)))
     input_grad_kernel(BackwardParams params, Plan plan) {
   using A = acc_t<T>;
   constexpr int channels = Walk::channels;
@@ -50,9 +43,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (input_grad_blocks<T, Walk>
 }  // namespace
 
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream) {
-  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&input_grad_kernel<T, Walk>, grid_of(plan, InputGradMap<acc_t<T>>(plan).bytes()), stream,
-                          params, plan);
+  const Plan last = last_pass_of(plan, params.layout);
+  return dispatch(params.dtype, params.layout, last, [&]<class T, class Walk>() {
+    return device::launch(&input_grad_kernel<T, Walk>, grid_of(last, InputGradMap<acc_t<T>>(last).bytes()), stream,
+                          params, last);
   });
 }
 

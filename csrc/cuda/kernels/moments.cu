@@ -9,9 +9,7 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, sizeof(T) == sizeof(double) ? 1
-                                                     : Walk::by_rows             ? 2
-                                                                                 : 3)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pass::moments)))
     moments_kernel(ForwardParams params, Plan plan, Sums* partials) {
   if (params.num_batches_tracked && device::block_x() == 0 && device::thread_index() == 0) {
     ++*params.num_batches_tracked;

@@ -18,7 +18,7 @@ FASTBN_DEVICE Normalizer normalizer_of(const ForwardParams& params, int64_t chan
 }
 
 template <class T, class Walk>
-FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) == sizeof(double) ? 2 : any_occupancy)
+FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pass::normalize)))
     normalize_kernel(ForwardParams params, Plan plan) {
   using A = acc_t<T>;
   const T* input = static_cast<const T*>(params.input);
@@ -56,9 +56,10 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, Walk::by_rows || sizeof(T) 
 }  // namespace
 
 cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
-  return dispatch(params.dtype, params.layout, plan, [&]<class T, class Walk>() {
-    return device::launch(&normalize_kernel<T, Walk>, grid_of(plan, LastPassMap<Affine<acc_t<T>>>(plan).bytes()),
-                          stream, params, plan);
+  const Plan last = last_pass_of(plan, params.layout);
+  return dispatch(params.dtype, params.layout, last, [&]<class T, class Walk>() {
+    return device::launch(&normalize_kernel<T, Walk>, grid_of(last, LastPassMap<Affine<acc_t<T>>>(last).bytes()),
+                          stream, params, last);
   });
 }
 

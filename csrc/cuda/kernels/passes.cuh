@@ -9,8 +9,10 @@
 #include "cuda/device/device.cuh"
 #include "math/params.h"
 #include "math/sums.h"
+#include "plan/occupancy.h"
 #include "plan/plan.h"
 #include "plan/shared_memory.h"
+#include "plan/walk.h"
 
 namespace fastbn::cuda {
 
@@ -26,6 +28,12 @@ cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& pl
                                     cudaStream_t stream);
 // Writes grad_input and grad_residual. A null sum_grad means frozen statistics, a null count that of the layout.
 cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+
+// The launch bound of the kernel of a pass.
+template <class T, class Walk>
+FASTBN_INLINE constexpr int blocks_per_sm(Pass pass) {
+  return compiled_blocks_per_sm(pass, Walk::kind, sizeof(T), Walk::aligned);
+}
 
 // Calls run.operator()<T, Walk>() with the type of the elements and the plan's walk.
 template <class Run>
@@ -54,7 +62,8 @@ inline bool is_runnable(const Plan& plan, const Layout& layout) {
   const bool rows =
       plan.kernel == Kernel::channel_tiles || plan.row_width == plan.fold * layout.channels * layout.inner;
   return threads && rows && plan.vectors_per_row >= 1 && plan.vectors_per_row <= plan.threads &&
-         layout.channels <= INT32_MAX;
+         plan.items == plan.work_items(layout) && plan.items_per_split * plan.splits >= plan.items &&
+         plan.last_splits >= 1 && layout.channels <= INT32_MAX;
 }
 
 inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
@@ -64,6 +73,13 @@ inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
   shape.threads = plan.threads;
   shape.shared_bytes = shared_bytes;
   return shape;
+}
+
+// Returns a plan for the last pass.
+inline Plan last_pass_of(const Plan& plan, const Layout& layout) {
+  Plan last = plan;
+  last.set_splits(layout, plan.last_splits);
+  return last;
 }
 
 // Returns the shape of a launch that reduces.

@@ -3,6 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+#include <utility>
+
 #include "bindings/cuda_backend.h"
 #include "emulator.h"
 #include "plan/planner.h"
@@ -16,6 +20,19 @@ DeviceLimits emulated_limits{"emulator", 2, 0, 65536};
 void set_limits(int sm_count, int64_t shared_bytes_per_block) {
   emulated_limits.sm_count = sm_count;
   emulated_limits.shared_bytes_per_block = shared_bytes_per_block;
+}
+
+int blocks_per_sm(const std::string& pass, bool rows, int64_t element_size, bool aligned) {
+  const std::pair<const char*, Pass> passes[] = {{"moments", Pass::moments},
+                                                 {"normalize", Pass::normalize},
+                                                 {"grad_sums", Pass::grad_sums},
+                                                 {"input_grad", Pass::input_grad}};
+  for (const auto& [name, value] : passes) {
+    if (pass == name) {
+      return compiled_blocks_per_sm(value, rows ? Kernel::row_tiles : Kernel::channel_tiles, element_size, aligned);
+    }
+  }
+  throw std::invalid_argument("pass: expected one of moments, normalize, grad_sums, input_grad, got '" + pass + "'");
 }
 
 struct EmulatorContext {
@@ -34,6 +51,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_limits", &fastbn::set_limits, "Set the limits of the emulated GPU that the planner sees.",
         pybind11::kw_only(), pybind11::arg("sm_count"), pybind11::arg("shared_bytes_per_block"));
+  m.def("blocks_per_sm", &fastbn::blocks_per_sm,
+        "Return how many blocks of a pass the planner expects an SM to hold, by their registers.",
+        pybind11::arg("pass"), pybind11::kw_only(), pybind11::arg("rows"), pybind11::arg("element_size"),
+        pybind11::arg("aligned"));
   m.def("launches", &fastbn::emulator::launches, "Return how many launches ran.");
   m.def("set_seed", &fastbn::emulator::set_seed, "Restart the schedule of fibres from a seed.");
 }

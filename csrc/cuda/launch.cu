@@ -40,7 +40,8 @@ cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* me
 cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
   if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   ForwardParams params = given;
-  if (given.statistics == Statistics::batch) {
+  const bool batch = given.statistics == Statistics::batch;
+  if (batch) {
     const Workspace workspace(memory, params.layout);
     if (!params.mean) params.mean = workspace.first;
     if (!params.inv_std) params.inv_std = workspace.second;
@@ -50,7 +51,7 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
     if (error == cudaSuccess) error = launch_finish_moments(params, plan, partials, stream);
     if (error != cudaSuccess) return error;
   }
-  return launch_normalize(params, plan, stream);
+  return launch_normalize(params, plan, batch, stream);
 }
 
 cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
@@ -66,6 +67,7 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
   if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   const bool batch = given.statistics == Statistics::batch;
   BackwardParams params = given;
+  bool finished = false;
   if (params.statistics != Statistics::given) {
     const bool needs_sums = batch && params.grad_input;
     params.sum_grad = nullptr;
@@ -81,10 +83,11 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
       cudaError_t error = launch_grad_sums(params, plan, partials, stream);
       if (error == cudaSuccess) error = launch_finish_grad_sums(params, plan, partials, stream);
       if (error != cudaSuccess || !batch) return error;  // frozen: no gradient is left
+      finished = true;
     }
   }
   if (!params.grad_input && !params.grad_residual) return cudaSuccess;
-  return launch_input_grad(params, plan, stream);
+  return launch_input_grad(params, plan, finished, stream);
 }
 
 }  // namespace fastbn::cuda

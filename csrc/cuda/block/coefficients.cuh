@@ -32,4 +32,21 @@ FASTBN_DEVICE void share_coefficients(const Walk& walk, Coefficients* shared, Ma
   load_coefficients(walk, shared, thread);
 }
 
+// Does the same in a launch that overlaps the one before it: calls make(channel, prepare(channel)), and prepare for
+// most channels before it waits for that launch.
+template <class Walk, class Coefficients, class Prepare, class Make>
+FASTBN_DEVICE void share_coefficients_after_wait(const Walk& walk, Coefficients* shared, Prepare prepare, Make make,
+                                                 Coefficients (&thread)[Walk::channels]) {
+  const int first = device::thread_index();
+  decltype(prepare(int64_t(0))) prepared;
+  if (first < walk.tile_channels) prepared = prepare(int64_t(walk.first_channel) + first);
+  device::wait_for_previous_launch();
+  share_coefficients(
+      walk, shared,
+      [&](int64_t channel) {
+        return make(channel, channel == walk.first_channel + first ? prepared : prepare(channel));
+      },
+      thread);
+}
+
 }  // namespace fastbn::cuda

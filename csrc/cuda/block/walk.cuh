@@ -48,6 +48,11 @@ class Walk {
     if constexpr (by_rows) {
       index_ = tile * plan.vectors_per_row + thread % plan.vectors_per_row;
       exists = thread < thread_rows_ * plan.vectors_per_row && index_ * vec_size < plan.row_width;
+      // Opaque: the compiler would divide where they are used, when coefficients have been waited for.
+      const int inner = static_cast<int>(layout.inner), column = thread % plan.vectors_per_row * vec_size;
+      const int in_period = column % (plan.channels_per_tile * inner);
+      channel_ = device::opaque(in_period / inner);
+      within_channel_ = device::opaque(in_period % inner);
       offset_ = begin * plan.row_width + index_ * vec_size;
       stride_ = int64_t(thread_rows_) * plan.row_width;
     }
@@ -111,13 +116,11 @@ class Walk {
   template <class Use>
   FASTBN_DEVICE void for_each_channel(Use use) const {
     if constexpr (by_rows) {
-      const int inner = static_cast<int>(layout_.inner), period = plan_.channels_per_tile * inner;
-      const int first = device::thread_index() % plan_.vectors_per_row * vec_size % period;
-      int channel = first / inner, within = first % inner;
+      int channel = channel_, within = within_channel_;
       FASTBN_UNROLL
       for (int i = 0; i < vec_size; ++i) {
         use(i, channel);
-        if (++within < inner) continue;
+        if (++within < layout_.inner) continue;
         within = 0;
         if (++channel == plan_.channels_per_tile) channel = 0;
       }
@@ -183,11 +186,13 @@ class Walk {
 
   const Layout& layout_;
   const Plan& plan_;
-  int thread_rows_;     // threads at the same vector of the row; for channel_tiles, all threads
-  int left_;            // vectors that are left
-  Index index_ = 0;     // of the vector in its row or run
-  int64_t offset_ = 0;  // of its first element
-  int64_t stride_ = 0;  // from one vector to the next, in the same run
+  int thread_rows_;         // threads at the same vector of the row; for channel_tiles, all threads
+  int left_;                // vectors that are left
+  Index index_ = 0;         // of the vector in its row or run
+  int64_t offset_ = 0;      // of its first element
+  int64_t stride_ = 0;      // from one vector to the next, in the same run
+  int channel_ = 0;         // of the thread's first element, counted from the first of the tile (row_tiles)
+  int within_channel_ = 0;  // index of that element among the channel's in the row
   Index vectors_per_run_ = 0;
   Index index_step_ = 0;     // from one vector to the next, modulo vectors_per_run_
   int64_t to_next_run_ = 0;  // from the end of a run to the next one of the channel

@@ -75,12 +75,21 @@ FASTBN_DEVICE bool any_is_far(const BackwardParams& params, const Walk& walk, ui
   return !block_agrees(near, votes);
 }
 
+// What the gradients of a channel depend on beside its sums.
+struct ChannelOfGrads {
+  double mean, inv_std, weight, bias;
+};
+
+FASTBN_DEVICE ChannelOfGrads channel_of_grads(const BackwardParams& params, int64_t channel) {
+  return {params.mean[channel], params.inv_std[channel], params.weight.load_or(channel, 1),
+          params.bias.load_or(channel, 0)};
+}
+
 template <class A>
-FASTBN_DEVICE GradCoefficients<A> grad_coefficients(const BackwardParams& params, int64_t channel, double sum_grad,
-                                                    double sum_grad_xhat, double count, bool is_far) {
-  const auto grad = GradAffine<A>::make(params.mean[channel], params.inv_std[channel],
-                                        params.weight.load_or(channel, 1), sum_grad, sum_grad_xhat, count, is_far);
-  return {affine_of<A>(params, channel), grad.slope, grad.mean_grad, grad.rest};
+FASTBN_DEVICE GradCoefficients<A> grad_coefficients(const ChannelOfGrads& c, double sum_grad, double sum_grad_xhat,
+                                                    double count, bool is_far) {
+  const auto grad = GradAffine<A>::make(c.mean, c.inv_std, c.weight, sum_grad, sum_grad_xhat, count, is_far);
+  return {Affine<A>::make(c.mean, c.inv_std, c.weight, c.bias), grad.slope, grad.mean_grad, grad.rest};
 }
 
 }  // namespace fastbn::cuda

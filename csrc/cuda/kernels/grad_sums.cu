@@ -28,6 +28,7 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
       [&](auto light_epilogue, auto use) {
         constexpr int batch = light_epilogue.value ? vectors_in_flight<GradZ<T, Walk::aligned>::bytes_in_flight> : 1;
         for_each_vector<batch>(walk, [&](const Step& step) { return grad_z.load(step); }, use);
+        device::allow_next_launch();
       },
       [&](const Step& step, const A(&grad)[vec_size]) {
         if (params.statistics == Statistics::running) input_grad.store_frozen(step, grad, coefficients);
@@ -38,6 +39,8 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
 }
 
 struct FinishGradSums {
+  FASTBN_DEVICE FinishGradSums(const BackwardParams&, int64_t) {}
+
   FASTBN_DEVICE void operator()(const BackwardParams& params, int64_t channel, const Sums& sums) const {
     save_grad_sums(params, channel, sums.first, sum_grad_xhat(params, channel, sums));
   }

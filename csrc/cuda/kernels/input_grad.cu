@@ -21,13 +21,13 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
   const InputGrad<T, Walk::aligned> input_grad(params, plan, frozen, is_far);
 
   GradCoefficients<A> coefficients[channels];
-  share_coefficients(
-      walk, map.coefficients.in(memory),
-      [&](int64_t channel) {
+  share_coefficients_after_wait(
+      walk, map.coefficients.in(memory), [&](int64_t channel) { return channel_of_grads(params, channel); },
+      [&](int64_t channel, const ChannelOfGrads& prepared) {
         const double count = params.count ? *params.count : double(params.layout.count());
-        return frozen ? grad_coefficients<A>(params, channel, 0, 0, 1, false)
-                      : grad_coefficients<A>(params, channel, params.sum_grad[channel], params.sum_grad_xhat[channel],
-                                             count, is_far);
+        return frozen ? grad_coefficients<A>(prepared, 0, 0, 1, false)
+                      : grad_coefficients<A>(prepared, params.sum_grad[channel], params.sum_grad_xhat[channel], count,
+                                             is_far);
       },
       coefficients);
 
@@ -42,11 +42,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
 
 }  // namespace
 
-cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, bool finished, cudaStream_t stream) {
   const Plan last = last_pass_of(plan, params.layout);
   return dispatch(params.dtype, params.layout, last, [&]<class T, class Walk>() {
-    return device::launch(&input_grad_kernel<T, Walk>, grid_of(last, InputGradMap<acc_t<T>>(last).bytes()), stream,
-                          params, last);
+    return device::launch(&input_grad_kernel<T, Walk>, last_shape(last, InputGradMap<acc_t<T>>(last).bytes(), finished),
+                          stream, params, last);
   });
 }
 

@@ -27,7 +27,11 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
   share_coefficients(
       walk, map.template scratch_in<A>(&memory), [&](int64_t channel) { return A(pivot_of(params, channel)); }, pivot);
   block_moments<T>(
-      walk, memory, pivot, [&](auto use) { for_each_vector<vectors_in_flight<sizeof(Vec8<T>)>>(walk, load, use); },
+      walk, memory, pivot,
+      [&](auto use) {
+        for_each_vector<vectors_in_flight<sizeof(Vec8<T>)>>(walk, load, use);
+        device::allow_next_launch();
+      },
       [&](auto use) { for_each_vector<1>(walk, load, use); },
       [&](int channel, const Sums& sums) {
         partials[walk.split * params.layout.channels + walk.first_channel + channel] = sums;
@@ -35,8 +39,12 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
 }
 
 struct FinishMoments {
+  double pivot;
+
+  FASTBN_DEVICE FinishMoments(const ForwardParams& params, int64_t channel) : pivot(pivot_of(params, channel)) {}
+
   FASTBN_DEVICE void operator()(const ForwardParams& params, int64_t channel, const Sums& sums) const {
-    const Moments moments = moments_of(params.layout, pivot_of(params, channel), sums);
+    const Moments moments = moments_of(params.layout, pivot, sums);
     save_statistics(params, channel, moments, params.num_batches_tracked ? *params.num_batches_tracked : 0);
   }
 };

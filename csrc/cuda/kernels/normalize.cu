@@ -8,6 +8,11 @@
 namespace fastbn::cuda {
 namespace {
 
+// The parameters of a channel, which no launch of the op writes.
+struct Parameters {
+  double weight, bias;
+};
+
 struct Normalizer {
   double mean, inv_std;
 };
@@ -27,13 +32,14 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
 
   const bool saves = params.statistics == Statistics::running && walk.split == 0;
   Affine<A> affine[Walk::channels];
-  share_coefficients(
+  share_coefficients_after_wait(
       walk, LastPassMap<Affine<A>>(plan).coefficients.in(device::shared_memory<char>()),
-      [&](int64_t channel) {
+      [&](int64_t channel) { return Parameters{params.weight.load_or(channel, 1), params.bias.load_or(channel, 0)}; },
+      [&](int64_t channel, const Parameters& parameters) {
         const Normalizer n = normalizer_of(params, channel);
         if (saves && params.mean) params.mean[channel] = n.mean;
         if (saves && params.inv_std) params.inv_std[channel] = n.inv_std;
-        return Affine<A>::make(n.mean, n.inv_std, params.weight.load_or(channel, 1), params.bias.load_or(channel, 0));
+        return Affine<A>::make(n.mean, n.inv_std, parameters.weight, parameters.bias);
       },
       affine);
 
@@ -55,11 +61,12 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(max_threads, (blocks_per_sm<T, Walk>(Pas
 
 }  // namespace
 
-cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, bool finished, cudaStream_t stream) {
   const Plan last = last_pass_of(plan, params.layout);
   return dispatch(params.dtype, params.layout, last, [&]<class T, class Walk>() {
-    return device::launch(&normalize_kernel<T, Walk>, grid_of(last, LastPassMap<Affine<acc_t<T>>>(last).bytes()),
-                          stream, params, last);
+    return device::launch(&normalize_kernel<T, Walk>,
+                          last_shape(last, LastPassMap<Affine<acc_t<T>>>(last).bytes(), finished), stream, params,
+                          last);
   });
 }
 

@@ -1,5 +1,12 @@
 // The launches that plans consist of, and the dispatch from a plan to the instance of a kernel. A pass over the
 // elements takes the plan's grid, a finishing pass one warp per channel.
+//
+// The launches of an op overlap (programmatic dependent launch). The first is an ordinary one: what earlier ops wrote
+// is there when it begins, and so when any of the others does. Of what the op itself writes, a launch reads only what
+// the one before it wrote, and all threads of the second and third wait for that one to end before they read such
+// values or write anything. So the third begins its writes when the second has ended, which has itself waited for the
+// first: nothing is overwritten that another launch still reads. The next op, whose tensors and workspace may be this
+// one's memory, begins with an ordinary launch, which waits for all of this.
 #pragma once
 
 #include <cassert>
@@ -20,14 +27,16 @@ namespace fastbn::cuda {
 cudaError_t launch_moments(const ForwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
 cudaError_t launch_finish_moments(const ForwardParams& params, const Plan& plan, const Sums* partials,
                                   cudaStream_t stream);
-cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, cudaStream_t stream);
+// `finished`: launch_finish_moments comes right before it.
+cudaError_t launch_normalize(const ForwardParams& params, const Plan& plan, bool finished, cudaStream_t stream);
 
 cudaError_t launch_grad_sums(const BackwardParams& params, const Plan& plan, Sums* partials, cudaStream_t stream);
 // Writes sum_grad, sum_grad_xhat, grad_weight and grad_bias where they are not null.
 cudaError_t launch_finish_grad_sums(const BackwardParams& params, const Plan& plan, const Sums* partials,
                                     cudaStream_t stream);
 // Writes grad_input and grad_residual. A null sum_grad means frozen statistics, a null count that of the layout.
-cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, cudaStream_t stream);
+// `finished`: launch_finish_grad_sums comes right before it.
+cudaError_t launch_input_grad(const BackwardParams& params, const Plan& plan, bool finished, cudaStream_t stream);
 
 // The launch bound of the kernel of a pass.
 template <class T, class Walk>
@@ -75,11 +84,17 @@ inline device::Launch grid_of(const Plan& plan, int64_t shared_bytes) {
   return shape;
 }
 
-// Returns a plan for the last pass.
+// Returns a plan for the last pass, and the shape of its launch.
 inline Plan last_pass_of(const Plan& plan, const Layout& layout) {
   Plan last = plan;
   last.set_splits(layout, plan.last_splits);
   return last;
+}
+
+inline device::Launch last_shape(const Plan& last, int64_t shared_bytes, bool finished) {
+  device::Launch shape = grid_of(last, shared_bytes);
+  shape.overlaps_previous = finished;
+  return shape;
 }
 
 // Returns the shape of a launch that reduces.

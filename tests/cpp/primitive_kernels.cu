@@ -59,20 +59,6 @@ FASTBN_GLOBAL void FASTBN_LAUNCH_BOUNDS(256) warp_sum_kernel(const float* in, fl
   }
 }
 
-// Sums over each block's cluster into out[block]. Every block reads the shared memory of all, its own first.
-template <bool kBarrier>
-FASTBN_GLOBAL void cluster_sum_kernel(int cluster, const float* in, float* out) {
-  float* partial = shared_memory<float>();
-  const int t = thread_index();
-  const float sum = warp_sum(in[block_x() * block_threads() + t]);
-  if (t == 0) *partial = sum;
-  if (kBarrier) sync_cluster();
-  float total = 0;
-  for (int i = 0; i < cluster; ++i) total += *cluster_shared(partial, (cluster_rank() + i) % cluster);
-  if (t == 0) out[block_x()] = total;
-  sync_cluster();
-}
-
 // Subtracts the sum of all elements from each, in one cooperative launch. `partial` has one element per block.
 FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) {
   const int t = thread_index();
@@ -85,41 +71,21 @@ FASTBN_GLOBAL void grid_sum_kernel(const float* in, float* partial, float* out) 
   out[i] = in[i] - total;
 }
 
-// Subtracts the sum over the block's group from each element, round by round, in one cooperative launch. `in` is
-// [round, block, thread]. `partial` has two elements per thread, because a block may write those of the next round
-// while others read those of this one, and `arrived` has one per group. Without kZero the host clears `arrived`.
-template <bool kZero, bool kBarrier>
-FASTBN_GLOBAL void group_sum_kernel(int group, int rounds, const float* in, float* partial, uint32_t* arrived,
-                                    float* out) {
-  const int t = thread_index();
-  const int64_t threads = block_threads();
-  const int64_t first = block_x() / group * group;
-  uint32_t* counter = arrived + block_x() / group;
-  if (kZero) {
-    if (block_x() == first && t == 0) *counter = 0;
-    sync_grid();
-  }
-  for (int round = 1; round <= rounds; ++round) {
-    const int64_t i = ((round - 1) * grid_x() + block_x()) * threads + t;
-    float* terms = partial + round % 2 * grid_x() * threads;
-    terms[block_x() * threads + t] = in[i];
-    if (kBarrier) sync_blocks(counter, group, round);
-    float total = 0;
-    for (int64_t j = first * threads; j < (first + group) * threads; ++j) total += terms[j];
-    out[i] = in[i] - total;
-  }
-}
-
-// Reverses each block's part through shared memory, 16 bytes per thread.
+// Reverses each block's part through shared memory, 16 bytes per thread. The barrier follows the part.
 template <bool kWait>
 FASTBN_GLOBAL void copy_kernel(const float* in, float* out) {
   float* tile = shared_memory<float>();
   const int t = thread_index();
   const int threads = block_threads();
   const int64_t base = block_x() * threads * 4;
+  Mbarrier* barrier = reinterpret_cast<Mbarrier*>(tile + 4 * threads);
+  if (t == 0) init_mbarrier(barrier, threads);
+  sync_block();
   copy_async16(tile + 4 * t, in + base + 4 * t);
-  copy_async_commit();
-  if (kWait) copy_async_wait<0>();
+  if (kWait) {
+    arrive_after_copies(barrier);
+    wait(barrier, 0);
+  }
   sync_block();
   const Vector16<float> from = load16(tile + 4 * (threads - 1 - t));
   const Vector16<float> global = load16(in + base + 4 * (threads - 1 - t));
@@ -175,12 +141,12 @@ FASTBN_GLOBAL void late_copies_kernel(const float* in, float* out) {
   }
 }
 
-// Logs which warp of the grid takes each step: log[..] is its number.
+// Logs which warp of the grid takes each step: log[..] is its number. Only the emulator runs one thread at a time.
 FASTBN_GLOBAL void log_kernel(int steps, uint32_t* count, int* log) {
   const int64_t warp = (block_x() * block_threads() + thread_index()) / kWarp;
   for (int i = 0; i < steps; ++i) {
     sync_warp();
-    if (thread_index() % kWarp == 0) log[atomic_add(count, 1)] = static_cast<int>(warp);
+    if (thread_index() % kWarp == 0) log[(*count)++] = static_cast<int>(warp);
   }
 }
 
@@ -264,20 +230,6 @@ FASTBN_GLOBAL void broken_warp_kernel(float* out) {
 
 FASTBN_GLOBAL void broken_overrun_kernel() { shared_memory<float>()[block_threads()] = 0; }
 
-FASTBN_GLOBAL void broken_round_kernel(uint32_t* arrived) {
-  const int blocks = static_cast<int>(grid_x());
-  sync_blocks(arrived, blocks, 1);
-  if (block_x() == 1) return;
-  sync_blocks(arrived, blocks, 2);
-}
-
-FASTBN_GLOBAL void broken_group_kernel(uint32_t* arrived) { sync_blocks(arrived, 2 + static_cast<int>(block_x()), 1); }
-
-FASTBN_GLOBAL void broken_zero_kernel(uint32_t* arrived) {
-  if (block_x() == 0 && thread_index() == 0) *arrived = 0;
-  sync_blocks(arrived, static_cast<int>(grid_x()), 1);
-}
-
 inline cudaError_t block_sum(bool barrier, int64_t blocks, int threads, const float* in, float* out, cudaStream_t s) {
   const Launch shape{.grid_x = blocks, .threads = threads, .shared_bytes = threads * int64_t(sizeof(float))};
   return launch(barrier ? block_sum_kernel<true> : block_sum_kernel<false>, shape, s, in, out);
@@ -287,26 +239,12 @@ inline cudaError_t warp_sums(int64_t blocks, const float* in, float* sums, int64
   return launch(warp_sum_kernel, {.grid_x = blocks, .shared_bytes = 8 * sizeof(Pair)}, s, in, sums, counts);
 }
 
-inline cudaError_t cluster_sum(bool barrier, int64_t blocks, int cluster, const float* in, float* out, cudaStream_t s) {
-  const Launch shape{.grid_x = blocks, .threads = 32, .shared_bytes = 4, .cluster = cluster};
-  return launch(barrier ? cluster_sum_kernel<true> : cluster_sum_kernel<false>, shape, s, cluster, in, out);
-}
-
 inline cudaError_t grid_sum(int64_t blocks, const float* in, float* partial, float* out, cudaStream_t s) {
   return launch(grid_sum_kernel, {.grid_x = blocks, .threads = 32, .cooperative = true}, s, in, partial, out);
 }
 
-inline cudaError_t group_sum(bool zero, bool barrier, int64_t groups, int group, int rounds, const float* in,
-                             float* partial, uint32_t* arrived, float* out, cudaStream_t s) {
-  const Launch shape{.grid_x = groups * group, .threads = 64, .cooperative = true};
-  const auto kernel = !barrier ? group_sum_kernel<true, false>
-                      : zero   ? group_sum_kernel<true, true>
-                               : group_sum_kernel<false, true>;
-  return launch(kernel, shape, s, group, rounds, in, partial, arrived, out);
-}
-
 inline cudaError_t reverse(bool wait, int64_t blocks, int threads, const float* in, float* out, cudaStream_t s) {
-  const Launch shape{.grid_x = blocks, .threads = threads, .shared_bytes = threads * int64_t{16}};
+  const Launch shape{.grid_x = blocks, .threads = threads, .shared_bytes = threads * int64_t{16} + 8};
   return launch(wait ? copy_kernel<true> : copy_kernel<false>, shape, s, in, out);
 }
 

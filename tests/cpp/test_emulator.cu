@@ -37,15 +37,6 @@ void test_missing_barrier_is_found() {
     found |= !(out[0] == sum(in, 0, 128));
   });
   CHECK(found);
-
-  const auto wide = numbers(4 * 32);
-  found = false;
-  for_each_seed([&] {
-    std::vector<float> out(4, kNaN);
-    CHECK_EQUAL(cluster_sum(false, 4, 4, wide.data(), out.data(), nullptr), cudaSuccess);
-    for (float value : out) found |= !(value == sum(wide, 0, 128));
-  });
-  CHECK(found);
 }
 
 void test_warp_sums() {
@@ -62,17 +53,6 @@ void test_warp_sums() {
   });
 }
 
-void test_cluster_sum() {
-  const auto in = numbers(48 * 32);
-  for (int cluster : {1, 2, 8, 16}) {
-    for_each_seed([&] {
-      std::vector<float> out(48, kNaN);
-      CHECK_EQUAL(cluster_sum(true, 48, cluster, in.data(), out.data(), nullptr), cudaSuccess);
-      for (int b = 0; b < 48; ++b) CHECK_EQUAL(out[b], sum(in, b / cluster * cluster * 32, cluster * 32));
-    });
-  }
-}
-
 void test_grid_sum() {
   const auto in = numbers(20 * 32);
   for_each_seed([&] {
@@ -86,72 +66,6 @@ void test_grid_sum() {
   CHECK_EQUAL(device::launch(grid_sum_kernel, start, nullptr, in.data(), partial.data(), out.data()),
               cudaErrorLaunchFailure);
   CHECK(mentions("not cooperative"));
-}
-
-void test_group_sum() {
-  constexpr int kGroups = 3, kGroup = 5, kRounds = 4, kGroupThreads = kGroup * 64;
-  constexpr int kSize = kRounds * kGroups * kGroupThreads;
-  const auto in = numbers(kSize);
-  std::vector<uint32_t> arrived(kGroups);
-  std::vector<float> out(kSize);
-  const auto try_group = [&](bool zero, bool barrier) {
-    std::vector<float> partial(2 * kGroups * kGroupThreads, kNaN);
-    std::fill(out.begin(), out.end(), kNaN);
-    return group_sum(zero, barrier, kGroups, kGroup, kRounds, in.data(), partial.data(), arrived.data(), out.data(),
-                     nullptr);
-  };
-  const auto is_right = [&] {
-    for (int i = 0; i < kSize; ++i) {
-      if (out[i] != in[i] - sum(in, i / kGroupThreads * kGroupThreads, kGroupThreads)) return false;
-    }
-    return true;
-  };
-  bool found = false;
-  for_each_seed([&] {
-    std::fill(arrived.begin(), arrived.end(), 0xffffffffu);
-    CHECK_EQUAL(try_group(true, true), cudaSuccess);
-    CHECK(is_right());
-    for (uint32_t count : arrived) CHECK_EQUAL(count, uint32_t{kGroup * kRounds});
-
-    CHECK_EQUAL(try_group(false, true), cudaErrorLaunchFailure);
-    CHECK(mentions("sync_blocks expected a counter of 0, got 20"));
-    std::fill(arrived.begin(), arrived.end(), 0u);
-    CHECK_EQUAL(try_group(false, true), cudaSuccess);
-    CHECK(is_right());
-
-    CHECK_EQUAL(try_group(true, false), cudaSuccess);
-    found |= !is_right();
-  });
-  CHECK(found);
-}
-
-void test_broken_sync_blocks() {
-  const Launch one{.threads = 32, .cooperative = true};
-  const Launch two{.grid_x = 2, .threads = 32, .cooperative = true};
-  bool found = false;
-  for_each_seed([&] {
-    uint32_t arrived = 0;
-    CHECK_EQUAL(device::launch(broken_round_kernel, two, nullptr, &arrived), cudaErrorLaunchFailure);
-    CHECK(mentions("deadlock in block 0") && mentions("32 at sync_blocks") && mentions("1 of 2 blocks returned"));
-
-    // A failed launch leaves no open round.
-    arrived = 0;
-    CHECK_EQUAL(device::launch(broken_zero_kernel, one, nullptr, &arrived), cudaSuccess);
-
-    arrived = 0;
-    CHECK_EQUAL(device::launch(broken_group_kernel, two, nullptr, &arrived), cudaErrorLaunchFailure);
-    CHECK(mentions("different blocks or rounds at one counter of sync_blocks"));
-
-    arrived = 0;
-    if (device::launch(broken_zero_kernel, two, nullptr, &arrived) == cudaSuccess) return;
-    CHECK(mentions("sync_blocks expected a counter of 1, got 0"));
-    found = true;
-  });
-  CHECK(found);
-
-  uint32_t arrived = 0;
-  CHECK_EQUAL(device::launch(broken_zero_kernel, {.threads = 32}, nullptr, &arrived), cudaErrorLaunchFailure);
-  CHECK(mentions("sync_blocks in a launch that is not cooperative"));
 }
 
 void test_copies() {
@@ -199,7 +113,7 @@ void test_refused_launches() {
   CHECK_EQUAL(try_shape({.grid_x = int64_t{1} << 31, .shared_bytes = 1024}), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(try_shape({.grid_x = 0}), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(try_shape({.threads = 1025}), cudaErrorInvalidConfiguration);
-  CHECK_EQUAL(try_shape({.grid_x = 3, .cluster = 2}), cudaErrorInvalidConfiguration);
+  CHECK_EQUAL(try_shape({.threads = 0}), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(try_shape({.shared_bytes = (227 << 10) + 1}), cudaErrorInvalidValue);
   CHECK_EQUAL(try_shape({.grid_x = 1 << 20, .shared_bytes = 1024, .cooperative = true}),
               cudaErrorCooperativeLaunchTooLarge);
@@ -241,10 +155,7 @@ int main(int argc, char** argv) {
   test_block_sum();
   test_missing_barrier_is_found();
   test_warp_sums();
-  test_cluster_sum();
   test_grid_sum();
-  test_group_sum();
-  test_broken_sync_blocks();
   test_copies();
   test_broken_kernels();
   test_refused_launches();

@@ -113,11 +113,6 @@ bool happen(const Event& event) {
   return event.half != nullptr ? make_visible(event.half) : arrive_after_landing(*event.fibre);
 }
 
-void copy_async_wait(int pending) {
-  Fibre& self = *machine.current;
-  while (!self.copies.empty() && self.copies.front().group < self.committed - pending) land(self);
-}
-
 void check_returned(const Block& block) {
   for (const Fibre* fibre : block.fibres) {
     if (!fibre->copies.empty()) {
@@ -143,10 +138,8 @@ void copy_async16(void* shared, const void* global, const Location& where) {
   require_aligned(global, where);
   // Poison that is not NaN: NaN would make the kernels sum again in float64, by when the copy has arrived.
   memset(shared, 0x4b, 16);
-  machine.current->copies.push_back({shared, global, machine.current->committed, where});
+  machine.current->copies.push_back({shared, global, where});
 }
-
-void copy_async_commit() { ++machine.current->committed; }
 
 void init_mbarrier(Mbarrier* barrier, int arrivals, const Location& where) {
   require_in_shared_memory(barrier, where);

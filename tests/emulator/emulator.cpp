@@ -24,19 +24,8 @@ using device::Launch;
 // Estimates: kernels use at most a few kilobytes of stack per thread, and sanitizers several times that.
 constexpr size_t kStackBytes = FASTBN_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 constexpr size_t kMaxFibres = 1 << 16;
-constexpr const char* kStateNames[] = {"ready",        "at a warp operation", "at sync_block", "at sync_cluster",
-                                       "at sync_grid", "at sync_blocks",      "at wait",       "polling",
-                                       "returned"};
-
-// Fills the shared memory of a block that has returned with NaN, for another block of the cluster to read by mistake.
-void retire(Block& block) {
-  const size_t bytes = static_cast<size_t>(machine.shape.shared_bytes);
-  if (bytes == 0) return;
-  memset(block.shared.get(), 0xff, bytes);
-#if FASTBN_EMULATOR_ASAN
-  __asan_poison_memory_region(block.shared.get(), bytes);
-#endif
-}
+constexpr const char* kStateNames[] = {
+    "ready", "at a warp operation", "at sync_block", "at sync_grid", "at wait", "polling", "returned"};
 
 void fibre_main() {
   after_switch(machine.current->context);
@@ -44,10 +33,7 @@ void fibre_main() {
     machine.body(machine.argument);
     Fibre* self = machine.current;
     self->state = State::returned;
-    if (--self->block->running == 0) {
-      check_returned(*self->block);
-      retire(*self->block);
-    }
+    if (--self->block->running == 0) check_returned(*self->block);
     suspend();
   }
 }
@@ -107,51 +93,43 @@ std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& blocks)
   return "deadlock";
 }
 
-// Runs the clusters [first, first + count) of `order` to their end.
-bool run_clusters(const int64_t* order, size_t count) {
+// Runs the `count` blocks of those numbers to their end.
+bool run_blocks(const int64_t* numbers, size_t count) {
   const Launch& shape = machine.shape;
   const size_t threads = static_cast<size_t>(shape.threads);
-  std::vector<Cluster> clusters(count);
   std::vector<std::unique_ptr<Block>> blocks;
   machine.ready.clear();
   machine.polling.clear();
   machine.pending.clear();
   machine.stores.clear();
   machine.grid.waiting.clear();
-  machine.rounds.clear();
   machine.waiting.clear();
-  machine.grid.expected = count * shape.cluster * threads;
+  machine.grid.expected = count * threads;
 
   for (size_t i = 0; i < count; ++i) {
-    clusters[i].barrier.expected = shape.cluster * threads;
-    for (int rank = 0; rank < shape.cluster; ++rank) {
-      auto block = std::make_unique<Block>();
-      block->x = order[i] * shape.cluster + rank;
-      block->rank = rank;
-      block->cluster = &clusters[i];
-      block->running = shape.threads;
-      block->barrier.expected = threads;
-      block->warps.resize((threads + kWarp - 1) / kWarp);
-      for (size_t w = 0; w < block->warps.size(); ++w) {
-        block->warps[w].block = block.get();
-        block->warps[w].first = static_cast<int>(w) * kWarp;
-        block->warps[w].barrier.expected = kWarp;
-      }
-      block->shared.reset(new unsigned char[shape.shared_bytes]);
-      memset(block->shared.get(), 0xff, shape.shared_bytes);
-      for (size_t t = 0; t < threads; ++t) {
-        Fibre* fibre = machine.pool[blocks.size() * threads + t].get();
-        fibre->block = block.get();
-        fibre->warp = &block->warps[t / kWarp];
-        fibre->index = static_cast<int>(t);
-        fibre->copies.clear();
-        fibre->arrivals.clear();
-        fibre->landed = fibre->committed = fibre->stores = 0;
-        block->fibres.push_back(fibre);
-      }
-      clusters[i].blocks.push_back(block.get());
-      blocks.push_back(std::move(block));
+    auto block = std::make_unique<Block>();
+    block->x = numbers[i];
+    block->running = shape.threads;
+    block->barrier.expected = threads;
+    block->warps.resize((threads + kWarp - 1) / kWarp);
+    for (size_t w = 0; w < block->warps.size(); ++w) {
+      block->warps[w].block = block.get();
+      block->warps[w].first = static_cast<int>(w) * kWarp;
+      block->warps[w].barrier.expected = kWarp;
     }
+    block->shared.reset(new unsigned char[shape.shared_bytes]);
+    memset(block->shared.get(), 0xff, shape.shared_bytes);
+    for (size_t t = 0; t < threads; ++t) {
+      Fibre* fibre = machine.pool[i * threads + t].get();
+      fibre->block = block.get();
+      fibre->warp = &block->warps[t / kWarp];
+      fibre->index = static_cast<int>(t);
+      fibre->copies.clear();
+      fibre->arrivals.clear();
+      fibre->landed = fibre->stores = 0;
+      block->fibres.push_back(fibre);
+    }
+    blocks.push_back(std::move(block));
   }
 
   choose_starved(blocks);
@@ -161,9 +139,6 @@ bool run_clusters(const int64_t* order, size_t count) {
   run_fibres();
   const bool finished = std::all_of(blocks.begin(), blocks.end(), [](const auto& b) { return b->running == 0; });
   if (!finished && !machine.failed) record_failure(describe_deadlock(blocks));
-#if FASTBN_EMULATOR_ASAN
-  for (auto& block : blocks) __asan_unpoison_memory_region(block->shared.get(), shape.shared_bytes);
-#endif
   return !machine.failed;
 }
 
@@ -212,11 +187,10 @@ cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   const cudaError_t error = cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (error != cudaSuccess || shape.shared_bytes > max_shared_bytes) return cudaErrorInvalidValue;
   std::lock_guard lock(machine.mutex);
-  const size_t clusters = static_cast<size_t>(shape.grid_x / shape.cluster);
-  const size_t clusters_at_once = shape.cooperative ? clusters : 1;
-  const size_t fibres_per_cluster = static_cast<size_t>(shape.cluster * shape.threads);
-  if (clusters_at_once > kMaxFibres / fibres_per_cluster) return cudaErrorCooperativeLaunchTooLarge;
-  if (!grow_pool(clusters_at_once * fibres_per_cluster)) return cudaErrorMemoryAllocation;
+  const size_t blocks = static_cast<size_t>(shape.grid_x), at_once = shape.cooperative ? blocks : 1;
+  const size_t threads = static_cast<size_t>(shape.threads);
+  if (at_once > kMaxFibres / threads) return cudaErrorCooperativeLaunchTooLarge;
+  if (!grow_pool(at_once * threads)) return cudaErrorMemoryAllocation;
 
   ++machine.launches;
   machine.shape = shape;
@@ -225,11 +199,11 @@ cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   machine.failed = false;
   machine.failure.clear();
 
-  std::vector<int64_t> order(clusters);
+  std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), int64_t{0});
-  for (size_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
-  for (size_t first = 0; first < clusters; first += clusters_at_once) {
-    if (run_clusters(order.data() + first, clusters_at_once)) continue;
+  for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+  for (size_t first = 0; first < blocks; first += at_once) {
+    if (run_blocks(order.data() + first, at_once)) continue;
     reset_pool();
     fprintf(stderr, "emulator: %s\n", machine.failure.c_str());
     return cudaErrorLaunchFailure;

@@ -1,5 +1,5 @@
 // Runs kernels on a CPU: every thread is a fibre, and where a thread waits, a seeded generator chooses the one that
-// runs next, or a copy or half of a message to arrive. Often it starves some warps. Clusters run one at a time in
+// runs next, or a copy or half of a message to arrive. Often it starves some warps. Blocks run one at a time in
 // random order, or all at once if the launch is cooperative.
 #pragma once
 
@@ -36,8 +36,6 @@ enum class Exchange { shuffle_xor, ballot, sync };
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where);
 
 unsigned char* shared_memory();
-unsigned char* cluster_shared(const void* local, int rank, const Location& where);
-void copy_async_wait(int pending);
 
 [[noreturn]] void fail(const char* what, const Location& where);
 

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -18,17 +17,7 @@
 
 namespace fastbn::emulator {
 
-enum class State {
-  ready,
-  in_shuffle,
-  in_sync_block,
-  in_sync_cluster,
-  in_sync_grid,
-  in_sync_blocks,
-  in_wait,
-  polling,
-  returned
-};
+enum class State { ready, in_shuffle, in_sync_block, in_sync_grid, in_wait, polling, returned };
 
 struct Block;
 struct Warp;
@@ -36,7 +25,6 @@ struct Warp;
 struct Copy {
   void* to;
   const void* from;
-  int group;
   Location where;
 };
 
@@ -62,7 +50,6 @@ struct Fibre {
   std::deque<Copy> copies;  // those that have not landed
   std::deque<Arrival> arrivals;
   int64_t landed = 0;
-  int committed = 0;
   int stores = 0;  // halves of messages that are not visible yet
 };
 
@@ -133,22 +120,8 @@ struct Queue {
   }
 };
 
-// The arguments of the sync_blocks that fibres wait at.
-struct Round {
-  Barrier barrier;
-  int blocks = 0;
-  int round = 0;
-};
-
-struct Cluster {
-  std::vector<Block*> blocks;
-  Barrier barrier;
-};
-
 struct Block {
   int64_t x = 0;
-  int rank = 0;
-  Cluster* cluster = nullptr;
   int running = 0;
   bool waited_for_previous = false;
   Barrier barrier;
@@ -174,7 +147,6 @@ struct Machine {
   std::vector<Event> pending;
   std::unordered_map<const void*, std::deque<Store>> stores;  // by their target
   Barrier grid;
-  std::map<const uint32_t*, Round> rounds;  // by their counter
   std::unordered_map<const device::Mbarrier*, std::vector<Fibre*>> waiting;
 
   device::Launch shape;

@@ -1,7 +1,6 @@
 // The device primitives, which suspend the fibre of a running thread where a thread of a GPU would wait. Those whose
 // effect comes later are in asynchronous.cpp.
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -40,16 +39,6 @@ void fail(const char* what, const Location& where) {
 }
 
 unsigned char* shared_memory() { return machine.current->block->shared.get(); }
-
-unsigned char* cluster_shared(const void* local, int rank, const Location& where) {
-  const Block& block = *machine.current->block;
-  const auto& blocks = block.cluster->blocks;
-  if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("rank outside of the cluster", where);
-  const int64_t offset = static_cast<const unsigned char*>(local) - block.shared.get();
-  if (offset < 0 || offset > machine.shape.shared_bytes) fail("address outside of shared memory", where);
-  if (blocks[rank]->running == 0) fail("shared memory of a block that has returned", where);
-  return blocks[rank]->shared.get() + offset;
-}
 
 void exchange(Exchange kind, int argument, const void* send, void* receive, size_t bytes, const Location& where) {
   Fibre* self = machine.current;
@@ -94,7 +83,6 @@ int thread_index() { return machine.current->index; }
 int block_threads() { return machine.shape.threads; }
 int64_t block_x() { return machine.current->block->x; }
 int64_t grid_x() { return machine.shape.grid_x; }
-int cluster_rank() { return machine.current->block->rank; }
 
 void sync_block(const Location& where) {
   Barrier& barrier = machine.current->block->barrier;
@@ -104,37 +92,9 @@ void sync_block(const Location& where) {
   wait_at(barrier, State::in_sync_block, where);
 }
 
-void sync_cluster(const Location& where) {
-  wait_at(machine.current->block->cluster->barrier, State::in_sync_cluster, where);
-}
-
 void sync_grid(const Location& where) {
   if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative", where);
   wait_at(machine.grid, State::in_sync_grid, where);
-}
-
-// Counts up while the threads of a round arrive, as a GPU does, so that clearing the counter too late is found.
-void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where) {
-  if (!machine.shape.cooperative) fail("sync_blocks in a launch that is not cooperative", where);
-  const size_t threads = static_cast<size_t>(machine.shape.threads);
-  Round& current = machine.rounds[arrived];
-  Barrier& barrier = current.barrier;
-  if (barrier.waiting.empty()) {
-    barrier.expected = static_cast<size_t>(blocks) * threads;
-    current.blocks = blocks;
-    current.round = round;
-  } else if (current.blocks != blocks || current.round != round) {
-    fail("different blocks or rounds at one counter of sync_blocks", where);
-  }
-  const uint32_t before = static_cast<uint32_t>(blocks) * (static_cast<uint32_t>(round) - 1);
-  const uint32_t expected = before + static_cast<uint32_t>(barrier.waiting.size() / threads);
-  if (*arrived != expected) {
-    char what[80];
-    snprintf(what, sizeof(what), "sync_blocks expected a counter of %u, got %u", expected, *arrived);
-    fail(what, where);
-  }
-  *arrived = before + static_cast<uint32_t>((barrier.waiting.size() + 1) / threads);
-  wait_at(barrier, State::in_sync_blocks, where);
 }
 
 void pause(const Location& where) {

@@ -1,6 +1,6 @@
 // The device primitives, and the only header through which a kernel touches CUDA; tests/emulator has the same ones for
-// a CPU. All 32 lanes of a warp must reach a warp operation. Before sm_90 a block is its own cluster, and before sm_80
-// an asynchronous copy is an ordinary one and an mbarrier traps.
+// a CPU. All 32 lanes of a warp must reach a warp operation. Before sm_80 an asynchronous copy is an ordinary one and
+// an mbarrier traps.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -62,35 +62,6 @@ FASTBN_DEVICE void sync_warp() { __syncwarp(); }
 FASTBN_DEVICE void sync_block() { __syncthreads(); }
 FASTBN_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// Waits for `blocks` blocks of a cooperative launch. `arrived` is their counter in global memory, 0 before the first
-// round; `round` counts from 1. Release/acquire: writes before the barrier are visible to all blocks after it.
-FASTBN_DEVICE void sync_blocks(uint32_t* arrived, int blocks, int round) {
-  sync_block();
-  if (thread_index() == 0) {
-    const uint64_t counter = __cvta_generic_to_global(arrived);
-    const uint32_t complete = static_cast<uint32_t>(blocks) * static_cast<uint32_t>(round);
-    uint32_t count;
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    do {  // relaxed: an acquire would empty L1 at every poll, for the other block of the SM too
-      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-      // Others may be a round ahead, and the count may wrap.
-    } while (static_cast<int32_t>(count - complete) < 0);
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  }
-  sync_block();
-}
-
-// Adds to a word of global memory and returns its old value. Release/acquire: what a thread read and wrote before its
-// addition comes before whatever follows a later addition.
-FASTBN_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(__cvta_generic_to_global(to)), "r"(value)
-               : "memory");
-  return before;
-}
-
 namespace detail {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
@@ -118,47 +89,6 @@ FASTBN_DEVICE T shuffle_xor(T value, int lane_mask) {
 }
 
 FASTBN_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(detail::kAllLanes, predicate); }
-
-#if __CUDA_ARCH__ >= 900
-
-FASTBN_DEVICE int cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-
-FASTBN_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Waits for the cluster, but not for writes: for use after reads of the other blocks' shared memory.
-FASTBN_DEVICE void sync_cluster_after_reads() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Maps an address in this block's shared memory to the same offset in that of block `rank` of the cluster, which must
-// not have returned yet.
-template <class T>
-FASTBN_DEVICE T* cluster_shared(T* local, int rank) {
-  uint64_t address;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(local), "r"(rank));
-  return reinterpret_cast<T*>(address);
-}
-
-#else
-
-FASTBN_DEVICE int cluster_rank() { return 0; }
-FASTBN_DEVICE void sync_cluster() { __syncthreads(); }
-FASTBN_DEVICE void sync_cluster_after_reads() { __syncthreads(); }
-
-template <class T>
-FASTBN_DEVICE T* cluster_shared(T* local, int) {
-  return local;
-}
-
-#endif
 
 namespace detail {
 
@@ -216,21 +146,13 @@ FASTBN_DEVICE void pause() {}
 
 #if __CUDA_ARCH__ >= 800
 
-// Copies 16 bytes without going through registers and L1. They are visible to this thread after copy_async_wait, and to
-// others after a barrier that follows it.
+// Copies 16 bytes without going through registers and L1. They are visible to those who have waited for an
+// arrive_after_copies that follows.
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
       "l"(__cvta_generic_to_global(global))
       : "memory");
-}
-
-FASTBN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most the `kPending` latest groups of this thread are in flight.
-template <int kPending>
-FASTBN_DEVICE void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 namespace detail {
@@ -283,11 +205,6 @@ FASTBN_DEVICE void wait(Mbarrier* barrier, int parity) {
 FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
   *static_cast<int4*>(shared) = *static_cast<const int4*>(global);
 }
-
-FASTBN_DEVICE void copy_async_commit() {}
-
-template <int kPending>
-FASTBN_DEVICE void copy_async_wait() {}
 
 FASTBN_DEVICE void init_mbarrier(Mbarrier*, int) { __trap(); }
 FASTBN_DEVICE void arrive(Mbarrier*) { __trap(); }
@@ -346,36 +263,6 @@ inline bool can_overlap(const void* kernel) {
 
 }  // namespace detail
 
-// Returns the largest cluster, a power of two, that the current device launches with the maximum of shared memory per
-// block: 1 if the device has no clusters, or runs code that was compiled for one without.
-inline int largest_cluster(void (*kernel)(int*), int threads, int64_t shared_bytes) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes code = {};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kMaxCluster);
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  int max_size = 1, power = 1;
-  cudaError_t error = cudaFuncGetAttributes(&code, function);
-  if (error == cudaSuccess && code.ptxVersion < 90) return 1;
-  if (error == cudaSuccess) error = detail::allow_shared_memory(function);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&max_size, function, &config);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // clear the error, so that the next launch does not report it
-    return 1;
-  }
-  while (power * 2 <= max_size && power * 2 <= kMaxCluster) power *= 2;
-  return power;
-}
-
-// Sets a word of global memory to 0, in stream order: a memset, not a launch.
-inline cudaError_t clear(uint32_t* word, cudaStream_t stream) {
-  return cudaMemsetAsync(word, 0, sizeof(*word), stream);
-}
-
 // Launches a kernel. Returns the error of the launch, and clears it; errors of the running kernel surface later, as
 // usual.
 template <class... P>
@@ -386,17 +273,9 @@ cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t stream, std:
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (shape.shared_bytes > kDefaultSharedBytes) error = detail::allow_shared_memory(function);
-  if (error == cudaSuccess && shape.cluster > kPortableCluster) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
 
-  cudaLaunchAttribute attributes[3] = {};
+  cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
-  if (shape.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    ++count;
-  }
   if (shape.cooperative) {
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count].val.cooperative = 1;

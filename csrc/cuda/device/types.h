@@ -6,12 +6,11 @@
 
 namespace fastbn::device {
 
-// Grids and blocks are one-dimensional. grid_x is a multiple of cluster.
+// Grids and blocks are one-dimensional.
 struct Launch {
   int64_t grid_x = 1;
   int threads = 256;
   int64_t shared_bytes = 0;
-  int cluster = 1;
   bool cooperative = false;
   // The launch may start before the previous one on the stream has ended, where the device can do that. Every block
   // must then call wait_for_previous_launch before it reads what that one wrote, or writes what it reads.
@@ -21,14 +20,11 @@ struct Launch {
 inline constexpr int kWarp = 32;
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int kMaxThreads = 1024;
-inline constexpr int kPortableCluster = 8;
-inline constexpr int kMaxCluster = 16;
 
 // Checks the limits of every GPU. Those of one model (shared memory, cooperative grids) are left to the launch.
 inline bool is_valid(const Launch& launch) {
   return launch.grid_x >= 1 && launch.grid_x <= kMaxGridX && launch.threads >= 1 && launch.threads <= kMaxThreads &&
-         launch.shared_bytes >= 0 && launch.cluster >= 1 && launch.cluster <= kMaxCluster &&
-         launch.grid_x % launch.cluster == 0;
+         launch.shared_bytes >= 0;
 }
 
 template <class T>

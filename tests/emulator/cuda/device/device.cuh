@@ -1,5 +1,5 @@
-// Replaces csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is made in its wait or, where
-// an arrival follows it, at a random moment, and its target holds poison until then; the halves of a message, too,
+// Replaces csrc/cuda/device/device.cuh where g++ compiles kernels. An asynchronous copy is made at a random
+// moment before the arrival that follows it, and its target holds poison until then; the halves of a message, too,
 // become visible at random moments. Where a GPU would hang or be undefined, the launch returns cudaErrorLaunchFailure.
 #pragma once
 
@@ -24,29 +24,14 @@ int thread_index();
 int block_threads();
 int64_t block_x();
 int64_t grid_x();
-int cluster_rank();
 
 void sync_warp(const Location& where = Location::current());
 void sync_block(const Location& where = Location::current());
-void sync_cluster(const Location& where = Location::current());
-inline void sync_cluster_after_reads(const Location& where = Location::current()) { sync_cluster(where); }
 void sync_grid(const Location& where = Location::current());
-void sync_blocks(uint32_t* arrived, int blocks, int round, const Location& where = Location::current());
-
-inline uint32_t atomic_add(uint32_t* to, uint32_t value) {
-  const uint32_t before = *to;
-  *to += value;
-  return before;
-}
 
 template <class T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulator::shared_memory());
-}
-
-template <class T>
-T* cluster_shared(T* local, int rank, const Location& where = Location::current()) {
-  return reinterpret_cast<T*>(emulator::cluster_shared(local, rank, where));
 }
 
 namespace detail {
@@ -107,17 +92,6 @@ void allow_next_launch();
 void wait_for_previous_launch();
 
 void copy_async16(void* shared, const void* global, const Location& where = Location::current());
-void copy_async_commit();
-
-template <int kPending>
-void copy_async_wait() {
-  emulator::copy_async_wait(kPending);
-}
-
-inline cudaError_t clear(uint32_t* word, cudaStream_t) {
-  *word = 0;
-  return cudaSuccess;
-}
 
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), Launch shape, cudaStream_t, std::type_identity_t<P>... params) {

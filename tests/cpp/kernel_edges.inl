@@ -84,6 +84,12 @@ void test_empty(const Layout& layout) {
   BackwardParams b = a.backward_params(Statistics::batch, Activation::relu);
   CHECK_EQUAL(a.backward(b), cudaSuccess);
   CHECK(a.grad_weight == Doubles(channels, 0) && a.grad_bias == Doubles(channels, 0));
+
+  // So it is with a negative running variance.
+  a.channels.inv_std.assign(channels, NAN);
+  b = a.backward_params(Statistics::running, Activation::relu);
+  CHECK_EQUAL(a.backward(b), cudaSuccess);
+  CHECK(a.grad_weight == Doubles(channels, 0) && a.grad_bias == Doubles(channels, 0));
 }
 
 // Checks that the counter holds its old or its new value at every moment, since a killed launch may leave it in a

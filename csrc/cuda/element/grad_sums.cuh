@@ -109,6 +109,7 @@ FASTBN_DEVICE void block_grad_sums(const Walk& walk, ReduceMemory<Walk::channels
 }
 
 FASTBN_DEVICE double sum_grad_xhat(const BackwardParams& params, int64_t channel, const Sums& sums) {
+  if (params.layout.numel() == 0) return 0;  // whatever inv_std is: running statistics may give NaN
   return sum_grad_xhat_of(sums.first, sums.second, pivot_of_sums(params, channel), params.mean[channel],
                           params.inv_std[channel]);
 }

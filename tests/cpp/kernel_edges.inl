@@ -134,13 +134,16 @@ void test_single(const Layout& layout) {
   }
 }
 
-// Checks that absent operands have their defaults, and that gradients that are not wanted cost no launch.
+// Checks that absent operands have their defaults, that gradients that are not wanted cost no launch, and that all
+// launches of an op but the first overlap the one before.
 void test_wanted() {
   Case<bfloat16> a(shapes[0]);
   const auto launches = [&](BackwardParams p) {
-    const int64_t before = emulator::launches();
+    const int64_t before = emulator::launches(), overlapping = emulator::overlapping_launches();
     CHECK_EQUAL(a.backward(p), cudaSuccess);
-    return emulator::launches() - before;
+    const int64_t count = emulator::launches() - before;
+    CHECK_EQUAL(emulator::overlapping_launches() - overlapping, std::max<int64_t>(count - 1, 0));
+    return count;
   };
   for (Statistics statistics : {Statistics::batch, Statistics::running}) {
     const bool batch = statistics == Statistics::batch;
@@ -165,12 +168,13 @@ void test_wanted() {
   p.grad_weight = {};
   CHECK_EQUAL(a.backward(p), cudaSuccess);
 
-  const int64_t before = emulator::launches();
+  const int64_t before = emulator::launches(), overlapping = emulator::overlapping_launches();
   ForwardParams f = a.forward_params(Statistics::batch, Activation::none, false);
   f.weight = f.bias = {};
   f.mean = f.inv_std = nullptr;
   CHECK_EQUAL(a.forward(f), cudaSuccess);
   CHECK_EQUAL(emulator::launches() - before, 3);
+  CHECK_EQUAL(emulator::overlapping_launches() - overlapping, 2);
   Channels plain = a.channels;
   plain.weight.assign(a.layout.channels, 1);
   plain.bias.assign(a.layout.channels, 0);

@@ -135,6 +135,21 @@ def test_an_sm_holds_the_blocks_that_the_planner_expects(compiled: Compiled) -> 
 
 
 @pytest.mark.slow
+def test_the_tail_of_a_block_has_no_division(compiled: Compiled) -> None:
+    """From the barrier after a block's last vector to the partial sums, on architectures that mark that vector."""
+    tails = 0
+    for (arch, name), instructions in disassemble(compiled.binary).items():
+        after_last_vector = instructions.rpartition(" PREEXIT ")[2]
+        if arch == "80" or KERNEL.search(name)["kind"] not in {"moments", "grad_sums"}:
+            continue
+        tail = re.search(r" BAR\.SYNC.*?STG\.E\.128 ", after_last_vector, re.DOTALL)[0]
+        assert " DADD " in tail
+        assert not re.search(r" (I2F\S*|MUFU\.RCP) ", tail), f"sm_{arch} {name}"
+        tails += 1
+    assert tails == (32 if compiled.source.stem in {"moments", "grad_sums"} else 0)
+
+
+@pytest.mark.slow
 def test_elements_move_in_accesses_of_16_bytes(compiled: Compiled) -> None:
     code = disassemble(compiled.binary)
     assert code.keys() == {(kernel["arch"], kernel["name"]) for kernel in compiled.kernels}

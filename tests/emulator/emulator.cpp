@@ -174,6 +174,11 @@ int64_t launches() {
   return machine.launches;
 }
 
+int64_t overlapping_launches() {
+  std::lock_guard lock(machine.mutex);
+  return machine.overlapping_launches;
+}
+
 void set_observer(std::function<void()> observe) {
   std::lock_guard lock(machine.mutex);
   machine.observe = std::move(observe);
@@ -193,6 +198,7 @@ cudaError_t run(const Launch& shape, void (*body)(void*), void* argument) {
   if (!grow_pool(at_once * threads)) return cudaErrorMemoryAllocation;
 
   ++machine.launches;
+  if (shape.overlaps_previous) ++machine.overlapping_launches;
   machine.shape = shape;
   machine.body = body;
   machine.argument = argument;

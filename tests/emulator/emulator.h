@@ -19,6 +19,9 @@ void set_seed(uint64_t seed);
 // Returns how many launches ran, including those that failed, but not those that were refused.
 int64_t launches();
 
+// Returns how many of them overlap the launch before.
+int64_t overlapping_launches();
+
 // Calls `observe` whenever a thread of a launch has stopped, at a primitive that waits or at its end. Empty: never.
 void set_observer(std::function<void()> observe);
 

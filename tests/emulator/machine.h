@@ -135,6 +135,7 @@ struct Machine {
   std::mutex mutex;
   uint64_t random = 0;
   int64_t launches = 0;
+  int64_t overlapping_launches = 0;
   std::function<void()> observe;
   std::string failure;
   bool failed = false;

@@ -34,9 +34,8 @@ class CudaBackend {
   void backward(const BackwardParams& params) {
     const bool frozen = params.statistics == Statistics::running;
     Request request = request_of(params, frozen ? Direction::frozen_backward : Direction::backward);
-    // The gradient of the residual alone needs no sums.
-    const bool sums = params.grad_input || params.grad_weight.defined() || params.grad_bias.defined();
-    request.fused = params.statistics == Statistics::batch && sums;
+    // Only the gradient of the input needs both the elements and their sums.
+    request.fused = params.statistics == Statistics::batch && params.grad_input;
     run(cuda::backward, params, request,
         {params.grad_out, params.input, params.residual, params.grad_input, params.grad_residual});
   }

@@ -104,12 +104,25 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   request.masked = residual && is_piecewise_linear(request.activation) && request.layout.run() % 8 == 0;
   request.aligned = aligned;
   const Plan chosen = choose_plan(request, within_max_sms(limits));
+  const StreamPlan& stream = chosen.stream;
+  const bool streams = chosen.schedule == Schedule::stream;
   py::dict result;
-  result["kernel"] = chosen.kernel == Kernel::channel_tiles ? "channel_tiles" : "row_tiles";
+  const std::string kernel = chosen.kernel == Kernel::channel_tiles ? "channel_tiles" : "row_tiles";
+  result["kernel"] = streams ? "stream_" + kernel : kernel;
+  result["predicted_us"] =
+      streams ? predicted_stream_us(request, limits, chosen) : predicted_two_phase_us(request, limits, chosen);
+  result["tiles"] = chosen.tiles;
+  result["groups"] = chosen.groups;
+  result["splits"] = chosen.splits;
+  result["tensors"] = stream.tensors;
+  result["ahead"] = stream.ahead;
+  result["ring_tiles"] = stream.ring_tiles;
+  result["chunks_per_tile"] = stream.chunks_per_tile;
+  result["part_bytes"] = stream.tensors * stream.vectors_per_split * int64_t(sizeof(Bytes16));
   result["launches"] = chosen.launches;
   result["tensor_reads"] = chosen.tensor_reads;
   result["tensor_writes"] = chosen.tensor_writes;
-  result["blocks"] = chosen.groups * (chosen.launches > 1 ? chosen.splits : chosen.last_splits);
+  result["blocks"] = chosen.groups * (streams || chosen.launches > 1 ? chosen.splits : chosen.last_splits);
   result["threads"] = chosen.threads;
   result["channels_per_tile"] = chosen.channels_per_tile;
   result["shared_bytes"] = chosen.shared_bytes;

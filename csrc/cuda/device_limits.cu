@@ -2,10 +2,16 @@
 // milliseconds. Empty for g++: the emulator has no device to ask.
 #ifdef __CUDACC__
 
-#include "cuda/device/runtime.h"
+#include "cuda/device/device.cuh"
 #include "cuda/launch.h"
 
 namespace fastbn::cuda {
+namespace {
+
+// A kernel that is compiled as the others are, so that its attributes tell which code the device runs.
+FASTBN_GLOBAL void probe_kernel() {}
+
+}  // namespace
 
 cudaError_t device_limits(int device, DeviceLimits* limits) {
   cudaError_t error = cudaSuccess;
@@ -22,6 +28,7 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   // Two transfers per clock; a copy reaches 7/8 of that on an H200. Not all drivers report clocks.
   const double kilohertz = attribute(cudaDevAttrMemoryClockRate), bits = attribute(cudaDevAttrGlobalMemoryBusWidth);
   if (error != cudaSuccess) cudaGetLastError();  // clear the error, so that the next launch does not report it
+  asked.has_mbarriers = device::code_version(reinterpret_cast<const void*>(&probe_kernel)) >= 80;
   if (kilohertz * bits > 0) asked.copy_bytes_per_us = kilohertz * 1e-3 * 2 * bits / 8 * 7 / 8;
   *limits = asked;
   return cudaSuccess;

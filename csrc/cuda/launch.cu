@@ -1,11 +1,12 @@
-// The ops as launches: reduce, finish, then a second pass over the elements.
+// The ops as launches: one for a stream plan; for a two-phase plan reduce, finish, then a second pass over the
+// elements.
 #include "cuda/kernels/passes.cuh"
 #include "cuda/launch.h"
 
 namespace fastbn::cuda {
 namespace {
 
-// The workspace: two doubles per channel that one launch leaves to the next, then the partial sums.
+// The workspace of a two-phase plan: two doubles per channel that one launch leaves to the next, then the partial sums.
 struct Workspace {
   double* first;
   double* second;
@@ -16,6 +17,7 @@ struct Workspace {
 };
 
 int64_t bytes_of_sums(const Plan& plan, const Layout& layout) {
+  if (plan.schedule == Schedule::stream) return message_bytes(plan);
   constexpr int64_t partial = sizeof(Sums), number = sizeof(double);
   return layout.channels * (plan.splits * partial + 2 * number);
 }
@@ -27,7 +29,7 @@ int64_t workspace_bytes(const Plan& plan, const ForwardParams& params) { return 
 int64_t workspace_bytes(const Plan& plan, const BackwardParams& params) { return bytes_of_sums(plan, params.layout); }
 
 cudaError_t channel_stats(const ForwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout) || plan.schedule != Schedule::two_phase) return cudaErrorInvalidValue;
   ForwardParams params = given;
   params.inv_std = nullptr;
   params.running_mean = params.running_var = {};
@@ -41,6 +43,11 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
   if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
   ForwardParams params = given;
   const bool batch = given.statistics == Statistics::batch;
+  if (plan.schedule == Schedule::stream) {
+    if (!batch) return cudaErrorInvalidValue;
+    params.var = nullptr;
+    return launch_stream_forward(params, plan, memory, stream);
+  }
   if (batch) {
     const Workspace workspace(memory, params.layout);
     if (!params.mean) params.mean = workspace.first;
@@ -55,7 +62,7 @@ cudaError_t forward(const ForwardParams& given, const Plan& plan, void* memory, 
 }
 
 cudaError_t grad_sums(const BackwardParams& given, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (!is_runnable(plan, given.layout)) return cudaErrorInvalidValue;
+  if (!is_runnable(plan, given.layout) || plan.schedule != Schedule::two_phase) return cudaErrorInvalidValue;
   BackwardParams params = given;
   params.grad_weight = params.grad_bias = {};
   auto* partials = static_cast<Sums*>(Workspace(memory, params.layout).partials);
@@ -73,6 +80,9 @@ cudaError_t backward(const BackwardParams& given, const Plan& plan, void* memory
     params.sum_grad = nullptr;
     params.sum_grad_xhat = nullptr;
     params.count = nullptr;
+    if (plan.schedule == Schedule::stream) {
+      return batch ? launch_stream_backward(params, plan, memory, stream) : cudaErrorInvalidValue;
+    }
     if (needs_sums || params.grad_weight.defined() || params.grad_bias.defined()) {
       const Workspace workspace(memory, params.layout);
       if (needs_sums) {

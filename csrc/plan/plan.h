@@ -42,6 +42,32 @@ FASTBN_INLINE constexpr int channels_per_thread(Kernel kernel) { return kernel =
 
 enum class Schedule {
   two_phase,  // one pass for the sums, one that finishes them, and one that reads the elements again
+  stream,     // one pass: a ring on chip holds several channel tiles, so that one is read while another is written
+};
+
+// A step from one vector of a tile to another: the distance in the tensor, if both are in one row, and in the row.
+struct VectorStep {
+  uint32_t offset = 0;
+  int column = 0;
+};
+
+// The geometry of a stream plan's channel tiles, and its ring. A row is what lies together: a run of a tile's channel
+// (channel_tiles), or the tile's part of a row (row_tiles). Vectors are of 16 bytes here: 8 elements of a half type, 4
+// of float32.
+struct StreamPlan {
+  int row_vectors = 0;                      // of a tile per row
+  int last_row_vectors = 0;                 // the same of the last tile, which may be narrower (row_tiles)
+  uint32_t row_stride = 0;                  // vectors from a row to the next
+  int vectors = 0;                          // of a tile, over all rows
+  int vectors_per_split = 0;                // of a tile; the last split may have fewer
+  int threads = 0;                          // consumers with work: all, or as many as make full rows (row_tiles)
+  VectorStep consumer_step, producer_step;  // over the vectors that other threads take; a column of 0: whole rows
+  bool spans_runs = false;                  // a row has the runs of several channels (row_tiles)
+  int tensors = 0;          // in the ring: input; or grad_out, input, and the residual where the derivative needs it
+  int chunk_vectors = 0;    // of each tensor: what the producer hands over at a time
+  int chunks_per_tile = 0;  // per split
+  int ring_tiles = 0;       // tiles of whose parts the ring has room for
+  int ahead = 0;            // tiles that are summed before the first of them is written
 };
 
 struct Plan {
@@ -61,6 +87,7 @@ struct Plan {
   int64_t items = 0;          // work items of a tile
   int64_t items_per_split = 0;
   bool vectorized = true;  // every vector is full and 16-byte aligned
+  StreamPlan stream;
 
   // The cost of a call; traffic is in activation tensors.
   int64_t shared_bytes = 0;  // per block, the maximum over its launches

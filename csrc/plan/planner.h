@@ -10,6 +10,7 @@
 #include "plan/occupancy.h"
 #include "plan/plan.h"
 #include "plan/shared_memory.h"
+#include "plan/stream_candidates.h"
 #include "plan/traffic.h"
 #include "plan/walk.h"
 
@@ -38,6 +39,18 @@ inline void add_splits(const Request& request, const DeviceLimits& limits, Plan&
   plan.last_splits = splits_of(forward ? Pass::normalize : Pass::input_grad, reads + plan.tensor_writes);
 }
 
+// Returns the candidate with the lowest predicted time, among this two-phase plan and the stream plans. Ties go to the
+// earlier candidate.
+inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
+  Plan best = two_phase;
+  double best_us = predicted_two_phase_us(request, limits, two_phase);
+  for_each_stream_plan(request, limits, two_phase, [&](const Plan& candidate) {
+    const double us = predicted_stream_us(request, limits, candidate);
+    if (us < best_us) best = candidate, best_us = us;
+  });
+  return best;
+}
+
 inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
   Request request = given;
   if (request.direction == Direction::forward) {
@@ -51,6 +64,7 @@ inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
   add_shared_bytes(request, plan);
   add_traffic(request, plan);
   add_splits(request, limits, plan);
+  plan = fastest(request, limits, plan);
   add_traffic(given, plan);
   return plan;
 }

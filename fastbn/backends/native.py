@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -83,10 +84,14 @@ class CudaBackend:
             aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
             limits=limits,
         )
-        plan.pop("channels_per_tile")
+        kernel = plan["kernel"]
+        if kernel.startswith("stream"):
+            reason += f"; a ring of {plan['ring_tiles']} tiles, {plan['ahead']} ahead"
+        reason += f"; {plan['predicted_us']:.3g} us by the planner's prediction"
         if not plan.pop("vectorized"):
             reason += "; element by element, because neither runs nor rows fill aligned vectors of 8 elements"
-        return Plan(backend=self.name, reason=reason, **plan)
+        fields = {field.name for field in dataclasses.fields(Plan)}
+        return Plan(backend=self.name, reason=reason, **{name: plan[name] for name in fields & plan.keys()})
 
     def availability(self) -> str:
         if not CUDA_ARCHITECTURES:

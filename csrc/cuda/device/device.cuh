@@ -14,6 +14,7 @@
 #include "cuda/device/runtime.h"
 #include "cuda/device/types.h"
 #include "math/macros.h"
+#include "math/types.h"
 
 #define FASTBN_GLOBAL __global__
 #define FASTBN_DEVICE __device__ __forceinline__
@@ -39,6 +40,13 @@ FASTBN_DEVICE T opaque(T value) {
   return value;
 }
 
+// Does the same for a pointer to global memory, which the compiler still knows to be one.
+template <class T>
+FASTBN_DEVICE T* opaque_global(T* pointer) {
+  return static_cast<T*>(
+      const_cast<void*>(static_cast<const void*>(__cvta_global_to_generic(opaque(__cvta_generic_to_global(pointer))))));
+}
+
 // Returns the larger of `a` and `b`, or NaN if `a` is NaN; `b` must be a number. The larger of two zeros is +0.
 FASTBN_DEVICE float max_or_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
@@ -50,6 +58,31 @@ FASTBN_DEVICE float max_or_nan(float a, float b) {
 #endif
 }
 FASTBN_DEVICE double max_or_nan(double a, double b) { return a < b ? b : a; }
+
+// Rounds two numbers to a half type and packs them into a word, `lower` into its lower half. `relu`: negative numbers
+// become 0, at no cost where the instruction does it.
+template <class T, bool relu>
+FASTBN_DEVICE uint32_t pack_pair(float lower, float upper) {
+  static_assert(sizeof(T) == 2);
+#if __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if constexpr (relu) {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
+    }
+  } else if constexpr (relu) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
+  }
+  return word;
+#else
+  if (relu) lower = max_or_nan(lower, 0.0f), upper = max_or_nan(upper, 0.0f);
+  return from_acc<T>(lower).bits | uint32_t(from_acc<T>(upper).bits) << 16;
+#endif
+}
 
 // Returns the block's dynamic shared memory, aligned to 16 bytes. It is the same memory for every T.
 template <class T>
@@ -240,6 +273,19 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
   return error;
 }
 
+}  // namespace detail
+
+// Returns the architecture for which the code was compiled that the current device runs of a kernel, as in sm_90; 0 on
+// an error, which is cleared.
+inline int code_version(const void* kernel) {
+  cudaFuncAttributes code = {};
+  if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess) return code.ptxVersion;
+  cudaGetLastError();
+  return 0;
+}
+
+namespace detail {
+
 // Returns whether the current device lets launches overlap and runs code in which wait_for_previous_launch waits: both
 // came with sm_90. All kernels are compiled for the same architectures, so that a device has one answer.
 inline bool can_overlap(const void* kernel) {
@@ -249,14 +295,12 @@ inline bool can_overlap(const void* kernel) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess && device < kDevices && answers[device] != unknown) return answers[device] == yes;
-  cudaFuncAttributes code = {};
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
   if (error != cudaSuccess) {
     cudaGetLastError();  // clear the error, so that the next launch does not report it
     return false;
   }
-  const bool can = major >= 9 && code.ptxVersion >= 90;
+  const bool can = major >= 9 && code_version(kernel) >= 90;
   if (device < kDevices) answers[device] = can ? yes : no;
   return can;
 }

@@ -19,6 +19,7 @@
 #include "plan/occupancy.h"
 #include "plan/plan.h"
 #include "plan/shared_memory.h"
+#include "plan/stream.h"
 #include "plan/walk.h"
 
 namespace fastbn::cuda {
@@ -44,6 +45,27 @@ FASTBN_INLINE constexpr int blocks_per_sm(Pass pass) {
   return compiled_blocks_per_sm(pass, Walk::kind, sizeof(T), Walk::aligned);
 }
 
+// Run a stream plan, with the statistics of the batch. `messages` is the workspace of message_bytes. Backward must want
+// grad_input.
+cudaError_t launch_stream_forward(const ForwardParams& params, const Plan& plan, void* messages, cudaStream_t stream);
+cudaError_t launch_stream_backward(const BackwardParams& params, const Plan& plan, void* messages, cudaStream_t stream);
+
+// Calls run.operator()<T, kernel>() with the type of the elements and the kernel of a stream plan.
+template <class Run>
+cudaError_t dispatch_stream(DType dtype, const Plan& plan, Run run) {
+  const auto with_kernel = [&]<class T>() {
+    return plan.kernel == Kernel::row_tiles ? run.template operator()<T, Kernel::row_tiles>()
+                                            : run.template operator()<T, Kernel::channel_tiles>();
+  };
+  switch (dtype) {
+    case DType::float32: return with_kernel.template operator()<float>();
+    case DType::float64: return cudaErrorInvalidValue;
+    case DType::bfloat16: return with_kernel.template operator()<bfloat16>();
+    case DType::float16: return with_kernel.template operator()<float16>();
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Calls run.operator()<T, Walk>() with the type of the elements and the plan's walk.
 template <class Run>
 cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run run) {
@@ -67,6 +89,7 @@ cudaError_t dispatch(DType dtype, const Layout& layout, const Plan& plan, Run ru
 // Checks that kernels can run a plan: warps merge by halving, which takes full warps, and kernels count channels and
 // the elements of a row in int.
 inline bool is_runnable(const Plan& plan, const Layout& layout) {
+  if (plan.schedule == Schedule::stream) return is_live(plan.stream) && layout.channels <= INT32_MAX;
   const bool threads = plan.threads > 0 && plan.threads <= max_threads && plan.threads % device::kWarp == 0;
   const bool rows =
       plan.kernel == Kernel::channel_tiles || plan.row_width == plan.fold * layout.channels * layout.inner;

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -17,9 +18,23 @@ namespace {
 // Limits of the emulated GPU: few SMs, so that plans split the small shapes of tests, and no room on chip.
 DeviceLimits emulated_limits{"emulator", 2, 0, 65536};
 
-void set_limits(int sm_count, int64_t shared_bytes_per_block) {
+// Splits per group of stream plans, which then have two groups if there are two channel tiles: the planner would give
+// the small tiles of tests to one block each. 0 leaves the choice to the planner.
+int stream_splits = 0;
+
+void set_limits(int sm_count, int64_t shared_bytes_per_block, int splits) {
   emulated_limits.sm_count = sm_count;
   emulated_limits.shared_bytes_per_block = shared_bytes_per_block;
+  stream_splits = splits;
+}
+
+Plan split_further(const Request& request, Plan plan) {
+  plan.groups = std::min(plan.tiles, 2);
+  set_stream_splits(stream_splits, plan);
+  for (int ahead = 1; ahead >= 0; --ahead) {
+    if (set_ring(request, ahead, emulated_limits.shared_bytes_per_block, plan)) return plan;
+  }
+  throw std::runtime_error("expected a plan whose tiles fit in the ring");
 }
 
 int blocks_per_sm(const std::string& pass, bool rows, int64_t element_size, bool aligned) {
@@ -38,7 +53,11 @@ int blocks_per_sm(const std::string& pass, bool rows, int64_t element_size, bool
 struct EmulatorContext {
   explicit EmulatorContext(const Tensor&) {}
   cudaStream_t stream() const { return {}; }
-  Plan plan(const Request& request) const { return choose_plan(request, emulated_limits); }
+  Plan plan(const Request& request) const {
+    const Plan chosen = choose_plan(request, emulated_limits);
+    const bool splits = stream_splits > 0 && request.cooperative && chosen.schedule == Schedule::stream;
+    return splits ? split_further(request, chosen) : chosen;
+  }
 };
 
 }  // namespace
@@ -50,7 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_limits", &fastbn::set_limits, "Set the limits of the emulated GPU that the planner sees.",
-        pybind11::kw_only(), pybind11::arg("sm_count"), pybind11::arg("shared_bytes_per_block"));
+        pybind11::kw_only(), pybind11::arg("sm_count"), pybind11::arg("shared_bytes_per_block"),
+        pybind11::arg("stream_splits"));
   m.def("blocks_per_sm", &fastbn::blocks_per_sm,
         "Return how many blocks of a pass the planner expects an SM to hold, by their registers.",
         pybind11::arg("pass"), pybind11::kw_only(), pybind11::arg("rows"), pybind11::arg("element_size"),

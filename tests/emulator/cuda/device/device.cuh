@@ -11,6 +11,7 @@
 #include "cuda/device/types.h"
 #include "emulator.h"
 #include "math/macros.h"
+#include "math/types.h"
 
 #define FASTBN_GLOBAL
 #define FASTBN_DEVICE FASTBN_INLINE
@@ -74,9 +75,20 @@ A max_or_nan(A a, A b) {
   return a < b ? b : a;
 }
 
+template <class T, bool relu>
+uint32_t pack_pair(float lower, float upper) {
+  if (relu) lower = max_or_nan(lower, 0.0f), upper = max_or_nan(upper, 0.0f);
+  return from_acc<T>(lower).bits | uint32_t(from_acc<T>(upper).bits) << 16;
+}
+
 template <class T>
 T opaque(T value) {
   return value;
+}
+
+template <class T>
+T* opaque_global(T* pointer) {
+  return pointer;
 }
 
 void store_message(Message16* to, const Message16& message, const Location& where = Location::current());

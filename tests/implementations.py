@@ -11,10 +11,11 @@ import pytest
 import torch
 
 # The emulated implementations, each with the limits of its GPU: few SMs, so that plans split the small shapes of tests,
-# and for "emulator" no shared memory beyond what every plan has.
-NAMES = ("reference", "cpu", "emulator", "cuda")
+# and for "emulator" no shared memory for a ring, so that it runs in two phases what "stream" reads once.
+NAMES = ("reference", "cpu", "emulator", "stream", "cuda")
 EMULATED_LIMITS = {
-    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0},
+    "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "stream_splits": 0},
+    "stream": {"sm_count": 4, "shared_bytes_per_block": 232448, "stream_splits": 2},
 }
 
 

@@ -74,9 +74,12 @@ inline double predicted_stream_us(const Request& request, const DeviceLimits& li
   const double work_us = sum_us + write_us;
   const double finish_us = cost.finish_us + (plan.splits > 1 ? cost.exchange_us : 0);
   const double life_us = cost.load_us + load_us + store_us + work_us / stream.chunks_per_tile;
-  const double round_us =
-      std::max({load_us + store_us, work_us, finish_us / stream_finishers, (finish_us + work_us) / (stream.ahead + 1),
-                life_us / (stream.ring_tiles - stream.ahead), (life_us + finish_us) / stream.ring_tiles});
+  double round_us =
+      std::max({load_us + store_us, work_us, finish_us / stream_finishers, (finish_us + work_us) / (stream.ahead + 1)});
+  if (stream.ring_tiles < rounds) {  // else every tile has a place of its own
+    round_us =
+        std::max({round_us, life_us / (stream.ring_tiles - stream.ahead), (life_us + finish_us) / stream.ring_tiles});
+  }
   const double start_us = cost.launch_us + std::max(cost.load_us, plan.splits > 1 ? cost.grid_us : 0);
   return start_us + load_us + sum_us / stream.chunks_per_tile + (rounds - 1) * round_us + finish_us +
          std::max(write_us, store_us);

@@ -1,4 +1,5 @@
-// The planner: plans and their traffic, and the maps of shared memory.
+// Two-phase plans: walks, traffic, waves and the maps of shared memory. Requests are of ops that are not fused, or the
+// planner would stream many of them (test_stream_plan.cpp).
 #include "check.h"
 #include "plan/planner.h"
 
@@ -9,6 +10,7 @@ namespace {
 void test_two_phase_plans() {
   const DeviceLimits h200 = known_devices[2];
   Request request{{128, 3, 1024 * 1024}, DType::bfloat16};
+  request.fused = false;
   Plan plan = choose_plan(request, h200);
   CHECK(plan.schedule == Schedule::two_phase && plan.launches == 3);
   CHECK(plan.kernel == Kernel::channel_tiles && plan.vectorized && plan.splits > 1);
@@ -38,6 +40,7 @@ void test_walks() {
   const DeviceLimits h200 = known_devices[2];
   const auto plan_of = [&](Layout layout, bool masked, bool aligned) {
     Request request{layout, DType::bfloat16};
+    request.fused = false;
     request.masked = masked;
     request.aligned = aligned;
     return choose_plan(request, h200);
@@ -75,7 +78,9 @@ void test_passes_take_whole_waves() {
             for (DType dtype : {DType::bfloat16, DType::float32, DType::float64}) {
               const int64_t space = size * size;
               const Layout layout = channels_last ? Layout{n * space, channels, 1} : Layout{n, channels, space};
-              const Plan plan = choose_plan({layout, dtype, direction}, limits);
+              Request request{layout, dtype, direction};
+              request.fused = false;
+              const Plan plan = choose_plan(request, limits);
               const bool forward = direction == Direction::forward;
               const auto check_pass = [&](Pass pass, int64_t splits) {
                 const int compiled = compiled_blocks_per_sm(pass, plan.kernel, element_size(dtype), true);
@@ -111,6 +116,8 @@ void test_forward_plans_ignore_the_epilogue() {
             CHECK(plan.schedule == bare.schedule && plan.groups == bare.groups && plan.splits == bare.splits &&
                   plan.last_splits == bare.last_splits);
             CHECK(plan.vectors_per_row == bare.vectors_per_row && plan.fold == bare.fold);
+            CHECK(plan.channels_per_tile == bare.channels_per_tile && plan.stream.ahead == bare.stream.ahead &&
+                  plan.stream.vectors_per_split == bare.stream.vectors_per_split);
             CHECK(plan.tensor_reads == bare.tensor_reads + 1);
           }
         }

@@ -1,5 +1,9 @@
-// The edge cases of the contract, included by test_kernels.cu: constant, huge, infinite and empty input, absent
-// operands.
+// The edge cases of the contract: constant, huge, infinite and empty input, and the counter of batches.
+#pragma once
+
+#include "kernel_case.h"
+
+namespace fastbn::test {
 
 // Checks that a constant channel gives exactly its bias.
 template <class T>
@@ -134,64 +138,15 @@ void test_single(const Layout& layout) {
   }
 }
 
-// Checks that absent operands have their defaults, that gradients that are not wanted cost no launch, and that all
-// launches of an op but the first overlap the one before.
-void test_wanted() {
-  Case<bfloat16> a(shapes[0]);
-  const auto launches = [&](BackwardParams p) {
-    const int64_t before = emulator::launches(), overlapping = emulator::overlapping_launches();
-    CHECK_EQUAL(a.backward(p), cudaSuccess);
-    const int64_t count = emulator::launches() - before;
-    CHECK_EQUAL(emulator::overlapping_launches() - overlapping, std::max<int64_t>(count - 1, 0));
-    return count;
-  };
-  for (Statistics statistics : {Statistics::batch, Statistics::running}) {
-    const bool batch = statistics == Statistics::batch;
-    BackwardParams p = a.backward_params(statistics, Activation::relu);
-    CHECK_EQUAL(launches(p), batch ? 3 : 2);
-    p.grad_weight = {};
-    CHECK_EQUAL(launches(p), batch ? 3 : 2);
-    p.grad_bias = {};
-    CHECK_EQUAL(launches(p), batch ? 3 : 1);
-    p.grad_input = nullptr;
-    CHECK_EQUAL(launches(p), 0);
-    p.grad_residual = a.grad_residual.data();
-    CHECK_EQUAL(launches(p), 1);
-    p.grad_residual = nullptr;
-    p.grad_weight = vector_of(a.grad_weight);
-    CHECK_EQUAL(launches(p), 2);
-  }
-
-  // Frozen statistics without a z to compute do not read the input.
-  BackwardParams p = a.backward_params(Statistics::running, Activation::none);
-  p.input = nullptr;
-  p.grad_weight = {};
-  CHECK_EQUAL(a.backward(p), cudaSuccess);
-
-  const int64_t before = emulator::launches(), overlapping = emulator::overlapping_launches();
-  ForwardParams f = a.forward_params(Statistics::batch, Activation::none, false);
-  f.weight = f.bias = {};
-  f.mean = f.inv_std = nullptr;
-  CHECK_EQUAL(a.forward(f), cudaSuccess);
-  CHECK_EQUAL(emulator::launches() - before, 3);
-  CHECK_EQUAL(emulator::overlapping_launches() - overlapping, 2);
-  Channels plain = a.channels;
-  plain.weight.assign(a.layout.channels, 1);
-  plain.bias.assign(a.layout.channels, 0);
-  check_output(a, plain, Activation::none, false);
+// Runs those that have a shape.
+inline void test_edges_of(const Shape& shape) {
+  test_constant<float>(shape, 10000.1);
+  test_constant<float>(shape, 3e38);
+  test_constant<double>(shape, 1e200 / 3);
+  test_constant<bfloat16>(shape, -7.3);
+  test_constant<float16>(shape, 60000);
+  test_extremes(shape);
+  test_counter(shape);
 }
 
-void test_edges() {
-  for (const Shape& shape : shapes) {
-    test_constant<float>(shape, 10000.1);
-    test_constant<float>(shape, 3e38);
-    test_constant<double>(shape, 1e200 / 3);
-    test_constant<bfloat16>(shape, -7.3);
-    test_constant<float16>(shape, 60000);
-    test_extremes(shape);
-    test_counter(shape);
-  }
-  for (const Layout& layout : {Layout{0, 5, 1}, Layout{0, 5, 16}}) test_empty(layout);
-  for (const Layout& layout : {Layout{1, 5, 1}, Layout{1, 16, 1}}) test_single(layout);
-  test_wanted();
-}
+}  // namespace fastbn::test

@@ -67,8 +67,10 @@ class CudaBackend {
       const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params), ScalarType::Byte);
       error = launcher(params, plan, workspace.data_ptr(), context_.stream());
       // A cooperative grid can be too large when another process uses the GPU, or a tool its registers. Nothing has run
-      // then, because a cooperative plan is a single launch.
-    } while (error == cudaErrorCooperativeLaunchTooLarge && std::exchange(request.cooperative, false));
+      // then, because a cooperative plan is a single launch. Without splits most stream plans need no such grid; those
+      // with a cumulative average do.
+    } while (error == cudaErrorCooperativeLaunchTooLarge &&
+             (std::exchange(request.cooperative, false) || std::exchange(request.fused, false)));
     if (error != cudaSuccess)
       fail(operands_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",
            plan.groups * plan.splits, " blocks of ", plan.threads, " threads)");

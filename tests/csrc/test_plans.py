@@ -230,6 +230,19 @@ def test_a_cooperative_launch_that_is_refused_is_planned_again(ops, momentum):
     torch.testing.assert_close(grads[0], exact[0])
 
 
+@pytest.mark.parametrize("ops", ["stream"], indirect=True)
+def test_a_grid_that_is_refused_without_splits_runs_in_two_phases(ops):
+    """A cumulative average takes a grid whose blocks all read the counter before one of them increments it."""
+    emulator, x = build.load(), torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(0))
+    emulator.set_limits(sm_count=128, shared_bytes_per_block=232448, stream_splits=0)
+    buffers = torch.zeros(128), torch.ones(128), torch.tensor(0)
+    for momentum, launches in ((0.1, 1), (None, 3)):
+        begun = emulator.launches()
+        ops.namespace.batch_norm_train(x, None, None, None, *buffers, momentum, 1e-5, 0, False)
+        assert emulator.launches() - begun == launches
+    assert buffers[2].item() == 2
+
+
 @pytest.mark.parametrize(
     "ops, launches, shape",
     [("emulator", 3, (40, 3, 50)), ("emulator", 3, (600, 24)), ("stream", 1, (40, 4, 50)), ("stream", 1, (600, 24))],

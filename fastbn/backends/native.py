@@ -84,10 +84,10 @@ class CudaBackend:
             aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
             limits=limits,
         )
-        kernel = plan["kernel"]
-        if kernel.startswith("stream"):
-            reason += f"; a ring of {plan['ring_tiles']} tiles, {plan['ahead']} ahead"
-        reason += f"; {plan['predicted_us']:.3g} us by the planner's prediction"
+        if plan["kernel"].startswith("stream"):
+            reason += f"; a ring of {plan['chunks']} chunks, tiles ahead: {plan['ahead']}"
+        if call.training:  # the times of other plans are not predicted: there is nothing to choose
+            reason += f"; predicted, not measured: {plan['predicted_us']:.3g} us"
         if not plan.pop("vectorized"):
             reason += "; element by element, because neither runs nor rows fill aligned vectors of 8 elements"
         fields = {field.name for field in dataclasses.fields(Plan)}

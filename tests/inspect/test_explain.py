@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -27,12 +28,24 @@ def _meta(*shape, dtype=torch.bfloat16, memory_format=torch.contiguous_format):
 def test_a_plan_for_a_gpu_that_is_not_here(memory_format, direction, training, device):
     x = _meta(64, 256, 16, 16, memory_format=memory_format)
     plan = fastbn.explain(x, direction, training=training, device=device)
-    assert plan.backend == "cuda" and plan.reason == f"planned for {device}"
     kernel = "row_tiles" if memory_format == torch.channels_last else "channel_tiles"
-    assert plan.kernel == kernel
-    assert plan.blocks > 0 and plan.threads > 0 and plan.launches >= 1
-    assert plan.tensor_reads >= (2 if direction == "backward" and training else 1) and plan.tensor_writes >= 1
+    assert (plan.backend, plan.launches) == ("cuda", 1)
+    if training:
+        assert plan.kernel == f"stream_{kernel}"
+        ring = r"a ring of [1-9]\d* chunks, tiles ahead: \d"
+        assert re.fullmatch(rf"planned for {device}; {ring}; predicted, not measured: [\d.]+ us", plan.reason)
+    else:
+        assert (plan.kernel, plan.reason) == (kernel, f"planned for {device}")
+    assert plan.blocks > 0 and plan.threads > 0
+    assert (plan.tensor_reads, plan.tensor_writes) == (2 if direction == "backward" and training else 1, 1)
     assert f"{plan.blocks} blocks of {plan.threads} threads" in str(plan)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_time_of_a_two_phase_plan_is_a_prediction_too(direction):
+    plan = fastbn.explain(_meta(64, 256, 16, 16, dtype=torch.float64), direction, device="h200")
+    assert (plan.kernel, plan.launches) == ("channel_tiles", 3)
+    assert re.fullmatch(r"planned for h200; predicted, not measured: [\d.]+ us", plan.reason)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

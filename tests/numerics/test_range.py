@@ -138,6 +138,25 @@ def test_training(ops, dtype, layout, eps, fused, smallest_grad):
         assert_close_to_reference(got[3], grads[3], ulp(dtype, grads[3]) + smallest, "grad_residual")
 
 
+@pytest.mark.parametrize("far", [(0, 1), (6, 7)], ids=str)
+def test_the_form_of_a_gradient_is_that_of_its_own_channels(ops, far):
+    """Channels far from 1 take another form of the formula, whatever the next ones take, which are in work already."""
+    x, grad_out = torch.randn(2, 16, 8, 16, 16, generator=torch.Generator().manual_seed(6))
+    x[:, far] *= 1e-20
+    exact = [x.double(), grad_out.double()]
+    mean = _total(exact[0]) / 4096
+    inv_std = 1 / (_total((exact[0] - _per_channel(x, mean)).square()) / 4096).sqrt()
+    after = (None, None, None, None)
+    flags = (True, 0, True, False, False, False)
+    expected = reference.batch_norm_backward(exact[1], exact[0], *after, mean, inv_std, *flags)[0]
+    moved = [t.to(ops.device) for t in (grad_out, x)]
+    saved = [t.to(ops.device) for t in (mean, inv_std)]
+    got = ops.namespace.batch_norm_backward(*moved, *after, *saved, *flags)[0]
+    xhat = (exact[0] - _per_channel(x, mean)) * _per_channel(x, inv_std)
+    scale = _largest(exact[1]) * (1 + _largest(xhat)) * _per_channel(x, inv_std)
+    assert_close_to_reference(got, expected, gradient_tolerance(torch.float32, 4096, scale), "grad_input")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_data_that_reach_from_one_end_of_the_range_to_the_other(ops, dtype):
     """Differences from the mean exceed the largest number, and standard deviations are close to it."""

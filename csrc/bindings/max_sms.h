@@ -1,4 +1,4 @@
-// The cap on the SMs that cooperative plans occupy, for the whole process. It leaves the others to concurrent kernels,
+// The cap on the SMs that stream plans occupy, for the whole process. It leaves the others to concurrent kernels,
 // for which the blocks of other plans make room anyway.
 #pragma once
 

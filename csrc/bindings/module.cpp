@@ -152,7 +152,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_limits", &device_limits, "Return the limits of a CUDA device of this machine, by its index.");
   m.def(
       "set_max_sms", [](std::optional<int> count) { max_sms = count.value_or(std::numeric_limits<int>::max()); },
-      "Let cooperative plans occupy at most `count` SMs; None allows all.", py::arg("count").none(true));
+      "Let stream plans occupy at most `count` SMs; None allows all.", py::arg("count").none(true));
   m.def("plan", &plan,
         "Return the CUDA plan for a tensor's sizes and strides. Traffic is in units of one activation tensor.",
         py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),

@@ -12,7 +12,7 @@ struct DeviceLimits {
   int64_t l2_bytes;
   // Device-to-device copy throughput, reads + writes. Default: H200, for drivers that do not report clocks.
   double copy_bytes_per_us = 4.3e6;
-  int grid_sms = 0;           // SMs that a cooperative grid may occupy; 0: all
+  int grid_sms = 0;           // SMs that a stream plan may occupy; 0: all
   bool has_mbarriers = true;  // the device runs code that was compiled for sm_80 or later
 
   int sms_of_grid() const { return grid_sms > 0 && grid_sms < sm_count ? grid_sms : sm_count; }

@@ -32,7 +32,7 @@ has been measured.
 | `4x33` | groups of blocks, each with tiles of its own, x splits: blocks that share a tile |
 | `r` | the kernel is `row_tiles`, else `channel_tiles` |
 | `+3` | tiles ahead: summed before the first of them is written |
-| `/6` | chunks that the ring of a block holds |
+| `/4` | tiles that the ring has room for: a block's part of each |
 | `212K` | shared memory of a block, in KB |
 
 **T** is a two-phase plan, in three launches that read each tensor twice: blocks of the first launch, `r` as above, and
@@ -58,7 +58,7 @@ def cell(x: torch.Tensor, direction: str) -> str:
     rows = "r" if plan["kernel"].endswith("row_tiles") else ""
     kilobytes = f"{plan['shared_bytes'] / 1024:.0f}K"
     if plan["kernel"].startswith("stream"):
-        return f"{plan['groups']}x{plan['splits']}{rows} +{plan['ahead']}/{plan['chunks']} {kilobytes}"
+        return f"{plan['groups']}x{plan['splits']}{rows} +{plan['ahead']}/{plan['ring_tiles']} {kilobytes}"
     return f"**T** {plan['blocks']}{rows} {kilobytes}"
 
 

@@ -85,7 +85,7 @@ class CudaBackend:
             limits=limits,
         )
         if plan["kernel"].startswith("stream"):
-            reason += f"; a ring of {plan['chunks']} chunks, tiles ahead: {plan['ahead']}"
+            reason += f"; a ring of {plan['ring_tiles']} tiles, {plan['ahead']} ahead"
         if call.training:  # the times of other plans are not predicted: there is nothing to choose
             reason += f"; predicted, not measured: {plan['predicted_us']:.3g} us"
         if not plan.pop("vectorized"):

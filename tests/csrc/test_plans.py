@@ -116,8 +116,8 @@ def test_a_ring_holds_all_tiles_that_are_summed_before_one_is_written(dtype, dev
             plan = _plan(shape, memory_format, direction, **options)
             if not _streams(plan):
                 continue
-            assert (plan["ahead"] + 1) * plan["chunks_per_tile"] <= plan["chunks"], (shape, plan)
-            assert plan["chunks"] * plan["chunk_bytes"] <= plan["shared_bytes"] <= limits.shared_bytes_per_block
+            assert plan["ahead"] + 1 <= plan["ring_tiles"], (shape, plan)
+            assert plan["ring_tiles"] * plan["part_bytes"] < plan["shared_bytes"] <= limits.shared_bytes_per_block
             assert 1 <= plan["blocks"] <= limits.sm_count and plan["threads"] <= 1024
             assert plan["ahead"] < -(-plan["tiles"] // plan["groups"]), (shape, plan)
             # The residual passes through the ring where the derivative needs it, as it does without a mask.

@@ -29,10 +29,10 @@ FASTBN_INLINE constexpr int stream_unroll(Direction direction) { return directio
 
 constexpr int max_ahead = 3;
 
-// Returns the number of tiles whose messages are kept. When a block posts its sums of tile k + ahead + 3, it has
-// written tile k + 2, so the others have posted their sums of that tile, and the finisher that did so has read all
-// messages of tile k.
-FASTBN_INLINE int message_depth(const StreamPlan& stream) { return stream.ahead + 3; }
+// Returns the number of tiles whose messages are kept. When a block posts its sums of tile k + ahead + 1 + finishers,
+// it has written tile k + finishers. So the others have posted their sums of that tile, and the finisher that did so,
+// which is also that of tile k, has read all messages of tile k.
+FASTBN_INLINE int message_depth(const StreamPlan& stream) { return stream.ahead + 1 + stream_finishers; }
 
 // Two sums of a channel over the elements of one thread, or of one warp.
 struct alignas(8) FloatSums {
@@ -116,7 +116,8 @@ inline int64_t message_bytes(const Plan& plan) {
 // Returns whether a stream kernel can run a plan without waiting forever: consumers sum the tiles k to k + ahead before
 // they free the first chunk of tile k, so the ring must hold all of them.
 inline bool is_live(const StreamPlan& stream) {
-  return stream.ahead >= 0 && stream.ahead <= max_ahead && stream.ahead + 1 <= stream.ring_tiles;
+  return stream.ahead >= 0 && stream.ahead <= max_ahead && stream.ahead + 1 <= stream.ring_tiles &&
+         stream.ring_tiles * stream.chunks_per_tile <= stream_threads;  // each of which begins one barrier at most
 }
 
 // Sets the geometry of channel tiles that are `channels` wide, in a tensor whose rows fill vectors. Returns whether the
@@ -161,8 +162,8 @@ inline void set_stream_splits(int64_t splits, Plan& plan) {
   const int64_t units = (stream.vectors + unit - 1) / unit, each = (units + splits - 1) / splits;
   plan.splits = static_cast<int>((units + each - 1) / each);
   stream.vectors_per_split = static_cast<int>(each * unit);
-  const int64_t most = std::min<int64_t>(stream.vectors_per_split, stream.vectors);
-  stream.chunks_per_tile = static_cast<int>((most + stream.chunk_vectors - 1) / stream.chunk_vectors);
+  const int64_t max_vectors = std::min<int64_t>(stream.vectors_per_split, stream.vectors);
+  stream.chunks_per_tile = static_cast<int>((max_vectors + stream.chunk_vectors - 1) / stream.chunk_vectors);
 }
 
 // Makes room for as many tiles as fit in `max_bytes` of shared memory, but for no more than two beyond those that are

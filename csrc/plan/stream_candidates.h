@@ -16,11 +16,12 @@ namespace fastbn {
 // Constants of the prediction. No stream kernel has been timed yet: unless a comment says otherwise they come from a
 // model that was fitted to other kernels on an H200 (bench/model), and times that no measurement tells are estimates.
 struct StreamCost {
-  double launch_us = 3.5;                            // per call
-  double grid_us = 1;                                // from there until all blocks have started, where they must
-  double load_us = 1.3;                              // from a load to its data
-  double finish_us = 2.3;                            // from a tile's last sum to its coefficients; estimate: 1.5 to 3.5
-  double exchange_us = 1.6;                          // more, where the blocks of a group exchange sums; estimate
+  double launch_us = 3.5;  // per call
+  double grid_us = 1;      // from there until all blocks have started, where they must
+  double load_us = 1.3;    // from a load to its data
+  // From a tile's last sum to its coefficients: beside its channels, per 32 of them, and per round trip of messages
+  // where the blocks of a group exchange sums. Estimates.
+  double finish_us = 1.2, channels_us = 1.1, message_us = 0.8;
   double memory_factor = 1.06;                       // time per byte, relative to the SM's part of a copy
   double narrow_row_factor[3] = {1.25, 1.08, 1.03};  // of that, where rows are read in pieces of 64, 128, 256 bytes
   // Cycles that a scheduler takes for a vector of each lane, to sum it and to write it, by simulation of the machine
@@ -37,7 +38,7 @@ constexpr int64_t min_run_bytes = 512;
 constexpr int64_t min_packed_row = 700;
 
 // The fewest bytes that a split is worth: estimate.
-constexpr int64_t min_split_bytes = 4096;
+constexpr int64_t min_split_bytes = 8192;
 
 // Returns whether stream kernels can serve a request, whatever its tiles.
 inline bool can_stream(const Request& request) {
@@ -48,6 +49,19 @@ inline bool can_stream(const Request& request) {
   const bool has_whole_mask = !request.masked || layout.run() % vec_size == 0;
   return reduces && request.fused && request.aligned && request.dtype != DType::float64 && has_whole_mask &&
          layout.numel() > 0 && layout.channels * layout.inner % elements == 0;
+}
+
+// Returns the time from a tile's last sum to its coefficients.
+inline double finish_us_of(const Plan& plan, const StreamCost& cost) {
+  const int warps = (plan.channels_per_tile + stream_warp - 1) / stream_warp;  // of channels
+  double us = cost.finish_us + cost.channels_us * warps;
+  if (plan.splits > 1) {
+    // One channel takes one round trip. Of several, a block gathers those that it owns, and then all totals.
+    const int team = std::max(1, stream_warp / std::max(1, plan.splits)),
+              owned = (plan.channels_per_tile + plan.splits - 1) / plan.splits;
+    us += cost.message_us * (plan.channels_per_tile == 1 ? 2 : 2 + (owned + team - 1) / team);
+  }
+  return us;
 }
 
 // Returns the predicted time of a stream plan, in microseconds. A round of a block, in which it sums a tile and writes
@@ -72,7 +86,7 @@ inline double predicted_stream_us(const Request& request, const DeviceLimits& li
                               (request.dtype == DType::float32 ? cost.float32_factor : 1);
   const double sum_us = cost.sum_cycles[backward] * us_per_cycle, write_us = cost.write_cycles * us_per_cycle;
   const double work_us = sum_us + write_us;
-  const double finish_us = cost.finish_us + (plan.splits > 1 ? cost.exchange_us : 0);
+  const double finish_us = finish_us_of(plan, cost);
   const double life_us = cost.load_us + load_us + store_us + work_us / stream.chunks_per_tile;
   double round_us =
       std::max({load_us + store_us, work_us, finish_us / stream_finishers, (finish_us + work_us) / (stream.ahead + 1)});
@@ -91,9 +105,9 @@ template <class Use>
 void for_each_stream_ring(const Request& request, const DeviceLimits& limits, const Plan& tiled, Use use) {
   const int sms = limits.sms_of_grid();
   const int64_t tile_bytes = int64_t(tiled.stream.vectors) * 16;
-  int groups = 0;
-  for (int rounds = (tiled.tiles + sms - 1) / sms; rounds <= tiled.tiles && groups != 1; ++rounds) {
-    if (groups == (tiled.tiles + rounds - 1) / rounds) continue;
+  // Going down by groups meets every number of rounds once.
+  for (int groups = std::min(tiled.tiles, sms); groups >= 1; --groups) {
+    const int rounds = (tiled.tiles + groups - 1) / groups;
     groups = (tiled.tiles + rounds - 1) / rounds;
     const int64_t splits = request.cooperative ? std::min<int64_t>(sms / groups, tile_bytes / min_split_bytes) : 1;
     Plan plan = tiled;

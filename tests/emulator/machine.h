@@ -177,6 +177,9 @@ void choose_starved(std::vector<std::unique_ptr<Block>>& blocks);
 // Runs fibres until none can go on: all have returned, or wait, or poll for what will never come.
 void run_fibres();
 
+// Makes the halves of all messages visible, as a barrier of the grid does.
+void make_stores_visible();
+
 // Makes the event happen, and returns whether anything did.
 bool happen(const Event& event);
 

@@ -94,6 +94,7 @@ void sync_block(const Location& where) {
 
 void sync_grid(const Location& where) {
   if (!machine.shape.cooperative) fail("sync_grid in a launch that is not cooperative", where);
+  make_stores_visible();
   wait_at(machine.grid, State::in_sync_grid, where);
 }
 

@@ -18,10 +18,11 @@ class GroupExchange {
     messages_ = messages + int64_t(group) * message_depth(plan.stream) * plan.channels_per_tile * (plan.splits + 1) * 2;
   }
 
-  // Clears the messages that this block will send. Call it in all threads, and sync the grid before the first exchange.
-  FASTBN_DEVICE void clear() const {
+  // Clears the messages that this block will send. `threads` threads share the work, and the grid must meet before the
+  // first exchange.
+  FASTBN_DEVICE void clear(int thread, int threads) const {
     const int count = message_depth(plan_.stream) * plan_.channels_per_tile;
-    for (int i = device::thread_index(); i < count; i += device::block_threads()) {
+    for (int i = thread; i < count; i += threads) {
       const int slot = i / plan_.channels_per_tile, channel = i % plan_.channels_per_tile;
       clear(part(slot, channel, split_));
       if (channel % plan_.splits == split_) clear(total(slot, channel));
@@ -52,8 +53,16 @@ class GroupExchange {
         const Sums sums = gather(slot, exists ? channel : first, lane_of_team, team, flag);
         if (exists && lane_of_team == 0) post(total(slot, channel), sums, flag);
       }
-      for (int channel = lane; channel < channels; channel += device::kWarp) {
-        totals[channel] = receive(total(slot, channel), flag);
+      FASTBN_KEEP_LOOP
+      for (int channel = lane; channel < channels; channel += receive_batch * device::kWarp) {
+        Sums sums[receive_batch];
+        const int left = (channels - channel + device::kWarp - 1) / device::kWarp;
+        const int count = left < receive_batch ? left : receive_batch;
+        receive(count, flag, [&](int i) { return total(slot, channel + i * device::kWarp); }, sums);
+        FASTBN_UNROLL
+        for (int i = 0; i < receive_batch; ++i) {
+          if (i < count) totals[channel + i * device::kWarp] = sums[i];
+        }
       }
     }
     device::sync_warp();
@@ -83,24 +92,41 @@ class GroupExchange {
     device::store_message(to + 1, message_of(sums.second, flag));
   }
 
-  // Waits for a pair of sums.
-  static FASTBN_DEVICE Sums receive(const device::Message16* from, uint32_t flag) {
+  // Waits for `count` pairs of sums, at most `batch`, whose messages are at(i), with all loads under way at a time.
+  template <int batch, class At>
+  static FASTBN_DEVICE void receive(int count, uint32_t flag, At at, Sums (&sums)[batch]) {
     for (;;) {
-      const device::Message16 first = device::load_message(from), second = device::load_message(from + 1);
-      if (first.word[1] == flag && first.word[3] == flag && second.word[1] == flag && second.word[3] == flag) {
-        return {number_of(first), number_of(second)};
+      bool complete = true;
+      FASTBN_UNROLL
+      for (int i = 0; i < batch; ++i) {
+        if (i >= count) continue;
+        const device::Message16 first = device::load_message(at(i)), second = device::load_message(at(i) + 1);
+        complete &= first.word[1] == flag && first.word[3] == flag && second.word[1] == flag && second.word[3] == flag;
+        sums[i] = {number_of(first), number_of(second)};
       }
+      if (complete) return;
       device::pause();
     }
   }
 
   // Returns the sum of a channel's parts, in all lanes of a team.
   FASTBN_DEVICE Sums gather(int slot, int channel, int lane, int team, uint32_t flag) const {
-    Sums sums;
-    for (int split = lane; split < plan_.splits; split += team) sums.add(receive(part(slot, channel, split), flag));
-    for (int delta = team / 2; delta > 0; delta /= 2) sums.add(device::shuffle_xor(sums, delta));
-    return sums;
+    Sums total;
+    FASTBN_KEEP_LOOP
+    for (int split = lane; split < plan_.splits; split += receive_batch * team) {
+      Sums parts[receive_batch];
+      const int left = (plan_.splits - split + team - 1) / team, count = left < receive_batch ? left : receive_batch;
+      receive(count, flag, [&](int i) { return part(slot, channel, split + i * team); }, parts);
+      FASTBN_UNROLL
+      for (int i = 0; i < receive_batch; ++i) {
+        if (i < count) total.add(parts[i]);
+      }
+    }
+    for (int delta = team / 2; delta > 0; delta /= 2) total.add(device::shuffle_xor(total, delta));
+    return total;
   }
+
+  static constexpr int receive_batch = 2;
 
   const Plan& plan_;
   device::Message16* messages_;

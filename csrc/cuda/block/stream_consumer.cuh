@@ -130,7 +130,8 @@ class StreamConsumer {
 
   template <int batch, class Wait, class Load, class Use, class Done>
   FASTBN_DEVICE void visit_tile(const RingPosition& tile, int width, Wait wait, Load load, Use use, Done done) const {
-    const bool has_vectors = this->has_vectors(width);
+    // Opaque, since nvcc for sm_80 spills two words where it may fold this into what follows.
+    const bool has_vectors = this->has_vectors(device::opaque(width));
     FASTBN_KEEP_LOOP
     for (int begin = 0, chunk = 0; begin < tiles_.vectors; begin += chunk_vectors(), ++chunk) {
       wait(chunk);

@@ -58,7 +58,7 @@ FASTBN_DEVICE void add_partials(const Layout& layout, const Plan& plan, const Fl
       const int again = first + (leader >> log2_team);
       Sums exact = sum_again(again);
       for (int delta = device::kWarp / 2; delta > 0; delta /= 2) exact.add(device::shuffle_xor(exact, delta));
-      if (lane == 0) totals[again] = exact;
+      if (lane == leader) totals[again] = exact;
     }
   }
   device::sync_warp();

@@ -212,6 +212,9 @@ FASTBN_DEVICE void arrive_after_copies(Mbarrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(detail::shared_address(barrier)) : "memory");
 }
 
+// Waits until all copies that this thread began have landed.
+FASTBN_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Waits until the current phase is not the one of `parity`, that is, until the latest phase of that parity has
 // completed. On a fresh barrier, parity 1 returns at once. Acquire.
 FASTBN_DEVICE void wait(Mbarrier* barrier, int parity) {
@@ -242,6 +245,7 @@ FASTBN_DEVICE void copy_async16(void* shared, const void* global) {
 FASTBN_DEVICE void init_mbarrier(Mbarrier*, int) { __trap(); }
 FASTBN_DEVICE void arrive(Mbarrier*) { __trap(); }
 FASTBN_DEVICE void arrive_after_copies(Mbarrier*) { __trap(); }
+FASTBN_DEVICE void wait_for_copies() {}
 FASTBN_DEVICE void wait(Mbarrier*, int) { __trap(); }
 
 #endif

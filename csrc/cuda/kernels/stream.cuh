@@ -35,8 +35,8 @@ struct TileWork {
   int64_t offset;  // StreamTiles::offset
 };
 
-// Fills the ring. `start` is called once, when the ring is full for the first time or all tiles are in it: what all
-// threads of the grid must reach costs no time while the first loads are under way.
+// Fills the ring. `start`, which all threads of the grid must reach, is called when the loads of the first tile are
+// under way, so that they hide it.
 template <int tensors, class Ring, class Start>
 FASTBN_DEVICE void produce(const Plan& plan, const StreamTiles& tiles, const Ring& ring, const StreamTensors& given,
                            Start start) {
@@ -51,7 +51,7 @@ FASTBN_DEVICE void produce(const Plan& plan, const StreamTiles& tiles, const Rin
     const Vec16* from[tensors];
     FASTBN_UNROLL
     for (int i = 0; i < tensors; ++i) from[i] = at_tile(given.data[i], tiles.offset(tile));
-    if (filled++ == stream.ring_tiles) start();
+    if (filled++ == 1) start();
     walk.restart();
     Vec16* const to = ring.part(position);
     int vector = lane, chunk = 0;
@@ -92,12 +92,13 @@ FASTBN_DEVICE void produce(const Plan& plan, const StreamTiles& tiles, const Rin
     }
     position.next(stream.ring_tiles);
   }
-  if (filled <= stream.ring_tiles) start();
+  if (filled <= 1) start();
+  device::wait_for_copies();  // a thread must not exit before they have landed
 }
 
-// Loads the numbers that a tile has per channel before its elements are summed.
-template <class Op, class Ring>
-FASTBN_DEVICE void prepare(const Op& op, const Plan& plan, const StreamTiles& tiles, const Ring& ring) {
+// Loads the numbers that a tile has per channel before its elements are summed; those of the first tile before `start`.
+template <class Op, class Ring, class Start>
+FASTBN_DEVICE void prepare(const Op& op, const Plan& plan, const StreamTiles& tiles, const Ring& ring, Start start) {
   const int lane = device::thread_index() % device::kWarp;
   RingPosition position;
   for (int tile = tiles.group; tile < plan.tiles; tile += plan.groups, position.next(plan.stream.ring_tiles)) {
@@ -108,7 +109,9 @@ FASTBN_DEVICE void prepare(const Op& op, const Plan& plan, const StreamTiles& ti
     }
     device::sync_warp();
     if (lane == 0) ring.arrive_prepared(position);
+    if (tile == tiles.group) start();
   }
+  if (tiles.group >= plan.tiles) start();
 }
 
 // Turns sums into coefficients, and writes the results per channel after the consumers have got theirs.
@@ -180,7 +183,7 @@ FASTBN_DEVICE void run_stream(const typename Op::Params& params, const Plan& pla
   const Op op(params, plan);
   const bool meets_grid = Op::is_cooperative(params, plan);
   ring.init_barriers();
-  if (plan.splits > 1) exchange.clear();
+  if (plan.splits > 1) exchange.clear(device::thread_index(), stream_threads);
   device::sync_block();
   const auto start = [&] {
     if (meets_grid) device::sync_grid();
@@ -196,13 +199,14 @@ FASTBN_DEVICE void run_stream(const typename Op::Params& params, const Plan& pla
     }
     return;
   }
-  start();
   if (warp == preparer_warp) {
-    prepare(op, plan, tiles, ring);
+    prepare(op, plan, tiles, ring, start);
   } else if (warp >= finisher_warp) {
-    op.begin();
+    start();
+    op.count_batch();
     finish(op, params.layout, plan, tiles, ring, exchange);
   } else {
+    start();
     typename Op::Consumer consumer(params.layout, plan, tiles, ring);
     const auto work_of = [&](int tile, const RingPosition& position) {
       return TileWork<typename Op::Consumer, decltype(ring)>{

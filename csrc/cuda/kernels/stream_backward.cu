@@ -47,7 +47,7 @@ class StreamBackward {
   }
   FASTBN_DEVICE bool is_far(const BackwardChannel& prepared) const { return is_far_from_one(prepared.inv_std); }
 
-  FASTBN_DEVICE void begin() const {}
+  FASTBN_DEVICE void count_batch() const {}
 
   template <class Work>
   FASTBN_DEVICE void sum_tile(const Work& work) const {
@@ -101,7 +101,7 @@ class StreamBackward {
   static constexpr int n = Consumer::accumulators;
   // Coefficients of several channels leave registers for one vector at a time, which where relu's derivative is
   // recomputed takes a rolled loop: the compiler would load the second vector with the first.
-  static constexpr int batch = Consumer::by_rows ? 1 : Consumer::unroll, batch_of_relu = Consumer::by_rows ? 0 : batch;
+  static constexpr int batch = Consumer::by_rows ? 1 : Consumer::unroll, rolled_batch = Consumer::by_rows ? 0 : batch;
 
   // Returns the pivot of the sums, which for half types is that of the elements.
   static FASTBN_DEVICE float pivot_of(const BackwardChannel& prepared) {
@@ -154,7 +154,7 @@ class StreamBackward {
     }
     float sums[n] = {}, shifted[n] = {};
     // hot loop: sums
-    consumer.template sum_tile<source == GradSource::relu ? batch_of_relu : batch>(
+    consumer.template sum_tile<source == GradSource::relu ? rolled_batch : batch>(
         work.position, work.width,
         [&](const Vec16* where, int u) {
           Item item = load(where);
@@ -218,7 +218,7 @@ class StreamBackward {
     Vec16* const grad_residual = has_grad_residual ? at_tile(params_.grad_residual, work.offset) : nullptr;
     consumer.walk.restart();
     // hot loop: write
-    consumer.template write_tile<batch>(
+    consumer.template write_tile<rolled_batch>(
         work.position, work.width, [&](const Vec16* where, int) { return load(where); },
         [&](Vec16*, const Item& item) {
           float grad[size];

@@ -38,8 +38,8 @@ class StreamForward {
   }
   FASTBN_DEVICE bool is_far(const ForwardChannel&) const { return false; }
 
-  // Counts this batch, once. The grid has met.
-  FASTBN_DEVICE void begin() const {
+  // Counts this batch, once. If several blocks read the number of batches, the grid has met since.
+  FASTBN_DEVICE void count_batch() const {
     if (device::block_x() == 0 && device::thread_index() == finisher_warp * device::kWarp &&
         params_.num_batches_tracked) {
       ++*params_.num_batches_tracked;

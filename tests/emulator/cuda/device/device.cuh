@@ -100,6 +100,7 @@ void arrive(Mbarrier* barrier, const Location& where = Location::current());
 void arrive_after_copies(Mbarrier* barrier, const Location& where = Location::current());
 void wait(Mbarrier* barrier, int parity, const Location& where = Location::current());
 
+inline void wait_for_copies() {}  // they land by themselves before the block ends
 void allow_next_launch();
 void wait_for_previous_launch();
 

@@ -40,11 +40,13 @@ class Kernel:
 class HotLoop:
     """The steady state of a loop: its instructions in the order in which a warp runs them.
 
-    `dead` are the addresses of those that a predicate switches off in the steady state, because they belong to a cold
-    path; `vectors` is how many vectors of 8 elements, of each tensor, a thread processes per iteration.
+    `function` is the mangled name of its kernel. `dead` are the addresses of the instructions that a predicate switches
+    off in the steady state, because they belong to a cold path. `vectors` is how many vectors of 8 elements, of each
+    tensor, a thread processes per iteration.
     """
 
     kernel: Kernel
+    function: str
     arch: str
     name: str
     instructions: tuple[Instruction, ...]
@@ -146,7 +148,7 @@ def candidates(function: Function, kernel: Kernel, marks: Iterable[Mark], root: 
         live = [instruction for instruction in path if instruction.address not in dead]
         vectors = vectors_of(live, kernel)
         if vectors > 0:
-            hot.append(HotLoop(kernel, function.arch, name, tuple(path), dead, vectors))
+            hot.append(HotLoop(kernel, function.name, function.arch, name, tuple(path), dead, vectors))
     return hot
 
 

@@ -120,9 +120,11 @@ def steady_path(
     the weights of the instructions add up to the most.
 
     Weights are positive for hot instructions, COLD_WEIGHT for those of a cold path, and OTHER_WEIGHT for the rest: so
-    the path skips whatever it can skip, unless that is hot. A loop within the loop is passed once.
+    the path skips whatever it can skip, unless that is hot. A loop within the loop is cold, too: it retries, or does
+    what is left over. If it cannot be skipped, it is passed once.
     """
     back = {(latch, inner.head) for inner in loops for latch in inner.latches}
+    within = {number for inner in loops if inner.blocks < loop.blocks for number in inner.blocks}
     best: dict[int, tuple[float, int | None]] = {}
 
     # Blocks in an order in which every one comes after those that it leads to.
@@ -140,7 +142,8 @@ def steady_path(
 
     for number in order:
         block = blocks[number]
-        own = sum(weight(instruction) for instruction in instructions[block.first : block.last + 1])
+        body = instructions[block.first : block.last + 1]
+        own = COLD_WEIGHT * len(body) if number in within else sum(weight(instruction) for instruction in body)
         choices = [(0.0, None)] if number in loop.latches else []
         choices += [
             (best[successor][0], successor)

@@ -2,11 +2,12 @@
 
 The hot loop of a mark is the innermost loop of which at least half of the steady state's instructions are hot. A kernel
 may have several, as for full chunks and for what is left over, or for short activations and for long ones: the one that
-processes the most vectors per iteration counts, and of those the one with the fewest instructions.
+is unrolled the most counts, and of those the one with the fewest instructions per vector.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -132,24 +133,19 @@ def candidates(function: Function, kernel: Kernel, marks: Iterable[Mark], root: 
     blocks = blocks_of(code)
     loops = loops_of(blocks)
     weights = {instruction.address: lines.weight(instruction) for instruction in code}
-    found = []
+    found: list[tuple[frozenset[int], HotLoop]] = []
     for loop in loops:
         if not any(weights[i.address] > 0 for b in loop.blocks for i in code[blocks[b].first : blocks[b].last + 1]):
             continue
         path = steady_path(code, blocks, loops, loop, lambda instruction: weights[instruction.address])
-        if sum(weights[instruction.address] > 0 for instruction in path) >= MIN_HOT_SHARE * len(path):
-            found.append((loop, path))
-    innermost = [
-        path for loop, path in found if not any(other.blocks < loop.blocks for other, _ in found if other is not loop)
-    ]
-    hot = []
-    for path in innermost:
+        if sum(weights[instruction.address] > 0 for instruction in path) < MIN_HOT_SHARE * len(path):
+            continue
         dead = frozenset(i.address for i in path if lines.is_cold(i) and i.predicate and i.name != "BRA")
-        live = [instruction for instruction in path if instruction.address not in dead]
-        vectors = vectors_of(live, kernel)
-        if vectors > 0:
-            hot.append(HotLoop(kernel, function.name, function.arch, name, tuple(path), dead, vectors))
-    return hot
+        vectors = vectors_of([instruction for instruction in path if instruction.address not in dead], kernel)
+        if vectors > 0:  # else it only waits
+            hot = HotLoop(kernel, function.name, function.arch, name, tuple(path), dead, vectors)
+            found.append((loop.blocks, hot))
+    return [hot for inside, hot in found if not any(other < inside for other, _ in found)]
 
 
 def hot_loops(functions: Sequence[Function], marks: Sequence[Mark], root: Path) -> list[HotLoop]:
@@ -163,5 +159,8 @@ def hot_loops(functions: Sequence[Function], marks: Sequence[Mark], root: Path) 
         for name in names:
             found = candidates(function, kernel, marks, root, name)
             if found:
-                loops.append(max(found, key=lambda loop: (loop.vectors, -len(loop.instructions))))
+                # Loops are unrolled by powers of two: a residual among the tensors does not make one wider.
+                loops.append(
+                    min(found, key=lambda hot: (-math.floor(math.log2(hot.vectors)), hot.instructions_per_vector))
+                )
     return loops

@@ -8,13 +8,17 @@ import json
 import sys
 from pathlib import Path
 
-from bench.model import constants, fit, measurements, table
+from bench.model import constants, fit, measurements, predict, search, table
 from bench.model.marks import Mark
+from bench.model.planner import planned
 from bench.model.provenance import git_revision, tool_version
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+# The hot loops of the kernels in RESULTS, which are gone, and of today's.
 MEASURED_LOOPS = HERE / "measured_loops.json"
+CURRENT_LOOPS = HERE / "loops.json"
+RESULTS = ROOT / "bench" / "results" / "h200-plans.csv"
 
 
 def _loops(options: argparse.Namespace) -> None:
@@ -54,6 +58,22 @@ def _fit(options: argparse.Namespace) -> None:
         constants.write(constants.FITTED, found, provenance)
 
 
+def _predict(options: argparse.Namespace) -> None:
+    measured = measurements.read(options.csv)
+    known = constants.read()
+    loops = table.read(options.loops)
+    if options.plans == "model":
+        print("Plans: those that the model finds best, not the planner's.")
+
+    scenarios = [dataclasses.replace(known, **scenario) for scenario in (predict.BASE, predict.PESSIMISTIC)]
+
+    def plan_of(case: measurements.Case) -> dict[str, object]:
+        found = search.best_plan(case, loops, scenarios) if options.plans == "model" else None
+        return found or planned(case)
+
+    print(predict.report(measured, plan_of, loops, known, options.cases))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -70,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     fitted.add_argument("--loops", type=Path, default=MEASURED_LOOPS, help="the hot loops of the kernels in the CSV")
     fitted.add_argument("--dry-run", action="store_true", help="only print them")
     fitted.set_defaults(run=_fit)
+
+    predicted = commands.add_parser("predict", help="predict the shares of copy that have targets")
+    predicted.add_argument("--csv", type=Path, default=RESULTS, help="the measured times of copies and of other plans")
+    predicted.add_argument("--loops", type=Path, default=CURRENT_LOOPS, help="the hot loops of today's kernels")
+    predicted.add_argument("--plans", choices=("planner", "model"), default="planner")
+    predicted.add_argument("--cases", action="store_true", help="also what bounds each case")
+    predicted.set_defaults(run=_predict)
     return parser
 
 

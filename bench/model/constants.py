@@ -46,6 +46,9 @@ class Constants:
     two_phase_bytes_per_ns_sm: float = _fitted("two_phase", 29.5, 10.0, 34.0)
     lone_sm_bytes_per_ns: float = _fitted("two_phase", 40.0, 15.0, 200.0)  # that one SM moves while others are idle
 
+    # Estimate of what programmatic dependent launch saves per call. It is 0 where measured calls already have it.
+    dependent_launch_us: float = 4.0
+
     # Stream plans. Nothing has measured them: estimates, until a fit to measured stream plans replaces them.
     stream_launch_us: float = _fitted("stream", 3.5, 1.0, 12.0)
     stream_grid_us: float = _fitted("stream", 1.0, 0.0, 8.0)  # until all blocks of a cooperative launch have started

@@ -65,7 +65,7 @@ def predict(
     """Return the time of a plan with the keys kernel, tiles, groups, splits, ahead, chunks, chunk_bytes,
     chunks_per_tile, tensors, channels_per_tile, tensor_reads and tensor_writes, as csrc/plan has them.
 
-    `chunk_bytes` are those of all tensors of a chunk.
+    `chunk_bytes` are those of all tensors of a chunk. `producers`, if given, are warps that load chunks side by side.
     """
     number = {key: float(plan[key]) for key in ("tensors", "tensor_reads", "tensor_writes", "chunk_bytes")}
     tiles, groups, splits = int(plan["tiles"]), int(plan["groups"]), int(plan["splits"])
@@ -92,7 +92,7 @@ def predict(
     vector_kb = VECTOR_ELEMENTS * case.element_bytes * 32 * number["tensors"] / 1e3
     sum_us = [kb / vector_kb / SCHEDULERS * cycles.sums / cycles_per_us for kb in sizes]
     output_us = [kb / vector_kb / SCHEDULERS * cycles.output / cycles_per_us for kb in sizes]
-    copy_us = [kb / vector_kb * cycles.copies / cycles_per_us for kb in sizes]
+    copy_us = [kb / vector_kb * cycles.copies / cycles_per_us / int(plan.get("producers", 1)) for kb in sizes]
     # Beside what comes through the ring, the output reads a residual or a mask.
     output_kb = [
         kb * (number["tensor_writes"] + number["tensor_reads"] - number["tensors"]) / number["tensors"] for kb in sizes

@@ -2,8 +2,9 @@
 
 A cycle issues at most one instruction. A warp's instructions issue in order: the stall count of the one before has
 passed, the scoreboards that it waits for are clear, and its pipe is free. Among the warps that can issue, the one that
-issued last goes on unless its instruction yields; else the one that has waited longest goes. The four schedulers of an
-SM run the same loop, so each gets a quarter of the SM's path to memory, in front of which instructions queue up.
+issued last goes on unless its instruction yields, or it has got iterations ahead, as barriers would not let it; else
+the one that has waited longest goes. The four schedulers of an SM run the same loop, so each gets a quarter of the SM's
+path to memory, in front of which instructions queue up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bench.model.sass import INSTRUCTION_BYTES, SCOREBOARDS, Instruction
 
 WARM_UP_ITERATIONS = 10
 ITERATIONS = 30  # that are measured, of the warp that is last
+MAX_AHEAD = 1  # iterations
 START_CYCLES = 37  # between the starts of two warps: they do not run in step
 
 
@@ -82,6 +84,7 @@ def cycles_per_iteration(
     free: dict[str, float] = {}
     now, last = 0.0, None
     finished, begin, begin_finished = 0, 0.0, 0
+    ahead = False
 
     def earliest(warp: _Warp) -> float:
         step = steps[warp.position]
@@ -92,7 +95,7 @@ def cycles_per_iteration(
 
     while True:
         times = [earliest(warp) for warp in states]
-        if last is not None and times[last] <= now and not steps[states[last].position - 1].yields:
+        if last is not None and times[last] <= now and not steps[states[last].position - 1].yields and not ahead:
             chosen = last
         else:
             now = max(now, min(times))
@@ -111,10 +114,12 @@ def cycles_per_iteration(
         warp.ready, warp.issued = now + step.stall, now
         now += 1
         warp.position += 1
+        ahead = False
         if warp.position == len(steps):
             warp.position = 0
             warp.iterations += 1
             finished += 1
+            ahead = warp.iterations > min(state.iterations for state in states) + MAX_AHEAD
             if begin == 0 and min(state.iterations for state in states) >= WARM_UP_ITERATIONS:
                 begin, begin_finished = now, finished
             if min(state.iterations for state in states) >= WARM_UP_ITERATIONS + ITERATIONS:

@@ -61,7 +61,7 @@ def _fit(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     measured = measurements.read(options.csv)
     known = constants.read()
-    loops = table.read(options.loops)
+    loops = table.with_missing(table.read(options.loops), table.read(MEASURED_LOOPS))
     if options.plans == "model":
         print("Plans: those that the model finds best, not the planner's.")
 

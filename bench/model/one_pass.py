@@ -106,7 +106,7 @@ def features_of(plan: Measurement, loops: Sequence[LoopRecord], machine: Machine
         tensor_kb * (case.floor - tensors),
         tensor_kb * tensors * reread,
         cycles["sums"],
-        cycles["output"],
+        cycles["write"],
         waits * per_thread / unroll,
         per_tile * splits * blocks if plan.schedule == "cooperative" and rows else 0,
         reduce_steps(per_tile) if rows else 0,

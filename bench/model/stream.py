@@ -35,7 +35,7 @@ class Cycles:
     """Cycles of a scheduler per vector of one of its warps: in both loops of the consumers, and in the producer's."""
 
     sums: float
-    output: float
+    write: float
     copies: float
 
 
@@ -49,7 +49,7 @@ def cycles_of(case: Case, rows: bool, loops: Sequence[LoopRecord]) -> Cycles:
     }
     warps = CONSUMER_WARPS / SCHEDULERS
     copies = records["copies"].cycles_at(1) if "copies" in records else 0.0
-    return Cycles(records["sums"].cycles_at(warps), records["output"].cycles_at(warps), copies)
+    return Cycles(records["sums"].cycles_at(warps), records["write"].cycles_at(warps), copies)
 
 
 def row_efficiency(row_bytes: float, c: Constants) -> float:
@@ -91,10 +91,10 @@ def predict(
     cycles_per_us = c.clock_ghz * 1e3
     vector_kb = VECTOR_ELEMENTS * case.element_bytes * 32 * number["tensors"] / 1e3
     sum_us = [kb / vector_kb / SCHEDULERS * cycles.sums / cycles_per_us for kb in sizes]
-    output_us = [kb / vector_kb / SCHEDULERS * cycles.output / cycles_per_us for kb in sizes]
+    write_us = [kb / vector_kb / SCHEDULERS * cycles.write / cycles_per_us for kb in sizes]
     copy_us = [kb / vector_kb * cycles.copies / cycles_per_us / int(plan.get("producers", 1)) for kb in sizes]
-    # Beside what comes through the ring, the output reads a residual or a mask.
-    output_kb = [
+    # Beside what comes through the ring, writing reads a residual or a mask.
+    write_kb = [
         kb * (number["tensor_writes"] + number["tensor_reads"] - number["tensors"]) / number["tensors"] for kb in sizes
     ]
     finish_us = c.finish_us if splits > 1 else c.lone_finish_us
@@ -135,9 +135,9 @@ def predict(
             for index in range(per_tile):
                 queued = memory - now - c.store_queue_kb / rate
                 waits["stores"] += max(0.0, queued)
-                now += max(0.0, queued) + output_us[index]
-                memory = max(memory, now) + output_kb[index] / rate
-                busy += output_kb[index] / rate
+                now += max(0.0, queued) + write_us[index]
+                memory = max(memory, now) + write_kb[index] / rate
+                busy += write_kb[index] / rate
                 freed.append(now)
                 load_what_fits()
     end = max(now, memory)

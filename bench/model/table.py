@@ -106,6 +106,12 @@ def read(path: Path) -> list[LoopRecord]:
     return [LoopRecord(**{**loop, "cycles": {int(w): c for w, c in loop["cycles"].items()}}) for loop in loops]
 
 
+def with_missing(records: Sequence[LoopRecord], others: Sequence[LoopRecord]) -> list[LoopRecord]:
+    """Return the records, and those of the other ones whose kernel and type of elements they lack."""
+    known = {(record.kernel, record.dtype) for record in records}
+    return [*records, *(record for record in others if (record.kernel, record.dtype) not in known)]
+
+
 def text(records: Sequence[LoopRecord]) -> str:
     """Return the records as a table."""
     head = f"{'kernel':52s} {'loop':8s} {'regs':>4s} {'instr':>6s}" + "".join(f" {f'W={w}':>6s}" for w in WARPS)

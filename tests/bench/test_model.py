@@ -90,7 +90,7 @@ def test_marks_enclose_lines():
         ("// hot loop: sums\n", "f:1: the mark is never closed"),
         ("// end of hot loop\n", "f:1: no hot loop is open"),
         ("// hot loop: sums\n// end of cold path\n", "f:2: no cold path is open"),
-        ("// hot loop: sums\n// hot loop: output\n", "f:2: the mark of line 1 is still open"),
+        ("// hot loop: sums\n// hot loop: write\n", "f:2: the mark of line 1 is still open"),
         ("x();  // hot loop: sums\n", "f:1: expected a mark alone on its line"),
     ],
 )
@@ -307,7 +307,7 @@ def test_one_tile_takes_the_sum_of_its_steps():
     kb, cycles_per_us = 2 * 8192 * 2 / 1e3, c.clock_ghz * 1e3
     vectors = kb / 0.512 / 4  # of a scheduler
     steps = c.stream_launch_us + 2 * kb / c.stream_bytes_per_ns_sm + c.stream_latency_us + c.lone_finish_us
-    steps += vectors * (CYCLES.sums + CYCLES.output) / cycles_per_us
+    steps += vectors * (CYCLES.sums + CYCLES.write) / cycles_per_us
     assert stream.predict(case, one, CYCLES, c).us == pytest.approx(steps)
 
 
@@ -339,7 +339,7 @@ def test_a_fit_finds_the_constants_of_stream_plans(loops):
     """Of times that the model itself made up with other constants."""
     told = dataclasses.replace(Constants(), finish_us=4.5, lone_finish_us=2.2, stream_bytes_per_ns_sm=27.0)
     made_up = []
-    kernels = ("sums", "output")
+    kernels = ("sums", "write")
     records = [
         table.LoopRecord(
             "stream_forward", "bfloat16", f"(Kernel){k}", loop, 4, 45, dict.fromkeys(table.WARPS, 50), {}, 96
@@ -374,7 +374,7 @@ def test_every_group_with_a_target_has_a_prediction(measured, loops):
             ("backward", "float32", 150),
         )
         for k in (0, 1)
-        for loop in ("sums", "output")
+        for loop in ("sums", "write")
     ]
 
     def plan_of(case: Case) -> dict[str, object]:
@@ -418,7 +418,7 @@ struct bfloat16 { unsigned short bits; };
 template <class T>
 __global__ void toy_forward_kernel(const uint4* from, uint4* to, int n, float scale) {
   for (int i = threadIdx.x; i < n; i += blockDim.x * 4) {
-    // hot loop: output
+    // hot loop: write
     uint4 x[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) x[u] = from[i + u * 512];
@@ -444,7 +444,7 @@ def test_the_hot_loop_of_a_compiled_kernel(tmp_path, arch):
     (resources,) = compile_cubin(source, tmp_path, cubin, arch).values()
     assert resources.spill_bytes == resources.stack_bytes == 0 and 8 <= resources.registers <= 64
     (loop,) = hot_loops.hot_loops(sass.disassemble(cubin), marks_of_file(source), tmp_path)
-    assert (loop.name, loop.arch, loop.kernel.dtype) == ("output", arch, "bfloat16")
+    assert (loop.name, loop.arch, loop.kernel.dtype) == ("write", arch, "bfloat16")
     assert loop.vectors % 4 == 0 and loop.instructions_per_vector < 12
     names = [i.name for i in loop.instructions]
     assert names.count("LDG") == names.count("STG") == names.count("FMUL") == loop.vectors

@@ -196,6 +196,23 @@ def test_a_switched_off_instruction_of_a_cold_path_is_dead():
     assert dead == 0xA0 and loop.vectors == 2
 
 
+@pytest.mark.parametrize(
+    "kind, code, vectors",
+    [
+        ("toy_forward", [("LDS.128", ""), ("LDS.128", ""), ("LDS.64", "")], 2),
+        ("toy_backward", [("LDS.128", ""), ("LDS.128", "")], 1),
+        ("toy_backward", [("LDS.128", ""), ("LDS.128", ""), ("STG.E.128", "")], 1),
+        ("toy_backward", [("LDGSTS.E.BYPASS.128", "")] * 4, 2),
+        ("toy_backward", [("LDGSTS.E.BYPASS.128", ""), ("LDGSTS.E.BYPASS.128", "@P1")] * 4, 4),
+        ("toy_forward", [("STG.E", "")] * 4 + [("STG.E.128", "@P0")], 1),
+    ],
+)
+def test_vectors_are_counted_by_the_accesses_to_the_tensors(kind, code, vectors):
+    path = [instruction(opcode, predicate=predicate) for opcode, predicate in code]
+    assert hot_loops.vectors_of(path, hot_loops.Kernel(kind, "bfloat16", "")) == vectors
+    assert hot_loops.vectors_of(path, hot_loops.Kernel(kind, "float32", "")) == vectors / 2
+
+
 # --- What a hot loop should not contain
 
 

@@ -2,7 +2,7 @@
 
 The hot loop of a mark is the innermost loop of which at least half of the steady state's instructions are hot. A kernel
 may have several, as for full chunks and for what is left over, or for short activations and for long ones: the one that
-is unrolled the most counts, and of those the one with the fewest instructions per vector.
+is unrolled the most counts, and of those the shortest one.
 """
 
 from __future__ import annotations
@@ -163,7 +163,5 @@ def hot_loops(functions: Sequence[Function], marks: Sequence[Mark], root: Path) 
             found = candidates(function, kernel, marks, root, name)
             if found:
                 # Loops are unrolled by powers of two: a residual among the tensors does not make one wider.
-                loops.append(
-                    min(found, key=lambda hot: (-math.floor(math.log2(hot.vectors)), hot.instructions_per_vector))
-                )
+                loops.append(min(found, key=lambda hot: (-math.floor(math.log2(hot.vectors)), len(hot.instructions))))
     return loops

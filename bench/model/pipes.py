@@ -35,8 +35,8 @@ OTHER_MEMORY = 2
 # Instructions that may wait in front of the path to memory before a scheduler's next one stalls; assumed.
 MEMORY_QUEUE = 8
 
-# Cycles from issue until the scoreboard of the result clears. Shared memory and L1-resident constants are as
-# microbenchmarks of Hopper found them (arXiv 2402.13499); the others are assumed.
+# Cycles from issue until the scoreboard of the result clears. All are assumed, of the order that microbenchmarks of
+# Hopper found (arXiv 2402.13499).
 LATENCY = {
     "LDS": 33,
     "LDC": 30,

@@ -148,7 +148,7 @@ def listing(*lines: str) -> str:
     return text
 
 
-LOOP = listing(
+SOURCE = (
     "20 |      | MOV R0, RZ",
     "20 | head | SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R7], R4",
     "20 |      | @!P0 BRA `(.L_retry)",
@@ -166,6 +166,7 @@ LOOP = listing(
     "10 |      | @!P0 BRA `(.L_retry)",
     "20 |      | BRA `(.L_go)",
 )
+LOOP = listing(*SOURCE)
 
 
 def find(text: str) -> list[hot_loops.HotLoop]:
@@ -194,6 +195,19 @@ def test_a_switched_off_instruction_of_a_cold_path_is_dead():
     (loop,) = find(LOOP.replace("line 20\n        /*00a0*/  ISETP", "line 12\n        /*00a0*/  @P3 LDG.E.128"))
     (dead,) = loop.dead
     assert dead == 0xA0 and loop.vectors == 2
+
+
+def test_of_loops_that_are_unrolled_alike_the_shorter_one_counts():
+    longer = [
+        "20 | head2 | MOV R0, RZ",
+        "10 |      | LDS.128 R8, [R0]",
+        "10 |      | LDS.128 R4, [R0+0x2000]",
+        *["10 |      | FADD R1, R8, R4"] * 9,
+        "20 |      | @P2 BRA `(.L_head2)",
+    ]
+    loops = [line.strip() for line in SOURCE]
+    assert len(find(listing(*loops[:-4], *longer, *loops[-4:]))[0].instructions) == 9
+    assert len(find(listing(*longer, *loops))[0].instructions) == 9
 
 
 @pytest.mark.parametrize(
@@ -254,6 +268,23 @@ def test_lanes_that_are_32_bytes_apart_are_found():
 
 
 # --- Measured plans
+
+
+@pytest.mark.parametrize(
+    "inner, direction, epilogue, reads, writes",
+    [
+        (1, "forward", "relu", 1, 1),
+        (1, "forward", "add_relu", 2, 1 + 1 / 16),
+        (1, "backward", "none", 2, 1),
+        (1, "backward", "add_relu", 2 + 1 / 16, 2),
+        (196, "forward", "add_relu", 2, 1),
+        (196, "backward", "add_relu", 3, 2),
+    ],
+)
+def test_tensors_that_a_call_moves(inner, direction, epilogue, reads, writes):
+    """196 elements do not fill bytes of a mask: backward reads the residual instead."""
+    case = Case(32, 64, inner, "bfloat16", direction, epilogue)
+    assert (case.reads, case.writes) == (reads, writes)
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +376,14 @@ def test_a_slower_producer_bounds_the_loads():
     kilobytes = CASE.tensor_bytes / 132 / 1e3
     assert slow > kilobytes / 0.512 * 150 / Constants().clock_ghz / 1e3 > fast
     assert two < 0.75 * slow
+
+
+def test_two_finishers_take_turns():
+    """However small the tiles are, two of them take as long as a finisher takes for one."""
+    many = plan(tiles=128 * 132, groups=132, splits=1, ahead=3, chunks_per_tile=1, chunk_bytes=4096)
+    c = Constants()
+    times = [stream.predict(CASE, many, CYCLES, dataclasses.replace(c, lone_finish_us=us)).us for us in (4.0, 8.0)]
+    assert times[0] > 128 / 2 * 4 and times[1] - times[0] == pytest.approx(128 / 2 * 4, rel=0.1)
 
 
 def test_a_ring_without_room_for_the_tiles_ahead_is_refused():

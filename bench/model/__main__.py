@@ -61,6 +61,8 @@ def _fit(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     measured = measurements.read(options.csv)
     known = constants.read()
+    if not options.loops.exists():
+        sys.exit(f"{options.loops}: expected what `python -m bench.model loops --json {options.loops}` writes")
     loops = table.with_missing(table.read(options.loops), table.read(MEASURED_LOOPS))
     if options.plans == "model":
         print("Plans: those that the model finds best, not the planner's.")

@@ -59,6 +59,22 @@ def row_efficiency(row_bytes: float, c: Constants) -> float:
     return c.row_128_efficiency if row_bytes <= 128 else c.row_256_efficiency
 
 
+def memory_rate(case: Case, plan: Mapping[str, object], c: Constants, machine: Machine) -> float:
+    """Return the kilobytes per microsecond of a block's SM. Where only some SMs have work, each gets more of the
+    memory's rate, up to what one can move."""
+    blocks = int(plan["groups"]) * int(plan["splits"])
+    highest = max(c.lone_sm_bytes_per_ns, c.stream_bytes_per_ns_sm)
+    rate = min(c.stream_bytes_per_ns_sm * machine.sms / blocks, highest)
+    if "row_tiles" in str(plan["kernel"]) and case.inner == 1 and int(plan["tiles"]) > 1:
+        rate *= row_efficiency(int(plan["channels_per_tile"]) * case.element_bytes, c)
+    return rate
+
+
+def vector_kb(case: Case, tensors: float) -> float:
+    """Return the kilobytes of a vector of 8 elements of each tensor and lane of a warp."""
+    return VECTOR_ELEMENTS * case.element_bytes * 32 * tensors / 1e3
+
+
 def predict(
     case: Case, plan: Mapping[str, object], cycles: Cycles, c: Constants, machine: Machine = H200
 ) -> Prediction:
@@ -72,27 +88,18 @@ def predict(
     ahead, slots, per_tile = int(plan["ahead"]), int(plan["chunks"]), int(plan["chunks_per_tile"])
     if (ahead + 1) * per_tile > slots:
         raise ValueError(f"expected a ring of {(ahead + 1) * per_tile} chunks at least, got {slots}")
-    rows = "row_tiles" in str(plan["kernel"])
     rounds = math.ceil(tiles / groups)
 
     part_kb = case.tensor_bytes * number["tensors"] / tiles / splits / 1e3
     chunk_kb = min(number["chunk_bytes"] / 1e3, part_kb)
     sizes = [chunk_kb] * (per_tile - 1)
     sizes.append(max(part_kb - sum(sizes), 0.1))
-    efficiency = 1.0
-    if rows and case.inner == 1 and tiles > 1:
-        efficiency = row_efficiency(int(plan["channels_per_tile"]) * case.element_bytes, c)
-    # Where only some SMs have work, each gets more, up to what one SM can move.
-    rate = min(
-        c.stream_bytes_per_ns_sm * machine.sms / (groups * splits),
-        max(c.lone_sm_bytes_per_ns, c.stream_bytes_per_ns_sm),
-    )
-    rate *= efficiency
+    rate = memory_rate(case, plan, c, machine)
     cycles_per_us = c.clock_ghz * 1e3
-    vector_kb = VECTOR_ELEMENTS * case.element_bytes * 32 * number["tensors"] / 1e3
-    sum_us = [kb / vector_kb / SCHEDULERS * cycles.sums / cycles_per_us for kb in sizes]
-    write_us = [kb / vector_kb / SCHEDULERS * cycles.write / cycles_per_us for kb in sizes]
-    copy_us = [kb / vector_kb * cycles.copies / cycles_per_us / int(plan.get("producers", 1)) for kb in sizes]
+    per_vector = vector_kb(case, number["tensors"])
+    sum_us = [kb / per_vector / SCHEDULERS * cycles.sums / cycles_per_us for kb in sizes]
+    write_us = [kb / per_vector / SCHEDULERS * cycles.write / cycles_per_us for kb in sizes]
+    copy_us = [kb / per_vector * cycles.copies / cycles_per_us / int(plan.get("producers", 1)) for kb in sizes]
     # Beside what comes through the ring, writing reads a residual or a mask.
     write_kb = [
         kb * (number["tensor_writes"] + number["tensor_reads"] - number["tensors"]) / number["tensors"] for kb in sizes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.model import constants, fit, measurements, predict, search, stream, table
+from bench.model import constants, fit, formula, measurements, predict, search, stream, table
 from bench.model.constants import Constants
 from bench.model.measurements import Case
 
@@ -161,6 +161,26 @@ def test_a_fit_finds_the_constants_of_stream_plans(loops):
     assert found.stream_bytes_per_ns_sm == pytest.approx(27.0, rel=0.03)
     assert found.finish_us == pytest.approx(4.5, rel=0.1)
     assert found.dependent_launch_us == 0 and Constants().dependent_launch_us > 0
+
+
+def test_the_formula_is_close_to_the_simulation():
+    """And a planner that chooses by it loses little."""
+    ratios, losses = [], []
+    for outer, channels, inner, direction in (
+        (128, 512, 784, "forward"),
+        (32, 64, 12544, "backward"),
+        (128, 512, 196, "backward"),
+        (25088, 512, 1, "forward"),
+        (100352, 256, 1, "backward"),
+    ):
+        case = Case(outer, channels, inner, "bfloat16", direction)
+        plans = list(search.plans_of(case))
+        simulated = [stream.predict(case, p, CYCLES, Constants()).us for p in plans]
+        by_formula = [formula.predicted_us(case, p, CYCLES, Constants()) for p in plans]
+        ratios += [a / b for a, b in zip(by_formula, simulated, strict=True)]
+        losses.append(simulated[by_formula.index(min(by_formula))] / min(simulated))
+    assert len(ratios) > 100 and measurements.geometric_error(ratios) < 0.05
+    assert measurements.geometric_error(losses) < 0.05
 
 
 # --- Predictions

@@ -47,6 +47,9 @@ def cycles_of(case: Case, rows: bool, loops: Sequence[LoopRecord]) -> Cycles:
         for loop in loops
         if loop.kernel == f"stream_{case.direction}" and loop.dtype == case.dtype and layout in loop.arguments
     }
+    for name in ("sums", "write"):
+        if name not in records:
+            raise KeyError(f"expected the hot loop {name!r} of stream_{case.direction}, {layout}, {case.dtype}")
     warps = CONSUMER_WARPS / SCHEDULERS
     copies = records["copies"].cycles_at(1) if "copies" in records else 0.0
     return Cycles(records["sums"].cycles_at(warps), records["write"].cycles_at(warps), copies)

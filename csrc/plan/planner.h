@@ -44,27 +44,37 @@ inline void add_splits(const Request& request, const DeviceLimits& limits, Plan&
 inline Plan fastest(const Request& request, const DeviceLimits& limits, const Plan& two_phase) {
   Plan best = two_phase;
   double best_us = predicted_two_phase_us(request, limits, two_phase);
-  for_each_stream_plan(request, limits, two_phase, [&](const Plan& candidate) {
+  for_each_stream_plan(request, limits, two_phase, Ahead::most, [&](const Plan& candidate) {
     const double us = predicted_stream_us(request, limits, candidate);
     if (us < best_us) best = candidate, best_us = us;
   });
   return best;
 }
 
-inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
+// Returns the request for whose plan that of `given` is chosen.
+inline Request planned_request(const Request& given) {
   Request request = given;
   if (request.direction == Direction::forward) {
     // Statistics have the same bits with and without a residual, and where possible with and without a mask.
     request.residual = false;
     request.masked = request.masked && request.layout.run() % vec_size != 0;
   }
+  return request;
+}
+
+inline Plan choose_two_phase(const Request& request, const DeviceLimits& limits) {
   Plan plan = choose_walk(request);
   plan.tiles = std::max(plan.tiles, 1);
   plan.groups = plan.tiles;
   add_shared_bytes(request, plan);
   add_traffic(request, plan);
   add_splits(request, limits, plan);
-  plan = fastest(request, limits, plan);
+  return plan;
+}
+
+inline Plan choose_plan(const Request& given, const DeviceLimits& limits) {
+  const Request request = planned_request(given);
+  Plan plan = fastest(request, limits, choose_two_phase(request, limits));
   add_traffic(given, plan);
   return plan;
 }

@@ -99,10 +99,14 @@ inline double predicted_stream_us(const Request& request, const DeviceLimits& li
          std::max(write_us, store_us);
 }
 
+// How many tiles ahead the candidates have: as many as the ring holds, or, for a measurement, any number up to that.
+enum class Ahead { most, any };
+
 // Calls use(plan) for the stream plans with channel tiles of one width: all numbers of groups that give every group the
-// same number of tiles or one less, and as many tiles ahead as the ring holds.
+// same number of tiles or one less.
 template <class Use>
-void for_each_stream_ring(const Request& request, const DeviceLimits& limits, const Plan& tiled, Use use) {
+void for_each_stream_ring(const Request& request, const DeviceLimits& limits, const Plan& tiled, Ahead wanted,
+                          Use use) {
   const int sms = limits.sms_of_grid();
   const int64_t tile_bytes = int64_t(tiled.stream.vectors) * 16;
   // Going down by groups meets every number of rounds once.
@@ -113,15 +117,15 @@ void for_each_stream_ring(const Request& request, const DeviceLimits& limits, co
     Plan plan = tiled;
     plan.groups = groups;
     set_stream_splits(std::max<int64_t>(splits, 1), plan);
-    // The ring holds the tiles that are ahead and, if it can, one more, into which the next tile is loaded meanwhile.
-    int ahead = std::min(max_ahead, rounds - 1);
-    while (ahead >= 0 && !set_ring(request, ahead, limits.shared_bytes_per_block, plan)) --ahead;
-    if (ahead >= 0) {
+    // The ring holds the tiles that are ahead, the one that is written and, if it can, one more, into which the next tile
+    // is loaded meanwhile. Where the most tiles ahead leave no room for that, one less may be faster.
+    int most = -1;
+    for (int ahead = std::min(max_ahead, rounds - 1); ahead >= 0; --ahead) {
+      if (!set_ring(request, ahead, limits.shared_bytes_per_block, plan)) continue;
       use(plan);
-      if (ahead > 0 && plan.stream.ring_tiles == ahead + 1 && rounds > ahead + 1) {
-        set_ring(request, ahead - 1, limits.shared_bytes_per_block, plan);
-        use(plan);
-      }
+      most = std::max(most, ahead);
+      const bool has_room = plan.stream.ring_tiles > ahead + 1 || plan.stream.ring_tiles == rounds;
+      if (wanted == Ahead::most && (has_room || ahead < most)) break;
     }
     // More splits would be smaller still.
     if (splits <= 1 && !request.cooperative) return;
@@ -131,7 +135,8 @@ void for_each_stream_ring(const Request& request, const DeviceLimits& limits, co
 
 // Calls use(plan) for the stream plans of a request. Their traffic is not counted yet.
 template <class Use>
-void for_each_stream_plan(const Request& request, const DeviceLimits& limits, const Plan& two_phase, Use use) {
+void for_each_stream_plan(const Request& request, const DeviceLimits& limits, const Plan& two_phase, Ahead ahead,
+                          Use use) {
   if (!limits.has_mbarriers || !can_stream(request)) return;
   const Layout& layout = request.layout;
   const int64_t bytes = element_size(request.dtype), elements = 16 / bytes;
@@ -140,7 +145,7 @@ void for_each_stream_plan(const Request& request, const DeviceLimits& limits, co
     plan.fold = 1;
     if (!set_stream_tiles(request, kernel, channels, plan)) return;
     add_traffic(request, plan);
-    for_each_stream_ring(request, limits, plan, use);
+    for_each_stream_ring(request, limits, plan, ahead, use);
   };
   if (layout.channels_are_innermost()) {
     // Rows are read in pieces of at least the 64 bytes that memory hands out at a time.

@@ -1,270 +1,239 @@
-// Times every plan that the planner could choose, for a table of shapes, on the current GPU: the kernels alone, without
-// torch, by CUDA events with L2 flushed in between. CSV on stdout; bench/results/h200-plans.csv is such a run.
-#include <cuda_runtime.h>
-
-#include <algorithm>
+// Times or checks every plan that the planner could choose, for a table of ops, on the current GPU: the kernels alone,
+// without torch. Times are of CUDA events, with L2 flushed in between, as CSV on stdout. `--check` compares results
+// with those in two phases and with the definitions in double, and names the plans that are wrong or never end.
+//
+// Build and run:
+//   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans
+//   ./plans --seconds 100 > plans.csv
+//   ./plans --check
+//   ./plans --shape 128,256,784 --dtype bfloat16 --epilogue none --planned --once --in-process    for a profiler
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "cuda/launch.h"
-#include "plan/planner.h"
+#include "plans/cases.h"
+#include "plans/runner.cuh"
+#include "plans/supervisor.h"
 
 namespace fastbn::bench {
+namespace {
 
-#define FASTBN_CHECK(call)                                                                   \
-  do {                                                                                       \
-    if (const cudaError_t error = call; error != cudaSuccess) {                              \
-      std::fprintf(stderr, "line %d: %s: %s\n", __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                          \
-    }                                                                                        \
-  } while (false)
+struct Options {
+  bool check = false, planned = false, once = false, in_process = false;
+  std::string shape, dtype, direction, epilogue;  // of the ops to run; empty: all. A shape may be a prefix
+  int64_t begin = 0;                              // the first plan to run, to go on with a table that was cut
+  int64_t every = 1;                              // one in so many plans runs, another one of each op
+  double seconds = 1e9;                           // after which no plan begins
+  double plan_seconds = 5;                        // after which a plan counts as one that never ends
+};
 
-constexpr int samples = 7;
+constexpr const char* usage =
+    "plans [--check] [--shape OUTER,CHANNELS,INNER] [--dtype NAME] [--direction NAME] [--epilogue NAME] [--planned]\n"
+    "      [--once] [--in-process] [--begin PLAN] [--every N] [--seconds S] [--plan-seconds S]\n";
 
-enum Epilogue { none, relu, add_relu };
-constexpr const char* epilogue_names[] = {"none", "relu", "add_relu"};
-
-// Returns contiguous and channels_last activations of ResNet-50 and MobileNetV3, some of other networks, some of few
-// channels, and some so small that the launch takes most of the time.
-std::vector<Layout> make_layouts() {
-  std::vector<Layout> layouts;
-  const auto add = [&](int64_t n, int64_t channels, int64_t space) {
-    layouts.push_back({n, channels, space});
-    if (space > 1) layouts.push_back({n * space, channels, 1});
+Options parse(int argc, char** argv) {
+  Options options;
+  const auto fail = [&](const char* word) {
+    std::fprintf(stderr, "%s: unknown, or its value is missing\n%s", word, usage);
+    std::exit(2);
   };
-  const int resnet50[][2] = {{64, 112}, {64, 56},  {128, 56}, {256, 56},  {128, 28}, {256, 28},
-                             {512, 28}, {256, 14}, {512, 14}, {1024, 14}, {512, 7},  {2048, 7}};
-  const int mobilenetv3[][2] = {{16, 112}, {72, 56}, {40, 28}, {184, 14}, {480, 14}, {672, 7}, {960, 7}};
-  for (int n : {32, 128, 256})
-    for (auto [channels, size] : resnet50) add(n, channels, size * size);
-  for (auto [channels, size] : mobilenetv3) add(128, channels, size * size);
-  const int64_t others[][3] = {
-      {128, 3, 224 * 224}, {64, 1, 512 * 512}, {16, 8, 512 * 512}, {16, 64, 512 * 512}, {16, 32, 16 * 56 * 56},
-      {64, 256, 1024},     {4096, 512, 1},     {1000000, 64, 1},   {2, 64, 49},         {8, 16, 196},
-      {32, 128, 1},        {3, 5, 16},         {29, 13, 1},        {70, 24, 49}};
-  for (auto [n, channels, space] : others) add(n, channels, space);
-  return layouts;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    const auto value = [&]() -> const char* {
+      if (i + 1 == argc) fail(argv[i]);
+      return argv[++i];
+    };
+    if (word == "--check")
+      options.check = true;
+    else if (word == "--planned")
+      options.planned = true;
+    else if (word == "--once")
+      options.once = true;
+    else if (word == "--in-process")
+      options.in_process = true;
+    else if (word == "--shape")
+      options.shape = value();
+    else if (word == "--dtype")
+      options.dtype = value();
+    else if (word == "--direction")
+      options.direction = value();
+    else if (word == "--epilogue")
+      options.epilogue = value();
+    else if (word == "--begin")
+      options.begin = std::atoll(value());
+    else if (word == "--every")
+      options.every = std::max(std::atoll(value()), 1ll);
+    else if (word == "--seconds")
+      options.seconds = std::atof(value());
+    else if (word == "--plan-seconds")
+      options.plan_seconds = std::atof(value());
+    else
+      fail(argv[i]);
+  }
+  return options;
 }
 
-// Returns two-phase plans with several numbers of blocks.
-std::vector<Plan> make_plans(const Request& given, const DeviceLimits& limits) {
-  Request request = given;
-  if (request.direction == Direction::forward) {  // as in choose_plan
-    request.residual = false;
-    request.masked = request.masked && request.layout.run() % vec_size != 0;
+std::vector<Op> ops_of(const Options& options) {
+  std::vector<Op> ops;
+  for (const Op& op : options.check ? checked_ops() : measured_ops()) {
+    const auto is = [](const std::string& wanted, const std::string& name) { return wanted.empty() || wanted == name; };
+    if (op.shape().starts_with(options.shape) && is(options.dtype, dtype_names[static_cast<int>(op.dtype)]) &&
+        is(options.direction, op.backward() ? "backward" : "forward") &&
+        is(options.epilogue, epilogue_names[op.epilogue])) {
+      ops.push_back(op);
+    }
   }
-  std::vector<Plan> plans;
-  Plan walk = choose_walk(request);
-  walk.groups = walk.tiles = std::max(walk.tiles, 1);
-  const int64_t max_splits = max_splits_of(request.layout, walk);
-  for (int blocks : {4, 8, 16}) {
-    Plan plan = walk;
-    plan.set_splits(request.layout,
-                    static_cast<int>(std::clamp<int64_t>(limits.sm_count * blocks / plan.tiles, 1, max_splits)));
-    plan.last_splits = plan.splits;
-    add_shared_bytes(request, plan);
-    add_traffic(given, plan);
-    plans.push_back(plan);
-  }
-  return plans;
+  return ops;
 }
 
-__global__ void read_all(const int4* from, int64_t count, int* sink) {
-  int seen = 0;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    const int4 words = __ldcg(from + i);
-    seen ^= words.x ^ words.y ^ words.z ^ words.w;
-  }
-  if (seen == 0x12345) *sink = seen;
+DeviceLimits limits_here() {
+#ifdef __CUDACC__
+  DeviceLimits limits{"cuda", 0, 0, 0};
+  FASTBN_CHECK(cuda::device_limits(0, &limits));
+  return limits;
+#else  // the emulator: few blocks, and little to flush
+  DeviceLimits limits = known_devices[2];
+  limits.sm_count = 4;
+  limits.l2_bytes = 1 << 10;
+  return limits;
+#endif
 }
 
-// Fills a tensor with roughly normal numbers, by a hash of the index.
-template <class T>
-__global__ void fill(T* to, int64_t count, uint64_t seed, float mean) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    uint64_t bits = (i + seed) * 0x9E3779B97F4A7C15ull;
-    bits = (bits ^ bits >> 29) * 0xBF58476D1CE4E5B9ull;
-    bits ^= bits >> 32;
-    float value = mean;
-    for (int k = 0; k < 4; ++k) value += float(bits >> 16 * k & 0xffff) / 65536 - 0.5f;
-    to[i] = from_acc<T>(value * 1.7f);
-  }
+bool is_same(const Plan& a, const Plan& b) { return columns_of(a) == columns_of(b); }
+
+double predicted_us(const Op& op, const DeviceLimits& limits, const Plan& plan) {
+  return plan.schedule == Schedule::stream ? predicted_stream_us(limits, plan)
+                                           : predicted_two_phase_us(op.request(), limits, plan);
 }
 
-// Counts elements that differ by more than the rounding of T and of the statistics.
-template <class T>
-__global__ void compare(const T* a, const T* b, int64_t count, unsigned long long* wrong) {
-  constexpr float tolerance = sizeof(T) == 2 ? 1 / 64.0f : 1e-5f;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    const float x = to_acc(a[i]), y = to_acc(b[i]);
-    if (!(fabsf(x - y) <= tolerance * (fabsf(y) + 0.1f))) atomicAdd(wrong, 1ull);
-  }
-}
-
-class Bench {
+// Runs the plans of ops from a given number on.
+class Worker {
  public:
-  Bench() {
-    FASTBN_CHECK(cuda::device_limits(0, &limits_));
-    for (void** tensor : {&input_, &residual_, &grad_out_, &result_, &expected_, &grad_residual_})
-      FASTBN_CHECK(cudaMalloc(tensor, tensor_bytes));
-    FASTBN_CHECK(cudaMalloc(&mask_, tensor_bytes / 8));
-    FASTBN_CHECK(cudaMalloc(&vectors_, 8 * max_channels * sizeof(double)));
-    FASTBN_CHECK(cudaMalloc(&workspace_, workspace_bytes));
-    FASTBN_CHECK(cudaMalloc(&flush_, flush_bytes));
-    FASTBN_CHECK(cudaMemset(flush_, 0, flush_bytes));
-    FASTBN_CHECK(cudaMalloc(&counter_, sizeof *counter_));
-    FASTBN_CHECK(cudaStreamCreate(&stream_));
-    for (int i = 0; i < samples; ++i) {
-      FASTBN_CHECK(cudaEventCreate(&begin_[i]));
-      FASTBN_CHECK(cudaEventCreate(&end_[i]));
-    }
-  }
+  Worker(const Options& options, std::vector<Op> ops, Clock::time_point start)
+      : options_(options), ops_(std::move(ops)), start_(start) {}
 
-  template <class T>
-  void run(DType dtype, const char* dtype_name, const std::string& wanted) {
-    int64_t seed = 0;
-    for (void* tensor : {input_, residual_, grad_out_})
-      fill<<<1024, 256, 0, stream_>>>(static_cast<T*>(tensor), tensor_bytes / int64_t(sizeof(T)), seed += 1 << 20,
-                                      0.3f);
-    for (const Layout& layout : make_layouts()) {
-      char name[100];
-      std::snprintf(name, sizeof name, "%lld,%lld,%lld", static_cast<long long>(layout.outer),
-                    static_cast<long long>(layout.channels), static_cast<long long>(layout.inner));
-      if (std::string(name).rfind(wanted, 0) != 0) continue;
-      const double copy_us =
-          time([&] {
-            return cudaMemcpyAsync(result_, input_, layout.numel() * sizeof(T), cudaMemcpyDeviceToDevice, stream_);
-          }).first;
-      for (Direction direction : {Direction::forward, Direction::backward})
-        for (Epilogue epilogue : {none, relu, add_relu}) {
-          const std::string prefix = std::string(name) + "," + dtype_name + "," +
-                                     (direction == Direction::forward ? "forward" : "backward") + "," +
-                                     epilogue_names[epilogue];
-          run_plans<T>(layout, dtype, direction, epilogue, prefix, copy_us);
-        }
+  void operator()(int64_t begin, Progress& progress) {
+    limits_ = limits_here();
+    int64_t index = 0, number = 0;
+    for (const Op& op : ops_) {
+      turn_ = number++ % options_.every;
+      std::vector<Plan> plans = plans_of(op, limits_);
+      const Plan two_phase = plans[0], chosen = choose_plan(op.request(), limits_);
+      if (options_.planned) plans = {chosen};
+      const int64_t first = index;
+      index += int64_t(plans.size());
+      if (index <= begin) continue;
+      if (seconds_since(start_) > options_.seconds) break;
+      switch (op.dtype) {
+        case DType::float32: run(floats_, op, plans, two_phase, chosen, first, begin, progress); break;
+        case DType::bfloat16: run(bfloats_, op, plans, two_phase, chosen, first, begin, progress); break;
+        case DType::float16: run(halves_, op, plans, two_phase, chosen, first, begin, progress); break;
+        case DType::float64: std::abort();
+      }
+      if (progress.out_of_time) break;
     }
+    if (seconds_since(start_) > options_.seconds) progress.out_of_time = true;
   }
 
  private:
   template <class T>
-  void run_plans(const Layout& layout, DType dtype, Direction direction, Epilogue epilogue, const std::string& prefix,
-                 double copy_us) {
-    const bool backward = direction == Direction::backward,
-               masked = epilogue == add_relu && layout.run() % vec_size == 0;
-    Request request{layout, dtype, direction};
-    request.activation = epilogue == none ? Activation::none : Activation::relu;
-    request.masked = masked;
-    request.residual = epilogue == add_relu && (!backward || !masked);
-
-    std::vector<double> values(8 * layout.channels, 1);
-    FASTBN_CHECK(cudaMemcpy(vectors_, values.data(), values.size() * sizeof(double), cudaMemcpyHostToDevice));
-    const auto vector = [&](int i) { return vectors_ + i * layout.channels; };
-    const auto channel_vector = [&](int i) { return ChannelVector{vector(i), DType::float64}; };
-    ForwardParams forward;
-    forward.layout = layout;
-    forward.dtype = dtype;
-    forward.activation = request.activation;
-    forward.input = input_;
-    forward.residual = epilogue == add_relu ? residual_ : nullptr;
-    forward.mask = masked ? mask_ : nullptr;
-    forward.mean = vector(0);
-    forward.inv_std = vector(1);
-    forward.weight = channel_vector(2);
-    forward.bias = channel_vector(3);
-    forward.running_mean = channel_vector(4);
-    forward.running_var = channel_vector(5);
-    forward.momentum = 0.1;
-    forward.eps = 1e-5;
-    BackwardParams params;
-    params.layout = layout;
-    params.dtype = dtype;
-    params.activation = request.activation;
-    params.grad_out = grad_out_;
-    params.input = input_;
-    params.residual = epilogue == add_relu && !masked ? residual_ : nullptr;
-    params.mask = forward.mask;
-    params.weight = forward.weight;
-    params.bias = forward.bias;
-    params.mean = forward.mean;
-    params.inv_std = forward.inv_std;
-    params.grad_residual = epilogue == add_relu ? grad_residual_ : nullptr;
-    params.grad_weight = channel_vector(6);
-    params.grad_bias = channel_vector(7);
-    const auto run = [&](const Plan& plan, void* to) {
-      forward.output = params.grad_input = to;
-      return backward ? cuda::backward(params, plan, workspace_, stream_)
-                      : cuda::forward(forward, plan, workspace_, stream_);
-    };
-
-    const std::vector<Plan> plans = make_plans(request, limits_);
-    if (backward) {  // its statistics and mask
-      Request first = request;
-      first.direction = Direction::forward;
-      forward.output = result_;
-      FASTBN_CHECK(cuda::forward(forward, make_plans(first, limits_)[0], workspace_, stream_));
+  void run(std::unique_ptr<Runner<T>>& runner, const Op& op, const std::vector<Plan>& plans, const Plan& two_phase,
+           const Plan& chosen, int64_t first, int64_t begin, Progress& progress) {
+    if (!runner) {
+      int64_t numel = 0, channels = 0;
+      for (const Op& other : ops_) {
+        if (other.dtype != op.dtype) continue;
+        numel = std::max(numel, other.layout.numel());
+        channels = std::max(channels, other.layout.channels);
+      }
+      runner = std::make_unique<Runner<T>>(limits_, numel, channels);
+      runner->wait();
     }
-    FASTBN_CHECK(run(plans[0], expected_));  // in two phases
-    for (const Plan& plan : plans) {
-      if (cuda::workspace_bytes(plan, params) > workspace_bytes) continue;
-      FASTBN_CHECK(cudaMemsetAsync(result_, 0xff, layout.numel() * sizeof(T), stream_));
-      FASTBN_CHECK(cudaMemsetAsync(counter_, 0, sizeof *counter_, stream_));
-      FASTBN_CHECK(run(plan, result_));
-      compare<<<1024, 256, 0, stream_>>>(static_cast<T*>(result_), static_cast<T*>(expected_), layout.numel(),
-                                         counter_);
-      unsigned long long wrong = 0;
-      FASTBN_CHECK(cudaMemcpyAsync(&wrong, counter_, sizeof wrong, cudaMemcpyDeviceToHost, stream_));
-      const auto [us, min_us] = time([&] { return run(plan, result_); });
-      const char* schedules[] = {"two_phase"};
-      std::printf("%s,%s,%s,%d,%d,%d,%d,%d,%.2f,%.2f,%llu,%.2f\n", prefix.c_str(),
-                  schedules[static_cast<int>(plan.schedule)],
-                  plan.kernel == Kernel::row_tiles ? "row_tiles" : "channel_tiles", plan.fold, plan.vectors_per_row,
-                  plan.channels_per_tile, plan.groups, plan.splits, us, min_us, wrong, copy_us);
+    bool is_set = false;
+    double copy_us = 0;
+    for (int64_t i = std::max<int64_t>(begin - first, 0); i < int64_t(plans.size()); ++i) {
+      if (seconds_since(start_) > options_.seconds) {
+        progress.out_of_time = true;
+        return;
+      }
+      if (i % options_.every != turn_) continue;
+      const Plan& plan = plans[i];
+      const std::string columns = op.name() + "," + columns_of(plan) + "," + std::to_string(is_same(plan, chosen));
+      progress.begin(first + i, columns);
+      if (!is_set) {
+        runner->set(op, two_phase);
+        if (!options_.check && !options_.once) copy_us = runner->copy_us(op.layout);
+        is_set = true;
+      }
+      if (!runner->fits(plan)) continue;
+      if (options_.once) {
+        FASTBN_CHECK(runner->run(plan));
+        runner->wait();
+        std::puts(columns.c_str());
+      } else if (options_.check) {
+        check(*runner, plan, columns, progress);
+      } else {
+        const int64_t wrong = runner->compare_once(plan);
+        ++(wrong ? progress.wrong : progress.right);
+        const auto [us, min_us] = runner->time([&] { return runner->run(plan); });
+        std::printf("%s,%.2f,%.2f,%lld,%.2f,%.2f\n", columns.c_str(), us, min_us, static_cast<long long>(wrong),
+                    copy_us, predicted_us(op, limits_, plan));
+      }
+      std::fflush(stdout);
     }
-    std::fflush(stdout);
   }
 
-  // Returns the median and the minimum time, in microseconds.
-  template <class Run>
-  std::pair<double, double> time(Run run) {
-    for (int i = 0; i < samples; ++i) {
-      read_all<<<528, 512, 0, stream_>>>(static_cast<int4*>(flush_), flush_bytes / 16, static_cast<int*>(flush_));
-      FASTBN_CHECK(cudaEventRecord(begin_[i], stream_));
-      FASTBN_CHECK(run());
-      FASTBN_CHECK(cudaEventRecord(end_[i], stream_));
-    }
-    FASTBN_CHECK(cudaStreamSynchronize(stream_));
-    float ms[samples];
-    for (int i = 0; i < samples; ++i) FASTBN_CHECK(cudaEventElapsedTime(ms + i, begin_[i], end_[i]));
-    std::sort(ms, ms + samples);
-    return {1e3 * ms[samples / 2], 1e3 * ms[0]};
+  template <class T>
+  void check(Runner<T>& runner, const Plan& plan, const std::string& columns, Progress& progress) {
+    const Mistakes mistakes = runner.check(plan);
+    ++(mistakes.total() ? progress.wrong : progress.right);
+    if (mistakes.total() == 0) return;
+    const auto number = [](int64_t count) { return static_cast<long long>(count); };
+    std::printf("%s,%lld,%lld,%lld,%lld\n", columns.c_str(), number(mistakes.two_phase), number(mistakes.reference),
+                number(mistakes.channels), number(mistakes.unstable));
   }
 
-  static constexpr int64_t tensor_bytes = int64_t(16) * 64 * 512 * 512 * 4, workspace_bytes = int64_t(256) << 20;
-  static constexpr int64_t flush_bytes = int64_t(160) << 20, max_channels = 4096;
-  DeviceLimits limits_{"cuda", 0, 0, 0};
-  void *input_, *residual_, *grad_out_, *result_, *expected_, *grad_residual_, *workspace_, *flush_;
-  uint8_t* mask_;
-  double* vectors_;
-  unsigned long long* counter_;
-  cudaStream_t stream_;
-  cudaEvent_t begin_[samples], end_[samples];
+  const Options& options_;
+  const std::vector<Op> ops_;
+  const Clock::time_point start_;
+  int64_t turn_ = 0;  // of the plans of an op
+  DeviceLimits limits_{"", 0, 0, 0};
+  std::unique_ptr<Runner<float>> floats_;
+  std::unique_ptr<Runner<bfloat16>> bfloats_;
+  std::unique_ptr<Runner<float16>> halves_;
 };
 
+int run(const Options& options) {
+  Progress& progress = shared_progress();
+  Worker worker(options, ops_of(options), Clock::now());
+  std::printf("outer,channels,inner,dtype,direction,epilogue,%s,planned%s\n", plan_columns,
+              options.once ? ""
+              : options.check
+                  ? ",differs_from_two_phase,differs_from_reference,wrong_channel_values,differs_in_second_run"
+                  : ",us,min_us,wrong,copy_us,predicted_us");
+  bool complete = true;
+  if (options.in_process) {
+    worker(options.begin, progress);
+  } else {
+    complete = supervise(options.begin, options.plan_seconds, progress, std::ref(worker),
+                         [&](const Progress& at, const char* what) {
+                           const char* rest = options.check ? "%s,%s,,,\n" : "%s,nan,nan,%s,nan,nan\n";
+                           std::printf(rest, at.name, what);
+                         });
+  }
+  const auto number = [](const std::atomic<int64_t>& count) { return static_cast<long long>(count); };
+  std::fflush(stdout);
+  std::fprintf(stderr, "%lld plans are right, %lld wrong, %lld failed, %lld hung%s%s\n", number(progress.right),
+               number(progress.wrong), number(progress.failed), number(progress.hung),
+               progress.out_of_time ? "; out of time after plan " : "",
+               progress.out_of_time ? std::to_string(progress.plan).c_str() : "");
+  return complete && progress.wrong + progress.failed + progress.hung == 0 ? 0 : 1;
+}
+
+}  // namespace
 }  // namespace fastbn::bench
 
-// Build and run:
-//   nvcc -std=c++20 -O3 -arch=native -Icsrc bench/plans.cu csrc/cuda/*.cu csrc/cuda/kernels/*.cu -o plans
-//   ./plans > plans.csv
-//   ./plans 128,64,    only shapes whose "outer,channels,inner" starts with the argument, for a profiler
-int main(int argc, char** argv) {
-  const std::string wanted = argc > 1 ? argv[1] : "";
-  fastbn::bench::Bench bench;
-  std::puts(
-      "outer,channels,inner,dtype,direction,epilogue,schedule,kernel,fold,vectors_per_row,channels_per_tile,groups,"
-      "splits,us,min_us,wrong,copy_us");
-  bench.run<fastbn::bfloat16>(fastbn::DType::bfloat16, "bfloat16", wanted);
-  bench.run<float>(fastbn::DType::float32, "float32", wanted);
-}
+int main(int argc, char** argv) { return fastbn::bench::run(fastbn::bench::parse(argc, argv)); }

@@ -24,7 +24,7 @@ from fastbn.cli.arguments import check_directory, check_file
 from fastbn.cli.errors import CommandError, RunError, device, reason, require
 
 # Seconds per implementation. The CPU suite has to end within a quarter of an hour, at the price of noisier ratios.
-SECONDS = {"quick": 0.15, "cpu": 0.08, "gpu": 0.15}
+SECONDS = {"quick": 0.15, "cpu": 0.08, "gpu": 0.15, "visit": 0.15}
 SAVE_EVERY_SECONDS = 10.0
 # A regression is reported after it was seen again this many times.
 CONFIRMATIONS = 2
@@ -34,6 +34,7 @@ NETWORKS = {
     "quick": (NetworkCase(batch=4, image_size=64),),
     "cpu": (NetworkCase(batch=4, image_size=224), NetworkCase(batch=8, image_size=224)),
     "gpu": tuple(NetworkCase(batch, image_size=224) for batch in (32, 128, 256)),
+    "visit": (),
 }
 PARTS = ("layers", "calls", "networks")
 REPORT = "report.md"
@@ -87,7 +88,7 @@ def _check_outputs(args) -> None:
 
 def _plan(args) -> tuple[Runner, list[Step]]:
     """Return a runner with empty results, and the steps that fill them."""
-    of_suite = {"cpu": "cpu", "gpu": "cuda"}.get(args.suite)
+    of_suite = {"cpu": "cpu", "gpu": "cuda", "visit": "cuda"}.get(args.suite)
     if of_suite and args.device not in (of_suite, None):
         raise CommandError(f"--device: expected {of_suite} or none for the {args.suite} suite, got {args.device}")
     where = device(of_suite or args.device or _fastest_device())

@@ -57,7 +57,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def suite(name: str) -> list[Workload]:
-    """Return the workloads of the suite cpu, gpu or quick, the most informative first."""
+    """Return the workloads of a suite, the most informative first."""
     return list(dict.fromkeys(_SUITES[name]()))
 
 
@@ -121,7 +121,27 @@ def _gpu() -> list[Workload]:
     ]
 
 
-_SUITES = {"cpu": _cpu, "gpu": _gpu, "quick": _quick}
+def _visit() -> list[Workload]:
+    """Return twelve workloads that tell most about a GPU, with torch.compile: over 80 MB, 20 to 80 MB, 14 x 14, 7 x 7,
+    channels_last, after an addition, and in float32."""
+    large, middle, images14, images7 = (
+        _in_layouts("resnet50", (128, channels, size, size))
+        for channels, size in ((512, 28), (256, 28), (1024, 14), (2048, 7))
+    )
+    half, forward, backward = (torch.bfloat16,), _named("train"), _named("train_backward")
+    added = _named("train_backward+add+relu")
+    return [
+        *_cross(large[:1], half, (*forward, *backward), compiled=True),
+        *_cross(images14[:1], half, (*forward, *backward), compiled=True),
+        *_cross(images14[1:], half, (*forward, *backward), compiled=True),
+        *_cross(middle, half, backward, compiled=True),
+        *_cross(images7[:1], half, backward, compiled=True),
+        *_cross(images14, half, added, compiled=True),
+        *_cross(middle[:1], (torch.float32,), backward, compiled=True),
+    ]
+
+
+_SUITES = {"cpu": _cpu, "gpu": _gpu, "quick": _quick, "visit": _visit}
 SUITES = tuple(_SUITES)
 
 

@@ -24,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _NOTE
     what = parser.add_argument_group("what to measure")
-    suites = "quick: a few cases, under 2 minutes; cpu, gpu: all cases for such a machine (default: quick)"
-    what.add_argument("--suite", choices=["quick", "cpu", "gpu"], default="quick", help=suites)
+    suites = (
+        "quick: a few cases, under 2 minutes; cpu, gpu: all cases for such a machine; "
+        "visit: twelve cases for a GPU, with torch.compile (default: quick)"
+    )
+    what.add_argument("--suite", choices=["quick", "cpu", "gpu", "visit"], default="quick", help=suites)
     what.add_argument(
         "--part",
         action="append",

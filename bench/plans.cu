@@ -207,8 +207,13 @@ class Worker {
 };
 
 int run(const Options& options) {
+  const std::vector<Op> ops = ops_of(options);
+  if (ops.empty()) {
+    std::fputs("no op is as the arguments say\n", stderr);
+    return 2;
+  }
   Progress& progress = shared_progress();
-  Worker worker(options, ops_of(options), Clock::now());
+  Worker worker(options, ops, Clock::now());
   std::printf("outer,channels,inner,dtype,direction,epilogue,%s,planned%s\n", plan_columns,
               options.once ? ""
               : options.check

@@ -9,7 +9,7 @@
 #   build         60 s  the rest of the extension's build
 #   parity        25 s  pytest: the ops that stream plans serve, through torch
 #   visit         35 s  visit.cu, where a folder with it was brought along
-#   plans         60 s  plans: times of all plans
+#   plans         60 s  plans: times of all plans, and a table of the shares of a copy's bandwidth
 #   refit         15 s  the constants of bench/model, fitted to some of these times; to all, it needs no GPU
 #   tests         45 s  pytest -m gpu
 #   memcheck      30 s  compute-sanitizer over small shapes
@@ -17,8 +17,8 @@
 #   bench         65 s  the suite visit: fastbn, torch and torch.compile in turns
 #   racecheck           compute-sanitizer again, in what is left
 #
-#   OUT       where results go (default: .build/gpu_report): summary.txt, log.txt, plans.csv, visit.csv, ncu.csv,
-#             results.json, report.tar.gz, each as soon as it exists
+#   OUT       where results go (default: .build/gpu_report): summary.txt, log.txt, plans.csv, shares.txt, visit.csv,
+#             ncu.csv, results.json, report.tar.gz, each as soon as it exists
 #   DEVICE    cuda, or cpu to try the script without a GPU (default: cuda)
 #   PYTHON    an interpreter with torch, pytest, pytest-xdist, hypothesis, matplotlib, tqdm, scipy (default: python3)
 #   PLANS     bench/plans.cu, built already (default: built here, for NVCC_ARCH, by default native)
@@ -43,7 +43,7 @@ export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 EXTENSION=
 trap '[ -n "$EXTENSION" ] && kill "$EXTENSION" 2> /dev/null; rm -rf "$LOGS"' EXIT
 : > "$LOGS/status"
-rm -f "$OUT"/{summary.txt,log.txt,plans.csv,visit.csv,ncu.csv,results.json,report.tar.gz}
+rm -f "$OUT"/{summary.txt,log.txt,plans.csv,shares.txt,visit.csv,ncu.csv,results.json,report.tar.gz}
 readonly LEFT_OUT=77
 
 # leave_out WHY: ends a step that cannot run here.
@@ -163,6 +163,8 @@ plans() {
   # shellcheck disable=SC2046
   "$PLANS" --plan-seconds 3 --seconds "$((LIMIT - 5))" $(size_of_ops 3,5,16) >> "$OUT/plans.csv"
   local status=$?
+  "$PYTHON" -m bench.plan_shares "$OUT/plans.csv" > "$OUT/shares.txt"
+  head -n 40 "$OUT/shares.txt"
   echo "$(($(wc -l < "$OUT/plans.csv") - 2)) rows"
   return "$status"
 }
@@ -233,7 +235,7 @@ bench() {
 }
 
 # last NAME COUNT: prints the last lines of a step's log.
-last() { [ -f "$LOGS/$1" ] && tr '\r' '\n' < "$LOGS/$1" | grep -v '^ *$' | tail -n "$2" | cut -c1-200; }
+last() { [ -f "$LOGS/$1" ] && tr '\r' '\n' < "$LOGS/$1" | grep -v '^ *$' | tail -n "$2" | cut -c1-160; }
 
 summarise() {
   local part
@@ -242,7 +244,7 @@ summarise() {
   while IFS='|' read -r name outcome seconds; do
     printf '%-11s %-30s %4s s\n' "$name" "$outcome" "$seconds"
   done < "$LOGS/status"
-  for part in "check 6" "parity 4" "visit 2" "plans 3" "refit 30" "tests 6" "memcheck 6" "counters 4" "racecheck 4" "bench 24"; do
+  for part in "check 6" "parity 4" "visit 2" "plans 42" "refit 20" "tests 6" "memcheck 6" "counters 4" "racecheck 4" "bench 24"; do
     [ -f "$LOGS/${part% *}" ] || continue
     printf -- '-- %s\n' "${part% *}"
     last "${part% *}" "${part#* }"

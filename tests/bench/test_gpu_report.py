@@ -19,6 +19,7 @@ case "$*" in
   *tests/ops/test_ops.py*) echo "7 passed" ;;
   *"-m pytest"*) echo "test_first PASSED"; exec sleep 600 ;;
   *"-m bench.model"*) echo "launch_us 3.5" ;;
+  *"-m bench.plan_shares"*) echo "stream 0.9" ;;
   *"-m bench "*)
     while [ "$1" != --json ]; do shift; done
     echo '{"measurements": []}' > "$2"
@@ -96,7 +97,14 @@ def test_a_step_that_fails_or_hangs_loses_no_other(tmp_path):
     assert (out / "ncu.csv").read_text().splitlines() == ['"0","stream_forward_kernel","42"'] * 3
     assert (out / "results.json").exists() and (out / "report.tar.gz").exists()
     log = (out / "log.txt").read_text()
-    for text in ("no compiler", "3,8,64,stream,hang", "7 passed", "test_first PASSED", "fastbn is faster"):
+    for text in (
+        "no compiler",
+        "3,8,64,stream,hang",
+        "7 passed",
+        "test_first PASSED",
+        "stream 0.9",
+        "fastbn is faster",
+    ):
         assert text in log
     summary = result.stdout.partition("==== summary")[2]
     assert "1 hung" in summary and "test_first PASSED" in summary and "fastbn is faster" in summary

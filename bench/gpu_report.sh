@@ -4,7 +4,7 @@
 #
 #   step       at most  what
 #   machine       15 s  GPU, driver, versions
-#   kernels       60 s  nvcc: bench/plans.cu, for the GPU that is here alone; the extension builds beside it
+#   kernels       40 s  nvcc: bench/plans.cu, for the GPU that is here alone; the extension builds beside it
 #   check         40 s  plans --check: every kind of stream plan against two phases and float64; a plan that hangs is named
 #   build         60 s  the rest of the extension's build
 #   parity        25 s  pytest: the ops that stream plans serve, through torch
@@ -14,7 +14,7 @@
 #   tests         45 s  pytest -m gpu
 #   memcheck      30 s  compute-sanitizer over small shapes
 #   counters      25 s  ncu: those of three stream kernels
-#   bench         65 s  the suite visit: fastbn, torch and torch.compile in turns
+#   bench         85 s  the suite visit: fastbn, torch and torch.compile in turns
 #   racecheck           compute-sanitizer again, in what is left
 #
 #   OUT       where results go (default: .build/gpu_report): summary.txt, log.txt, plans.csv, shares.txt, visit.csv,
@@ -108,13 +108,18 @@ compile() {
   nvcc -std=c++20 -O3 -lineinfo -arch="${NVCC_ARCH:-native}" -Icsrc -c "$1" -o "$LOGS/objects/$(echo "$1" | tr / _).o"
 }
 
+# Builds what the step `visit` runs.
+visit_program() { nvcc -std=c++20 -O3 -arch="${NVCC_ARCH:-native}" "$VISIT/visit.cu" -o "$LOGS/visit.program"; }
+
 kernels() {
   [ -n "$GIVEN_PLANS" ] && leave_out "PLANS is $PLANS"
   command -v nvcc > /dev/null || leave_out "no nvcc"
   mkdir -p "$LOGS/objects"
+  [ -f "$VISIT/visit.cu" ] && visit_program &
   printf '%s\n' bench/plans.cu csrc/cuda/kernels/*.cu csrc/cuda/*.cu |
     xargs -P "$(nproc)" -I{} bash -c 'compile {}' || return
-  nvcc -arch="${NVCC_ARCH:-native}" "$LOGS"/objects/*.o -o "$PLANS"
+  nvcc -arch="${NVCC_ARCH:-native}" "$LOGS"/objects/*.o -o "$PLANS" || return
+  wait  # the step `visit` tells of a failure there
 }
 
 # Fails a step that needs bench/plans.cu.
@@ -150,8 +155,8 @@ tests() { gpu_tests; }
 visit() {
   [ -f "$VISIT/visit.cu" ] || leave_out "no $VISIT/visit.cu"
   command -v nvcc > /dev/null || leave_out "no nvcc"
-  nvcc -std=c++20 -O3 -arch="${NVCC_ARCH:-native}" "$VISIT/visit.cu" -o "$LOGS/visit.program" || return
-  "$LOGS/visit.program" > "$OUT/visit.csv"
+  [ -x "$LOGS/visit.program" ] || visit_program || return
+  stdbuf -oL "$LOGS/visit.program" > "$OUT/visit.csv"
   local status=$?
   echo "$(wc -l < "$OUT/visit.csv") lines"
   return "$status"
@@ -257,7 +262,7 @@ export OUT DEVICE PYTHON SECONDS_IN_ALL LOGS PLANS GIVEN_PLANS VISIT LEFT_OUT
 timeout --signal=TERM --kill-after=5 "$SECONDS_IN_ALL" bash -c extension_behind &
 EXTENSION=$!
 step machine 15
-step kernels 60
+step kernels 40
 step check 40
 step build 60
 step parity 25
@@ -267,7 +272,7 @@ step refit 15
 step tests 45
 step memcheck 30
 step counters 25
-step bench 65
+step bench 85
 [ -d "$LOGS/report" ] && tar -czf "$OUT/report.tar.gz" -C "$LOGS" report
 step racecheck "$SECONDS_IN_ALL"
 

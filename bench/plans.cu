@@ -105,7 +105,7 @@ DeviceLimits limits_here() {
 bool is_same(const Plan& a, const Plan& b) { return columns_of(a) == columns_of(b); }
 
 double predicted_us(const Op& op, const DeviceLimits& limits, const Plan& plan) {
-  return plan.schedule == Schedule::stream ? predicted_stream_us(limits, plan)
+  return plan.schedule == Schedule::stream ? predicted_stream_us(op.request(), limits, plan)
                                            : predicted_two_phase_us(op.request(), limits, plan);
 }
 

@@ -154,8 +154,9 @@ inline std::string columns_of(const Plan& plan) {
   std::snprintf(text, sizeof text, "%s,%s,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%g,%g", streams ? "stream" : "two_phase",
                 plan.kernel == Kernel::row_tiles ? "row_tiles" : "channel_tiles", plan.fold, plan.vectors_per_row,
                 plan.channels_per_tile, plan.tiles, plan.groups, plan.splits, streams ? plan.splits : plan.last_splits,
-                stream.ahead, stream.chunks, stream.chunks_per_tile, stream.tensors * stream.chunk_vectors * 16,
-                stream.tensors, plan.tensor_reads, plan.tensor_writes);
+                stream.ahead, stream.ring_tiles * stream.chunks_per_tile, stream.chunks_per_tile,
+                stream.tensors * stream.vectors_per_split * 16 / std::max(stream.chunks_per_tile, 1), stream.tensors,
+                plan.tensor_reads, plan.tensor_writes);
   return text;
 }
 

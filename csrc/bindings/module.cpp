@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -118,7 +119,11 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   result["ahead"] = stream.ahead;
   result["ring_tiles"] = stream.ring_tiles;
   result["chunks_per_tile"] = stream.chunks_per_tile;
-  result["part_bytes"] = stream.tensors * stream.vectors_per_split * int64_t(sizeof(Bytes16));
+  const int64_t part_bytes = stream.tensors * stream.vectors_per_split * int64_t(sizeof(Bytes16));
+  result["part_bytes"] = part_bytes;
+  // The same as the timing model (bench/model) counts it: chunks of equal size.
+  result["chunks"] = stream.ring_tiles * stream.chunks_per_tile;
+  result["chunk_bytes"] = part_bytes / std::max(stream.chunks_per_tile, 1);
   result["launches"] = chosen.launches;
   result["tensor_reads"] = chosen.tensor_reads;
   result["tensor_writes"] = chosen.tensor_writes;

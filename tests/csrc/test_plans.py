@@ -60,14 +60,19 @@ def _streams(plan: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("direction, reads", [("forward", 1), ("backward", 2)])
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 def test_activations_of_which_a_tile_fits_on_chip_are_read_once(memory_format, direction, reads):
-    """A tile is one channel of a contiguous activation, and at least 64 bytes per row of a channels_last one."""
+    """A tile is one channel of a contiguous activation, and at least 64 bytes per row of a channels_last one.
+
+    Memory idles while a tile that fills the chip is summed, so that two phases may be predicted to be faster.
+    """
     on_chip = H200_SMS * 192 * 1024  # of the 227 KB of a block; numbers per channel and sums take the rest
     for shape in CASES:
         batch, _, size, _ = shape
         plan = _plan(shape, memory_format, direction)
         tile_bytes = batch * size**2 * reads * (2 if memory_format == CONTIGUOUS else 64)
         once = plan["launches"] == 1
-        assert once == _streams(plan) == (tile_bytes <= on_chip), shape
+        assert once == _streams(plan), shape
+        if tile_bytes <= 0.95 * on_chip or tile_bytes > on_chip:
+            assert once == (tile_bytes <= on_chip), shape
         assert plan["tensor_reads"] == (reads if once else 2 * reads), shape
         assert plan["launches"] in (1, 3), shape
     once = [shape for shape in CASES if _plan(shape, memory_format, direction)["launches"] == 1]
@@ -78,10 +83,7 @@ def test_activations_of_which_a_tile_fits_on_chip_are_read_once(memory_format, d
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 def test_stream_plans_keep_the_sms_busy(memory_format, direction):
-    """At least 95 % of the SMs have a block, and the mean of tiles per SM is at least 95 % of the maximum.
-
-    The exception is a tensor of 1.6 MB: a tile of 196 KB is too small for more splits of at least 4 KB.
-    """
+    """At least 95 % of the SMs have a block, and the mean of tiles per SM is at least 95 % of the maximum."""
     idle = set()
     for shape in CASES:
         plan = _plan(shape, memory_format, direction)
@@ -93,7 +95,7 @@ def test_stream_plans_keep_the_sms_busy(memory_format, direction):
         mean_tiles = plan["tiles"] * plan["splits"] / H200_SMS
         if blocks < 0.95 * H200_SMS or mean_tiles < 0.95 * max_tiles:
             idle.add(shape)
-    assert idle == ({(32, 512, 7, 7)} if memory_format == CHANNELS_LAST else set())
+    assert not idle
 
 
 def _many_shapes():

@@ -113,12 +113,15 @@ def loaded_tensors(kernel: Kernel) -> int:
 def vectors_of(path: Iterable[Instruction], kernel: Kernel) -> float:
     """Return how many vectors of 8 a thread processes on a path, by the bytes of its accesses.
 
-    They are those that it stores to global memory; else those that it copies from there, or loads in accesses of 16
-    bytes, of each of the kernel's tensors. What runs under a predicate does not count, and where some copies do, those
-    that do not are of one tensor.
+    They are those that a stream kernel loads from its ring; else those that it stores to global memory; else those that
+    it copies from there, or loads in accesses of 16 bytes, of each of the kernel's tensors. What runs under a predicate
+    does not count, and where some copies do, those that do not are of one tensor.
     """
     path = list(path)
     always = [instruction for instruction in path if not instruction.predicate]
+    from_ring = sum(access_bytes(i) for i in always if i.name == "LDS" and access_bytes(i) == ACCESS_BYTES)
+    if kernel.kind.startswith("stream") and from_ring:
+        return from_ring / (VECTOR_ELEMENTS * ELEMENT_BYTES[kernel.dtype] * loaded_tensors(kernel))
     stored = sum(access_bytes(i) for i in always if i.name in ("STG", "ST"))
     copied = sum(access_bytes(i) for i in always if i.name == "LDGSTS")
     loaded = sum(access_bytes(i) for i in always if i.name in ("LDS", "LDG", "LD") and access_bytes(i) == ACCESS_BYTES)

@@ -77,7 +77,7 @@ def test_activations_of_which_a_tile_fits_on_chip_are_read_once(memory_format, d
         assert plan["launches"] in (1, 3), shape
     once = [shape for shape in CASES if _plan(shape, memory_format, direction)["launches"] == 1]
     assert len(once) == len(CASES) or memory_format == CHANNELS_LAST
-    assert len(once) >= 3 * len(CASES) / 4
+    assert len(once) > len(CASES) / 2
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -117,8 +117,8 @@ void for_each_stream_ring(const Request& request, const DeviceLimits& limits, co
     Plan plan = tiled;
     plan.groups = groups;
     set_stream_splits(std::max<int64_t>(splits, 1), plan);
-    // The ring holds the tiles that are ahead, the one that is written and, if it can, one more, into which the next tile
-    // is loaded meanwhile. Where the most tiles ahead leave no room for that, one less may be faster.
+    // The ring holds the tiles that are ahead, the one that is written and, if it can, one more, into which the next
+    // tile is loaded meanwhile. Where the most tiles ahead leave no room for that, one less may be faster.
     int most = -1;
     for (int ahead = std::min(max_ahead, rounds - 1); ahead >= 0; --ahead) {
       if (!set_ring(request, ahead, limits.shared_bytes_per_block, plan)) continue;

@@ -53,9 +53,9 @@ class StreamConsumer {
   FASTBN_DEVICE int threads() const { return threads(plan_); }  // from one of a thread's vectors to the next
   FASTBN_DEVICE bool has_vectors(int width) const { return !by_rows || (thread() < threads() && column_ < width); }
 
-  // Visits the vectors of a tile to be summed: calls load(where, u) for `batch` of them and then use(where,
-  // item) for each, where `u` counts those of a chunk and `where` is the vector in the ring. A batch of 0 is for long
-  // bodies: the loop over a chunk stays rolled, and u is 0.
+  // Visits the vectors of a tile to be summed: calls load(where, u) for `batch` of them and then use(where, item) for
+  // each, where `u` counts those of a chunk and `where` is the vector in the ring. A batch of 0 is for long bodies: the
+  // loop over a chunk stays rolled, and u is 0.
   template <int batch, class Load, class Use>
   FASTBN_DEVICE void sum_tile(const RingPosition& tile, int width, Load load, Use use) const {
     visit_tile<batch>(
@@ -73,7 +73,7 @@ class StreamConsumer {
         });
   }
 
-  // Leaves the thread's sums for the finisher (StreamSums).
+  // Leaves the thread's sums for the finisher (add_partials).
   FASTBN_DEVICE void publish(const RingPosition& tile, float (&first)[accumulators], float (&second)[accumulators]) {
     FloatSums* const partials = ring_.partials(tile);
     if constexpr (!by_rows) {

@@ -21,7 +21,8 @@ class StreamTiles {
     vectors = left < plan.stream.vectors_per_split ? left : plan.stream.vectors_per_split;
   }
 
-  // Return what is a tile's in the tensor. The tiles of the group are group, group + groups, and so on.
+  // Return where a tile lies in the tensor, and its channels. The tiles of the group are group, group + groups, and so
+  // on.
   FASTBN_DEVICE int64_t offset(int tile) const { return int64_t(tile) * plan_.stream.row_vectors; }
   FASTBN_DEVICE int64_t first_channel(int tile) const { return int64_t(tile) * plan_.channels_per_tile; }
   FASTBN_DEVICE int channels(int tile) const {
@@ -47,8 +48,8 @@ class StreamTiles {
   const Plan& plan_;
 };
 
-// Returns the first vector of a tile. The compiler is not told how it came about, or it would add up offsets per
-// vector.
+// Returns the first vector of a tile, and hides where it comes from: the compiler would otherwise add up 64-bit offsets
+// for each vector.
 FASTBN_DEVICE Vec16* at_tile(void* tensor, int64_t offset) {
   return device::opaque_global(static_cast<Vec16*>(tensor) + offset);
 }

@@ -1,6 +1,6 @@
-// The streaming kernel of both directions: one block per SM, whose warps have roles and whose ring of chunks holds
-// several channel tiles. Tile k + ahead is summed before tile k is written, so that memory is busy while sums are added
-// up, exchanged and turned into coefficients. Backward and forward are the Op, which has what differs.
+// The streaming kernel of both directions: one block per SM, whose warps have roles and whose ring in shared memory
+// holds several channel tiles. Tile k + ahead is summed before tile k is written, so that memory is busy while sums are
+// added up, exchanged and turned into coefficients. Backward and forward are the Op, which has what differs.
 #pragma once
 
 #include "cuda/block/group_exchange.cuh"
@@ -19,7 +19,7 @@ constexpr int producer_warp = stream_consumer_warps, preparer_warp = producer_wa
 
 constexpr int max_stream_tensors = 3;
 
-// The tensors that go through the ring, in the order in which a chunk has them.
+// The tensors that go through the ring, in the order in which a part has them.
 struct StreamTensors {
   const void* data[max_stream_tensors];
 };

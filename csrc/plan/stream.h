@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "math/affine.h"
-#include "math/grad_coefficients.h"
 #include "math/layout.h"
 #include "math/sums.h"
 #include "math/types.h"
@@ -39,7 +38,7 @@ struct alignas(8) FloatSums {
   float first, second;
 };
 
-// What the preparer loads per channel.
+// What finishers need per channel beside its sums.
 struct ForwardChannel {
   double weight, bias;
   float pivot;
@@ -50,22 +49,32 @@ struct BackwardChannel {
   float pivot;
 };
 
+// The fields of consumers: arrays of a float per channel, so that a thread loads those of neighbouring channels at once
+// and without bank conflicts. An affine map has three. Those named after sums are there before a tile is summed, the
+// others before it is written.
+struct ForwardFields {
+  static constexpr int sum_pivot = 0, affine = 1, count = 4;
+};
+struct BackwardFields {
+  static constexpr int sum_pivot = 0, sum_affine = 1, affine = 4, slope = 7, mean_grad = 8, rest = 9, count = 10;
+};
+
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
 // The map of a block's shared memory. It has the numbers and the elements of ring_tiles tiles.
-template <class Channel, class Coefficients>
+template <class Channel, class Fields>
 struct StreamMap {
   SharedArray<uint64_t> full, empty;              // barriers per tile in the ring and chunk
   SharedArray<uint64_t> prepared, summed, ready;  // barriers per tile
   SharedArray<Sums> totals;                       // per finisher and channel of the tile
   SharedArray<Channel> channels;                  // per tile and channel
-  SharedArray<Coefficients> coefficients;         // per tile and channel
+  SharedArray<float> fields;                      // per tile: an array per field
   SharedArray<uint32_t> is_far;                   // per tile
   SharedArray<FloatSums> partials;                // per tile: those of all threads or warps
   SharedArray<Bytes16> ring;                      // per tile in the ring, tensor and vector of the part
-  int partials_per_tile;
+  int partials_per_tile, fields_per_tile;
 
   FASTBN_INLINE explicit StreamMap(const Plan& plan) {
     const StreamPlan& stream = plan.stream;
@@ -79,9 +88,10 @@ struct StreamMap {
     totals = {align16(ready.end()), stream_finishers * per_tile};
     channels = {totals.end(), tiles * per_tile};
     partials_per_tile = partials_of(plan);
-    partials = {channels.end(), tiles * partials_per_tile};
-    coefficients = {partials.end(), tiles * per_tile};
-    is_far = {coefficients.end(), tiles};
+    fields_per_tile = static_cast<int>(Fields::count * per_tile);
+    partials = {align16(channels.end()), tiles * partials_per_tile};
+    fields = {align16(partials.end()), tiles * fields_per_tile};
+    is_far = {fields.end(), tiles};
     ring = {align16(is_far.end()), tiles * stream.tensors * stream.vectors_per_split};
   }
 
@@ -98,8 +108,8 @@ struct StreamMap {
   static FASTBN_INLINE int64_t align16(int64_t offset) { return (offset + 15) / 16 * 16; }
 };
 
-using ForwardMap = StreamMap<ForwardChannel, Affine<float>>;
-using BackwardMap = StreamMap<BackwardChannel, GradCoefficients<float>>;
+using ForwardMap = StreamMap<ForwardChannel, ForwardFields>;
+using BackwardMap = StreamMap<BackwardChannel, BackwardFields>;
 
 inline int64_t stream_shared_bytes(const Plan& plan, Direction direction) {
   return direction == Direction::forward ? ForwardMap(plan).bytes() : BackwardMap(plan).bytes();

@@ -7,6 +7,7 @@
 #include "cuda/block/stream_ring.cuh"
 #include "cuda/block/stream_tiles.cuh"
 #include "cuda/block/vec16.cuh"
+#include "math/affine.h"
 
 namespace fastbn::cuda {
 
@@ -34,19 +35,45 @@ class StreamConsumer {
     }
   }
 
-  // Calls use(i, channel of the tile) for the channels of the thread's vectors. They are arbitrary where it has none.
-  template <class Use>
-  FASTBN_DEVICE void for_each_channel(Use use) const {
-    const int first = device::opaque(first_channel_), boundary = this->boundary(first);
-    FASTBN_UNROLL
-    for (int i = 0; i < channels; ++i) {
-      use(i, !by_rows ? 0 : plan_.stream.spans_runs ? first + (i >= boundary) : first + i);
+  // Loads `count` fields of the channels of the thread's vectors, from `field` on. They are arbitrary where it has no
+  // vectors. `next`: of the vector after the thread's, where both lie in one byte of a mask.
+  template <int count>
+  FASTBN_DEVICE void load_fields(const RingPosition& tile, int field, float (&values)[count][channels],
+                                 bool next = false) const {
+    const int stride = plan_.channels_per_tile;
+    const float* const fields = ring_.fields(tile) + field * stride;
+    const int first = by_rows ? device::opaque(first_channel_) : 0;
+    if constexpr (!by_rows) {
+      FASTBN_UNROLL
+      for (int i = 0; i < count; ++i) values[i][0] = fields[i * stride];
+    } else if (plan_.stream.spans_runs) {
+      const int boundary = this->boundary(first), second = first + (boundary < size);
+      FASTBN_UNROLL
+      for (int i = 0; i < count; ++i) {
+        const float left = fields[i * stride + first], right = fields[i * stride + second];
+        FASTBN_UNROLL
+        for (int j = 0; j < size; ++j) values[i][j] = j < boundary ? left : right;
+      }
+    } else {
+      FASTBN_UNROLL
+      for (int i = 0; i < count; ++i) {
+        FASTBN_UNROLL
+        for (int j = 0; j < size; j += 4) {
+          const auto four = device::load16(fields + i * stride + first + (next ? size : 0) + j);
+          FASTBN_UNROLL
+          for (int k = 0; k < 4; ++k) values[i][j + k] = four.element[k];
+        }
+      }
     }
   }
 
-  // Returns the channel of element `i` of the vector after the thread's, where both lie in one byte of a mask.
-  FASTBN_DEVICE int next_channel(int i) const {
-    return !by_rows ? 0 : plan_.stream.spans_runs ? first_channel_ : first_channel_ + size + i;
+  // Loads three neighbouring fields as the coefficients of an affine map.
+  FASTBN_DEVICE void load_affine(const RingPosition& tile, int field, Affine<float> (&affine)[channels],
+                                 bool next = false) const {
+    float values[3][channels];
+    load_fields(tile, field, values, next);
+    FASTBN_UNROLL
+    for (int i = 0; i < channels; ++i) affine[i] = {values[0][i], values[1][i], values[2][i]};
   }
 
   static FASTBN_DEVICE int thread() { return device::thread_index(); }
@@ -102,7 +129,9 @@ class StreamConsumer {
       if (thread() % device::kWarp < plan_.stream.row_vectors) {
         FloatSums* const mine = partials + thread() / device::kWarp * plan_.channels_per_tile + first_channel_;
         FASTBN_UNROLL
-        for (int i = 0; i < size; ++i) mine[i] = {first[i], second[i]};
+        for (int i = 0; i < size; i += 2) {
+          device::store16(&mine[i].first, {first[i], second[i], first[i + 1], second[i + 1]});
+        }
       }
     }
     device::sync_warp();

@@ -79,8 +79,8 @@ class StreamRing {
   FASTBN_DEVICE auto* channels(const RingPosition& tile) const {
     return map_.channels.in(memory()) + tile.slot * plan_.channels_per_tile;
   }
-  FASTBN_DEVICE auto* coefficients(const RingPosition& tile) const {
-    return map_.coefficients.in(memory()) + tile.slot * plan_.channels_per_tile;
+  FASTBN_DEVICE float* fields(const RingPosition& tile) const {
+    return map_.fields.in(memory()) + tile.slot * map_.fields_per_tile;
   }
   FASTBN_DEVICE FloatSums* partials(const RingPosition& tile) const {
     return map_.partials.in(memory()) + tile.slot * map_.partials_per_tile;

@@ -35,6 +35,19 @@ struct TileWork {
   int64_t offset;  // StreamTiles::offset
 };
 
+// The fields of a channel of a tile.
+struct FieldsOf {
+  float* fields;
+  int channel, stride;
+
+  FASTBN_DEVICE float& operator[](int field) const { return fields[field * stride + channel]; }
+  FASTBN_DEVICE void set_affine(int first, const Affine<float>& affine) const {
+    (*this)[first] = affine.pivot;
+    (*this)[first + 1] = affine.scale;
+    (*this)[first + 2] = affine.shift;
+  }
+};
+
 // Fills the ring. `start`, which all threads of the grid must reach, is called when the loads of the first tile are
 // under way, so that they hide it.
 template <int tensors, class Ring, class Start>
@@ -105,7 +118,8 @@ FASTBN_DEVICE void prepare(const Op& op, const Plan& plan, const StreamTiles& ti
     if (tile >= plan.stream.ring_tiles * plan.groups) ring.wait_free(position);
     const int channels = tiles.channels(tile);
     for (int channel = lane; channel < channels; channel += device::kWarp) {
-      ring.channels(position)[channel] = op.prepare(tiles.first_channel(tile) + channel);
+      ring.channels(position)[channel] = op.prepare(tiles.first_channel(tile) + channel,
+                                                    FieldsOf{ring.fields(position), channel, plan.channels_per_tile});
     }
     device::sync_warp();
     if (lane == 0) ring.arrive_prepared(position);
@@ -149,8 +163,8 @@ FASTBN_DEVICE void finish(const Op& op, const Layout& layout, const Plan& plan, 
         [&](int channel) { return op.sum_in_double(tiles, tile, ring.part(position), channel, prepared[channel]); });
     if (plan.splits > 1) exchange.all_reduce(k, message.slot, totals, channels, lane);
     for (int channel = lane; channel < channels; channel += device::kWarp) {
-      ring.coefficients(position)[channel] =
-          op.finish(first_channel + channel, prepared[channel], is_far, totals[channel]);
+      op.finish(prepared[channel], is_far, totals[channel],
+                FieldsOf{ring.fields(position), channel, plan.channels_per_tile});
     }
     if (lane == 0) ring.is_far(position) = is_far;
     device::sync_warp();

@@ -39,11 +39,15 @@ class StreamBackward {
 
   FASTBN_DEVICE StreamTensors tensors() const { return {params_.grad_out, params_.input, params_.residual}; }
 
-  FASTBN_DEVICE BackwardChannel prepare(int64_t channel) const {
+  FASTBN_DEVICE BackwardChannel prepare(int64_t channel, const FieldsOf& fields) const {
     const double mean = params_.mean[channel], inv_std = params_.inv_std[channel];
     const double weight = params_.weight.load_or(channel, 1);
     const auto affine = Affine<float>::make(mean, inv_std, weight, params_.bias.load_or(channel, 0));
-    return {mean, inv_std, weight, affine, sizeof(T) == sizeof(float) ? float_pivot_of(mean, inv_std) : affine.pivot};
+    // The pivot of the sums, which for half types is that of the elements.
+    const float pivot = sizeof(T) == sizeof(float) ? float_pivot_of(mean, inv_std) : affine.pivot;
+    fields[BackwardFields::sum_pivot] = pivot;
+    fields.set_affine(BackwardFields::sum_affine, affine);
+    return {mean, inv_std, weight, affine, pivot};
   }
   FASTBN_DEVICE bool is_far(const BackwardChannel& prepared) const { return is_far_from_one(prepared.inv_std); }
 
@@ -77,14 +81,16 @@ class StreamBackward {
     return sums;
   }
 
-  // Returns a channel's coefficients, and replaces its sums by what `save` writes: sum_grad and sum_grad_xhat.
-  FASTBN_DEVICE GradCoefficients<float> finish(int64_t, const BackwardChannel& prepared, bool is_far,
-                                               Sums& sums) const {
+  // Computes a channel's coefficients, and replaces its sums by what `save` writes: sum_grad and sum_grad_xhat.
+  FASTBN_DEVICE void finish(const BackwardChannel& prepared, bool is_far, Sums& sums, const FieldsOf& fields) const {
     const double mean = prepared.mean, inv_std = prepared.inv_std;
     sums.second = sum_grad_xhat_of(sums.first, sums.second, prepared.pivot, mean, inv_std);
     const auto grad = GradAffine<float>::make(mean, inv_std, prepared.weight, sums.first, sums.second,
                                               double(params_.layout.count()), is_far);
-    return {prepared.affine, grad.slope, grad.mean_grad, grad.rest};
+    fields.set_affine(BackwardFields::affine, prepared.affine);
+    fields[BackwardFields::slope] = grad.slope;
+    fields[BackwardFields::mean_grad] = grad.mean_grad;
+    fields[BackwardFields::rest] = grad.rest;
   }
   FASTBN_DEVICE void save(int64_t channel, const Sums& sums) const {
     save_grad_sums(params_, channel, sums.first, sums.second);
@@ -103,9 +109,14 @@ class StreamBackward {
   // recomputed takes a rolled loop: the compiler would load the second vector with the first.
   static constexpr int batch = Consumer::by_rows ? 1 : Consumer::unroll, rolled_batch = Consumer::by_rows ? 0 : batch;
 
-  // Returns the pivot of the sums, which for half types is that of the elements.
-  static FASTBN_DEVICE float pivot_of(const BackwardChannel& prepared) {
-    return sizeof(T) == sizeof(float) ? prepared.pivot : prepared.affine.pivot;
+  template <class Work>
+  static FASTBN_DEVICE void load_grad_affine(const Work& work, GradAffine<float> (&affine)[channels]) {
+    float values[6][channels];
+    work.consumer.load_fields(work.position, BackwardFields::affine, values);
+    FASTBN_UNROLL
+    for (int i = 0; i < channels; ++i) {
+      affine[i] = {values[0][i], values[3][i], values[4][i], values[5][i], values[1][i]};
+    }
   }
 
   struct Item {
@@ -128,12 +139,9 @@ class StreamBackward {
   FASTBN_DEVICE void sum(const Work& work) const {
     Consumer& consumer = work.consumer;
     Affine<float> affine[channels];
-    float pivot[channels];
-    consumer.for_each_channel([&](int i, int channel) {
-      const BackwardChannel& prepared = work.ring.channels(work.position)[channel];
-      affine[i] = prepared.affine;
-      pivot[i] = pivot_of(prepared);
-    });
+    float pivot[1][channels];
+    if constexpr (source == GradSource::relu) consumer.load_affine(work.position, BackwardFields::sum_affine, affine);
+    consumer.load_fields(work.position, BackwardFields::sum_pivot, pivot);
     // The bits of the mask are loaded a chunk ahead, since they come from memory and not from the ring.
     uint32_t bits[Consumer::unroll] = {};
     int next = consumer.thread();
@@ -152,6 +160,8 @@ class StreamBackward {
         for (int u = 0; u < Consumer::unroll; ++u) fetch(u);
       }
     }
+    // The pivot of the elements serves half types, and is in a register already where relu is recomputed.
+    constexpr bool has_own_pivot = source != GradSource::relu || sizeof(T) == sizeof(float);
     float sums[n] = {}, shifted[n] = {};
     // hot loop: sums
     consumer.template sum_tile<source == GradSource::relu ? rolled_batch : batch>(
@@ -178,7 +188,7 @@ class StreamBackward {
               grad[i] = activation_backward(Relu(), z, grad[i], 0.0f);
             }
             sums[i % n] += grad[i];
-            shifted[i % n] += grad[i] * (x - pivot[i % channels]);
+            shifted[i % n] += grad[i] * (x - (has_own_pivot ? pivot[0][i % channels] : affine[i % channels].pivot));
           }
           if constexpr (source != GradSource::grad_out) store_vec16(where, vec16_of<T>(grad));
         });
@@ -189,19 +199,18 @@ class StreamBackward {
   template <class Work>
   FASTBN_DEVICE void sum_by_formula(const Work& work) const {
     Consumer& consumer = work.consumer;
-    const BackwardChannel* const prepared = work.ring.channels(work.position);
     float sums[n] = {}, shifted[n] = {};
     consumer.walk.restart();
     consumer.template sum_tile<0>(
         work.position, work.width, [&](const Vec16* where, int) { return load_all(consumer, where); },
         [&](Vec16*, const Item& item) {
-          float grad[size], pivot[channels];
-          grad_z(consumer, item, work.offset, [&](int channel) { return prepared[channel].affine; }, grad);
-          consumer.for_each_channel([&](int i, int channel) { pivot[i] = pivot_of(prepared[channel]); });
+          float grad[size], pivot[1][channels];
+          grad_z(work, item, BackwardFields::sum_affine, grad);
+          consumer.load_fields(work.position, BackwardFields::sum_pivot, pivot);
           FASTBN_UNROLL
           for (int i = 0; i < size; ++i) {
             sums[i % n] += grad[i];
-            shifted[i % n] += grad[i] * (element_of<T>(item.x, i) - pivot[i % channels]);
+            shifted[i % n] += grad[i] * (element_of<T>(item.x, i) - pivot[0][i % channels]);
           }
         });
     consumer.publish(work.position, sums, shifted);
@@ -212,8 +221,7 @@ class StreamBackward {
   FASTBN_DEVICE void write(const Work& work) const {
     Consumer& consumer = work.consumer;
     GradAffine<float> affine[channels];
-    consumer.for_each_channel(
-        [&](int i, int channel) { affine[i] = work.ring.coefficients(work.position)[channel].grad(); });
+    load_grad_affine(work, affine);
     Vec16* const grad_input = at_tile(params_.grad_input, work.offset);
     Vec16* const grad_residual = has_grad_residual ? at_tile(params_.grad_residual, work.offset) : nullptr;
     consumer.walk.restart();
@@ -236,14 +244,13 @@ class StreamBackward {
   template <class Work>
   FASTBN_DEVICE void write_in_general(const Work& work, bool is_far) const {
     Consumer& consumer = work.consumer;
-    const GradCoefficients<float>* const coefficients = work.ring.coefficients(work.position);
     consumer.walk.restart();
     consumer.template write_tile<0>(
         work.position, work.width, [&](const Vec16* where, int) { return load_all(consumer, where); },
         [&](Vec16*, const Item& item) {
           float grad[size];
           if (source() == GradSource::formula) {
-            grad_z(consumer, item, work.offset, [&](int channel) { return coefficients[channel].affine; }, grad);
+            grad_z(work, item, BackwardFields::affine, grad);
           } else {
             FASTBN_UNROLL
             for (int i = 0; i < size; ++i) grad[i] = element_of<T>(item.grad_out, i);
@@ -252,7 +259,7 @@ class StreamBackward {
           if (params_.grad_residual)
             store_vec16(static_cast<Vec16*>(params_.grad_residual) + offset, vec16_of<T>(grad));
           GradAffine<float> g[channels];
-          consumer.for_each_channel([&](int i, int channel) { g[i] = coefficients[channel].grad(); });
+          load_grad_affine(work, g);
           FASTBN_UNROLL
           for (int i = 0; i < size; ++i) {
             const float x = element_of<T>(item.x, i);
@@ -272,14 +279,13 @@ class StreamBackward {
   }
 
   // Computes grad_z by the activation's formula, or for leaky_relu by its mask. Coefficients are loaded where they are
-  // needed, affine_of(channel): those of several channels do not fit in registers beside a long formula.
-  template <class AffineOf>
-  FASTBN_DEVICE void grad_z(const Consumer& consumer, const Item& item, int64_t tile_offset, AffineOf affine_of,
-                            float (&grad)[size]) const {
+  // needed, from `affine_field` on: those of several channels do not fit in registers beside a long formula.
+  template <class Work>
+  FASTBN_DEVICE void grad_z(const Work& work, const Item& item, int affine_field, float (&grad)[size]) const {
     FASTBN_UNROLL
     for (int i = 0; i < size; ++i) grad[i] = element_of<T>(item.grad_out, i);
     if (params_.mask) {
-      const uint32_t bits = mask_bits_of<T>(params_.mask, tile_offset + item.offset);
+      const uint32_t bits = mask_bits_of<T>(params_.mask, work.offset + item.offset);
       FASTBN_UNROLL
       for (int i = 0; i < size; ++i) {
         grad[i] = activation_backward_masked(params_.activation, (bits >> i & 1) != 0, grad[i], param());
@@ -287,7 +293,7 @@ class StreamBackward {
       return;
     }
     Affine<float> affine[channels];
-    consumer.for_each_channel([&](int i, int channel) { affine[i] = affine_of(channel); });
+    work.consumer.load_affine(work.position, affine_field, affine);
     float z[size];
     FASTBN_UNROLL
     for (int i = 0; i < size; ++i) {

@@ -33,8 +33,10 @@ class StreamForward {
 
   FASTBN_DEVICE StreamTensors tensors() const { return {params_.input, nullptr, nullptr}; }
 
-  FASTBN_DEVICE ForwardChannel prepare(int64_t channel) const {
-    return {params_.weight.load_or(channel, 1), params_.bias.load_or(channel, 0), float(pivot_of(params_, channel))};
+  FASTBN_DEVICE ForwardChannel prepare(int64_t channel, const FieldsOf& fields) const {
+    const float pivot = float(pivot_of(params_, channel));
+    fields[ForwardFields::sum_pivot] = pivot;
+    return {params_.weight.load_or(channel, 1), params_.bias.load_or(channel, 0), pivot};
   }
   FASTBN_DEVICE bool is_far(const ForwardChannel&) const { return false; }
 
@@ -50,15 +52,15 @@ class StreamForward {
   FASTBN_DEVICE void sum_tile(const Work& work) const {
     Consumer& consumer = work.consumer;
     constexpr int n = Consumer::accumulators;
-    float pivot[Consumer::channels], sum[n] = {}, squares[n] = {};
-    consumer.for_each_channel([&](int i, int channel) { pivot[i] = work.ring.channels(work.position)[channel].pivot; });
+    float pivot[1][Consumer::channels], sum[n] = {}, squares[n] = {};
+    consumer.load_fields(work.position, ForwardFields::sum_pivot, pivot);
     // hot loop: sums
     consumer.template sum_tile<Consumer::unroll>(
         work.position, work.width, [](const Vec16* where, int) { return load_vec16(where); },
         [&](Vec16*, const Vec16& x) {
           FASTBN_UNROLL
           for (int i = 0; i < size; ++i) {
-            const float d = element_of<T>(x, i) - pivot[i % Consumer::channels];
+            const float d = element_of<T>(x, i) - pivot[0][i % Consumer::channels];
             sum[i % n] += d;
             squares[i % n] += d * d;
           }
@@ -81,11 +83,12 @@ class StreamForward {
     return sums;
   }
 
-  // Returns a channel's coefficients, and replaces its sums by what `save` needs: mean and m2.
-  FASTBN_DEVICE Affine<float> finish(int64_t, const ForwardChannel& prepared, bool, Sums& sums) const {
+  // Computes a channel's coefficients, and replaces its sums by what `save` needs: mean and m2.
+  FASTBN_DEVICE void finish(const ForwardChannel& prepared, bool, Sums& sums, const FieldsOf& fields) const {
     const Moments moments = moments_of(params_.layout, prepared.pivot, sums);
     sums = {moments.mean, moments.m2};
-    return Affine<float>::make(moments.mean, inv_std_of(moments.var(), params_.eps), prepared.weight, prepared.bias);
+    fields.set_affine(ForwardFields::affine, Affine<float>::make(moments.mean, inv_std_of(moments.var(), params_.eps),
+                                                                prepared.weight, prepared.bias));
   }
   FASTBN_DEVICE void save(int64_t channel, const Sums& sums) const {
     save_statistics(params_, channel, Moments{double(params_.layout.count()), sums.first, sums.second}, batches_);
@@ -102,12 +105,6 @@ class StreamForward {
   }
 
  private:
-  template <class Work>
-  static FASTBN_DEVICE void load_coefficients(const Work& work, Affine<float> (&affine)[Consumer::channels]) {
-    work.consumer.for_each_channel(
-        [&](int i, int channel) { affine[i] = work.ring.coefficients(work.position)[channel]; });
-  }
-
   template <class F, int n>
   static FASTBN_DEVICE void normalize(const Vec16& x, const F (&affine)[n], float (&z)[size]) {
     FASTBN_UNROLL
@@ -119,7 +116,7 @@ class StreamForward {
   FASTBN_DEVICE void write_bare(const Work& work) const {
     Consumer& consumer = work.consumer;
     Affine<float> affine[Consumer::channels];
-    load_coefficients(work, affine);
+    consumer.load_affine(work.position, ForwardFields::affine, affine);
     Vec16* const output = at_tile(params_.output, work.offset);
     consumer.walk.restart();
     // hot loop: write
@@ -143,9 +140,8 @@ class StreamForward {
   template <bool light, class Work>
   FASTBN_DEVICE void write(const Work& work) const {
     Consumer& consumer = work.consumer;
-    const Affine<float>* const coefficients = work.ring.coefficients(work.position);  // of the whole tile
     Affine<float> affine[Consumer::channels];
-    load_coefficients(work, affine);
+    consumer.load_affine(work.position, ForwardFields::affine, affine);
     Vec16* const output = at_tile(params_.output, work.offset);
     const Vec16* const residual = params_.residual ? at_tile(params_.residual, work.offset) : nullptr;
     const float lower_bound = params_.activation == Activation::relu ? 0 : -INFINITY;
@@ -167,9 +163,8 @@ class StreamForward {
           if (residual) add(item.residual, z);
           if (params_.mask) {
             save_mask<light>(work.offset + item.offset, z, [&](float (&next)[size]) {
-              Affine<float> affine_of_next[size];
-              FASTBN_UNROLL
-              for (int i = 0; i < size; ++i) affine_of_next[i] = coefficients[consumer.next_channel(i)];
+              Affine<float> affine_of_next[Consumer::channels];
+              consumer.load_affine(work.position, ForwardFields::affine, affine_of_next, true);
               normalize(load_vec16(where + 1), affine_of_next, next);
               if (residual) add(load_vec16(residual + item.offset + 1), next);
             });

@@ -3,7 +3,7 @@
 A cycle issues at most one instruction. A warp's instructions issue in order: the stall count of the one before has
 passed, the scoreboards that it waits for are clear, and its pipe is free. Among the warps that can issue, the one that
 issued last goes on unless its instruction yields, or it has got iterations ahead, as barriers would not let it; else
-the one that has waited longest goes. The four schedulers of an SM run the same loop, so each gets a quarter of the SM's
+the one that has waited longest goes. Where the four schedulers of an SM run the same loop, each gets a quarter of the SM's
 path to memory, in front of which instructions queue up.
 """
 
@@ -36,7 +36,9 @@ class _Step:
     wait: tuple[int, ...]
 
 
-def _steps_of(path: Sequence[Instruction], dead: Collection[int], latency: dict[str, int]) -> list[_Step]:
+def _steps_of(
+    path: Sequence[Instruction], dead: Collection[int], latency: dict[str, int], schedulers: int
+) -> list[_Step]:
     steps = []
     for index, instruction in enumerate(path):
         off = instruction.address in dead or instruction.predicate == "@!PT"
@@ -46,7 +48,7 @@ def _steps_of(path: Sequence[Instruction], dead: Collection[int], latency: dict[
         steps.append(
             _Step(
                 use.pipe,
-                use.cycles * (pipes.SCHEDULERS if use.pipe == "memory" else 1),
+                use.cycles * (schedulers if use.pipe == "memory" else 1),
                 pipes.SWITCHED_OFF if off else latency.get(instruction.name, pipes.latency_of(instruction)),
                 max(1, instruction.stall) + (pipes.TAKEN_BRANCH if taken else 0),
                 instruction.yields,
@@ -73,13 +75,14 @@ def cycles_per_iteration(
     warps: int,
     dead: Collection[int] = (),
     latency: dict[str, int] | None = None,
+    schedulers: int = pipes.SCHEDULERS,
 ) -> float:
     """Return the cycles in which a scheduler with `warps` warps runs one iteration of each of them.
 
     `path` are the instructions of an iteration in order, `dead` the addresses of those whose predicate is false, and
-    `latency` replaces latencies of pipes.LATENCY by name.
+    `latency` replaces latencies of pipes.LATENCY by name. `schedulers` of the SM run the loop.
     """
-    steps = _steps_of(path, dead, latency or {})
+    steps = _steps_of(path, dead, latency or {}, schedulers)
     states = [_Warp(START_CYCLES * index) for index in range(warps)]
     free: dict[str, float] = {}
     now, last = 0.0, None

@@ -52,6 +52,8 @@ class LoopRecord:
 
 
 def record_of(loop: HotLoop, resources: Resources, latency: dict[str, int] | None = None) -> LoopRecord:
+    # The producer is one warp, and the path to memory is its own while consumers wait for what it loads.
+    schedulers = 1 if loop.name == "copies" else pipes.SCHEDULERS
     counts = Counter(pipes.use_of(i).pipe for i in loop.instructions if i.address not in loop.dead)
     return LoopRecord(
         loop.kernel.kind,
@@ -61,7 +63,10 @@ def record_of(loop: HotLoop, resources: Resources, latency: dict[str, int] | Non
         loop.vectors,
         round(loop.instructions_per_vector, 2),
         {
-            warps: round(cycles_per_iteration(loop.instructions, warps, loop.dead, latency) / (warps * loop.vectors), 1)
+            warps: round(
+                cycles_per_iteration(loop.instructions, warps, loop.dead, latency, schedulers) / (warps * loop.vectors),
+                1,
+            )
             for warps in WARPS
         },
         {pipe: round(count / loop.vectors, 2) for pipe, count in sorted(counts.items())},

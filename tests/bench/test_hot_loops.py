@@ -109,6 +109,13 @@ def test_pipes_work_side_by_side():
     assert cycles_per_iteration(straight(*[fma, alu] * 5), 4) == pytest.approx(4 * 10)
 
 
+def test_a_loop_of_all_schedulers_shares_the_path_to_memory():
+    copies = straight(*[instruction("LDGSTS.E.BYPASS.128")] * 10)
+    alone = 32 * 16 / pipes.SHARED_BYTES_PER_CYCLE + pipes.COPY_REQUEST
+    assert cycles_per_iteration(copies, 1, schedulers=1) == pytest.approx(10 * alone)
+    assert cycles_per_iteration(copies, 1) == pytest.approx(10 * alone * pipes.SCHEDULERS)
+
+
 def test_a_result_is_awaited_by_its_scoreboard():
     load, use = instruction("LDS.128", write=3), instruction("FADD", wait=(3,))
     latency = pipes.LATENCY["LDS"]

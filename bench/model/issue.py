@@ -3,8 +3,8 @@
 A cycle issues at most one instruction. A warp's instructions issue in order: the stall count of the one before has
 passed, the scoreboards that it waits for are clear, and its pipe is free. Among the warps that can issue, the one that
 issued last goes on unless its instruction yields, or it has got iterations ahead, as barriers would not let it; else
-the one that has waited longest goes. Where the four schedulers of an SM run the same loop, each gets a quarter of the SM's
-path to memory, in front of which instructions queue up.
+the one that has waited longest goes. Where the four schedulers of an SM run the same loop, each gets a quarter of the
+SM's path to memory, in front of which instructions queue up.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import nox
@@ -59,6 +60,20 @@ def cpp(session: nox.Session) -> None:
     jobs = str(os.cpu_count() or 1)
     session.run("cmake", "--build", CMAKE_BUILD, "--parallel", jobs, external=True)
     session.run("ctest", "--test-dir", CMAKE_BUILD, "--output-on-failure", "--parallel", jobs, external=True)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the tests of all cases through the emulated CUDA kernels under AddressSanitizer and UBSan (ten minutes)."""
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    # Python leaks on purpose.
+    env = {"FASTBN_SANITIZE": "1", "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    folders = [f"tests/{name}" for name in ("functional", "numerics", "autograd", "ops")]
+    selected = ("-k", "stream or emulator", "-m", "not slow")
+    session.run(*PYTEST, "-q", *selected, *folders, *session.posargs, env=env)
 
 
 @nox.session

@@ -23,9 +23,12 @@ MAX_INSTRUCTIONS = {"forward": 95, "backward": 150}
 # More would leave fewer than 20 warps to an SM.
 MAX_REGISTERS = 96
 # Cycles of a scheduler with 4 warps per vector, forward in half types. A copy's bandwidth leaves it 220.
-MAX_CYCLES = 125
-# Constant loads are not among them: the step of a walk is loaded once per chunk.
-FORBIDDEN = {"MEMBAR", "ERRBAR", "CCTL", "LDL", "STL"}
+MAX_CYCLES = 115
+FORBIDDEN = {"MEMBAR", "ERRBAR", "CCTL", "LDL", "STL", "LDC"}
+# Backward by rows has no register left for the step of its walk, and loads it once per chunk when it writes.
+ALLOWED = {("backward", "row_tiles", "write"): {"LDC"}}
+
+KERNELS = {"(Kernel)0": "channel_tiles", "(Kernel)1": "row_tiles"}
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +60,8 @@ def test_hot_loops_are_lean(direction: str) -> None:
         assert 50 < total <= MAX_INSTRUCTIONS[direction], kernel
         for loop in [*visits, loops["copies"]]:
             names = {opcode.split(".")[0] for opcode in checks.forbidden(loop)}
-            assert not names & FORBIDDEN, (kernel, loop.name, names)
+            allowed = ALLOWED.get((direction, KERNELS[kernel[1]], loop.name), set())
+            assert not names & FORBIDDEN - allowed, (kernel, loop.name, names)
             assert not checks.narrow_accesses(loop), (kernel, loop.name)
             assert not checks.lane_strides(loop), (kernel, loop.name)
         for loop in visits:

@@ -85,18 +85,20 @@ class StreamConsumer {
   // loop over a chunk stays rolled, and u is 0.
   template <int batch, class Load, class Use>
   FASTBN_DEVICE void sum_tile(const RingPosition& tile, int width, Load load, Use use) const {
+    device::Mbarrier* const full = device::opaque(ring_.full(tile, 0));
     visit_tile<batch>(
-        tile, width, [&](int chunk) { device::wait(ring_.full(tile, chunk), tile.parity); }, load, use, [](int) {});
+        tile, width, [&](int chunk) { device::wait(full + chunk, tile.parity); }, load, use, [](int) {});
   }
 
   // Visits the vectors of a tile to be written, which has been summed, and frees its chunks.
   template <int batch, class Load, class Use>
   FASTBN_DEVICE void write_tile(const RingPosition& tile, int width, Load load, Use use) const {
+    device::Mbarrier* const empty = device::opaque(ring_.empty(tile, 0));
     visit_tile<batch>(
         tile, width, [](int) {}, load, use,
         [&](int chunk) {
           device::sync_warp();
-          if (thread() % device::kWarp == 0) device::arrive(ring_.empty(tile, chunk));
+          if (thread() % device::kWarp == 0) device::arrive(empty + chunk);
         });
   }
 

@@ -17,6 +17,7 @@ from fastbn.nn import (
     FrozenBatchNorm3d,
 )
 from fastbn.ops.dispatch import Plan
+from fastbn.transforms.checkpoint import checkpoint_safe
 from fastbn.transforms.convert import convert, revert
 from fastbn.transforms.freeze import freeze, unfreeze
 
@@ -32,6 +33,7 @@ __all__ = [
     "FrozenBatchNorm3d",
     "Plan",
     "__version__",
+    "checkpoint_safe",
     "convert",
     "explain",
     "freeze",

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
-    "transforms": {"nn"},
+    "transforms": {"_torch", "nn"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
@@ -66,7 +66,7 @@ WITHIN = {
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
     "nn": ("batchnorm", "frozen", "renorm"),
-    "transforms": ("module", "convert", "freeze"),
+    "transforms": ("module", "checkpoint", "convert", "freeze"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 
@@ -248,6 +248,7 @@ def test_imports(path):
         ("nn/batchnorm.py", "from fastbn import convert"),
         ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
+        ("transforms/checkpoint.py", "from fastbn.transforms.freeze import freeze"),
         ("inspect/explain.py", "from fastbn import functional"),
         ("__init__.py", "from fastbn.testing import cases"),
         ("testing/cases.py", "from fastbn.testing.tolerance import ulp"),

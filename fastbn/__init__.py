@@ -19,6 +19,7 @@ from fastbn.nn import (
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
 from fastbn.transforms.convert import convert, revert
+from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "checkpoint_safe",
     "convert",
     "explain",
+    "fold",
     "freeze",
     "functional",
     "info",

@@ -31,6 +31,7 @@ __all__ = [
     "is_legacy_batched",
     "is_in_backward",
     "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
+    "traceable_assert",
     "unwrap_if_dead",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
 ]
@@ -42,6 +43,8 @@ below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 after_autograd = torch._C._after_autograd_keyset
 # Returns whether torch.func transforms are active.
 has_functorch_transforms = torch._C._are_functorch_transforms_active
+# Asserts a condition on a tensor's metadata that is traced as a call, where `assert` and `raise` are branches.
+traceable_assert: Callable[[bool, str], None] = torch._assert
 # Returns the tensor inside a wrapper that has outlived its transform.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 # Returns whether a tensor stands for a batch of gradients (`is_grads_batched`): its strides cannot be read.

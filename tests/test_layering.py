@@ -65,8 +65,8 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("batchnorm", "frozen", "renorm"),
-    "transforms": ("module", "checkpoint", "convert", "freeze"),
+    "nn": ("batchnorm", "folded", "frozen", "renorm"),
+    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "fold"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 
@@ -248,7 +248,7 @@ def test_imports(path):
         ("nn/batchnorm.py", "from fastbn import convert"),
         ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
-        ("transforms/checkpoint.py", "from fastbn.transforms.freeze import freeze"),
+        ("transforms/checkpoint.py", "from fastbn.transforms.fold import fold"),
         ("inspect/explain.py", "from fastbn import functional"),
         ("__init__.py", "from fastbn.testing import cases"),
         ("testing/cases.py", "from fastbn.testing.tolerance import ulp"),

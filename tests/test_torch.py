@@ -134,6 +134,18 @@ def test_without_dispatch_modes():
     assert len(seen) == 1
 
 
+def test_traceable_assert():
+    class Model(nn.Module):
+        def forward(self, x):
+            _torch.traceable_assert(x.dim() == 1, "expected a vector")
+            return x
+
+    for model in (Model(), torch.fx.symbolic_trace(Model()), torch.jit.script(Model())):
+        assert model(torch.ones(2)).shape == (2,)
+        with pytest.raises(Exception, match="expected a vector"):
+            model(torch.ones(2, 2))
+
+
 def test_exporting():
     seen = []
 

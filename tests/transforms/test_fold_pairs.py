@@ -111,6 +111,15 @@ class DependsOnArguments(Block):
         return self.norm(y) if raw is None else self.norm(self.relu(y))
 
 
+class ChoosesConvolution(Block):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, other=None):
+        return self.norm(self.conv(x) if other is None else self.other(x))
+
+
 class MayBeSkipped(Block):
     def forward(self, x, norm=None):
         y = self.conv(x)
@@ -342,6 +351,7 @@ LEFT = {
     "a forward reads the weight": (ReadsWeight, "a forward uses conv without calling it"),
     "a forward reads the statistics": (ReadsStatistics, "a forward uses norm without calling it"),
     "arguments decide": (DependsOnArguments, r"its input is from relu"),
+    "arguments choose a convolution": (ChoosesConvolution, "what comes before it depends on arguments"),
     "an argument skips it": (MayBeSkipped, "whether it is called depends on arguments"),
     "an untraceable forward": (Untraceable, "no forward that torch.fx can trace calls it"),
     "a shared convolution": (twice(0, 3), "0 is called more than once"),
@@ -349,6 +359,10 @@ LEFT = {
     "shared by two sequences": (
         lambda: (lambda s: nn.Sequential(s, nn.Sequential(s[0], s[1])))(sequence()),
         "called in more than one place",
+    ),
+    "a norm shared by two sequences": (
+        lambda: (lambda s: nn.Sequential(s, nn.Sequential(nn.Conv2d(3, 3, 1), s[1])))(sequence()),
+        "it is called in more than one place",
     ),
     "a tied weight": (tied(share_weight), "0 shares a parameter with 2|2 shares a parameter with 0"),
     "a tied bias": (tied(share_bias), "0 shares a parameter with 2|2 shares a parameter with 0"),

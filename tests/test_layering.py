@@ -66,7 +66,7 @@ WITHIN = {
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
     "nn": ("batchnorm", "folded", "frozen", "renorm"),
-    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "fold"),
+    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "pairs", "fold"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 

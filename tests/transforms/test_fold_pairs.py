@@ -382,7 +382,7 @@ LEFT = {
         lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3)),
         "3 channels, but 0 has 4",
     ),
-    "a range that ends": (overflowing, "leave the range of torch.float16"),
+    "a range that ends": (overflowing, "leave the range of its dtype"),
     "alone": (lambda: nn.BatchNorm2d(3), "no forward that torch.fx can trace calls it"),
 }
 

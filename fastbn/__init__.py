@@ -17,7 +17,9 @@ from fastbn.nn import (
     FrozenBatchNorm3d,
 )
 from fastbn.ops.dispatch import Plan
+from fastbn.transforms.checkpoint import checkpoint_safe
 from fastbn.transforms.convert import convert, revert
+from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
 
 __all__ = [
@@ -32,8 +34,10 @@ __all__ = [
     "FrozenBatchNorm3d",
     "Plan",
     "__version__",
+    "checkpoint_safe",
     "convert",
     "explain",
+    "fold",
     "freeze",
     "functional",
     "info",

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.overrides import _get_current_function_mode_stack as function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
@@ -28,8 +29,11 @@ __all__ = [
     "is_in_forward_ad",
     "is_in_functorch_transform",
     "is_legacy_batched",
+    "is_in_backward",
     "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
+    "traceable_assert",
     "unwrap_if_dead",
+    "without_dispatch_modes",  # what selective checkpointing sees of a forward
 ]
 
 # A guard under which a call of an op goes straight to its kernel: the op's autograd wrapper costs time, and would bump
@@ -39,6 +43,8 @@ below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 after_autograd = torch._C._after_autograd_keyset
 # Returns whether torch.func transforms are active.
 has_functorch_transforms = torch._C._are_functorch_transforms_active
+# Asserts a condition on a tensor's metadata that is traced as a call, where `assert` and `raise` are branches.
+traceable_assert: Callable[[bool, str], None] = torch._assert
 # Returns the tensor inside a wrapper that has outlived its transform.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 # Returns whether a tensor stands for a batch of gradients (`is_grads_batched`): its strides cannot be read.
@@ -50,6 +56,11 @@ _peek_interpreter_stack, _Interpreter = torch._C._functorch.peek_interpreter_sta
 def apply_below_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return `function.apply` without the checks for transforms that torch.autograd.Function.apply makes (1.4 us)."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def is_in_backward() -> bool:
+    """Return whether autograd is running a backward on this thread, by the number of its graph task."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_in_functorch_transform() -> bool:

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
-    "transforms": {"nn"},
+    "transforms": {"_torch", "nn"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
@@ -65,8 +65,8 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("batchnorm", "frozen", "renorm"),
-    "transforms": ("module", "convert", "freeze"),
+    "nn": ("batchnorm", "folded", "frozen", "renorm"),
+    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "pairs", "fold"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 
@@ -248,6 +248,7 @@ def test_imports(path):
         ("nn/batchnorm.py", "from fastbn import convert"),
         ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
+        ("transforms/checkpoint.py", "from fastbn.transforms.fold import fold"),
         ("inspect/explain.py", "from fastbn import functional"),
         ("__init__.py", "from fastbn.testing import cases"),
         ("testing/cases.py", "from fastbn.testing.tolerance import ulp"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbn import _torch
 
@@ -101,6 +102,48 @@ def test_forward_ad():
     assert not _torch.is_in_forward_ad()
     with forward_ad.dual_level():
         assert _torch.is_in_forward_ad()
+
+
+def test_backward():
+    seen = []
+
+    class Spy(_Double):
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(_torch.is_in_backward())
+            return grad
+
+    y = Spy.apply(torch.ones(3, requires_grad=True)).sum()
+    assert not _torch.is_in_backward()
+    y.backward()
+    assert seen == [True] and not _torch.is_in_backward()
+
+
+def test_without_dispatch_modes():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen, x = [], torch.ones(2)
+    with Mode():
+        with _torch.without_dispatch_modes():
+            x.clone()
+        assert not seen
+        x.clone()
+    assert len(seen) == 1
+
+
+def test_traceable_assert():
+    class Model(nn.Module):
+        def forward(self, x):
+            _torch.traceable_assert(x.dim() == 1, "expected a vector")
+            return x
+
+    for model in (Model(), torch.fx.symbolic_trace(Model()), torch.jit.script(Model())):
+        assert model(torch.ones(2)).shape == (2,)
+        with pytest.raises(Exception, match="expected a vector"):
+            model(torch.ones(2, 2))
 
 
 def test_exporting():

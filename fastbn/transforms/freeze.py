@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastbn import nn as layers
+from fastbn.transforms.checkpoint import class_without_checkpoint_safety
 from fastbn.transforms.module import require_module
 
 _FROZEN = {
@@ -31,7 +32,11 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     layer has no running statistics.
     """
     require_module("freeze", model)
-    found = [(name, module) for name, module in model.named_modules() if type(module) in _FROZEN]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if class_without_checkpoint_safety(type(module)) in _FROZEN
+    ]
     without = [name or "(the model itself)" for name, module in found if module.running_mean is None]
     if without:
         raise ValueError(f"freeze: expected layers with running statistics, got none in {', '.join(without)}")
@@ -40,7 +45,7 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         setattr(module, _BEFORE, (type(module), trained if affine else []))
         if affine:
             module.requires_grad_(False)
-        module.__class__ = _FROZEN[type(module)]
+        module.__class__ = _FROZEN[class_without_checkpoint_safety(type(module))]
     return model
 
 

@@ -1,0 +1,133 @@
+"""fastbn.checkpoint_safe: running statistics move once a step, although a checkpoint runs forwards twice.
+
+torch.utils.checkpoint keeps no activations of a forward and runs it again in backward. The batch is the same then, and
+so is the output, but running statistics and the counter would move a second time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastbn import nn as layers
+from fastbn._torch import BatchNormBase, is_exporting, is_in_backward, without_dispatch_modes
+from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
+from fastbn.transforms.module import require_module
+
+_CORRECTED = (layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d)
+
+
+# A CUDA graph would keep the answer of the run that was captured.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("fastbn_transforms::is_in_backward", mutates_args=(), tags=_TAGS)
+def _is_in_backward(like: Tensor) -> Tensor:
+    """Return `is_in_backward` at run time as a bool tensor of no dimensions: Dynamo cannot guard on it."""
+    return torch.full((), is_in_backward(), dtype=torch.bool, device=like.device)
+
+
+@_is_in_backward.register_fake
+def _(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.bool)
+
+
+class CheckpointSafe(nn.Module):
+    """The part of a safe layer's class that comes before the layer's own class."""
+
+    _unsafe: type[nn.Module]  # the layer's own class
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, fx.Proxy):
+            return leaf_of_symbolic_tracing(self, input, args[0] if args else kwargs.get("residual"))
+        if self.training and not is_exporting():
+            if torch.compiler.is_compiling():
+                return self._traced_forward(input, *args, **kwargs)
+            if is_in_backward():
+                return self._recompute(input, *args, **kwargs)
+        return super().forward(input, *args, **kwargs)
+
+    def _recompute(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's forward on copies of its buffers, by a twin: the layer itself never holds other values.
+
+        Checkpoints compare what is saved, and selective ones which ops run, so the buffers cannot just be left out.
+        """
+        twin = object.__new__(self._unsafe)
+        with without_dispatch_modes():
+            buffers = {name: None if b is None else b.detach().clone() for name, b in self._buffers.items()}
+        vars(twin).update(vars(self), _buffers=buffers)
+        return twin.forward(*args, **kwargs)
+
+    def _traced_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's forward and undo its updates if that turns out to be within a backward.
+
+        A graph that has the checkpoint inside updates buffers once anyway; one that is checkpointed as a whole runs
+        again in backward.
+        """
+        before = [(b, b.clone()) for b in self._buffers.values() if b is not None]
+        output = super().forward(*args, **kwargs)
+        if before:
+            recomputes = _is_in_backward(before[0][1])
+            for buffer, old in before:
+                # torch's own op saves the buffers for backward, where it does not read them: .data moves no version.
+                buffer.data.copy_(torch.where(recomputes, old, buffer))
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (self._unsafe,), vars(self)
+
+
+_CLASSES: dict[Any, Any] = {}
+
+
+def _safe_class(cls: Any) -> Any:
+    """Return the safe class of the layers of class `cls`, the same one each time."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(
+            f"CheckpointSafe{cls.__name__}", (CheckpointSafe, cls), {"_unsafe": cls, "__doc__": cls.__doc__}
+        )
+    return _CLASSES[cls]
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    """Return a safe layer of class `cls` without its attributes, which pickle and copy set."""
+    return object.__new__(_safe_class(cls))
+
+
+def class_without_checkpoint_safety(cls: Any) -> Any:
+    """Return the class that a layer had before `checkpoint_safe`, for tables by exact type."""
+    return cls._unsafe if issubclass(cls, CheckpointSafe) else cls
+
+
+def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
+    """Make the BatchNorms of `model` move running statistics once a step under activation checkpointing, in place.
+
+    A forward in training mode that runs within a backward is taken for a recomputation: it normalises by the same
+    batch statistics, and leaves running_mean, running_var and num_batches_tracked alone. So it is for
+    torch.utils.checkpoint with and without `use_reentrant`, with selective policies and nested, for other code that
+    recomputes in backward, and under torch.compile, whether the checkpoint is inside the graph or around it; and for
+    torch.nn's and fastbn's BatchNorms, SyncBatchNorm and subclasses of them that normalise by the batch. Only classes
+    change: parameters, buffers, hooks and the state_dict stay. enabled=False: make them what they were.
+
+    Tables by exact type, `fastbn.convert` among them, do not know the new classes: call it last.
+
+    Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, for
+    BatchRenorm, whose training depends on running statistics that have moved by then, and for Lazy layers, which take
+    another class with their first batch.
+    """
+    require_module("checkpoint_safe", model)
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BatchNormBase)]
+    if not enabled:
+        for _, module in norms:
+            module.__class__ = class_without_checkpoint_safety(type(module))
+        return model
+    for name, module in norms:
+        if isinstance(module, _CORRECTED) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            got = f"{type(module).__name__} at {name or '(the model itself)'}"
+            raise ValueError(f"checkpoint_safe: expected layers that normalise by the batch alone, got {got}")
+    for _, module in norms:
+        if not isinstance(module, CheckpointSafe):
+            module.__class__ = _safe_class(type(module))
+    return model

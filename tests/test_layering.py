@@ -65,7 +65,7 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("batchnorm", "frozen", "renorm"),
+    "nn": ("scripting", "epilogue", "batchnorm", "frozen", "lazy", "renorm"),
     "transforms": ("module", "convert", "freeze"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

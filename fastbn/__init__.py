@@ -22,6 +22,7 @@ from fastbn.nn import (
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.convert import convert, revert
 from fastbn.transforms.freeze import freeze, unfreeze
+from fastbn.transforms.tools import register_with_tools
 
 __all__ = [
     "BatchNorm1d",
@@ -43,6 +44,7 @@ __all__ = [
     "freeze",
     "functional",
     "info",
+    "register_with_tools",
     "revert",
     "set_max_sms",
     "unfreeze",

@@ -66,7 +66,7 @@ WITHIN = {
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
     "nn": ("scripting", "epilogue", "batchnorm", "frozen", "lazy", "renorm"),
-    "transforms": ("module", "convert", "freeze"),
+    "transforms": ("module", "convert", "freeze", "tools"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 

@@ -65,7 +65,7 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("scripting", "epilogue", "batchnorm", "frozen", "lazy", "renorm"),
+    "nn": ("scripting", "activation", "batchnorm", "frozen", "lazy", "renorm"),
     "transforms": ("module", "convert", "freeze", "tools"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

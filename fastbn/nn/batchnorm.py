@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fastbn import functional
 from fastbn._torch import BatchNormBase
 from fastbn.nn import scripting
-from fastbn.nn.epilogue import Epilogue
+from fastbn.nn.activation import WithActivation
 
 
 def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Proxy | None) -> Any:
@@ -21,7 +21,7 @@ def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Pr
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
-class FastBatchNorm(Epilogue, BatchNormBase):
+class FastBatchNorm(WithActivation, BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
     Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs.
@@ -54,23 +54,28 @@ class FastBatchNorm(Epilogue, BatchNormBase):
         else:  # which TorchScript does not compile
             if isinstance(input, fx.Proxy):
                 return leaf_of_symbolic_tracing(self, input, residual)
-            self._check_input_dim(input)  # type: ignore[no-untyped-call]
-            tracks = self.training and self.track_running_stats
-            weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
-            return functional.batch_norm(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                self.training or (running_mean is None and running_var is None),
-                self.momentum,
-                vars(self)["eps"],
-                residual=residual,
-                activation=self.activation,
-                activation_param=self.activation_param,
-                num_batches_tracked=num_batches_tracked,
-            )
+            return self._normalize(input, residual, self.activation, self.activation_param)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        tracks = self.training and self.track_running_stats
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
+        return functional.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            self.training or (running_mean is None and running_var is None),
+            self.momentum,
+            vars(self)["eps"],
+            residual=residual,
+            activation=activation,
+            activation_param=activation_param,
+            num_batches_tracked=num_batches_tracked,
+        )
 
     def _tensors(self, tracks: bool) -> tuple[Tensor | None, ...]:
         """Return weight, bias, running_mean, running_var, num_batches_tracked; None for what the mode does not use.

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn.nn import scripting
+from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
-from fastbn.nn.epilogue import Epilogue
 
 _COUNTER = "num_batches_tracked"
 
 
-class _FrozenBatchNorm(Epilogue, nn.Module):
+class _FrozenBatchNorm(WithActivation, nn.Module):
     """Common base of the three. It is no torch.nn.BatchNorm, so that nothing converts or updates it as one."""
 
     __constants__ = ["activation", "activation_param", "_eps"]
@@ -67,20 +67,25 @@ class _FrozenBatchNorm(Epilogue, nn.Module):
         else:  # which TorchScript does not compile
             if isinstance(input, fx.Proxy):
                 return leaf_of_symbolic_tracing(self, input, residual)
-            self._check_input_dim(input)
-            return functional.batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                False,
-                0.0,
-                vars(self)["eps"],
-                residual=residual,
-                activation=self.activation,
-                activation_param=self.activation_param,
-            )
+            return self._normalize(input, residual, self.activation, self.activation_param)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
+        self._check_input_dim(input)
+        return functional.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            False,
+            0.0,
+            vars(self)["eps"],
+            residual=residual,
+            activation=activation,
+            activation_param=activation_param,
+        )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]

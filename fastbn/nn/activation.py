@@ -35,7 +35,7 @@ def _guarded(name: str) -> Any:
     return property(get, set)
 
 
-class Epilogue:
+class WithActivation:
     """Attributes `activation` and `activation_param`; `eps` and `num_features`, which are hidden where there is one.
 
     The first two are class attributes, so that a torch.nn module whose class is swapped has them too. fastbn itself
@@ -56,7 +56,7 @@ class Epilogue:
         super().__init_subclass__(**kwargs)
         for name in ("eps", "num_features"):  # torch.jit looks for properties in the class itself, not in its bases
             if name not in vars(cls):
-                setattr(cls, name, vars(Epilogue)[name])
+                setattr(cls, name, vars(WithActivation)[name])
 
     def _set_activation(self, activation: str | None, activation_param: float | None) -> None:
         """Set both attributes. Raises ValueError for an unknown activation, or a parameter that it does not take."""

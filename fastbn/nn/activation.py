@@ -17,7 +17,7 @@ def _guarded(name: str) -> Any:
     """Return a property for the entry `name` of an instance's __dict__, which class swaps leave where it is."""
 
     def get(self: Any) -> Any:
-        if self.activation is not None:
+        if self._has_activation():
             raise TypeError(
                 f"{type(self).__name__}: expected a layer without an activation where {name} is read, got "
                 f"activation={self.activation!r}, which what replaces or folds a plain BatchNorm would leave out. "
@@ -66,13 +66,16 @@ class WithActivation:
         if activation_param is not None:
             self.activation_param = activation_param
 
+    def _has_activation(self) -> bool:
+        return self.activation not in (None, "none")
+
     @property
     def _eps(self) -> float:
         return vars(self)["eps"]
 
     def __dir__(self) -> list[str]:
         """List what can be read, for torch.jit.trace and others who read all of it."""
-        hidden = () if self.activation is None else ("eps", "num_features")
+        hidden = ("eps", "num_features") if self._has_activation() else ()
         return [name for name in super().__dir__() if name not in hidden]
 
     def _describe_activation(self) -> str:

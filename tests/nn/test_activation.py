@@ -25,6 +25,8 @@ def test_what_a_replacement_needs_cannot_be_read(kind, name):
     )
     with pytest.raises(TypeError, match=sentence):
         getattr(layer, name)
+    layer.activation = "none"
+    assert getattr(layer, name) and name in dir(layer)
     layer.activation = None
     assert getattr(layer, name) == {"eps": 1e-5, "num_features": 3}[name]
     del vars(layer)[name]

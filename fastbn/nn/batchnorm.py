@@ -128,7 +128,8 @@ _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
     activation_param: the slope of leaky_relu below 0, or the alpha of elu; None for torch's default.
 
     forward(input, residual=None): {shape}; residual has the shape, dtype and device of input and is
-    added before the activation. Errors are torch.nn.{name}'s.
+    added before the activation. Errors are torch.nn.{name}'s. With an activation, reading `eps` or `num_features`
+    raises TypeError, so that no tool takes the layer for a plain one; both can be set, and `vars(layer)` has them.
     """
 
 

@@ -148,7 +148,7 @@ def test_cuda_graphs():
     eager = copy.deepcopy(fast)
     graphed = torch.cuda.make_graphed_callables(fast, (x,), num_warmup_iters=3)
     eager.load_state_dict(fast.state_dict())
-    assert_same(step(graphed, x), step(eager, x))
+    assert_same(step(graphed, x), step(eager, x), rtol=1e-3, atol=1e-3)
 
 
 class _Positive(nn.Module):

@@ -15,12 +15,16 @@ from fastbn.nn import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
 from fastbn.transforms.convert import convert, revert
 from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
+from fastbn.transforms.tools import register_with_tools
 
 __all__ = [
     "BatchNorm1d",
@@ -32,6 +36,9 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "Plan",
     "__version__",
     "checkpoint_safe",
@@ -41,6 +48,7 @@ __all__ = [
     "freeze",
     "functional",
     "info",
+    "register_with_tools",
     "revert",
     "set_max_sms",
     "unfreeze",

@@ -65,8 +65,8 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("batchnorm", "folded", "frozen", "renorm"),
-    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "pairs", "fold"),
+    "nn": ("scripting", "activation", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "pairs", "fold", "tools"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 

@@ -53,7 +53,7 @@ def choose(call: Call, name: str | None = None, *, ask_all: bool = False) -> tup
     ask_all = ask_all or type(call.input) is not Tensor or torch.compiler.is_compiling()
     reason = dispatch.why_torch_must_see(call)
     if reason is None and ask_all:
-        reason = dispatch.why_refused(call) or _why_not_saved(call)
+        reason = dispatch.why_refused(call) or _why_not_saved(call) or _why_left_to_compiler(call)
     if reason is None:
         reason = dispatch.why_left_to_torch(call)
     if reason is not None:
@@ -74,6 +74,15 @@ def _why_not_saved(call: Call) -> str | None:
     if any(t is not None and t.requires_grad for t in call[:4]) and dispatch.cannot_be_saved(*call[:6]):
         return "an inference tensor cannot be saved for backward"
     return None
+
+
+def _why_left_to_compiler(call: Call) -> str | None:
+    """Return why a call that is being compiled is left to torch's operations, which the compiler may rewrite."""
+    if not torch.compiler.is_compiling() or call.training:
+        return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+        return None
+    return "without gradients the compiler folds torch's batch_norm into a convolution or fuses it with its neighbours"
 
 
 register(native.CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn._torch import BatchNormBase
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
+from fastbn.nn import scripting
+from fastbn.nn.activation import WithActivation
 
 
 def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Proxy | None) -> Any:
@@ -20,35 +21,44 @@ def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Pr
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
-def describe_activation(activation: str | None, activation_param: float | None) -> str:
-    """Return what a module's extra_repr says of its activation."""
-    text = "" if activation is None else f", activation={activation!r}"
-    return text if activation_param is None else f"{text}, activation_param={activation_param!r}"
-
-
-class FastBatchNorm(BatchNormBase):
+class FastBatchNorm(WithActivation, BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
-    Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs. `activation`
-    and `activation_param` are class attributes, so that a torch.nn module whose class is swapped has them too.
+    Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs.
     """
-
-    activation: str | None = None
-    activation_param: float | None = None
 
     def __init__(
         self, *args: Any, activation: str | None = None, activation_param: float | None = None, **kwargs: Any
     ) -> None:
-        check_param(activation_index(activation), activation_param)
         super().__init__(*args, **kwargs)
-        if activation is not None:
-            self.activation = activation
-        if activation_param is not None:
-            self.activation_param = activation_param
+        self._set_activation(activation, activation_param)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return leaf_of_symbolic_tracing(self, input, residual)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            uses_buffers = not self.training or self.track_running_stats
+            return scripting.batch_norm(
+                input,
+                residual,
+                self.weight,
+                self.bias,
+                self.running_mean if uses_buffers else None,
+                self.running_var if uses_buffers else None,
+                self.num_batches_tracked if self.training and self.track_running_stats else None,
+                self.training or (self.running_mean is None and self.running_var is None),
+                self.momentum,
+                self._eps,
+                self.activation,
+                self.activation_param,
+            )
+        else:  # which TorchScript does not compile
+            if isinstance(input, fx.Proxy):
+                return leaf_of_symbolic_tracing(self, input, residual)
+            return self._normalize(input, residual, self.activation, self.activation_param)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracks = self.training and self.track_running_stats
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
@@ -60,10 +70,10 @@ class FastBatchNorm(BatchNormBase):
             bias,
             self.training or (running_mean is None and running_var is None),
             self.momentum,
-            self.eps,
+            vars(self)["eps"],
             residual=residual,
-            activation=self.activation,
-            activation_param=self.activation_param,
+            activation=activation,
+            activation_param=activation_param,
             num_batches_tracked=num_batches_tracked,
         )
 
@@ -96,7 +106,18 @@ class FastBatchNorm(BatchNormBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[no-untyped-call]
-        return text + describe_activation(self.activation, self.activation_param)
+        return text + self._describe_activation()
+
+
+def _signature() -> inspect.Signature:
+    """Return torch's signature and the two arguments more, for those who read it, as torch.nn.utils.skip_init does."""
+    inherited = inspect.signature(BatchNormBase.__init__).parameters.values()
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _MORE_ARGUMENTS]
+    return inspect.Signature([*inherited, *more])
+
+
+_MORE_ARGUMENTS = "activation", "activation_param"
+FastBatchNorm.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
@@ -107,7 +128,8 @@ _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
     activation_param: the slope of leaky_relu below 0, or the alpha of elu; None for torch's default.
 
     forward(input, residual=None): {shape}; residual has the shape, dtype and device of input and is
-    added before the activation. Errors are torch.nn.{name}'s.
+    added before the activation. Errors are torch.nn.{name}'s. With an activation, reading `eps` or `num_features`
+    raises TypeError, so that no tool takes the layer for a plain one; both can be set, and `vars(layer)` has them.
     """
 
 

@@ -6,30 +6,30 @@ Forward and backward are one op each, as in the layers that train: the contract 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastbn import functional
-from fastbn.nn.batchnorm import describe_activation, leaf_of_symbolic_tracing
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
+from fastbn.nn import scripting
+from fastbn.nn.activation import WithActivation
+from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 
 _COUNTER = "num_batches_tracked"
 
 
-class _FrozenBatchNorm(nn.Module):
+class _FrozenBatchNorm(WithActivation, nn.Module):
     """Common base of the three. It is no torch.nn.BatchNorm, so that nothing converts or updates it as one."""
 
+    __constants__ = ["activation", "activation_param", "_eps"]
     _version = 3  # detectron2's, which reads and writes the same four buffers
-    activation: str | None = None
-    activation_param: float | None = None
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor
-    running_var: Tensor
-    _check_input_dim: Callable[[Tensor], None]
+    if TYPE_CHECKING:  # torch.jit.script cannot read annotations that are strings
+        weight: Tensor | None
+        bias: Tensor | None
+        running_mean: Tensor
+        running_var: Tensor
+        _check_input_dim: Callable[[Tensor], None]
 
     def __init__(
         self,
@@ -41,19 +41,37 @@ class _FrozenBatchNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_param(activation_index(activation), activation_param)
         super().__init__()
         self.num_features, self.eps = num_features, eps
-        if activation is not None:
-            self.activation = activation
-        if activation_param is not None:
-            self.activation_param = activation_param
+        self._set_activation(activation, activation_param)
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return leaf_of_symbolic_tracing(self, input, residual)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_input_dim(input)
+            return scripting.batch_norm(
+                input,
+                residual,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                None,
+                False,
+                0.0,
+                self._eps,
+                self.activation,
+                self.activation_param,
+            )
+        else:  # which TorchScript does not compile
+            if isinstance(input, fx.Proxy):
+                return leaf_of_symbolic_tracing(self, input, residual)
+            return self._normalize(input, residual, self.activation, self.activation_param)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
         self._check_input_dim(input)
         return functional.batch_norm(
             input,
@@ -63,10 +81,10 @@ class _FrozenBatchNorm(nn.Module):
             self.bias,
             False,
             0.0,
-            self.eps,
+            vars(self)["eps"],
             residual=residual,
-            activation=self.activation,
-            activation_param=self.activation_param,
+            activation=activation,
+            activation_param=activation_param,
         )
 
     def _load_from_state_dict(
@@ -81,8 +99,8 @@ class _FrozenBatchNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def extra_repr(self) -> str:
-        text = f"{self.num_features}, eps={self.eps}"
-        return text + describe_activation(self.activation, self.activation_param)
+        text = "{num_features}, eps={eps}".format(**vars(self))
+        return text + self._describe_activation()
 
 
 _DOC = """Batch normalisation of {shape} by constant statistics, in training and evaluation alike.

@@ -108,14 +108,14 @@ class _BatchRenorm(FastBatchNorm):
             var,
             counter,
             self.momentum,
-            self.eps,
+            vars(self)["eps"],
             index,
             True,
             check_param(index, self.activation_param),
         )
         batches = counter.double() + 1
         bounds = tuple(bound(batches) if callable(bound) else bound for bound in (self.r_max, self.d_max))
-        output, moments = normalize(call, _Renormalize(mean, var, self.eps, bounds))
+        output, moments = normalize(call, _Renormalize(mean, var, call.eps, bounds))
         with torch.no_grad():
             # The update is BatchNorm's: with the unbiased variance, and none for an empty batch, without a host sync.
             factor = (moments.elements > 0).double() * (1 / batches if self.momentum is None else self.momentum)
@@ -124,6 +124,12 @@ class _BatchRenorm(FastBatchNorm):
                 running.copy_(running.double() * (1 - factor) + batch * factor)
             counter.add_(1)
         return output
+
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError(
+            f"torch.jit.script: expected layers with a form in TorchScript, got {type(self).__name__}, whose training "
+            "has none; torch.jit.trace takes it in evaluation"
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"

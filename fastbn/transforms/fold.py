@@ -128,7 +128,7 @@ def _folded(into: Any, norm: Any) -> tuple[Tensor, Tensor]:
     def wide(t: Tensor) -> Tensor:
         return t.detach().to(weight.device, torch.float64)
 
-    scale = (wide(norm.running_var) + norm.eps).rsqrt()
+    scale = (wide(norm.running_var) + vars(norm)["eps"]).rsqrt()
     if norm.weight is not None:
         scale = scale * wide(norm.weight)
     shift = -wide(norm.running_mean) if into.bias is None else wide(into.bias) - wide(norm.running_mean)

@@ -49,6 +49,22 @@ def test_the_first_that_can_serves_and_the_reason_says_why_not_the_one_before(ad
     assert backend is native.CPU and reason == "the number of channels is odd"
 
 
+def test_compiled_evaluation_is_left_to_torch_where_no_gradient_is_needed(added, monkeypatch):
+    """On every device: the choice is made before one is asked."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mean, var = torch.zeros(4), torch.ones(4)
+    for device in ("cpu", "meta"):
+        tensors = {"running_mean": mean.to(device), "running_var": var.to(device), "training": False}
+        call = _call(torch.zeros(2, 4, device=device), **tensors)
+        assert registry.choose(call)[0] is aten.TORCH
+        assert registry.choose(call)[1].startswith("without gradients the compiler")
+    weighted = call._replace(input=torch.zeros(2, 4), running_mean=mean, running_var=var, weight=var.requires_grad_())
+    assert registry.choose(weighted._replace(running_var=torch.ones(4)))[0] is added
+    with torch.no_grad():
+        assert registry.choose(weighted._replace(running_var=torch.ones(4)))[0] is aten.TORCH
+    assert registry.choose(_call(torch.zeros(2, 4)))[0] is added
+
+
 def test_everything_asks_the_registry(added):
     x = torch.randn(3, 4)
     expected = torch.nn.functional.batch_norm(x, None, None, training=True)

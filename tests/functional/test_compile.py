@@ -120,18 +120,81 @@ def test_graphs_hold_the_ops(residual, training):
         assert not any(word in name for word in elsewhere), name
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_without_gradients(training):
+def test_training_without_gradients():
     _, eager = pair()
     _, compiled = pair()
-    eager.train(training), compiled.train(training)
     graphs = Graphs()
     with torch.no_grad():
         x = normal(*SHAPES[2])
         torch.testing.assert_close(torch.compile(compiled, backend=graphs.backend, fullgraph=True)(x), eager(x))
-    op = "fastbn.batch_norm_train.default" if training else "fastbn.batch_norm_eval.default"
-    assert [name for name in graphs.forward if name.startswith("fastbn")] == [op] and not graphs.backward
+    ops = [name for name in graphs.forward if name.startswith("fastbn")]
+    assert ops == ["fastbn.batch_norm_train.default"] and not graphs.backward
     assert_same_buffers(compiled, eager)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("kind", [fastbn.BatchNorm2d, fastbn.FrozenBatchNorm2d])
+def test_evaluation_without_gradients_is_left_to_the_compiler(kind, context):
+    """Of torch's operations it makes what it likes: a convolution's weights, one loop with their neighbours."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = kind(5, activation="relu", dtype=torch.float64).requires_grad_(False).eval()
+
+        def forward(self, x, residual):
+            return self.bn(x, residual)
+
+    block, graphs = Block(), Graphs()
+    x, residual = normal(*SHAPES[2]), normal(*SHAPES[2], seed=1)
+    with context():
+        output = torch.compile(block, backend=graphs.backend, fullgraph=True)(x, residual)
+        torch.testing.assert_close(output, block(x, residual))
+    assert graphs.forward and not [name for name in graphs.forward if name.startswith("fastbn")]
+
+
+@pytest.mark.slow
+@torch._inductor.config.patch(freezing=True, force_disable_caches=True)
+def test_inductor_folds_the_layer_into_a_convolution():
+    stock, fast = pair(dtype=torch.float32)
+    x = normal(2, 3, 8, 8, dtype=torch.float32)
+    conv = nn.Conv2d(3, 5, 3)
+    sources = []
+    with torch.no_grad():
+        for layer in (stock, fast):
+            torch._dynamo.reset()
+            model = nn.Sequential(conv, layer, nn.ReLU()).eval()
+            output, source = torch._inductor.utils.run_and_get_code(torch.compile(model), x)
+            torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
+            sources.append("".join(source))
+    assert "fastbn" not in sources[1] and "rsqrt" not in sources[1] and len(sources[1]) == len(sources[0])
+
+
+def _compilations(build, regional):
+    """Return how many graphs dynamo has made after each step of a model of equal blocks."""
+    torch._dynamo.reset()
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), build(4), nn.ReLU()) for _ in range(10)))
+    counter, counts = CompileCounter(), []
+    if regional:
+        run = nn.Sequential(*(torch.compile(block, backend=counter, fullgraph=True) for block in blocks))
+    else:
+        run = torch.compile(blocks, backend=counter, fullgraph=True)
+    for training, batch in ((True, 2), (True, 3), (True, 5), (False, 2), (False, 5)):
+        blocks.train(training)
+        run(torch.ones(batch, 4, 3, 3))
+        counts.append(counter.frame_count)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regional", [True, False], ids=["block_by_block", "whole"])
+def test_layers_and_batches_compile_as_often_as_torchs(regional):
+    """No layer of a model is compiled for itself: not by the block, where all blocks share their code."""
+    stock = _compilations(nn.BatchNorm2d, regional)
+    assert _compilations(fastbn.BatchNorm2d, regional) == stock
+    assert _compilations(lambda channels: fastbn.convert(nn.BatchNorm2d(channels)), regional) == stock
+    # Once with and once without a gradient of the input, for a fixed and a variable batch, in either mode.
+    assert max(stock) <= (6 if regional else 3)
 
 
 def test_errors_of_compiled_calls_are_torchs():

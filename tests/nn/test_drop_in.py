@@ -93,6 +93,8 @@ def test_conversion_to_sync_batch_norm():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(fast, fastbn.BatchNorm1d(3)))
     assert [type(module) for module in model] == [nn.SyncBatchNorm] * 2
     assert_same(dict(model[0].state_dict()), expected)
+    with pytest.raises(TypeError, match="expected a layer without an activation where num_features is read"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(fastbn.BatchNorm2d(3, activation="relu")))
 
 
 def test_replacing_the_running_statistics_for_functorch():

@@ -22,7 +22,7 @@ RENORM = {1: fastbn.BatchRenorm1d, 2: fastbn.BatchRenorm2d, 3: fastbn.BatchRenor
 def _layer(dim=2, **options):
     """Return a layer whose running statistics are those of some batches, and a BatchNorm with the same state."""
     layer = RENORM[dim](CHANNELS, dtype=torch.float64, **options)
-    stock, _ = pair(dim, momentum=layer.momentum, eps=layer.eps)
+    stock, _ = pair(dim, momentum=layer.momentum, eps=vars(layer)["eps"])
     layer.load_state_dict(stock.state_dict())
     return layer, stock
 
@@ -31,10 +31,10 @@ def _expected(layer, x, r_max, d_max):
     """Return the result of the paper's formulas, differentiable, with r and d as constants."""
     dims = [dim for dim in range(x.dim()) if dim != 1]
     mean, var = x.mean(dims), x.var(dims, correction=0)
-    running_std = (layer.running_var + layer.eps).sqrt()
-    r = ((var + layer.eps).sqrt() / running_std).clamp(1 / r_max, r_max).detach()
+    running_std = (layer.running_var + vars(layer)["eps"]).sqrt()
+    r = ((var + vars(layer)["eps"]).sqrt() / running_std).clamp(1 / r_max, r_max).detach()
     d = ((mean - layer.running_mean) / running_std).clamp(-d_max, d_max).detach()
-    xhat = (x - wide(x, mean)) / wide(x, (var + layer.eps).sqrt()) * wide(x, r) + wide(x, d)
+    xhat = (x - wide(x, mean)) / wide(x, (var + vars(layer)["eps"]).sqrt()) * wide(x, r) + wide(x, d)
     return xhat * wide(x, layer.weight) + wide(x, layer.bias)
 
 

@@ -17,7 +17,7 @@ from fastbn.nn import (
     FrozenBatchNorm3d,
 )
 from fastbn.ops.dispatch import Plan
-from fastbn.transforms.convert import convert, revert
+from fastbn.transforms.convert import convert, revert, reverted
 from fastbn.transforms.freeze import freeze, unfreeze
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "functional",
     "info",
     "revert",
+    "reverted",
     "set_max_sms",
     "unfreeze",
 ]

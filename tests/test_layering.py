@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
-    "transforms": {"nn"},
+    "transforms": {"_torch", "functional", "nn"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
@@ -65,8 +65,8 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("batchnorm", "frozen", "renorm"),
-    "transforms": ("module", "convert", "freeze"),
+    "nn": ("epilogue", "batchnorm", "frozen", "renorm"),
+    "transforms": ("module", "fuse", "registry", "report", "convert", "freeze"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 
@@ -247,6 +247,8 @@ def test_imports(path):
         ("functional.py", "from fastbn.nn import BatchNorm2d"),
         ("nn/batchnorm.py", "from fastbn import convert"),
         ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
+        ("nn/epilogue.py", "from fastbn.nn.batchnorm import BatchNorm2d"),
+        ("transforms/fuse/trace.py", "from fastbn.transforms.registry import register"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
         ("inspect/explain.py", "from fastbn import functional"),
         ("__init__.py", "from fastbn.testing import cases"),

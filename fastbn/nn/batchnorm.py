@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn._torch import BatchNormBase
+from fastbn.nn.epilogue import NormalizationLayer
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 
@@ -26,7 +27,7 @@ def describe_activation(activation: str | None, activation_param: float | None) 
     return text if activation_param is None else f"{text}, activation_param={activation_param!r}"
 
 
-class FastBatchNorm(BatchNormBase):
+class FastBatchNorm(NormalizationLayer, BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
     Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs. `activation`
@@ -49,6 +50,11 @@ class FastBatchNorm(BatchNormBase):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf_of_symbolic_tracing(self, input, residual)
+        return self._normalize(input, residual, self.activation, self.activation_param)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracks = self.training and self.track_running_stats
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
@@ -62,8 +68,8 @@ class FastBatchNorm(BatchNormBase):
             self.momentum,
             self.eps,
             residual=residual,
-            activation=self.activation,
-            activation_param=self.activation_param,
+            activation=activation,
+            activation_param=activation_param,
             num_batches_tracked=num_batches_tracked,
         )
 
@@ -122,6 +128,9 @@ class BatchNorm2d(FastBatchNorm, nn.BatchNorm2d):
 class BatchNorm3d(FastBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="input (N, C, D, H, W)")
 
+
+for _class in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    _class._epilogue_owner = _class
 
 _PLAIN = frozenset((BatchNorm1d, BatchNorm2d, BatchNorm3d))
 _TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))

@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn.nn.batchnorm import describe_activation, leaf_of_symbolic_tracing
+from fastbn.nn.epilogue import NormalizationLayer
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 
 _COUNTER = "num_batches_tracked"
 
 
-class _FrozenBatchNorm(nn.Module):
+class _FrozenBatchNorm(NormalizationLayer, nn.Module):
     """Common base of the three. It is no torch.nn.BatchNorm, so that nothing converts or updates it as one."""
 
     _version = 3  # detectron2's, which reads and writes the same four buffers
@@ -54,6 +55,11 @@ class _FrozenBatchNorm(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf_of_symbolic_tracing(self, input, residual)
+        return self._normalize(input, residual, self.activation, self.activation_param)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
         self._check_input_dim(input)
         return functional.batch_norm(
             input,
@@ -65,8 +71,8 @@ class _FrozenBatchNorm(nn.Module):
             0.0,
             self.eps,
             residual=residual,
-            activation=self.activation,
-            activation_param=self.activation_param,
+            activation=activation,
+            activation_param=activation_param,
         )
 
     def _load_from_state_dict(
@@ -110,3 +116,7 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
 class FrozenBatchNorm3d(_FrozenBatchNorm):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)")
     _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+for _class in (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d):
+    _class._epilogue_owner = _class

@@ -1,0 +1,74 @@
+"""nn.Sequential with another forward: it pairs a normalisation with what follows it, at each call anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastbn.nn.epilogue import NOTHING, Epilogue, is_identity, known_activation, run, takes_epilogue
+from fastbn.transforms.fuse.source import MAKERS, subclass
+
+SEQUENTIAL = "sequential"
+
+
+def _run_children(self: Any, input: Any, epilogue: Epilogue) -> Any:
+    layer: Any = None
+    steps: tuple[Any, ...] = ()
+    for module in self._modules.values():
+        if layer is None:
+            if takes_epilogue(module):
+                layer = module
+            else:
+                input = module(input)
+        elif is_identity(module):
+            steps = (*steps, module)
+        elif known_activation(module) is not None:
+            input, layer, steps = run(layer, input, Epilogue(after=(*steps, module))), None, ()
+        else:
+            input, layer, steps = run(layer, input, Epilogue(after=steps)), None, ()
+            if takes_epilogue(module):
+                layer = module
+            else:
+                input = module(input)
+    if layer is not None:
+        return run(layer, input, Epilogue(after=steps), epilogue)
+    return epilogue.apply(input)
+
+
+def _make(original: type[nn.Sequential]) -> type:
+    def forward(self: Any, input: Any) -> Any:
+        return _run_children(self, input, NOTHING)
+
+    body = {"forward": forward, "_with_epilogue": _run_children}
+    return subclass(original, SEQUENTIAL, body, takes_epilogue=True)
+
+
+MAKERS[SEQUENTIAL] = _make
+
+
+def children_of(module: nn.Sequential) -> tuple[list[tuple[str, str | None]], str | None]:
+    """Return ([(child, the activation that it takes or None)], the last child if it takes what follows the Sequential).
+
+    The children are those that take an epilogue.
+    """
+    found: list[tuple[str, str | None]] = []
+    pending: str | None = None
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if pending is not None and is_identity(child):
+            continue
+        activation = known_activation(child)
+        if pending is not None and activation is not None:
+            found.append((pending, activation[0]))
+            pending = None
+            continue
+        if pending is not None:
+            found.append((pending, None))
+            pending = None
+        if takes_epilogue(child):
+            pending = name
+    if pending is not None:
+        found.append((pending, None))
+    return found, pending

@@ -16,7 +16,6 @@ from fastbn.transforms import registry
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYER, LAYERS
 from fastbn.transforms.fuse.source import class_of, is_generated
-from fastbn.transforms.fuse.trace import Refused
 from fastbn.transforms.module import require_module
 from fastbn.transforms.report import report
 
@@ -52,13 +51,12 @@ def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn
         if type(module) in LAYERS:
             module.__class__ = class_of(type(module), LAYER)
     if fuse:
+        changed = set()
         for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
             if not is_generated(type(module)):
-                try:
-                    containers.fuse(module, registry.INPUT_TYPES.get(type(module), Tensor))
-                except Refused:
-                    pass
-        containers.prune(model)
+                if containers.fuse(module, registry.INPUT_TYPES.get(type(module), Tensor)):
+                    changed.add(module)
+        containers.prune(model, changed)
     if verbose:
         print(report(model))
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -36,12 +35,16 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
     cls: Any = type(module)
     if not has_candidates(module) or cls.forward is nn.Module.forward:
         return None
+    source = None
     if cls.forward is nn.Sequential.forward:
-        found, tail = children_of(module)  # type: ignore[arg-type]
-        useful = tail is not None or any(activation for _, activation in found)
-        return SEQUENTIAL if useful and can_be_pickled(cls) else None
+        found, tail = children_of(module, ever=True)  # type: ignore[arg-type]
+        if tail is None and all(activation is None for _, activation in found):
+            return None
+        source = SEQUENTIAL
     if not can_be_pickled(cls):
         raise Refused(f"{cls.__name__} has a __reduce__ of its own")
+    if source is not None:
+        return source
     if "forward" in vars(module):
         raise Refused("the module has a forward of its own")
     training, evaluation = (trace(module, mode, input_type) for mode in (True, False))
@@ -53,15 +56,19 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
     return write(training, arguments, sites, input_type)
 
 
-def fuse(module: nn.Module, input_type: type = Tensor) -> None:
-    """Give a module another forward, if its own has sites. Raises Refused with the reason why it has not."""
-    source = source_of(module, input_type)
-    if source is None:
-        return
+def fuse(module: nn.Module, input_type: type = Tensor) -> bool:
+    """Give a module another forward, if its own has sites that can be fused, and return whether it has one now."""
     try:
+        source = source_of(module, input_type)
+        if source is None:
+            return False
         module.__class__ = class_of(type(module), source)
-    except Exception as error:  # of a metaclass, or __init_subclass__
-        raise Refused(f"{type(error).__name__}: {error}") from None
+    except Exception as error:
+        # Refused, or whatever a metaclass or __init_subclass__ makes of another class.
+        if not isinstance(error, (Refused, TypeError, ValueError, KeyError, AttributeError)):
+            raise
+        return False
+    return True
 
 
 def unfuse(module: nn.Module) -> None:
@@ -70,20 +77,18 @@ def unfuse(module: nn.Module) -> None:
         module.__class__ = cls._fastbn_original
 
 
-def fused_children(module: nn.Module) -> list[Fused]:
-    """Return what a module with another forward fuses, as its children are now."""
+def fused_children(module: nn.Module, ever: bool = False) -> list[Fused]:
+    """Return what a module with another forward fuses, as its children are now; ever: as they may be in some mode."""
     cls: Any = type(module)
     if not is_generated(cls):
         return []
     if cls._fastbn_source == SEQUENTIAL:
-        found, tail = children_of(module)  # type: ignore[arg-type]
-        return [
-            Fused(name, False, activation, name == tail) for name, activation in found if activation or name == tail
-        ]
+        found, tail = children_of(module, ever)  # type: ignore[arg-type]
+        return [Fused(name, False, activation, name == tail) for name, activation in found]
     sites = []
     for child, add, step, function, is_tail in getattr(cls, "_fastbn_sites", ()):
         name: str | None = function.rstrip("_") or None
-        if step:
+        if step and not ever:
             try:
                 known = known_activation(module.get_submodule(step))
             except AttributeError:
@@ -93,18 +98,12 @@ def fused_children(module: nn.Module) -> list[Fused]:
     return sites
 
 
-def prune(model: nn.Module) -> None:
-    """Give back their own forward to modules that fuse nothing and are given nothing to fuse."""
+def prune(model: nn.Module, candidates: set[nn.Module]) -> None:
+    """Give back their own forward to those candidates that fuse nothing and are given nothing to fuse."""
     used: set[nn.Module] = set()
     for module in model.modules():
-        fused = fused_children(module)
-        for site in fused:
-            if site.add or site.activation or module in used:
-                used.add(module.get_submodule(site.child))
-        if fused and module not in used and not any(site.add or site.activation for site in fused):
+        sites = fused_children(module, ever=True)
+        fuses = [site for site in sites if site.add or site.activation is not None]
+        used.update(module.get_submodule(site.child) for site in (sites if module in used else fuses))
+        if module in candidates and not fuses and module not in used:
             unfuse(module)
-
-
-def generated(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules of a model that have another forward."""
-    return (module for module in model.modules() if is_generated(type(module)))

@@ -6,7 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from fastbn.nn.epilogue import NOTHING, Epilogue, is_identity, known_activation, run, takes_epilogue
+from fastbn.nn.epilogue import (
+    ACTIVATIONS,
+    IDENTITIES,
+    NOTHING,
+    Epilogue,
+    is_identity,
+    known_activation,
+    run,
+    takes_epilogue,
+)
 from fastbn.transforms.fuse.source import MAKERS, subclass
 
 SEQUENTIAL = "sequential"
@@ -47,28 +56,25 @@ def _make(original: type[nn.Sequential]) -> type:
 MAKERS[SEQUENTIAL] = _make
 
 
-def children_of(module: nn.Sequential) -> tuple[list[tuple[str, str | None]], str | None]:
+def children_of(module: nn.Sequential, ever: bool = False) -> tuple[list[tuple[str, str | None]], str | None]:
     """Return ([(child, the activation that it takes or None)], the last child if it takes what follows the Sequential).
 
-    The children are those that take an epilogue.
+    The children are those that take an epilogue, as all children are now; ever: as they may be in some mode, by their
+    types.
     """
     found: list[tuple[str, str | None]] = []
     pending: str | None = None
     for name, child in module._modules.items():
-        if child is None:
-            continue
-        if pending is not None and is_identity(child):
-            continue
-        activation = known_activation(child)
-        if pending is not None and activation is not None:
-            found.append((pending, activation[0]))
-            pending = None
-            continue
         if pending is not None:
+            if type(child) in IDENTITIES if ever else is_identity(child):
+                continue
+            known = known_activation(child)
+            if type(child) in ACTIVATIONS if ever else known is not None:
+                found.append((pending, "" if known is None else known[0]))
+                pending = None
+                continue
             found.append((pending, None))
-            pending = None
-        if takes_epilogue(child):
-            pending = name
+        pending = name if takes_epilogue(child) else None
     if pending is not None:
         found.append((pending, None))
     return found, pending

@@ -15,6 +15,7 @@ import math
 import operator
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -282,13 +283,26 @@ _FALSE_IN_EAGER = frozenset(
     "is_scripting is_tracing is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
 )
 _TORCH_FUNCTIONS = frozenset(("_assert", "is_tensor", "is_floating_point", *_FALSE_IN_EAGER))
+_READABLE = (
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    type,
+    torch.dtype,
+    torch.memory_format,
+    type(typing.Optional),
+    type(typing.List),  # noqa: UP006
+)
 _SUSPECTS = frozenset("type id vars globals locals open input print exec eval setattr delattr __import__".split())
 
 
 @functools.cache
 def _overridable() -> frozenset[Any]:
+    """Return the functions that a proxy among their arguments records, those in place (torch.relu_) among them."""
     listed = torch.overrides.get_overridable_functions()
-    return frozenset(function for functions in listed.values() for function in functions)
+    found = {function for functions in listed.values() for function in functions}
+    in_place = [getattr(torch, f"{getattr(function, '__name__', '')}_", None) for function in found]
+    return frozenset([*found, *in_place])
 
 
 def _is_in(name: str, packages: tuple[str, ...]) -> bool:
@@ -368,6 +382,7 @@ def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
         else:
             read = None
             continue
-        if not (callable(read) or isinstance(read, (types.ModuleType, torch.dtype, torch.memory_format))):
-            return f"forward reads the global {name}"
+        # Calls of other objects (those of Cython, say) go past a profiler.
+        if not isinstance(read, _READABLE):
+            return f"forward reads the global {name}, a {type(read).__name__}"
     return None

@@ -233,8 +233,8 @@ def class_of(original: type, source: str) -> type:
 
 def _make(original: type, source: str) -> type:
     forward: Any = original.forward  # type: ignore[attr-defined]
+    # No __name__: Dynamo would look for these globals in the module of that name.
     namespace: dict[str, Any] = {
-        "__name__": __name__,
         "cls": original,
         "original": forward,
         "Tensor": torch.Tensor,
@@ -242,6 +242,7 @@ def _make(original: type, source: str) -> type:
     }
     exec(compile(source, f"<fastbn forward of {original.__qualname__}>", "exec"), namespace)
     namespace["forward"].__wrapped__ = forward  # whose signature tools read
+    namespace["forward"].__module__ = original.__module__
     body = {
         "forward": namespace["forward"],
         "_fastbn_sites": namespace["sites"],

@@ -70,6 +70,10 @@ class TakesEpilogue:
         """Return epilogue.apply(self(input)). Only called if `is_plain(self)`."""
         raise NotImplementedError
 
+    def _is_fresh(self) -> bool:
+        """Return whether forward returns memory that is its own. Only called if `is_plain(self)`."""
+        raise NotImplementedError
+
 
 class NormalizationLayer(TakesEpilogue):
     """Mixin of a layer that is one call of the fused op: `_normalize`."""
@@ -85,6 +89,9 @@ class NormalizationLayer(TakesEpilogue):
     def _with_epilogue(self, input: Tensor, epilogue: Epilogue) -> Any:
         found = None if self.activation is not None else read(epilogue, input)
         return epilogue.apply(self(input)) if found is None else self._normalize(input, *found)  # type: ignore[operator]
+
+    def _is_fresh(self) -> bool:
+        return True
 
 
 def takes_epilogue(module: Any) -> bool:
@@ -165,7 +172,7 @@ def is_fresh(module: Any) -> bool:
     """Return whether the result of a call shares memory with nothing that others can read."""
     if not is_plain(module):
         return False
-    return type(module) in _FRESH or (takes_epilogue(module) and isinstance(module, NormalizationLayer))
+    return type(module) in _FRESH or (takes_epilogue(module) and module._is_fresh())
 
 
 _FRESH = frozenset(
@@ -175,6 +182,11 @@ _FRESH = frozenset(
 
 def _apply_step(step: Any, y: Any) -> Any:
     return step.apply(y) if isinstance(step, Function) else step(y)
+
+
+def is_known(step: Any) -> bool:
+    """Return whether a step computes its result from its input alone, and keeps neither."""
+    return is_identity(step) or known_activation(step) is not None
 
 
 def is_identity(step: Any) -> bool:

@@ -51,12 +51,9 @@ def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn
         if type(module) in LAYERS:
             module.__class__ = class_of(type(module), LAYER)
     if fuse:
-        changed = set()
         for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
             if not is_generated(type(module)):
-                if containers.fuse(module, registry.INPUT_TYPES.get(type(module), Tensor)):
-                    changed.add(module)
-        containers.prune(model, changed)
+                containers.fuse(module, registry.INPUT_TYPES.get(type(module), Tensor))
     if verbose:
         print(report(model))
     return model

@@ -117,6 +117,7 @@ for _name in (
 ):
     register(_name, layer=_frozen)
 register("torchvision.models.densenet._DenseLayer", inputs=list)
+register("timm.models.dla.DlaRoot", inputs=list)
 
 _NAMES = {
     "timm.layers.activations": {

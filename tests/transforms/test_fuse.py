@@ -257,8 +257,13 @@ def test_addition_and_activation_are_passed_down_two_levels():
     check(HiddenStates(nn.Identity()), X, fused=["relu", "add+relu"])
 
 
-def test_an_in_place_addition_onto_what_may_be_shared_is_left_alone():
-    check(HiddenStates(downsample()), X, fused=["relu", "", ""])
+def test_an_in_place_addition_onto_the_result_of_a_child():
+    check(HiddenStates(downsample()), X, fused=["relu", "", "add+relu"])
+
+    def share(model):
+        model.layer[1].act = nn.Softshrink()
+
+    check(HiddenStates(downsample()), X, fused=["relu", "", ""], change=share)
 
 
 def test_a_container_stays_what_it_was():
@@ -285,10 +290,10 @@ def test_fuse_false_only_swaps_the_layers():
     assert type(model) is Block and type(model.bn1) is fastbn.BatchNorm2d
 
 
-def test_modules_that_fuse_nothing_keep_their_class():
-    model = nn.Sequential(ConvNorm(), nn.Conv2d(3, 3, 1), ConvNorm(), nn.Conv2d(3, 3, 1))
+def test_modules_that_call_no_normalisation_keep_their_class():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU()), nn.Sequential(nn.BatchNorm2d(3), nn.Softmax(1)))
     fastbn.convert(model)
-    assert type(model) is nn.Sequential and type(model[0]) is ConvNorm
+    assert [type(m) for m in (model, model[1], model[2])] == [nn.Sequential] * 3
 
 
 def test_a_second_call_fuses_what_has_been_added():

@@ -4,6 +4,7 @@ import enum
 import random
 import re
 import time
+import types
 
 import numpy
 import pytest
@@ -396,6 +397,19 @@ def test_attributes_of_all_kinds():
     check(module_with(forward, **values), X, fused=[""], change=lambda model: model.options.update(cast=False))
 
 
+def test_constants_of_a_configuration():
+    def change(model):
+        model.config.relu = False
+
+    def remove(model):
+        del model.config
+        model.config = types.SimpleNamespace(relu=True)
+
+    check(module_with(forward_of_a_config, config=Config()), X, fused=["relu"])
+    check(module_with(forward_of_a_config, config=Config()), X, fused=[""], change=change)
+    check(module_with(forward_of_a_config, config=Config()), X, fused=["relu"], change=remove)
+
+
 def test_children_that_are_iterated():
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms):
@@ -433,11 +447,26 @@ def test_attributes_of_children_and_missing_attributes():
 
 
 class Config:
-    relu = True
+    relu, sizes = True, [1, 2]
+
+    def method(self):
+        return True
 
 
 def forward_of_a_config(self, x):
     return F.relu(self.bn(x)) if self.config.relu else self.bn(x)
+
+
+def forward_of_a_list_in_a_config(self, x):
+    return F.relu(self.bn(x)) if self.config.sizes else self.bn(x)
+
+
+def forward_that_asks_whether_there_is_a_config(self, x):
+    return F.relu(self.bn(x)) if self.config else self.bn(x)
+
+
+def forward_that_calls_a_config(self, x):
+    return F.relu(self.bn(x)) if self.config.method() else self.bn(x)
 
 
 def forward_with_a_flag(self, x):
@@ -535,7 +564,9 @@ def forward_with_a_backend_flag(self, x):
 
 
 LEFT_ALONE = [
-    (forward_of_a_config, "forward reads config, a Config"),
+    (forward_of_a_list_in_a_config, "forward reads config.sizes, a list"),
+    (forward_that_asks_whether_there_is_a_config, "forward reads config, a Config"),
+    (forward_that_calls_a_config, "forward reads config.method, a method"),
     (forward_with_a_flag, "forward reads the global FLAG"),
     (forward_with_global_options, "forward reads the global OPTIONS"),
     (forward_that_counts, "forward sets calls"),

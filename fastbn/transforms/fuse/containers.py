@@ -56,19 +56,16 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
     return write(training, arguments, sites, input_type)
 
 
-def fuse(module: nn.Module, input_type: type = Tensor) -> bool:
-    """Give a module another forward, if its own has sites that can be fused, and return whether it has one now."""
+def fuse(module: nn.Module, input_type: type = Tensor) -> None:
+    """Give a module another forward, if its own has sites that can be fused."""
     try:
         source = source_of(module, input_type)
-        if source is None:
-            return False
-        module.__class__ = class_of(type(module), source)
+        if source is not None:
+            module.__class__ = class_of(type(module), source)
     except Exception as error:
         # Refused, or whatever a metaclass or __init_subclass__ makes of another class.
         if not isinstance(error, (Refused, TypeError, ValueError, KeyError, AttributeError)):
             raise
-        return False
-    return True
 
 
 def unfuse(module: nn.Module) -> None:
@@ -77,18 +74,18 @@ def unfuse(module: nn.Module) -> None:
         module.__class__ = cls._fastbn_original
 
 
-def fused_children(module: nn.Module, ever: bool = False) -> list[Fused]:
-    """Return what a module with another forward fuses, as its children are now; ever: as they may be in some mode."""
+def fused_children(module: nn.Module) -> list[Fused]:
+    """Return what a module with another forward fuses, as its children are now."""
     cls: Any = type(module)
     if not is_generated(cls):
         return []
     if cls._fastbn_source == SEQUENTIAL:
-        found, tail = children_of(module, ever)  # type: ignore[arg-type]
+        found, tail = children_of(module)  # type: ignore[arg-type]
         return [Fused(name, False, activation, name == tail) for name, activation in found]
     sites = []
     for child, add, step, function, is_tail in getattr(cls, "_fastbn_sites", ()):
         name: str | None = function.rstrip("_") or None
-        if step and not ever:
+        if step:
             try:
                 known = known_activation(module.get_submodule(step))
             except AttributeError:
@@ -96,14 +93,3 @@ def fused_children(module: nn.Module, ever: bool = False) -> list[Fused]:
             name = None if known is None else known[0]
         sites.append(Fused(child, add, name, is_tail))
     return sites
-
-
-def prune(model: nn.Module, candidates: set[nn.Module]) -> None:
-    """Give back their own forward to those candidates that fuse nothing and are given nothing to fuse."""
-    used: set[nn.Module] = set()
-    for module in model.modules():
-        sites = fused_children(module, ever=True)
-        fuses = [site for site in sites if site.add or site.activation is not None]
-        used.update(module.get_submodule(site.child) for site in (sites if module in used else fuses))
-        if module in candidates and not fuses and module not in used:
-            unfuse(module)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastbn import functional
-from fastbn.nn.epilogue import NOTHING, Epilogue, join, read
+from fastbn.nn.epilogue import NOTHING, Epilogue, is_known, join, read
 from fastbn.transforms.fuse.source import MAKERS, subclass
 
 LAYER = "layer"
@@ -38,7 +38,9 @@ def _make(original: Any) -> type:
 
     def _with_epilogue(self: Any, input: Tensor, epilogue: Epilogue) -> Any:
         joined = join(Epilogue(after=layer.steps(self)), epilogue)
-        found = None if joined is None else read(joined, input)
+        if joined is None:
+            return epilogue.apply(_with_epilogue(self, input, NOTHING))
+        found = read(joined, input)
         arguments = None if found is None else layer.arguments(self, input)
         if found is None or arguments is None:
             return epilogue.apply(own(self, input))
@@ -48,7 +50,11 @@ def _make(original: Any) -> type:
         )
 
     forward.__wrapped__ = own  # type: ignore[attr-defined]
-    body = {"forward": forward, "_with_epilogue": _with_epilogue}
+
+    def _is_fresh(self: Any) -> bool:
+        return all(is_known(step) for step in layer.steps(self))
+
+    body = {"forward": forward, "_with_epilogue": _with_epilogue, "_is_fresh": _is_fresh}
     return subclass(original, LAYER, body, takes_epilogue=True)
 
 

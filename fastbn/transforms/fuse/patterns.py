@@ -194,21 +194,23 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
         for other, i in position.items()
         if position[node] < i < position[site.chain[-1]] and other not in chain and other.op != "get_attr"
     ]
-    if between and _is_normalization(node, module) and _is_fresh(node.args[0], module):
+    source = _fresh(node.args[0], module) if between and _is_normalization(node, module) else None
+    if source is not None:
         bn = module.get_submodule(str(node.target))
         for other in between:
             if other.op == "call_module" and bn in module.get_submodule(str(other.target)).modules():
                 return False
-        site.checks.append(("is_fresh", str(node.args[0].target)))  # type: ignore[union-attr]
+        site.checks += [("is_fresh", path) for path in source]
     else:
         for other in between:
             if not _is_step(other, module, epilogue.IDENTITIES):
                 return False
             site.checks.append(("is_identity", str(other.target)))
     if site.add == "iadd_to":  # the fused op leaves the residual as it is
-        if not _is_fresh(site.residual, module):
+        paths = _fresh(site.residual, module)
+        if paths is None:
             return False
-        site.checks.append(("is_fresh", str(site.residual.target)))
+        site.checks += [("is_fresh", path) for path in paths]
     return True
 
 
@@ -216,8 +218,18 @@ def _is_normalization(node: Any, module: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), epilogue.NormalizationLayer)
 
 
-def _is_fresh(node: Any, module: nn.Module) -> bool:
-    """Return whether only the reader of a node's value can see it."""
-    if node.op != "call_module" or _only_user(node) is None:
-        return False
-    return epilogue.is_fresh(module.get_submodule(str(node.target)))
+def _fresh(node: Any, module: nn.Module) -> list[str] | None:
+    """Return the modules that have to be fresh for only the reader of a node's value to see it; None if others may."""
+    if _only_user(node) is None:
+        return None
+    if node.op == "call_module":
+        return [str(node.target)] if epilogue.is_fresh(module.get_submodule(str(node.target))) else None
+    if node.target in _NEW or (node.op == "call_method" and node.target in ("add", "mul", "sub")):
+        return []
+    if node.target in (operator.iadd, "add_") and isinstance(node.args[0], fx.Node):
+        return _fresh(node.args[0], module)
+    return None
+
+
+# Functions whose result is a new tensor.
+_NEW = (operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.sub, torch.cat)

@@ -11,7 +11,9 @@ from fastbn.nn.epilogue import (
     IDENTITIES,
     NOTHING,
     Epilogue,
+    is_fresh,
     is_identity,
+    is_known,
     known_activation,
     run,
     takes_epilogue,
@@ -45,11 +47,18 @@ def _run_children(self: Any, input: Any, epilogue: Epilogue) -> Any:
     return epilogue.apply(input)
 
 
+def _is_fresh(self: Any) -> bool:
+    for module in reversed(self._modules.values()):
+        if not is_known(module):
+            return is_fresh(module)
+    return False
+
+
 def _make(original: type[nn.Sequential]) -> type:
     def forward(self: Any, input: Any) -> Any:
         return _run_children(self, input, NOTHING)
 
-    body = {"forward": forward, "_with_epilogue": _run_children}
+    body = {"forward": forward, "_with_epilogue": _run_children, "_is_fresh": _is_fresh}
     return subclass(original, SEQUENTIAL, body, takes_epilogue=True)
 
 

@@ -21,7 +21,10 @@ from fastbn.transforms.fuse.trace import Guard, Refused, Trace, is_constant, sou
 
 _TEMPLATE = """\
 def guard(self):
-    return cls.forward is original and {guard}
+    try:
+        return cls.forward is original and {guard}
+    except AttributeError:
+        return False
 
 def fused(self, {inputs}, _outer):
 {body}
@@ -36,6 +39,9 @@ def _with_epilogue(self, input, epilogue):
     if guard(self):
         return fused(self, input, epilogue)
     return epilogue.apply(self(input))
+
+def _is_fresh(self):
+    return guard(self) and {fresh}
 """
 
 
@@ -57,14 +63,13 @@ class _Writer:
         inputs = [self.names[node] for node in nodes if node.op == "placeholder"]
         body = self._body(nodes)
         checks = self._guards()
-        has_tail = any(site.is_tail for site in self.sites)
         text = _TEMPLATE.format(
             guard=" and ".join(checks) or "True",
             inputs=", ".join(inputs),
             body="\n".join("    " + line for line in body),
             count=len(inputs),
             checks=" and ".join(f"isinstance(args[{i}], {input_type.__name__})" for i in range(len(inputs))),
-            tail=_TAIL if has_tail and len(inputs) == 1 else "",
+            tail=self._tail() if len(inputs) == 1 else "",
         )
         described = [
             (
@@ -78,6 +83,15 @@ class _Writer:
         ]
         imports = "\n".join(f"import {name}" for name in sorted(self.imports))
         return f"{imports}\n\nsites = {described!r}\n\n{text}"
+
+    def _tail(self) -> str:
+        """Return the methods of a class whose forward returns the result of a site."""
+        for site in self.sites:
+            if site.is_tail:
+                checks = [f"is_fresh({_path(str(site.node.target))})"]
+                checks += [f"is_known({self._step(step)})" for step in (*site.before, *site.after)]
+                return _TAIL.format(fresh=" and ".join(checks))
+        return ""
 
     def _body(self, nodes: list[fx.Node]) -> list[str]:
         last_use: dict[fx.Node, int] = {}
@@ -249,11 +263,11 @@ def _make(original: type, source: str) -> type:
     }
     takes_epilogue = "_with_epilogue" in namespace
     if takes_epilogue:
-        body["_with_epilogue"] = namespace["_with_epilogue"]
+        body |= {name: namespace[name] for name in ("_with_epilogue", "_is_fresh")}
     return subclass(original, source, body, takes_epilogue)
 
 
-_NAMES = ("Epilogue", "Function", "NOTHING", "add_to", "iadd_to", "is_fresh", "is_identity", "run")
+_NAMES = ("Epilogue", "Function", "NOTHING", "add_to", "iadd_to", "is_fresh", "is_identity", "is_known", "run")
 
 
 def subclass(original: type, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:

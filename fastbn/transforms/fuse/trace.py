@@ -102,7 +102,17 @@ class _Tracer(TracerBase):
         self.guards: dict[Guard, None] = {}
         self.refused: str | None = None
         self.copies: dict[tuple[str, str], tuple[Any, Any]] = {}  # of lists and dictionaries, and what they are of
+        self.is_paused = False
         self._twins: dict[str, Any] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block, do not watch what is called."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
 
     def refuse(self, reason: str) -> Refused:
         self.refused = self.refused or reason
@@ -112,7 +122,7 @@ class _Tracer(TracerBase):
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, (_Watched, Tensor)) and not isinstance(a, fx.Proxy):
+        if isinstance(a, (_Watched, _Attributes, Tensor)) and not isinstance(a, fx.Proxy):
             raise self.refuse(f"a {type(a).__name__} is passed to a function")
         return super().create_arg(a)
 
@@ -180,25 +190,28 @@ class _Watched:
             return types.MappingProxyType(
                 {key: None if child is None else tracer.watched(child, prefix + key) for key, child in value.items()}
             )
-        if isinstance(value, types.MethodType):
+        kind = type(value)  # isinstance would run what an object has for __class__
+        if kind is types.MethodType:
             if value.__self__ is self or isinstance(value.__self__, type):
                 return value
         elif is_constant(value):
             tracer.guards[path, "attribute", name, value] = None
             return value
-        elif type(value) in (list, dict) and is_constant(tuple(value)):
-            items = tuple(value.items()) if type(value) is dict else tuple(value)
+        elif kind in (list, dict) and is_constant(tuple(value)):
+            items = tuple(value.items()) if kind is dict else tuple(value)
             if is_constant(items):
-                tracer.guards[path, "attribute", name, (type(value), items)] = None
-                return tracer.copies.setdefault((path, name), (type(value)(value), value))[0]
-        elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+                tracer.guards[path, "attribute", name, (kind, items)] = None
+                return tracer.copies.setdefault((path, name), (kind(value), value))[0]
+        elif issubclass(kind, (types.FunctionType, types.BuiltinFunctionType, type)):
             if name not in object.__getattribute__(self, "__dict__"):
                 return value  # of the class
             if source_of(value) is not None:
                 tracer.guards[path, "attribute", name, value] = None
                 return value
-        elif isinstance(value, (_Proxy, _Watched)):  # what a property returned
+        elif issubclass(kind, (_Proxy, _Watched)):  # what a property returned
             return value
+        elif not callable(value) and not issubclass(kind, (nn.Module, Tensor, *_CONTAINERS)):
+            return _Attributes(value, tracer, f"{path}.{name}" if path else name)
         raise tracer.refuse(f"forward reads {name}, a {type(value).__name__}")
 
     def __getattr__(self, name: str) -> Any:
@@ -229,13 +242,46 @@ class _Watched:
         return tracer.create_proxy("call_module", path, args, kwargs)
 
 
+class _Attributes:
+    """An object in place of one that is no module, a configuration say, of which forward may read constants."""
+
+    def __init__(self, target: Any, tracer: _Tracer, path: str) -> None:
+        self._target, self._tracer, self._path = target, tracer, path
+
+    def __getattr__(self, name: str) -> Any:
+        tracer = self._tracer
+        with tracer.paused():
+            value = getattr(self._target, name, _ABSENT)
+        if value is _ABSENT:
+            tracer.guards[self._path, "absent", name, None] = None
+            raise AttributeError(name)
+        if not is_constant(value):
+            raise tracer.refuse(f"forward reads {self._path}.{name}, a {type(value).__name__}")
+        tracer.guards[self._path, "attribute", name, value] = None
+        return value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if _is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
+            return _Attributes
+        raise self._tracer.refuse(f"forward asks for the type of {self._path}")
+
+    def _refuse(self, *args: Any) -> Any:
+        raise self._tracer.refuse(f"forward reads {self._path}, a {type(self._target).__name__}")
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = __eq__ = __hash__ = _refuse
+
+
+_ABSENT = object()
+
+
 def is_constant(value: Any) -> bool:
     """Return whether a value cannot change, and its repr or name says all of it."""
     if type(value) is tuple:
         return all(is_constant(v) for v in value)
     if type(value) is float:
         return math.isfinite(value)
-    return value is None or type(value) in (bool, int, str, torch.dtype) or isinstance(value, enum.Enum)
+    return value is None or type(value) in (bool, int, str, torch.dtype) or issubclass(type(value), enum.Enum)
 
 
 @functools.cache
@@ -320,7 +366,7 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
     """Refuse a trace in which the model's own code calls or reads what may answer differently another time."""
 
     def watch(frame: Any, event: str, argument: Any) -> None:
-        if tracer.refused is not None:
+        if tracer.refused is not None or tracer.is_paused:
             return
         reason: str | None = None
         if event == "c_call" and _is_of_model(frame):

@@ -60,7 +60,7 @@ def images(size: int = 64, channels: int = 3, batch: int = 4) -> Callable[[], tu
 def torchvision_models() -> Iterator[Model]:
     from torchvision import models
 
-    sizes = {"inception_v3": 96, "googlenet": 64}
+    sizes = {"inception_v3": 128, "googlenet": 64}
     for name in (
         "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 mobilenet_v2 mobilenet_v3_small "
         "efficientnet_b0 efficientnet_v2_s mnasnet0_5 shufflenet_v2_x0_5 googlenet inception_v3 regnet_x_400mf "

@@ -48,8 +48,9 @@ class Epilogue(NamedTuple):
         """Run the steps one by one."""
         for step in self.before:
             y = _apply_step(step, y)
-        if self.add is not None:
-            y = self.add(y, self.residual)
+        return self.apply_after(y if self.add is None else self.add(y, self.residual))
+
+    def apply_after(self, y: Any) -> Any:
         for step in self.after:
             y = _apply_step(step, y)
         return y
@@ -88,7 +89,11 @@ class NormalizationLayer(TakesEpilogue):
 
     def _with_epilogue(self, input: Tensor, epilogue: Epilogue) -> Any:
         found = None if self.activation is not None else read(epilogue, input)
-        return epilogue.apply(self(input)) if found is None else self._normalize(input, *found)  # type: ignore[operator]
+        if found is not None:
+            return self._normalize(input, *found)
+        if epilogue.add is not None and epilogue.after:  # perhaps the addition alone
+            return epilogue.apply_after(self._with_epilogue(input, epilogue._replace(after=())))
+        return epilogue.apply(self(input))  # type: ignore[operator]
 
     def _is_fresh(self) -> bool:
         return True

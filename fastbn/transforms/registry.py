@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbn.nn import epilogue
 from fastbn.transforms.fuse.layers import LAYERS, Layer
+from fastbn.transforms.fuse.trace import LEAF_FUNCTIONS
 
 # Facts by "module.qualified name", until a model has a module of that type.
 _named: dict[str, dict[str, Any]] = {}
@@ -24,6 +25,7 @@ def register(
     layer: Callable[[Any, Tensor], Mapping[str, Any] | None] | None = None,
     steps: Callable[[Any], tuple[nn.Module, ...]] | None = None,
     inputs: type | None = None,
+    leaf: bool = False,
 ) -> None:
     """Tell `fastbn.convert` what modules of exactly this class are.
 
@@ -36,6 +38,8 @@ def register(
     num_batches_tracked), or None where the module's own forward has to run. steps: a function of such a module that
     returns the modules that its forward calls on the result (dropout, activation).
     inputs: `list`, if that is what its forward is given instead of tensors.
+    leaf: that it is not a class but the name of a function, which a forward calls and tracing must not look into, since
+    it decides by the shape of its input.
 
     All are asked at each call. Raises TypeError for a class that is neither a type nor a string, and ValueError if
     nothing is told of it.
@@ -43,8 +47,11 @@ def register(
     if not isinstance(cls, (type, str)):
         raise TypeError(f"register: expected a class or its name, got {type(cls).__name__}")
     facts = {"activation": activation, "identity": identity, "layer": layer, "steps": steps, "inputs": inputs}
+    if leaf and isinstance(cls, str):
+        LEAF_FUNCTIONS.add(cls)
+        return
     if all(value is None for value in facts.values()):
-        raise ValueError("register: expected activation, identity, layer or inputs, got none of them")
+        raise ValueError("register: expected activation, identity, layer or inputs of a class, got none of them")
     if isinstance(cls, str):
         _named[cls] = facts
     else:
@@ -118,6 +125,8 @@ for _name in (
     register(_name, layer=_frozen)
 register("torchvision.models.densenet._DenseLayer", inputs=list)
 register("timm.models.dla.DlaRoot", inputs=list)
+for _version in ("mobilenet_v1", "mobilenet_v2"):
+    register(f"transformers.models.{_version}.modeling_{_version}.apply_tf_padding", leaf=True)
 
 _NAMES = {
     "timm.layers.activations": {

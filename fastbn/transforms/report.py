@@ -99,7 +99,7 @@ def _of_layer(
     kind = type(module).__name__
     own = _own_activation(module, path)
     if module in fused or own is not None:
-        add, activation, container = fused.get(module) or own or (False, None, path)
+        add, activation, container = own or fused[module]
         return LayerReport(path, kind, "fused", add, activation, container)
     if isinstance(module, NormalizationLayer) or _is_adapted(module):
         reason = refusals.get(module, "nothing follows that can be fused, or something else reads the result")

@@ -115,6 +115,15 @@ def test_modules_that_are_replaced(change, fused):
     check(small(), X, fused=fused, change=change)
 
 
+def test_an_activation_that_is_replaced_after_an_addition():
+    def forward(self, x, r):
+        return self.act(self.bn(x) + r)
+
+    model, r = module_with(forward, act=nn.ReLU()), inputs(*X.shape, seed=1)
+    check(model, X, r, fused=["add"], change=replace("act", lambda: nn.Softmax(1)))
+    check(module_with(forward, act=nn.GELU("tanh")), X, r, fused=["add"])
+
+
 def test_parameters_of_an_activation_are_read_at_each_call():
     def change(model):
         model.act.negative_slope = 0.5

@@ -29,7 +29,7 @@ LAYERS: dict[type, Layer] = {}
 
 
 def _make(original: Any) -> type:
-    layer, own = LAYERS[original], original.forward
+    own = original.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
@@ -37,11 +37,13 @@ def _make(original: Any) -> type:
         return own(self, *args, **kwargs)
 
     def _with_epilogue(self: Any, input: Tensor, epilogue: Epilogue) -> Any:
-        joined = join(Epilogue(after=layer.steps(self)), epilogue)
+        joined = join(Epilogue(after=LAYERS[original].steps(self)), epilogue)
         if joined is None:
             return epilogue.apply(_with_epilogue(self, input, NOTHING))
         found = read(joined, input)
-        arguments = None if found is None else layer.arguments(self, input)
+        arguments = None if found is None else LAYERS[original].arguments(self, input)
+        if found is None and joined.add is not None and joined.after:  # perhaps the addition alone
+            return joined.apply_after(_with_epilogue(self, input, epilogue._replace(after=())))
         if found is None or arguments is None:
             return epilogue.apply(own(self, input))
         residual, activation, param = found
@@ -52,7 +54,7 @@ def _make(original: Any) -> type:
     forward.__wrapped__ = own  # type: ignore[attr-defined]
 
     def _is_fresh(self: Any) -> bool:
-        return all(is_known(step) for step in layer.steps(self))
+        return all(is_known(step) for step in LAYERS[original].steps(self))
 
     body = {"forward": forward, "_with_epilogue": _with_epilogue, "_is_fresh": _is_fresh}
     return subclass(original, LAYER, body, takes_epilogue=True)

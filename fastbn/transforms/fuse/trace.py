@@ -52,7 +52,7 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
 
     training: what `training` reads as, of the module and its children. Raises Refused with the reason.
     """
-    forward = type(module).forward
+    forward: Any = type(module).forward
     for cell in getattr(forward, "__closure__", None) or ():
         if not callable(cell.cell_contents):
             raise Refused("forward is a closure over values")
@@ -69,7 +69,7 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         inputs.append(proxy)
     with _watched_calls(tracer):
         try:
-            result = _call(type(module).forward, twin, inputs)
+            result = _call(_with_leaves(forward, tracer), twin, inputs)
         except Exception as error:
             text = str(error).strip().splitlines()
             raise Refused(tracer.refused or f"{type(error).__name__}: {text[0] if text else ''}"[:120]) from None
@@ -86,6 +86,33 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
 
 def _call(forward: Callable[..., Any], twin: Any, inputs: list[Any]) -> Any:
     return forward(twin, *inputs)
+
+
+def _with_leaves(forward: Any, tracer: _Tracer) -> Any:
+    """Return `forward` with those functions of LEAF_FUNCTIONS replaced that it names: their calls become nodes."""
+
+    def leaf(function: Any) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            given = fx.node.map_aggregate((args, kwargs), tracer.as_value)
+            return tracer.create_proxy("call_function", function, *given)
+
+        return record
+
+    if not isinstance(forward, types.FunctionType):
+        return forward
+    leaves = {}
+    for name in forward.__code__.co_names:
+        value = forward.__globals__.get(name)
+        if isinstance(value, types.FunctionType) and f"{value.__module__}.{value.__qualname__}" in LEAF_FUNCTIONS:
+            leaves[name] = leaf(value)
+    if not leaves:
+        return forward
+    scope = {**forward.__globals__, **leaves}
+    return types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+# The "module.qualified name" of functions that are called as they are, whatever they do with the input's shape.
+LEAF_FUNCTIONS: set[str] = set()
 
 
 class _Tracer(TracerBase):
@@ -125,6 +152,10 @@ class _Tracer(TracerBase):
         if isinstance(a, (_Watched, _Attributes, Tensor)) and not isinstance(a, fx.Proxy):
             raise self.refuse(f"a {type(a).__name__} is passed to a function")
         return super().create_arg(a)
+
+    def as_value(self, a: Any) -> Any:
+        """Return the proxy of a module that is passed to a leaf, and anything else as it is."""
+        return self.create_proxy("get_attr", a._watch[1], (), {}) if isinstance(a, _Watched) else a
 
     def watched(self, module: nn.Module, path: str) -> Any:
         """Return the twin of the module at `path`, whose class watches what is read and written."""

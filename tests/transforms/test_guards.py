@@ -1,8 +1,11 @@
 """What symbolic tracing would guess, fastbn.convert guards or leaves alone: results are those of the model's code."""
 
+import cProfile
 import enum
+import pstats
 import random
 import re
+import sys
 import time
 import types
 
@@ -328,6 +331,32 @@ def test_a_child_may_change_its_input():
     check(model, X, fused=["add"])
 
 
+def test_random_numbers_are_drawn_in_the_order_of_the_model():
+    def forward(self, x):
+        y = self.drop(self.bn(self.conv(x)))
+        return y + self.between(x)
+
+    def build():
+        between = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5))
+        return module_with(forward, drop=nn.Dropout(0.3), between=between)
+
+    check(build(), X, fused=[""], modes=[True])
+    check(build(), X, fused=["add"], modes=[False])
+
+
+def test_hooks_run_in_the_order_of_the_model():
+    def called(model, seen):
+        for name in ("bn1", "bn2", "downsample", "relu"):
+            model.get_submodule(name).register_forward_hook(lambda module, *_, name=name: seen.append(name))
+        model(X)
+        return seen
+
+    stock, fast = (random_state(Block(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid()))) for _ in range(2))
+    assert called(fastbn.convert(fast), []) == called(stock, [])
+    stock, fast = (random_state(Block(downsample())) for _ in range(2))
+    assert called(fastbn.convert(fast), []) == called(stock, [])
+
+
 # --- modules that are shared or called twice
 
 
@@ -404,6 +433,17 @@ def test_attributes_of_all_kinds():
         check(module_with(forward, **values), X, fused=[""], change=change, rtol=1e-6, atol=1e-6)
     check(module_with(forward, **values), X, fused=[""], change=lambda model: model.sizes.append(3))
     check(module_with(forward, **values), X, fused=[""], change=lambda model: model.options.update(cast=False))
+
+
+def test_a_number_that_becomes_a_tensor():
+    def forward(self, x):
+        return F.relu(self.bn(x * self.scale))
+
+    def change(model):
+        model.scale = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+
+    check(module_with(forward, scale=1.5), X, fused=["relu"])
+    check(module_with(forward, scale=1.5), X, fused=[""], change=change)
 
 
 def test_constants_of_a_configuration():
@@ -655,3 +695,29 @@ def test_a_random_depth_is_drawn_at_each_call():
         return F.relu(self.bn(x)) * keep
 
     check(module_with(forward), X, fused=["relu"])
+
+
+def test_a_profiler_goes_on_after_conversion():
+    def after():
+        pass
+
+    with cProfile.Profile() as profiler:
+        model = fastbn.convert(small())
+        after()
+    assert any(entry[2] == "after" for entry in pstats.Stats(profiler).stats)
+    called = []
+    sys.setprofile(lambda frame, event, argument: called.append(frame.f_code.co_name))
+    try:
+        fastbn.convert(small())
+        after()
+    finally:
+        sys.setprofile(None)
+    assert "after" in called
+    with recorded_calls() as calls:
+        random_state(model)(X)
+    assert calls == ["relu"]
+
+
+def test_conversion_under_a_default_device():
+    with torch.device("cpu"):
+        check(module_with(lambda self, x: torch.relu(self.bn(x))), X, fused=["relu"])

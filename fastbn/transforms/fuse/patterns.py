@@ -24,9 +24,12 @@ class Mode:
     when_training: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
-    """A chain of nodes that becomes one call. `checks` are (function of fastbn.nn.epilogue, path of a module)."""
+    """A chain of nodes that becomes one call.
+
+    checks: (function of fastbn.nn.epilogue, path of a module), true at a call, or else the chain runs as it was.
+    """
 
     node: fx.Node
     before: list[fx.Node] = field(default_factory=list)
@@ -200,7 +203,9 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
         for other in between:
             if other.op == "call_module" and bn in module.get_submodule(str(other.target)).modules():
                 return False
+        site.checks.append(("keeps_order", str(node.target)))
         site.checks += [("is_fresh", path) for path in source]
+        site.checks += [("is_identity", str(step.target)) for step in site.before]
     else:
         for other in between:
             if not _is_step(other, module, epilogue.IDENTITIES):

@@ -55,14 +55,15 @@ class _Writer:
         self.traced, self.arguments, self.sites = traced, arguments, sites
         self.imports: dict[str, None] = {}
         self.site_at = {site.chain[-1]: site for site in sites}
-        self.inside = {node for site in sites for node in site.chain[:-1]}
+        self.inside = {node: site for site in sites for node in site.chain[:-1]}
+        self.conditions = {site: f"_ok_{i}" for i, site in enumerate(sites) if site.checks}
         self.names = {node: _identifier(node.name) for node in traced.graph.nodes}
 
     def source(self, input_type: type) -> str:
         nodes = list(self.traced.graph.nodes)
         inputs = [self.names[node] for node in nodes if node.op == "placeholder"]
         body = self._body(nodes)
-        checks = self._guards()
+        checks = [self._guard(guard) for guard in self.traced.guards]
         text = _TEMPLATE.format(
             guard=" and ".join(checks) or "True",
             inputs=", ".join(inputs),
@@ -88,7 +89,8 @@ class _Writer:
         """Return the methods of a class whose forward returns the result of a site."""
         for site in self.sites:
             if site.is_tail:
-                checks = [f"is_fresh({_path(str(site.node.target))})"]
+                checks = [self._conditions(site)] if site.checks else []
+                checks += [f"is_fresh({_path(str(site.node.target))})"]
                 checks += [f"is_known({self._step(step)})" for step in (*site.before, *site.after)]
                 return _TAIL.format(fresh=" and ".join(checks))
         return ""
@@ -98,34 +100,43 @@ class _Writer:
         for i, node in enumerate(nodes):
             for used in self._inputs(node):
                 last_use[used] = i
-        lines = []
+        lines = [f"{name} = {self._conditions(site)}" for site, name in self.conditions.items()]
         for i, node in enumerate(nodes):
-            if node.op == "placeholder" or node in self.inside:
+            inner, site = self.inside.get(node), self.site_at.get(node)
+            chain = inner or site
+            condition = self.conditions.get(chain) if chain else None
+            if node.op == "placeholder" or (inner and not condition):
                 continue
-            site = self.site_at.get(node)
             if node.op == "output":
-                result = node.args[0]
-                tail = isinstance(result, fx.Node) and self.site_at.get(result)
-                if not (tail and tail.is_tail):
+                result: Any = node.args[0]
+                if not (result in self.site_at and self.site_at[result].is_tail):
                     lines.append(f"return {self._text(self.arguments[node][0][0])}")
                 continue
             if site is not None and site.is_tail:
+                if condition:
+                    lines += [f"if not {condition}:", f"    return _outer.apply({self._call(node)})"]
                 lines.append(f"return {self._run(site, ', _outer')}")
                 continue
-            freed = [self.names[used] for used in last_use if last_use[used] == i]
-            line = f"{self.names[node]} = {self._run(site, '') if site else self._call(node)}"
-            lines.append(line + "".join(f"; {name} = None" for name in freed if name != self.names[node]))
+            value = self._run(site, "") if site else "None" if inner else self._call(node)
+            if condition:
+                value = f"{value} if {condition} else {self._call(node)}"
+            freed = [self.names[used] for used in last_use if last_use[used] == i and used is not node]
+            lines.append(f"{self.names[node]} = {value}" + "".join(f"; {name} = None" for name in freed))
         return lines
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that the statement of a node reads."""
-        if node in self.inside:
-            return []
-        site = self.site_at.get(node)
+        inner, site = self.inside.get(node), self.site_at.get(node)
+        if inner is not None:
+            return node.all_input_nodes if inner in self.conditions else []
         if site is None:
-            return [used for used in node.all_input_nodes if used not in self.inside]
+            return node.all_input_nodes
+        own = node.all_input_nodes if site in self.conditions else []
         residual = [site.residual] if isinstance(site.residual, fx.Node) else []
-        return [*site.node.all_input_nodes, *residual]
+        return [*own, *site.node.all_input_nodes, *residual]
+
+    def _conditions(self, site: Site) -> str:
+        return " and ".join(f"{function}({_path(path)})" for function, path in dict.fromkeys(site.checks))
 
     def _run(self, site: Site, outer: str) -> str:
         parts = []
@@ -192,11 +203,6 @@ class _Writer:
         self.imports[module] = None
         return f"{module}.{name}"
 
-    def _guards(self) -> list[str]:
-        guards = [self._guard(guard) for guard in self.traced.guards]
-        checks = {check: None for site in self.sites for check in site.checks}
-        return guards + [f"{function}({_path(path)})" for function, path in checks]
-
     def _guard(self, guard: Guard) -> str:
         path, kind, name, value = guard
         owner = _path(path)
@@ -208,11 +214,12 @@ class _Writer:
             return f"not hasattr({owner}, {name!r})"
         attribute = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
         if type(value) is tuple and value and value[0] in (list, dict):
-            return f"{attribute} == {self._text(value[0](value[1]))}"
+            value = value[0](value[1])
         if callable(value) and not hasattr(value, "name"):
             return f"{attribute} is {self._import(value)}"
-        comparison = "is" if value is None or isinstance(value, bool) else "=="
-        return f"{attribute} {comparison} {self._text(value)}"
+        if type(value) in (int, float, str, tuple, list, dict):
+            return f"type({attribute}) is {type(value).__name__} and {attribute} == {self._text(value)}"
+        return f"{attribute} is {self._text(value)}"
 
 
 _ADDITIONS = {"add": "operator.add", "iadd": "operator.iadd", "add_to": "add_to", "iadd_to": "iadd_to"}
@@ -267,7 +274,18 @@ def _make(original: type, source: str) -> type:
     return subclass(original, source, body, takes_epilogue)
 
 
-_NAMES = ("Epilogue", "Function", "NOTHING", "add_to", "iadd_to", "is_fresh", "is_identity", "is_known", "run")
+_NAMES = (
+    "Epilogue",
+    "Function",
+    "NOTHING",
+    "add_to",
+    "iadd_to",
+    "is_fresh",
+    "is_identity",
+    "is_known",
+    "keeps_order",
+    "run",
+)
 
 
 def subclass(original: type, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:

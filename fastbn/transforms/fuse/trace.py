@@ -354,6 +354,7 @@ _ALLOWED_MODULES = (
     "torch.functional",
     "torch.nn.modules",
     "torch.overrides",
+    _torch.DeviceContext.__module__,
     *_PURE_MODULES,
 )
 _FALSE_IN_EAGER = frozenset(
@@ -412,12 +413,15 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
         if reason is not None:
             raise tracer.refuse(reason)
 
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
+    is_of_c = hasattr(before, "enable")  # cProfile's, which only starts by itself
     sys.setprofile(watch)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None if is_of_c else before)
+        if is_of_c:
+            before.enable()
 
 
 def _why_not_builtin(function: Any) -> str | None:

@@ -21,7 +21,7 @@ from fastbn.nn import (
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
-from fastbn.transforms.convert import convert, revert
+from fastbn.transforms.convert import convert, revert, reverted
 from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
 from fastbn.transforms.tools import register_with_tools
@@ -50,6 +50,7 @@ __all__ = [
     "info",
     "register_with_tools",
     "revert",
+    "reverted",
     "set_max_sms",
     "unfreeze",
 ]

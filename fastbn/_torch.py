@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.overrides import _get_current_function_mode_stack as function_mode_stack
 from torch.utils._device import DeviceContext
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes as without_dispa
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "FUNCTION_MODULES",
+    "WHO_SORTS_PROXIES",
     "BatchNormBase",  # torch.nn's modules and SyncBatchNorm have no public base class
     "DeviceContext",  # the function mode of torch.set_default_device, which overrides nothing that fastbn calls
     "after_autograd",
@@ -25,6 +28,7 @@ __all__ = [
     "below_autograd",
     "function_mode_stack",  # torch.overrides says whether there are modes, but not which
     "has_functorch_transforms",
+    "has_global_module_hooks",
     "is_exporting",
     "is_in_forward_ad",
     "is_in_functorch_transform",
@@ -79,3 +83,19 @@ def is_exporting() -> bool:
     Dynamo of torch 2.10 takes torch.compiler.is_exporting() for true wherever it compiles.
     """
     return torch.compiler._is_exporting_flag
+
+
+# Where torch's functions have a name under which they can be imported; that of their __module__ may not be one.
+FUNCTION_MODULES = ("torch", "torch.nn.functional", "torch._C._nn")
+# Modules that sort values by type while torch.fx traces, and must see proxies as such.
+WHO_SORTS_PROXIES = ("torch.fx", "torch.utils._pytree", "torch._tensor")
+
+
+def has_global_module_hooks() -> bool:
+    """Return whether hooks are registered for all modules: nn.Module.__call__ asks for the same."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )

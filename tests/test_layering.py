@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
-    "transforms": {"_torch", "nn"},
+    "transforms": {"_torch", "functional", "nn"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
@@ -65,8 +65,11 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
     "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("scripting", "activation", "batchnorm", "folded", "frozen", "lazy", "renorm"),
-    "transforms": ("module", "checkpoint", "convert", "freeze", "calls", "pairs", "fold", "tools"),
+    "nn": ("scripting", "activation", "epilogue", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "transforms": (
+        *("module", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
+        *("calls", "pairs", "fold", "tools"),
+    ),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 
@@ -247,6 +250,8 @@ def test_imports(path):
         ("functional.py", "from fastbn.nn import BatchNorm2d"),
         ("nn/batchnorm.py", "from fastbn import convert"),
         ("nn/batchnorm.py", "from fastbn.nn.frozen import FrozenBatchNorm2d"),
+        ("nn/epilogue.py", "from fastbn.nn.batchnorm import BatchNorm2d"),
+        ("transforms/fuse/trace.py", "from fastbn.transforms.registry import register"),
         ("transforms/convert.py", "from fastbn.inspect.explain import explain"),
         ("transforms/checkpoint.py", "from fastbn.transforms.fold import fold"),
         ("inspect/explain.py", "from fastbn import functional"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -164,3 +166,23 @@ def test_wrapper_subclasses():
 
     assert _torch.is_traceable_wrapper_subclass(TwoTensor(torch.ones(2), torch.ones(2)))
     assert not _torch.is_traceable_wrapper_subclass(nn.Parameter(torch.ones(2)))
+
+
+def test_global_module_hooks():
+    assert not _torch.has_global_module_hooks()
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert _torch.has_global_module_hooks(), register.__name__
+        handle.remove()
+    assert not _torch.has_global_module_hooks()
+
+
+def test_functions_have_names_under_their_modules():
+    modules = [importlib.import_module(name) for name in _torch.FUNCTION_MODULES]
+    for function in (torch.relu, torch.flatten, F.relu, F.gelu, F.softplus, F.max_pool2d, F.adaptive_avg_pool2d):
+        assert any(getattr(module, function.__name__, None) is function for module in modules), function

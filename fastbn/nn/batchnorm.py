@@ -12,6 +12,7 @@ from fastbn import functional
 from fastbn._torch import BatchNormBase
 from fastbn.nn import scripting
 from fastbn.nn.activation import WithActivation
+from fastbn.nn.epilogue import NormalizationLayer
 
 
 def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Proxy | None) -> Any:
@@ -21,7 +22,7 @@ def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Pr
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
-class FastBatchNorm(WithActivation, BatchNormBase):
+class FastBatchNorm(WithActivation, NormalizationLayer, BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
     Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs.
@@ -144,6 +145,9 @@ class BatchNorm2d(FastBatchNorm, nn.BatchNorm2d):
 class BatchNorm3d(FastBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="input (N, C, D, H, W)")
 
+
+for _class in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    _class._epilogue_owner = _class
 
 _PLAIN = frozenset((BatchNorm1d, BatchNorm2d, BatchNorm3d))
 _TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))

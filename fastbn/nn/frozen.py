@@ -15,11 +15,12 @@ from fastbn import functional
 from fastbn.nn import scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
+from fastbn.nn.epilogue import NormalizationLayer
 
 _COUNTER = "num_batches_tracked"
 
 
-class _FrozenBatchNorm(WithActivation, nn.Module):
+class _FrozenBatchNorm(WithActivation, NormalizationLayer, nn.Module):
     """Common base of the three. It is no torch.nn.BatchNorm, so that nothing converts or updates it as one."""
 
     __constants__ = ["activation", "activation_param", "_eps"]
@@ -128,3 +129,7 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
 class FrozenBatchNorm3d(_FrozenBatchNorm):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)")
     _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+for _class in (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d):
+    _class._epilogue_owner = _class

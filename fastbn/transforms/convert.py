@@ -1,17 +1,23 @@
-"""Swap torch.nn.BatchNorm modules for fastbn's and back, in place.
+"""Swap the BatchNorm layers of a model between torch.nn's and fastbn's, in place, and fuse what follows them.
 
-Only `__class__` changes: parameters, buffers, hooks, flags and whatever else refers to the module stay the same
-objects, so optimisers built before and checkpoints written before or after keep working.
+Parameters, buffers, hooks, training flags and optimisers are untouched: only the classes of modules change, those of
+the layers and those of the modules whose forward calls a layer and what follows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastbn import nn as layers
+from fastbn.transforms import registry
+from fastbn.transforms.fuse import containers
+from fastbn.transforms.fuse.layers import LAYER, LAYERS
+from fastbn.transforms.fuse.source import class_of, is_generated
 from fastbn.transforms.module import require_module
+from fastbn.transforms.report import report
 
 _Classes = Mapping[type[nn.Module], type[nn.Module]]
 
@@ -23,24 +29,43 @@ _TO_FASTBN: _Classes = {
 _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
 
 
-def convert(model: nn.Module) -> nn.Module:
-    """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, in place.
+def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn.Module:
+    """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
-    Only these exact types are swapped: SyncBatchNorm, Lazy*, parametrised modules and users' subclasses may override
-    what fastbn would change, and are left alone. `model` may itself be a BatchNorm. A second call changes nothing.
-    Keys, shapes and dtypes of the state_dict stay.
+    Only these exact types are swapped, and those that `fastbn.transforms.register` knows: SyncBatchNorm, Lazy*,
+    parametrised modules and users' subclasses may override what fastbn would change, and are left alone. `model` may
+    itself be a BatchNorm. Keys, shapes and dtypes of the state_dict stay, and so does every module.
+
+    fuse: also give modules whose forward calls a layer, and then an addition, an activation or both, another forward,
+    in which one op does all of that: nn.Sequential, and what torch.fx can trace. At each call it is decided whether the
+    op may do it, by the modules as they are then: hooks, replaced modules, and a residual of another shape or dtype are
+    run as before. A second call fuses what has been added to the model.
+    verbose: print what was fused, what not and why: `fastbn.transforms.report(model)` as text.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module.
     """
     require_module("convert", model)
-    return _swap(model, _TO_FASTBN)
+    registry.resolve(model)
+    _swap(model, _TO_FASTBN)
+    for module in model.modules():
+        if type(module) in LAYERS:
+            module.__class__ = class_of(type(module), LAYER)
+    if fuse:
+        for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
+            if not is_generated(type(module)):
+                containers.fuse(module, registry.INPUT_TYPES.get(type(module), Tensor))
+    if verbose:
+        print(report(model))
+    return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Make every fastbn.BatchNorm1d, 2d and 3d of `model` a torch.nn one, in place: the inverse of `convert`.
+    """Give every module of `model` that `convert` gave another class its own again, in place.
+
+    fastbn.BatchNorm1d, 2d and 3d become torch.nn's, wherever they come from.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
-    module has an `activation`: torch.nn's would silently leave it out.
+    module has an `activation` of its own: torch.nn's would silently leave it out.
     """
     require_module("revert", model)
     fused = [
@@ -50,7 +75,28 @@ def revert(model: nn.Module) -> nn.Module:
     ]
     if fused:
         raise ValueError(f"revert: expected modules without an activation, got {', '.join(fused)}")
+    for module in model.modules():
+        containers.unfuse(module)
     return _swap(model, _TO_TORCH)
+
+
+@contextmanager
+def reverted(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, `model` is as `revert` leaves it; afterwards its modules have the classes that they had.
+
+    For tools that know layers by their exact type. Modules that the tool has replaced, or given another class, stay as
+    it left them. Raises what `revert` raises.
+    """
+    require_module("reverted", model)
+    before = [(module, type(module)) for module in model.modules()]
+    revert(model)
+    changed = [(module, cls, type(module)) for module, cls in before if type(module) is not cls]
+    try:
+        yield model
+    finally:
+        for module, cls, stock in changed:
+            if type(module) is stock:
+                module.__class__ = cls
 
 
 def _swap(model: nn.Module, classes: _Classes) -> nn.Module:

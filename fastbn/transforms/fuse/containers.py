@@ -1,0 +1,95 @@
+"""Which modules get another forward, and what is known of those that have one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastbn.nn.epilogue import known_activation, takes_epilogue
+from fastbn.transforms.fuse.patterns import find, merge
+from fastbn.transforms.fuse.sequential import SEQUENTIAL, children_of
+from fastbn.transforms.fuse.source import can_be_pickled, class_of, is_generated, write
+from fastbn.transforms.fuse.trace import Refused, trace
+
+
+class Fused(NamedTuple):
+    """A child of a container that takes what follows it. is_tail: also what follows the container."""
+
+    child: str
+    add: bool
+    activation: str | None
+    is_tail: bool
+
+
+def has_candidates(module: nn.Module) -> bool:
+    """Return whether forward may call a child that takes an epilogue."""
+    for child in module.children():
+        if takes_epilogue(child) or (isinstance(child, (nn.ModuleList, nn.ModuleDict)) and has_candidates(child)):
+            return True
+    return False
+
+
+def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
+    """Return the source of a forward with fused sites, or None if there are none. Raises Refused with the reason."""
+    cls: Any = type(module)
+    if not has_candidates(module) or cls.forward is nn.Module.forward:
+        return None
+    source = None
+    if cls.forward is nn.Sequential.forward:
+        found, tail = children_of(module, ever=True)  # type: ignore[arg-type]
+        if tail is None and all(activation is None for _, activation in found):
+            return None
+        source = SEQUENTIAL
+    if not can_be_pickled(cls):
+        raise Refused(f"{cls.__name__} has a __reduce__ of its own")
+    if source is not None:
+        return source
+    if "forward" in vars(module):
+        raise Refused("the module has a forward of its own")
+    training, evaluation = (trace(module, mode, input_type) for mode in (True, False))
+    arguments = merge(training, evaluation)
+    training.guards.update(evaluation.guards)
+    sites = find(training.graph, module)
+    if not sites:
+        return None
+    return write(training, arguments, sites, input_type)
+
+
+def fuse(module: nn.Module, input_type: type = Tensor) -> None:
+    """Give a module another forward, if its own has sites that can be fused."""
+    try:
+        source = source_of(module, input_type)
+        if source is not None:
+            module.__class__ = class_of(type(module), source)
+    except Exception as error:
+        # Refused, or whatever a metaclass or __init_subclass__ makes of another class.
+        if not isinstance(error, (Refused, TypeError, ValueError, KeyError, AttributeError)):
+            raise
+
+
+def unfuse(module: nn.Module) -> None:
+    cls: Any = type(module)
+    if is_generated(cls):
+        module.__class__ = cls._fastbn_original
+
+
+def fused_children(module: nn.Module) -> list[Fused]:
+    """Return what a module with another forward fuses, as its children are now."""
+    cls: Any = type(module)
+    if not is_generated(cls):
+        return []
+    if cls._fastbn_source == SEQUENTIAL:
+        found, tail = children_of(module)  # type: ignore[arg-type]
+        return [Fused(name, False, activation, name == tail) for name, activation in found]
+    sites = []
+    for child, add, step, function, is_tail in getattr(cls, "_fastbn_sites", ()):
+        name: str | None = function.rstrip("_") or None
+        if step:
+            try:
+                known = known_activation(module.get_submodule(step))
+            except AttributeError:
+                known = None
+            name = None if known is None else known[0]
+        sites.append(Fused(child, add, name, is_tail))
+    return sites

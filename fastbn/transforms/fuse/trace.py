@@ -1,0 +1,469 @@
+"""The graph of one module's forward, its children leaves, and everything that Python decided while it was traced.
+
+Symbolic tracing keeps what Python decided: branches, loops, attributes. Here each attribute that forward reads, of the
+module or of a child, becomes a guard, to be asked at each call; where a decision cannot be guarded, the trace is
+refused. The module itself is not touched: forward runs on a twin that shares its children and tensors.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import inspect
+import math
+import operator
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TracerBase
+
+from fastbn import _torch
+
+# The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
+# "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
+# the dictionary it is in; "children", whose names are the value.
+Guard = tuple[str, str, str, Any]
+
+
+class Refused(Exception):
+    """Why forward cannot be traced, or not without a guess."""
+
+
+@dataclass
+class Trace:
+    """The graph of a forward, and the guards under which it holds. `names` are those of its inputs."""
+
+    graph: fx.Graph
+    names: list[str]
+    guards: dict[Guard, None] = field(default_factory=dict)
+    reads_training: bool = False
+
+
+def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
+    """Return the graph of `module`'s forward, of inputs of `input_type` for the parameters that have no default.
+
+    training: what `training` reads as, of the module and its children. Raises Refused with the reason.
+    """
+    forward: Any = type(module).forward
+    for cell in getattr(forward, "__closure__", None) or ():
+        if not callable(cell.cell_contents):
+            raise Refused("forward is a closure over values")
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if not names or any(p.default is p.empty and p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        raise Refused("forward takes *args or **kwargs, or no input")
+    tracer = _Tracer(training)
+    twin = tracer.watched(module, "")
+    inputs = []
+    for name in names:
+        proxy = _Proxy(tracer.create_node("placeholder", name, (), {}), tracer)
+        proxy.answers = input_type
+        inputs.append(proxy)
+    with _watched_calls(tracer):
+        try:
+            result = _call(_with_leaves(forward, tracer), twin, inputs)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise Refused(tracer.refused or f"{type(error).__name__}: {text[0] if text else ''}"[:120]) from None
+    if any(copy != original for copy, original in tracer.copies.values()):
+        raise Refused("forward changes an attribute in place")
+    if tracer.refused is not None:  # forward may have caught the exception
+        raise Refused(tracer.refused)
+    try:
+        tracer.graph.output(tracer.create_arg(result))
+    except Exception:
+        raise Refused(f"forward returns a {type(result).__name__}") from None
+    return Trace(tracer.graph, names, tracer.guards, tracer.reads_training)
+
+
+def _call(forward: Callable[..., Any], twin: Any, inputs: list[Any]) -> Any:
+    return forward(twin, *inputs)
+
+
+def _with_leaves(forward: Any, tracer: _Tracer) -> Any:
+    """Return `forward` with those functions of LEAF_FUNCTIONS replaced that it names: their calls become nodes."""
+
+    def leaf(function: Any) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            given = fx.node.map_aggregate((args, kwargs), tracer.as_value)
+            return tracer.create_proxy("call_function", function, *given)
+
+        return record
+
+    if not isinstance(forward, types.FunctionType):
+        return forward
+    leaves = {}
+    for name in forward.__code__.co_names:
+        value = forward.__globals__.get(name)
+        if isinstance(value, types.FunctionType) and f"{value.__module__}.{value.__qualname__}" in LEAF_FUNCTIONS:
+            leaves[name] = leaf(value)
+    if not leaves:
+        return forward
+    scope = {**forward.__globals__, **leaves}
+    return types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+# The "module.qualified name" of functions that are called as they are, whatever they do with the input's shape.
+LEAF_FUNCTIONS: set[str] = set()
+
+
+class _Tracer(TracerBase):
+    """Records calls of modules and functions as nodes, attributes that forward read as guards."""
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.graph = fx.Graph(tracer_cls=fx.Tracer)
+        self.scope = fx.proxy.Scope("", None)
+        self.module_stack: Any = {}
+        self.node_name_to_scope: Any = {}
+        self.training = training
+        self.reads_training = False
+        self.guards: dict[Guard, None] = {}
+        self.refused: str | None = None
+        self.copies: dict[tuple[str, str], tuple[Any, Any]] = {}  # of lists and dictionaries, and what they are of
+        self.is_paused = False
+        self._twins: dict[str, Any] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block, do not watch what is called."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    def refuse(self, reason: str) -> Refused:
+        self.refused = self.refused or reason
+        return Refused(reason)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, (_Watched, _Attributes, Tensor)) and not isinstance(a, fx.Proxy):
+            raise self.refuse(f"a {type(a).__name__} is passed to a function")
+        return super().create_arg(a)
+
+    def as_value(self, a: Any) -> Any:
+        """Return the proxy of a module that is passed to a leaf, and anything else as it is."""
+        return self.create_proxy("get_attr", a._watch[1], (), {}) if isinstance(a, _Watched) else a
+
+    def watched(self, module: nn.Module, path: str) -> Any:
+        """Return the twin of the module at `path`, whose class watches what is read and written."""
+        if path not in self._twins:
+            cls = type(module)
+            if cls.__getattr__ is not nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule):
+                raise self.refuse(f"{cls.__name__} has attributes of its own kind")
+            metaclass = type(cls)
+            twin_class = metaclass.__new__(metaclass, cls.__name__, (_Watched, cls), {"_watch": (self, path)})
+            twin = object.__new__(twin_class)
+            object.__setattr__(twin, "__dict__", dict(module.__dict__))
+            self._twins[path] = twin
+        return self._twins[path]
+
+
+class _Proxy(fx.Proxy):
+    """A value of the graph. Inputs say that they are what they will be; of others forward must not ask the type."""
+
+    answers: type | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if _is_in(asking, ("fastbn", *_torch.WHO_SORTS_PROXIES)):
+            return _Proxy
+        if self.answers is None:
+            tracer: Any = self.tracer
+            raise tracer.refuse("forward asks for the type of an intermediate value")
+        return self.answers
+
+
+def _record_in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+# fx.Proxy has none of these, so that `y += x` would be recorded as `y = y + x`.
+for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split():
+    setattr(_Proxy, f"__{_name}__", _record_in_place(_name))
+
+
+_MODULE_TENSORS = ("_parameters", "_buffers")
+
+
+class _Watched:
+    """Mixin of a twin's class. What it does for its own sake goes past `__getattribute__` of the twin."""
+
+    _watch: tuple[_Tracer, str]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_watch", "__class__"):
+            return object.__getattribute__(self, name)
+        tracer, path = object.__getattribute__(self, "_watch")
+        if name == "training":
+            tracer.reads_training = True
+            return tracer.training
+        if name == "__dict__" or name in _MODULE_TENSORS:
+            raise tracer.refuse(f"forward reads {name}")
+        value = super().__getattribute__(name)
+        if name == "_modules":
+            tracer.guards[path, "children", "", tuple(value)] = None
+            prefix = f"{path}." if path else ""
+            return types.MappingProxyType(
+                {key: None if child is None else tracer.watched(child, prefix + key) for key, child in value.items()}
+            )
+        kind = type(value)  # isinstance would run what an object has for __class__
+        if kind is types.MethodType:
+            if value.__self__ is self or isinstance(value.__self__, type):
+                return value
+        elif is_constant(value):
+            tracer.guards[path, "attribute", name, value] = None
+            return value
+        elif kind in (list, dict) and is_constant(tuple(value)):
+            items = tuple(value.items()) if kind is dict else tuple(value)
+            if is_constant(items):
+                tracer.guards[path, "attribute", name, (kind, items)] = None
+                return tracer.copies.setdefault((path, name), (kind(value), value))[0]
+        elif issubclass(kind, (types.FunctionType, types.BuiltinFunctionType, type)):
+            if name not in object.__getattribute__(self, "__dict__"):
+                return value  # of the class
+            if source_of(value) is not None:
+                tracer.guards[path, "attribute", name, value] = None
+                return value
+        elif issubclass(kind, (_Proxy, _Watched)):  # what a property returned
+            return value
+        elif not callable(value) and not issubclass(kind, (nn.Module, Tensor, *_CONTAINERS)):
+            return _Attributes(value, tracer, f"{path}.{name}" if path else name)
+        raise tracer.refuse(f"forward reads {name}, a {type(value).__name__}")
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, path = self._watch
+        contents = object.__getattribute__(self, "__dict__")
+        where = f"{path}.{name}" if path else name
+        for kind in ("_modules", *_MODULE_TENSORS):
+            if name in contents[kind]:
+                value = contents[kind][name]
+                if value is None:
+                    tracer.guards[path, "attribute", name, None] = None
+                    return None
+                tracer.guards[path, "present", name, kind] = None
+                if kind == "_modules":
+                    return tracer.watched(value, where)
+                return tracer.create_proxy("get_attr", where, (), {})
+        tracer.guards[path, "absent", name, None] = None
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._watch[0].refuse(f"forward sets {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise self._watch[0].refuse(f"forward deletes {name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tracer, path = self._watch
+        return tracer.create_proxy("call_module", path, args, kwargs)
+
+
+class _Attributes:
+    """An object in place of one that is no module, a configuration say, of which forward may read constants."""
+
+    def __init__(self, target: Any, tracer: _Tracer, path: str) -> None:
+        self._target, self._tracer, self._path = target, tracer, path
+
+    def __getattr__(self, name: str) -> Any:
+        tracer = self._tracer
+        with tracer.paused():
+            value = getattr(self._target, name, _ABSENT)
+        if value is _ABSENT:
+            tracer.guards[self._path, "absent", name, None] = None
+            raise AttributeError(name)
+        if not is_constant(value):
+            raise tracer.refuse(f"forward reads {self._path}.{name}, a {type(value).__name__}")
+        tracer.guards[self._path, "attribute", name, value] = None
+        return value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if _is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
+            return _Attributes
+        raise self._tracer.refuse(f"forward asks for the type of {self._path}")
+
+    def _refuse(self, *args: Any) -> Any:
+        raise self._tracer.refuse(f"forward reads {self._path}, a {type(self._target).__name__}")
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = __eq__ = __hash__ = _refuse
+
+
+_ABSENT = object()
+
+
+def is_constant(value: Any) -> bool:
+    """Return whether a value cannot change, and its repr or name says all of it."""
+    if type(value) is tuple:
+        return all(is_constant(v) for v in value)
+    if type(value) is float:
+        return math.isfinite(value)
+    return value is None or type(value) in (bool, int, str, torch.dtype) or issubclass(type(value), enum.Enum)
+
+
+@functools.cache
+def source_of(function: Any) -> tuple[str, str] | None:
+    """Return (module, qualified name) under which a function or class can be imported, or None."""
+    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", "")
+    for module in (getattr(function, "__module__", None), *_torch.FUNCTION_MODULES, "operator"):
+        found = sys.modules.get(str(module))
+        for candidate in (name, getattr(function, "__name__", "")):
+            value: Any = found
+            for part in str(candidate).split("."):
+                value = getattr(value, part, None)
+            if value is function:
+                return str(module), str(candidate)
+    return None
+
+
+# What forward may call beside functions of the traced values: it depends on its arguments alone, or is False in eager.
+_BUILTINS = frozenset(
+    "isinstance issubclass len getattr hasattr callable min max sum abs all any iter next sorted round divmod".split()
+)
+_CONTAINERS = (list, tuple, dict, str, set, frozenset, int, float, range, slice, types.MappingProxyType)
+_PURE_MODULES = (
+    "math",
+    "_operator",
+    "operator",
+    "itertools",
+    "collections",
+    "functools",
+    "typing",
+    "enum",
+    "_abc",
+    "abc",
+)
+_ALLOWED_MODULES = (
+    "fastbn",
+    "torch.fx",
+    "torch.nn.functional",
+    "torch.functional",
+    "torch.nn.modules",
+    "torch.overrides",
+    _torch.DeviceContext.__module__,
+    *_PURE_MODULES,
+)
+_FALSE_IN_EAGER = frozenset(
+    "is_scripting is_tracing is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
+)
+_TORCH_FUNCTIONS = frozenset(("_assert", "is_tensor", "is_floating_point", *_FALSE_IN_EAGER))
+_READABLE = (
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    type,
+    torch.dtype,
+    torch.memory_format,
+    type(typing.Optional),
+    type(typing.List),  # noqa: UP006
+)
+_SUSPECTS = frozenset("type id vars globals locals open input print exec eval setattr delattr __import__".split())
+
+
+@functools.cache
+def _overridable() -> frozenset[Any]:
+    """Return the functions that a proxy among their arguments records, those in place (torch.relu_) among them."""
+    listed = torch.overrides.get_overridable_functions()
+    found = {function for functions in listed.values() for function in functions}
+    in_place = [getattr(torch, f"{getattr(function, '__name__', '')}_", None) for function in found]
+    return frozenset([*found, *in_place])
+
+
+def _is_in(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def _is_of_model(frame: Any) -> bool:
+    """Return whether a frame runs code of the model: neither of torch nor of fastbn nor of Python's library."""
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package not in ("torch", "fastbn") and package not in sys.stdlib_module_names
+
+
+@contextmanager
+def _watched_calls(tracer: _Tracer) -> Iterator[None]:
+    """Refuse a trace in which the model's own code calls or reads what may answer differently another time."""
+
+    def watch(frame: Any, event: str, argument: Any) -> None:
+        if tracer.refused is not None or tracer.is_paused:
+            return
+        reason: str | None = None
+        if event == "c_call" and _is_of_model(frame):
+            reason = _why_not_builtin(argument)
+        elif event == "call":
+            if _is_of_model(frame):
+                reason = _why_not_code(frame.f_code, frame.f_globals)
+            elif _is_of_model(frame.f_back) or frame.f_back.f_code is _call.__code__:
+                name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+                if not _is_in(name, _ALLOWED_MODULES) and function not in _TORCH_FUNCTIONS:
+                    reason = f"forward calls {name}.{function}"
+        if reason is not None:
+            raise tracer.refuse(reason)
+
+    before: Any = sys.getprofile()
+    is_of_c = hasattr(before, "enable")  # cProfile's, which only starts by itself
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(None if is_of_c else before)
+        if is_of_c:
+            before.enable()
+
+
+def _why_not_builtin(function: Any) -> str | None:
+    module, name = getattr(function, "__module__", None), function.__name__
+    owner = getattr(function, "__self__", None)
+    if module == "builtins" and name in _BUILTINS or _is_in(str(module), _PURE_MODULES):
+        return None
+    if isinstance(owner, _CONTAINERS) or type(owner).__name__.endswith(("_iterator", "_keys", "_values", "_items")):
+        return None
+    if type(owner) is type and issubclass(owner, _CONTAINERS) or isinstance(function, types.MethodWrapperType):
+        return None
+    try:
+        if function in _overridable():
+            return None
+    except TypeError:
+        pass
+    return f"forward calls {module or type(owner).__name__}.{name}"
+
+
+def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
+    """Return why what a function of the model reads beside its arguments may change, or None."""
+    read: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            name = instruction.argval
+            if name not in scope:
+                if name in _SUSPECTS:
+                    return f"forward calls {name}"
+                read = None
+                continue
+            read = scope[name]
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, types.ModuleType):
+            name = instruction.argval
+            read = getattr(read, name, None)
+        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return f"forward sets the global {instruction.argval}"
+        elif instruction.opname in ("PRECALL", "CACHE"):
+            continue
+        else:
+            read = None
+            continue
+        # Calls of other objects (those of Cython, say) go past a profiler.
+        if not isinstance(read, _READABLE):
+            return f"forward reads the global {name}, a {type(read).__name__}"
+    return None

@@ -21,6 +21,7 @@ from fastbn.nn import (
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
+from fastbn.transforms.compile_pass import compile_pass
 from fastbn.transforms.convert import convert, revert, reverted
 from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "__version__",
     "checkpoint_safe",
+    "compile_pass",
     "convert",
     "explain",
     "fold",

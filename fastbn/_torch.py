@@ -27,6 +27,7 @@ __all__ = [
     "apply_below_transforms",
     "below_autograd",
     "function_mode_stack",  # torch.overrides says whether there are modes, but not which
+    "graph_pass",
     "has_functorch_transforms",
     "has_global_module_hooks",
     "is_exporting",
@@ -75,6 +76,20 @@ def is_in_functorch_transform() -> bool:
 
 def is_in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
+
+
+def graph_pass(function: Callable[[Any], Any], key: Any) -> Callable[[Any], None]:
+    """Return a pass of Inductor that calls `function` with a graph, and which its caches know by `key`."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # a second to import, for those who compile
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            function(graph)
+
+        def uuid(self) -> Any:
+            return key
+
+    return Pass()
 
 
 def is_exporting() -> bool:

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
-    "transforms": {"_torch", "functional", "nn"},
+    "transforms": {"_torch", "backends", "functional", "nn", "ops"},
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
@@ -67,7 +67,7 @@ WITHIN = {
     "autograd": ("composite", "batch_norm", "statistics"),
     "nn": ("scripting", "activation", "epilogue", "batchnorm", "folded", "frozen", "lazy", "renorm"),
     "transforms": (
-        *("module", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
+        *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),

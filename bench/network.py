@@ -1,5 +1,6 @@
-"""A training step of ResNet-50 three ways, from one state_dict: torch's modules, the same model through fastbn.convert,
-and fastbn's fused calls. A step is forward, cross-entropy, backward and SGD on one batch of random images and labels.
+"""A training step of ResNet-50 several ways, from one state_dict: torch's modules, the same model through
+fastbn.convert, and calls of fastbn's layers by hand; on a GPU also the first two compiled, and torch's compiled with
+fastbn.compile_pass. A step is forward, cross-entropy, backward and SGD on one batch of random images and labels.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +27,11 @@ from bench.workloads import dtype_name
 
 NETWORK = "resnet50"
 TORCH, CONVERT, FUSED = "torch", "convert", "fused"
+COMPILED = COMPILED_TORCH, COMPILED_CONVERT, COMPILED_PASS = (
+    "compiled torch",
+    "compiled convert",
+    "compiled torch with pass",
+)
 OWN_SOURCE = "bench/resnet50.py"
 BUDGET = Budget(seconds=10, warm_up_seconds=1, min_rounds=3, max_rounds=101)
 # A tenth of the usual rate: hundreds of steps on the same batch stay finite.
@@ -60,16 +66,29 @@ class NetworkCase:
 
 
 class Training:
-    """A model, its optimizer and the one batch it trains on. `loss` is that of the latest forward pass."""
+    """A model, its optimizer and the one batch it trains on. `loss` is that of the latest forward pass.
 
-    def __init__(self, model: nn.Module, source: str, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+    run: computes the logits in place of `model`, whose parameters it uses: it may be compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: str,
+        images: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype,
+        run: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.model, self.source, self.images, self.labels = model, source, images, labels
+        self._run = model if run is None else run
+        self.is_compiled = run is not None
         self._autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
         self._optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
 
     def forward(self) -> None:
         with self._autocast:
-            self.loss = F.cross_entropy(self.model(self.images), self.labels)
+            self.loss = F.cross_entropy(self._run(self.images), self.labels)
 
     def backward(self) -> None:
         self.loss.backward()
@@ -87,7 +106,7 @@ class Training:
 def measure(
     case: NetworkCase, device: torch.device, budget: Budget = BUDGET
 ) -> tuple[list[NetworkStep], list[Refusal]]:
-    """Time a step of each of the three in turns, except those that the gate refuses.
+    """Time a step of each implementation in turns, except those that the gate refuses.
 
     peak_bytes is the maximum that a step allocates at once beyond parameters, momenta and the batch.
     """
@@ -131,9 +150,12 @@ def norm_share(training: Training) -> float | None:
     backward.
 
     It is counted by op, as `is_norm_op` says: device time of the kernels that an op launched or, on a CPU, the op's own
-    time. None where the profiler saw no time. Forward, backward and update are profiled one by one, since the name of
-    an op does not tell a residual addition from a sum of gradients or an update of parameters.
+    time. None where the profiler saw no time, and of compiled models, whose kernels belong to no op. Forward, backward
+    and update are profiled one by one, since the name of an op does not tell a residual addition from a sum of
+    gradients or an update of parameters.
     """
+    if training.is_compiled:
+        return None
     device = training.images.device
     forward, backward, update = (
         profiled(run, device) for run in (training.forward, training.backward, training.update)
@@ -200,7 +222,25 @@ def _trainings(case: NetworkCase, device: torch.device) -> dict[str, Training]:
         CONVERT: (fastbn.convert(copy.deepcopy(stock)), source),
         FUSED: (fused, OWN_SOURCE),
     }
-    return {name: Training(*model, images, labels, case.dtype) for name, model in models.items()}
+    trainings = {name: Training(*model, images, labels, case.dtype) for name, model in models.items()}
+    # On a CPU the compiler would take minutes, for kernels that few train with.
+    if device.type == "cuda":
+        trainings |= _compiled(stock, source, images, labels, case.dtype)
+    return trainings
+
+
+def _compiled(stock: nn.Module, source: str, images: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, Training]:
+    """Return trainings of copies of a model that torch.compile compiles in their first step."""
+    options = {"pre_grad_custom_pass": fastbn.compile_pass([images.device.type])}
+    given = {
+        COMPILED_TORCH: (copy.deepcopy(stock), {}),
+        COMPILED_CONVERT: (fastbn.convert(copy.deepcopy(stock)), {}),
+        COMPILED_PASS: (copy.deepcopy(stock), {"options": options}),
+    }
+    return {
+        name: Training(model, source, images, labels, dtype, torch.compile(model, **arguments))
+        for name, (model, arguments) in given.items()
+    }
 
 
 def _stock(plain: nn.Module) -> tuple[nn.Module, str]:
@@ -224,10 +264,10 @@ def _gate(trainings: dict[str, Training], case: NetworkCase, device: torch.devic
     expected = float64_pass(trainings[TORCH])
     refusals = []
     for name, training in trainings.items():
-        if name != TORCH and backend is None:
+        if name not in (TORCH, COMPILED_TORCH) and backend is None:
             refusals.append(refusal(name, False, why))
             continue
-        reason = None if name == TORCH else _disagreement(float64_pass(training), expected)
+        reason = None if name in (TORCH, COMPILED_TORCH) else _disagreement(float64_pass(training), expected)
         training.step()
         loss, stock_loss = training.loss.item(), trainings[TORCH].loss.item()
         if reason is None and not abs(loss - stock_loss) <= tolerance * stock_loss:

@@ -9,9 +9,11 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
+import fastbn
 from bench import network, resnet50
-from bench.network import CONVERT, FUSED, OWN_SOURCE, TORCH, NetworkCase, Profile, Training
+from bench.network import COMPILED, CONVERT, FUSED, OWN_SOURCE, TORCH, NetworkCase, Profile, Training
 from bench.timer import Budget
 from bench.workloads import dtype_name
 
@@ -100,17 +102,50 @@ def test_measure(case, device, monkeypatch):
     assert not torch.backends.cudnn.benchmark
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert not refusals
-    assert [step.implementation for step in steps] == [TORCH, CONVERT, FUSED]
+    names = [TORCH, CONVERT, FUSED, *(COMPILED if device == "cuda" else ())]
+    assert [step.implementation for step in steps] == names
     for step in steps:
         assert (step.network, step.batch, step.image_size) == ("resnet50", case.batch, case.image_size)
         assert (step.dtype, step.layout) == (dtype_name(case.dtype), case.layout)
         assert 0 < step.p20_us <= step.median_us <= step.p80_us and step.rounds == 3
-        assert 0 < step.norm_share < 1
+        assert step.norm_share is None if step.implementation in COMPILED else 0 < step.norm_share < 1
         assert 5 < step.first_loss < 10  # about log(1000), for random labels
         assert step.peak_bytes is None if device == "cpu" else step.peak_bytes > 0
-        assert step.speedup_over.keys() == {TORCH, CONVERT, FUSED} - {step.implementation}
+        assert step.speedup_over.keys() == {*names} - {step.implementation}
         assert all(ratio > 0 for ratio in step.speedup_over.values())
     assert steps[2].source == OWN_SOURCE
+
+
+@pytest.mark.slow
+def test_compiled_steps_agree_with_eager_ones(monkeypatch):
+    _shrink(monkeypatch)
+    calls = []
+
+    def compile(model, options=None):
+        def backend(graph_module, inputs):
+            if options is not None:
+                options["pre_grad_custom_pass"](graph_module.graph)
+                graph_module.recompile()
+            calls.append(sum(node.target is fastbn.functional.batch_norm for node in graph_module.graph.nodes))
+            return aot_eager(graph_module, inputs)
+
+        return real_compile(model, backend=backend)
+
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    images, labels = _batch(torch.float32)
+    torch.manual_seed(0)
+    stock = resnet50.ResNet50(resnet50.PLAIN)
+    eager = Training(copy.deepcopy(stock), OWN_SOURCE, images, labels, torch.float32)
+    eager.step()
+    compiled = network._compiled(stock, OWN_SOURCE, images, labels, torch.float32)
+    for training in compiled.values():
+        training.step()
+        assert training.loss.item() == pytest.approx(eager.loss.item(), rel=network.loss_tolerance(torch.float32, CPU))
+        assert network.norm_share(training) is None
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
+    assert list(compiled) == list(COMPILED)
+    assert (calls[0], calls[-1]) == (0, norms)
 
 
 @pytest.mark.slow
@@ -156,7 +191,9 @@ def test_norm_share_counts_neither_the_optimizer_nor_sums_of_gradients(monkeypat
         "update": Profile({"aten::add_": 50, "aten::_foreach_add_": 50}, 100),
     }
     monkeypatch.setattr(network, "profiled", lambda run, device: profiles[run])
-    training = types.SimpleNamespace(images=torch.empty(0), forward="forward", backward="backward", update="update")
+    training = types.SimpleNamespace(
+        images=torch.empty(0), is_compiled=False, forward="forward", backward="backward", update="update"
+    )
     assert network.norm_share(training) == pytest.approx((1 + 2 + 4 + 8 + 16) / (107 + 125 + 100))
     empty = Profile({}, 0)
     monkeypatch.setattr(network, "profiled", lambda run, device: empty)

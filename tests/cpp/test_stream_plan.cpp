@@ -190,10 +190,9 @@ void test_ring() {
                                      map.partials.end(),
                                      map.fields.end(),
                                      map.is_far.end()};
-  const std::vector<int64_t> begins = {map.full.offset,     map.empty.offset,    map.prepared.offset,
-                                       map.summed.offset,   map.ready.offset,    map.totals.offset,
-                                       map.channels.offset, map.partials.offset, map.fields.offset,
-                                       map.is_far.offset,   map.ring.offset};
+  const std::vector<int64_t> begins = {map.full.offset,   map.empty.offset,  map.prepared.offset, map.summed.offset,
+                                       map.ready.offset,  map.totals.offset, map.channels.offset, map.partials.offset,
+                                       map.fields.offset, map.is_far.offset, map.ring.offset};
   for (size_t i = 0; i < begins.size(); ++i) CHECK(begins[i] >= ends[i] && begins[i] < ends[i] + 16);
   CHECK(map.totals.offset % 16 == 0 && map.channels.offset % 8 == 0 && map.partials.offset % 16 == 0);
   CHECK(map.fields.offset % 16 == 0 && map.ring.offset % 16 == 0);

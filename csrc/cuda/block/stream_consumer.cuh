@@ -86,8 +86,7 @@ class StreamConsumer {
   template <int batch, class Load, class Use>
   FASTBN_DEVICE void sum_tile(const RingPosition& tile, int width, Load load, Use use) const {
     device::Mbarrier* const full = device::opaque(ring_.full(tile, 0));
-    visit_tile<batch>(
-        tile, width, [&](int chunk) { device::wait(full + chunk, tile.parity); }, load, use, [](int) {});
+    visit_tile<batch>(tile, width, [&](int chunk) { device::wait(full + chunk, tile.parity); }, load, use, [](int) {});
   }
 
   // Visits the vectors of a tile to be written, which has been summed, and frees its chunks.

@@ -88,7 +88,7 @@ class StreamForward {
     const Moments moments = moments_of(params_.layout, prepared.pivot, sums);
     sums = {moments.mean, moments.m2};
     fields.set_affine(ForwardFields::affine, Affine<float>::make(moments.mean, inv_std_of(moments.var(), params_.eps),
-                                                                prepared.weight, prepared.bias));
+                                                                 prepared.weight, prepared.bias));
   }
   FASTBN_DEVICE void save(int64_t channel, const Sums& sums) const {
     save_statistics(params_, channel, Moments{double(params_.layout.count()), sums.first, sums.second}, batches_);

@@ -797,3 +797,24 @@ def test_a_profiler_goes_on_after_conversion():
 def test_conversion_under_a_default_device():
     with torch.device("cpu"):
         check(module_with(lambda self, x: torch.relu(self.bn(x))), X, fused=["relu"])
+
+
+def test_a_class_that_registers_its_subclasses():
+    class Registered(module_with(relu_after).__class__.__mro__[1]):
+        subclasses = []
+
+        def __init_subclass__(cls, **kwargs):
+            Registered.subclasses.append(cls)
+
+        def forward(self, x):
+            return F.relu(self.bn(x))
+
+    class RegisteredSequential(nn.Sequential):
+        subclasses = []
+
+        def __init_subclass__(cls, **kwargs):
+            RegisteredSequential.subclasses.append(cls)
+
+    check(Registered(), X, fused=[""])
+    check(RegisteredSequential(nn.BatchNorm2d(3), nn.ReLU()), X, fused=[""])
+    assert not Registered.subclasses and not RegisteredSequential.subclasses

@@ -11,7 +11,7 @@ from fastbn.transforms.fuse.layers import LAYER
 from fastbn.transforms.fuse.patterns import find, merge
 from fastbn.transforms.fuse.sequential import SEQUENTIAL, children_of
 from fastbn.transforms.fuse.source import can_be_pickled, class_of, is_generated, write
-from fastbn.transforms.fuse.trace import Refused, trace
+from fastbn.transforms.fuse.trace import Refused, may_be_subclassed, trace
 
 
 class Fused(NamedTuple):
@@ -43,6 +43,8 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
         found, tail = children_of(module, ever=True)  # type: ignore[arg-type]
         if tail is None and all(activation is None for _, activation in found):
             return None
+        if not may_be_subclassed(cls):
+            raise Refused(f"{cls.__name__} notices its subclasses")
         source = SEQUENTIAL
     if not can_be_pickled(cls):
         raise Refused(f"{cls.__name__} has a __reduce__ of its own")
@@ -65,10 +67,8 @@ def fuse(module: nn.Module, input_type: type = Tensor) -> None:
         source = source_of(module, input_type)
         if source is not None:
             module.__class__ = class_of(type(module), source)
-    except Exception as error:
-        # Refused, or whatever a metaclass or __init_subclass__ makes of another class.
-        if not isinstance(error, (Refused, TypeError, ValueError, KeyError, AttributeError)):
-            raise
+    except Refused:
+        pass  # `report` says why
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ refused. The module itself is not touched: forward runs on a twin that shares it
 
 from __future__ import annotations
 
+import abc
 import dis
 import enum
 import functools
@@ -160,12 +161,19 @@ class _Tracer(TracerBase):
             cls = type(module)
             if cls.__getattr__ is not nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule):
                 raise self.refuse(f"{cls.__name__} has attributes of its own kind")
+            if not may_be_subclassed(cls):
+                raise self.refuse(f"{cls.__name__} notices its subclasses")
             metaclass = type(cls)
             twin_class = metaclass.__new__(metaclass, cls.__name__, (_Watched, cls), {"_watch": (self, path)})
             twin = object.__new__(twin_class)
             object.__setattr__(twin, "__dict__", dict(module.__dict__))
             self._twins[path] = twin
         return self._twins[path]
+
+
+def may_be_subclassed(cls: type) -> bool:
+    """Return whether no code of the class runs when a subclass is made, to register it for example."""
+    return type(cls) in (type, abc.ABCMeta) and not hasattr(cls.__init_subclass__, "__func__")
 
 
 class _Proxy(fx.Proxy):

@@ -15,7 +15,7 @@ from fastbn import nn as layers
 from fastbn.transforms import registry
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYER, LAYERS
-from fastbn.transforms.fuse.source import class_of, is_generated
+from fastbn.transforms.fuse.source import class_of
 from fastbn.transforms.module import require_module
 from fastbn.transforms.report import report
 
@@ -52,7 +52,8 @@ def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn
             module.__class__ = class_of(type(module), LAYER)
     if fuse:
         for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
-            if not is_generated(type(module)):
+            if not containers.is_layer(module):
+                containers.unfuse(module)  # what was fused before may have been changed since
                 containers.fuse(module, registry.INPUT_TYPES.get(type(module), Tensor))
     if verbose:
         print(report(model))

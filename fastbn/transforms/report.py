@@ -12,7 +12,7 @@ from fastbn._torch import BatchNormBase
 from fastbn.nn.epilogue import NormalizationLayer, known_activation
 from fastbn.transforms import registry
 from fastbn.transforms.fuse import containers
-from fastbn.transforms.fuse.layers import LAYER, LAYERS
+from fastbn.transforms.fuse.layers import LAYERS
 from fastbn.transforms.fuse.source import is_generated
 from fastbn.transforms.fuse.trace import Refused
 from fastbn.transforms.module import require_module
@@ -101,7 +101,7 @@ def _of_layer(
     if module in fused or own is not None:
         add, activation, container = own or fused[module]
         return LayerReport(path, kind, "fused", add, activation, container)
-    if isinstance(module, NormalizationLayer) or _is_adapted(module):
+    if isinstance(module, NormalizationLayer) or containers.is_layer(module):
         reason = refusals.get(module, "nothing follows that can be fused, or something else reads the result")
         return LayerReport(path, kind, "converted", reason=reason)
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or type(module) in LAYERS:
@@ -111,8 +111,9 @@ def _of_layer(
 
 def _own_activation(module: nn.Module, path: str) -> tuple[bool, str | None, str] | None:
     """Return what a layer fuses that has its activation itself."""
-    if _is_adapted(module):
-        for step in LAYERS[_class(module)._fastbn_original].steps(module):
+    if containers.is_layer(module):
+        cls: Any = type(module)
+        for step in LAYERS[cls._fastbn_original].steps(module):
             known = known_activation(step)
             if known is not None:
                 return False, known[0], path
@@ -122,16 +123,10 @@ def _own_activation(module: nn.Module, path: str) -> tuple[bool, str | None, str
     return None
 
 
-def _class(module: nn.Module) -> Any:
-    return type(module)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return is_generated(type(module)) and _class(module)._fastbn_source == LAYER
-
-
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (BatchNormBase, NormalizationLayer)) or type(module) in LAYERS or _is_adapted(module)
+    return (
+        isinstance(module, (BatchNormBase, NormalizationLayer)) or type(module) in LAYERS or containers.is_layer(module)
+    )
 
 
 def _innermost(module: nn.Module) -> nn.Module | None:

@@ -250,3 +250,24 @@ def test_the_root_may_be_any_of_them():
         assert fastbn.convert(root.double()) is root
         root(X)
         assert type(fastbn.revert(root)) is stock
+
+
+def test_scripting_takes_the_modules_own_forward():
+    misc = pytest.importorskip("torchvision.ops.misc", reason="torchvision is not installed")
+    blocks = nn.Sequential(nn.Conv2d(3, 3, 1), misc.FrozenBatchNorm2d(3), nn.ReLU())
+    model = fastbn.convert(random_state(blocks)).eval()
+    types = [type(m) for m in model.modules()]
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(X), model(X))
+    assert [type(m) for m in model.modules()] == types
+
+
+@pytest.mark.slow
+def test_a_compiled_training_step():
+    model, twin = fastbn.convert(net()), net()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(X).sum().backward(), twin(X).sum().backward()
+    for (name, fast), stock in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(fast.grad, stock.grad, rtol=1e-8, atol=1e-8, msg=name)
+    assert_same(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=1e-9, atol=1e-9)

@@ -403,6 +403,29 @@ def test_arguments_that_are_the_training_flag():
     check(module_with(forward), X, fused=["relu"])
 
 
+def test_a_child_in_another_mode():
+    def forward(self, x):
+        return F.dropout(F.relu(self.bn(x)), 0.4, self.conv.training)
+
+    check(module_with(forward), X, fused=["relu"])
+    model, twin = (random_state(module_with(forward)) for _ in range(2))
+    fastbn.convert(model)
+    for m in (model, twin):
+        m.train().conv.eval()
+    with recorded_calls() as calls:
+        assert_same(step(model, X), step(twin, X))
+    assert calls == [""]
+
+
+def test_variables_of_the_forward_in_functions_that_it_defines():
+    def forward(self, x):
+        factor = 2 if self.conv.bias is None else 3
+        scaled = [(lambda y: y * factor * i)(x) for i in range(1, 3)]
+        return F.relu(self.bn(scaled[1]))
+
+    check(module_with(forward), X, fused=["relu"])
+
+
 def test_attributes_of_all_kinds():
     def forward(self, x):
         y = self.bn(x)
@@ -612,7 +635,51 @@ def forward_with_a_backend_flag(self, x):
     return F.relu(self.bn(x)) if torch.backends.cudnn.enabled else self.bn(x)
 
 
+def forward_of_a_closure():
+    flags = [True]
+
+    def forward(self, x):
+        return F.relu(self.bn(x)) if flags[0] else self.bn(x)
+
+    return forward
+
+
+def forward_that_calls_a_closure(self, x):
+    return F.relu(self.bn(x)) if is_on() else self.bn(x)
+
+
+def closure_over(value):
+    return lambda: value
+
+
+is_on = closure_over(True)
+
+
+def forward_of_a_flag_of_a_class(self, x):
+    return F.relu(self.bn(x)) if Config.relu else self.bn(x)
+
+
+def forward_that_imports(self, x):
+    import tests.transforms.test_guards as here
+
+    return F.relu(self.bn(x)) if here.FLAG else self.bn(x)
+
+
+def forward_with_a_default_that_may_change(self, x, options=OPTIONS):
+    return F.relu(self.bn(x)) if options["relu"] else self.bn(x)
+
+
+def forward_that_makes_a_layer(self, x):
+    return F.relu(self.bn(x)) + nn.Linear(5, 5, dtype=x.dtype)(x) * 0
+
+
 LEFT_ALONE = [
+    (forward_of_a_closure(), "forward is a closure over values"),
+    (forward_that_calls_a_closure, "forward is a closure over values"),
+    (forward_of_a_flag_of_a_class, "forward reads the global relu"),
+    (forward_that_imports, "forward imports tests.transforms.test_guards"),
+    (forward_with_a_default_that_may_change, "a default of forward may change"),
+    (forward_that_makes_a_layer, "forward asks for the type|is passed to a function"),
     (forward_of_a_list_in_a_config, "forward reads config.sizes, a list"),
     (forward_that_asks_whether_there_is_a_config, "forward reads config, a Config"),
     (forward_that_calls_a_config, "forward reads config.method, a method"),
@@ -682,6 +749,15 @@ def test_a_forward_that_is_put_in_place_of_the_class_s():
         cls.forward = relu_after
 
 
+def test_a_second_conversion_follows_what_has_changed():
+    model = fastbn.convert(random_state(Block()))
+    model.downsample = random_state(downsample())
+    with recorded_calls() as calls:
+        model(X)
+        fastbn.convert(model)(X)
+    assert calls == ["", "", "relu", "", "add+relu"]
+
+
 def test_a_forward_of_the_instance():
     model = small()
     model.forward = lambda x: model.bn(x)
@@ -721,3 +797,24 @@ def test_a_profiler_goes_on_after_conversion():
 def test_conversion_under_a_default_device():
     with torch.device("cpu"):
         check(module_with(lambda self, x: torch.relu(self.bn(x))), X, fused=["relu"])
+
+
+def test_a_class_that_registers_its_subclasses():
+    class Registered(module_with(relu_after).__class__.__mro__[1]):
+        subclasses = []
+
+        def __init_subclass__(cls, **kwargs):
+            Registered.subclasses.append(cls)
+
+        def forward(self, x):
+            return F.relu(self.bn(x))
+
+    class RegisteredSequential(nn.Sequential):
+        subclasses = []
+
+        def __init_subclass__(cls, **kwargs):
+            RegisteredSequential.subclasses.append(cls)
+
+    check(Registered(), X, fused=[""])
+    check(RegisteredSequential(nn.BatchNorm2d(3), nn.ReLU()), X, fused=[""])
+    assert not Registered.subclasses and not RegisteredSequential.subclasses

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastbn.nn.epilogue import known_activation, takes_epilogue
+from fastbn.transforms.fuse.layers import LAYER
 from fastbn.transforms.fuse.patterns import find, merge
 from fastbn.transforms.fuse.sequential import SEQUENTIAL, children_of
 from fastbn.transforms.fuse.source import can_be_pickled, class_of, is_generated, write
-from fastbn.transforms.fuse.trace import Refused, trace
+from fastbn.transforms.fuse.trace import Refused, may_be_subclassed, trace
 
 
 class Fused(NamedTuple):
@@ -33,6 +34,8 @@ def has_candidates(module: nn.Module) -> bool:
 def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
     """Return the source of a forward with fused sites, or None if there are none. Raises Refused with the reason."""
     cls: Any = type(module)
+    if hasattr(cls, "_fastbn_source"):
+        raise Refused(f"another tool has made a subclass of the {cls._fastbn_original.__name__} that was fused")
     if not has_candidates(module) or cls.forward is nn.Module.forward:
         return None
     source = None
@@ -40,6 +43,8 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
         found, tail = children_of(module, ever=True)  # type: ignore[arg-type]
         if tail is None and all(activation is None for _, activation in found):
             return None
+        if not may_be_subclassed(cls):
+            raise Refused(f"{cls.__name__} notices its subclasses")
         source = SEQUENTIAL
     if not can_be_pickled(cls):
         raise Refused(f"{cls.__name__} has a __reduce__ of its own")
@@ -62,10 +67,14 @@ def fuse(module: nn.Module, input_type: type = Tensor) -> None:
         source = source_of(module, input_type)
         if source is not None:
             module.__class__ = class_of(type(module), source)
-    except Exception as error:
-        # Refused, or whatever a metaclass or __init_subclass__ makes of another class.
-        if not isinstance(error, (Refused, TypeError, ValueError, KeyError, AttributeError)):
-            raise
+    except Refused:
+        pass  # `report` says why
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Return whether a module is another library's layer, as fastbn calls it."""
+    cls: Any = type(module)
+    return is_generated(cls) and cls._fastbn_source == LAYER
 
 
 def unfuse(module: nn.Module) -> None:

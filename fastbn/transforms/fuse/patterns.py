@@ -229,6 +229,8 @@ def _fresh(node: Any, module: nn.Module) -> list[str] | None:
         return None
     if node.op == "call_module":
         return [str(node.target)] if epilogue.is_fresh(module.get_submodule(str(node.target))) else None
+    if "out" in node.kwargs:
+        return None
     if node.target in _NEW or (node.op == "call_method" and node.target in ("add", "mul", "sub")):
         return []
     if node.target in (operator.iadd, "add_") and isinstance(node.args[0], fx.Node):

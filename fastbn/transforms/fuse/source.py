@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import keyword
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,8 @@ class _Writer:
             return f"tuple({owner}._modules) == {value!r}"
         if kind == "present":
             return f"{owner}.{value}.get({name!r}) is not None"
+        if kind == "mode":
+            return f"{owner}.training is self.training"
         if kind == "absent":
             return f"not hasattr({owner}, {name!r})"
         attribute = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
@@ -223,13 +226,13 @@ class _Writer:
 
 
 _ADDITIONS = {"add": "operator.add", "iadd": "operator.iadd", "add_to": "add_to", "iadd_to": "iadd_to"}
-_RESERVED = frozenset(
-    "self args kwargs run guard fused original cls Epilogue Function Tensor NOTHING operator torch".split()
-)
+_RESERVED = frozenset("self args kwargs run guard fused original cls keeps_order add_to iadd_to sites _outer".split())
 
 
 def _identifier(name: str) -> str:
-    return f"{name}_" if name in _RESERVED or keyword.iskeyword(name) or name.startswith("is_") else name
+    """Return a variable's name that is none of the names that the source uses."""
+    taken = name in _RESERVED or name in sys.modules or keyword.iskeyword(name) or name.startswith(("is_", "_ok"))
+    return f"{name}_" if taken else name
 
 
 def _path(path: str) -> str:
@@ -239,17 +242,18 @@ def _path(path: str) -> str:
     return text
 
 
-_classes: dict[tuple[type, str], type] = {}
+_classes: dict[tuple[Any, ...], type] = {}
 # Classes whose forward is not a source of its own: the name that stands for it, and what makes the class.
 MAKERS: dict[str, Callable[[Any], type]] = {}
 
 
-def class_of(original: type, source: str) -> type:
+def class_of(original: Any, source: str) -> type:
     """Return the subclass of `original` whose forward is `source`, or what MAKERS has of that name."""
-    if (original, source) not in _classes:
+    key = original, original.forward, source
+    if key not in _classes:
         maker = MAKERS.get(source)
-        _classes[original, source] = _make(original, source) if maker is None else maker(original)
-    return _classes[original, source]
+        _classes[key] = _make(original, source) if maker is None else maker(original)
+    return _classes[key]
 
 
 def _make(original: type, source: str) -> type:

@@ -7,6 +7,7 @@ refused. The module itself is not touched: forward runs on a twin that shares it
 
 from __future__ import annotations
 
+import abc
 import dis
 import enum
 import functools
@@ -18,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from fastbn import _torch
 
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
-# the dictionary it is in; "children", whose names are the value.
+# the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module.
 Guard = tuple[str, str, str, Any]
 
 
@@ -43,8 +44,7 @@ class Trace:
 
     graph: fx.Graph
     names: list[str]
-    guards: dict[Guard, None] = field(default_factory=dict)
-    reads_training: bool = False
+    guards: dict[Guard, None]
 
 
 def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
@@ -53,13 +53,12 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
     training: what `training` reads as, of the module and its children. Raises Refused with the reason.
     """
     forward: Any = type(module).forward
-    for cell in getattr(forward, "__closure__", None) or ():
-        if not callable(cell.cell_contents):
-            raise Refused("forward is a closure over values")
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if not names or any(p.default is p.empty and p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         raise Refused("forward takes *args or **kwargs, or no input")
+    if not all(p.default is p.empty or is_constant(p.default) or callable(p.default) for p in parameters):
+        raise Refused("a default of forward may change")
     tracer = _Tracer(training)
     twin = tracer.watched(module, "")
     inputs = []
@@ -67,7 +66,7 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         proxy = _Proxy(tracer.create_node("placeholder", name, (), {}), tracer)
         proxy.answers = input_type
         inputs.append(proxy)
-    with _watched_calls(tracer):
+    with torch.random.fork_rng(devices=[]), _watched_calls(tracer):
         try:
             result = _call(_with_leaves(forward, tracer), twin, inputs)
         except Exception as error:
@@ -81,7 +80,7 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         tracer.graph.output(tracer.create_arg(result))
     except Exception:
         raise Refused(f"forward returns a {type(result).__name__}") from None
-    return Trace(tracer.graph, names, tracer.guards, tracer.reads_training)
+    return Trace(tracer.graph, names, tracer.guards)
 
 
 def _call(forward: Callable[..., Any], twin: Any, inputs: list[Any]) -> Any:
@@ -125,7 +124,6 @@ class _Tracer(TracerBase):
         self.module_stack: Any = {}
         self.node_name_to_scope: Any = {}
         self.training = training
-        self.reads_training = False
         self.guards: dict[Guard, None] = {}
         self.refused: str | None = None
         self.copies: dict[tuple[str, str], tuple[Any, Any]] = {}  # of lists and dictionaries, and what they are of
@@ -163,12 +161,19 @@ class _Tracer(TracerBase):
             cls = type(module)
             if cls.__getattr__ is not nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule):
                 raise self.refuse(f"{cls.__name__} has attributes of its own kind")
+            if not may_be_subclassed(cls):
+                raise self.refuse(f"{cls.__name__} notices its subclasses")
             metaclass = type(cls)
             twin_class = metaclass.__new__(metaclass, cls.__name__, (_Watched, cls), {"_watch": (self, path)})
             twin = object.__new__(twin_class)
             object.__setattr__(twin, "__dict__", dict(module.__dict__))
             self._twins[path] = twin
         return self._twins[path]
+
+
+def may_be_subclassed(cls: type) -> bool:
+    """Return whether no code of the class runs when a subclass is made, to register it for example."""
+    return type(cls) in (type, abc.ABCMeta) and not hasattr(cls.__init_subclass__, "__func__")
 
 
 class _Proxy(fx.Proxy):
@@ -210,7 +215,8 @@ class _Watched:
             return object.__getattribute__(self, name)
         tracer, path = object.__getattribute__(self, "_watch")
         if name == "training":
-            tracer.reads_training = True
+            if path:
+                tracer.guards[path, "mode", "", None] = None
             return tracer.training
         if name == "__dict__" or name in _MODULE_TENSORS:
             raise tracer.refuse(f"forward reads {name}")
@@ -397,6 +403,8 @@ def _is_of_model(frame: Any) -> bool:
 def _watched_calls(tracer: _Tracer) -> Iterator[None]:
     """Refuse a trace in which the model's own code calls or reads what may answer differently another time."""
 
+    nested: set[types.CodeType] = set()  # code of functions that traced code defines, whose closure is its variables
+
     def watch(frame: Any, event: str, argument: Any) -> None:
         if tracer.refused is not None or tracer.is_paused:
             return
@@ -405,7 +413,11 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
             reason = _why_not_builtin(argument)
         elif event == "call":
             if _is_of_model(frame):
-                reason = _why_not_code(frame.f_code, frame.f_globals)
+                code = frame.f_code
+                reason = _why_not_code(code, frame.f_globals)
+                if code not in nested and not all(_is_readable(frame.f_locals[name]) for name in code.co_freevars):
+                    reason = "forward is a closure over values"
+                nested.update(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
             elif _is_of_model(frame.f_back) or frame.f_back.f_code is _call.__code__:
                 name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
                 if not _is_in(name, _ALLOWED_MODULES) and function not in _TORCH_FUNCTIONS:
@@ -441,6 +453,11 @@ def _why_not_builtin(function: Any) -> str | None:
     return f"forward calls {module or type(owner).__name__}.{name}"
 
 
+def _is_readable(value: Any) -> bool:
+    """Return whether the model may read a value of a global or closure: what it does shows when it is called."""
+    return isinstance(value, _READABLE)
+
+
 def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
     """Return why what a function of the model reads beside its arguments may change, or None."""
     read: Any = None
@@ -453,9 +470,14 @@ def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
                 read = None
                 continue
             read = scope[name]
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, types.ModuleType):
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, (types.ModuleType, type)):
             name = instruction.argval
+            if isinstance(read, type) and (issubclass(read, enum.Enum) or callable(getattr(read, name, None))):
+                read = None
+                continue
             read = getattr(read, name, None)
+        elif instruction.opname == "IMPORT_NAME" and not _is_in(instruction.argval, ("torch",)):
+            return f"forward imports {instruction.argval}"
         elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             return f"forward sets the global {instruction.argval}"
         elif instruction.opname in ("PRECALL", "CACHE"):
@@ -464,6 +486,6 @@ def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
             read = None
             continue
         # Calls of other objects (those of Cython, say) go past a profiler.
-        if not isinstance(read, _READABLE):
+        if not _is_readable(read):
             return f"forward reads the global {name}, a {type(read).__name__}"
     return None

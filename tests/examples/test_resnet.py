@@ -28,5 +28,5 @@ def test_all_steps(capsys):
 
 
 def test_a_step_that_differs_ends_the_program():
-    with pytest.raises(ValueError, match="a step: expected an error of at most 0.01, got 0.5"):
+    with pytest.raises(ValueError, match="a step: expected an error of at most 0.001, got 0.5"):
         resnet.check("a step", torch.tensor([2.0, 1.0]), torch.tensor([2.0, 2.0]))

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
 from fastbn import _torch
+from fastbn.nn.activation import WithActivation
 
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
@@ -172,8 +173,9 @@ class _Tracer(TracerBase):
 
 
 def may_be_subclassed(cls: type) -> bool:
-    """Return whether no code of the class runs when a subclass is made, to register it for example."""
-    return type(cls) in (type, abc.ABCMeta) and not hasattr(cls.__init_subclass__, "__func__")
+    """Return whether no code of the user's class runs when a subclass is made, to register it for example."""
+    hook = getattr(cls.__init_subclass__, "__func__", None)
+    return type(cls) in (type, abc.ABCMeta) and hook in (None, WithActivation.__init_subclass__.__func__)
 
 
 class _Proxy(fx.Proxy):

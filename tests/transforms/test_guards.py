@@ -2,6 +2,7 @@
 
 import cProfile
 import enum
+import gc
 import pstats
 import random
 import re
@@ -792,6 +793,22 @@ def test_a_profiler_goes_on_after_conversion():
     with recorded_calls() as calls:
         random_state(model)(X)
     assert calls == ["relu"]
+
+
+def test_a_collection_of_garbage_does_not_stop_fusion():
+    def callback(phase, info):
+        phases.append((phase, time.perf_counter()))
+
+    phases = []
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        check(module_with(lambda self, x: torch.relu(self.bn(x))), X, fused=["relu"])
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(callback)
+    assert phases and gc.isenabled()
 
 
 def test_conversion_under_a_default_device():

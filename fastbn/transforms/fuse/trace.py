@@ -11,6 +11,7 @@ import abc
 import dis
 import enum
 import functools
+import gc
 import inspect
 import math
 import operator
@@ -429,11 +430,15 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
 
     before: Any = sys.getprofile()
     is_of_c = hasattr(before, "enable")  # cProfile's, which only starts by itself
+    collects_garbage = gc.isenabled()
+    gc.disable()  # finalisers and gc.callbacks, of others, would be watched as well
     sys.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(None if is_of_c else before)
+        if collects_garbage:
+            gc.enable()
         if is_of_c:
             before.enable()
 

@@ -175,8 +175,8 @@ class _Tracer(TracerBase):
 
 def may_be_subclassed(cls: type) -> bool:
     """Return whether no code of the user's class runs when a subclass is made, to register it for example."""
-    hook = getattr(cls.__init_subclass__, "__func__", None)
-    return type(cls) in (type, abc.ABCMeta) and hook in (None, WithActivation.__init_subclass__.__func__)
+    hook, ours = (getattr(each.__init_subclass__, "__func__", None) for each in (cls, WithActivation))
+    return type(cls) in (type, abc.ABCMeta) and hook in (None, ours)
 
 
 class _Proxy(fx.Proxy):

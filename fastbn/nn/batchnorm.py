@@ -82,10 +82,11 @@ class FastBatchNorm(WithActivation, NormalizationLayer, BatchNormBase):
         """Return weight, bias, running_mean, running_var, num_batches_tracked; None for what the mode does not use.
 
         nn.Module.__getattr__ takes 0.6 us per tensor, so it is called only where something may have replaced a tensor:
-        a subclass, an attribute of the instance, a parametrisation.
+        a subclass that is not known, an attribute of the instance, a parametrisation.
         """
         uses_buffers = tracks or not self.training
-        if type(self) in _PLAIN and not torch.compiler.is_compiling() and vars(self).keys().isdisjoint(_TENSORS):
+        cls = type(self)
+        if cls._epilogue_owner is cls and not torch.compiler.is_compiling() and vars(self).keys().isdisjoint(_TENSORS):
             parameters, buffers = self._parameters, self._buffers
             try:
                 return (
@@ -149,5 +150,4 @@ class BatchNorm3d(FastBatchNorm, nn.BatchNorm3d):
 for _class in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
     _class._epilogue_owner = _class
 
-_PLAIN = frozenset((BatchNorm1d, BatchNorm2d, BatchNorm3d))
 _TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))

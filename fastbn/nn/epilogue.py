@@ -62,7 +62,8 @@ NOTHING = Epilogue()
 class TakesEpilogue:
     """Mixin of what `run` may hand an epilogue.
 
-    `_epilogue_owner` is the exact class that it holds for: subclasses may change what forward means.
+    `_epilogue_owner` is the exact class that it holds for, and a class is told that it is itself: subclasses may change
+    what forward means.
     """
 
     _epilogue_owner: type | None = None
@@ -100,8 +101,8 @@ class NormalizationLayer(TakesEpilogue):
 
 
 def takes_epilogue(module: Any) -> bool:
-    owner = getattr(type(module), "_epilogue_owner", None)
-    return owner is not None and owner is type(module)
+    cls = type(module)
+    return getattr(cls, "_epilogue_owner", None) is cls
 
 
 def run(module: Any, input: Any, epilogue: Epilogue, outer: Epilogue = NOTHING) -> Any:

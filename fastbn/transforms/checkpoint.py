@@ -6,6 +6,7 @@ so is the output, but running statistics and the counter would move a second tim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from fastbn import nn as layers
 from fastbn._torch import BatchNormBase, is_exporting, is_in_backward, without_dispatch_modes
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
+from fastbn.nn.epilogue import Epilogue
 from fastbn.transforms.module import require_module
 
 _CORRECTED = (layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d)
@@ -37,37 +39,38 @@ def _(like: Tensor) -> Tensor:
 class CheckpointSafe(nn.Module):
     """The part of a safe layer's class that comes before the layer's own class."""
 
-    _unsafe: type[nn.Module]  # the layer's own class
+    _unsafe: Any  # the layer's own class
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, fx.Proxy):
             return leaf_of_symbolic_tracing(self, input, args[0] if args else kwargs.get("residual"))
+        return self._call(self._unsafe.forward, input, *args, **kwargs)
+
+    def _with_epilogue(self, input: Tensor, epilogue: Epilogue) -> Any:
+        """The other way into a layer: only called if the layer's own class has it."""
+        return self._call(self._unsafe._with_epilogue, input, epilogue)
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the layer's own class, in which running statistics move unless it is a recomputation."""
         if self.training and not is_exporting():
             if torch.compiler.is_compiling():
-                return self._traced_forward(input, *args, **kwargs)
+                return self._call_traced(method, *args, **kwargs)
             if is_in_backward():
-                return self._recompute(input, *args, **kwargs)
-        return super().forward(input, *args, **kwargs)
+                # Checkpoints compare what is saved, and selective ones which ops run, so the buffers cannot just be
+                # left out. They belong to a twin, so that the layer itself never holds other values.
+                with without_dispatch_modes():
+                    copies = {name: None if b is None else b.detach().clone() for name, b in self._buffers.items()}
+                return method(self._twin(_buffers=copies), *args, **kwargs)
+        return method(self, *args, **kwargs)
 
-    def _recompute(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's forward on copies of its buffers, by a twin: the layer itself never holds other values.
-
-        Checkpoints compare what is saved, and selective ones which ops run, so the buffers cannot just be left out.
-        """
-        twin = object.__new__(self._unsafe)
-        with without_dispatch_modes():
-            buffers = {name: None if b is None else b.detach().clone() for name, b in self._buffers.items()}
-        vars(twin).update(vars(self), _buffers=buffers)
-        return twin.forward(*args, **kwargs)
-
-    def _traced_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's forward and undo its updates if that turns out to be within a backward.
+    def _call_traced(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method, and undo its updates if that turns out to be within a backward.
 
         A graph that has the checkpoint inside updates buffers once anyway; one that is checkpointed as a whole runs
         again in backward.
         """
         before = [(b, b.clone()) for b in self._buffers.values() if b is not None]
-        output = super().forward(*args, **kwargs)
+        output = method(self, *args, **kwargs)
         if before:
             recomputes = _is_in_backward(before[0][1])
             for buffer, old in before:
@@ -75,8 +78,15 @@ class CheckpointSafe(nn.Module):
                 buffer.data.copy_(torch.where(recomputes, old, buffer))
         return output
 
+    def _twin(self, **attributes: Any) -> Any:
+        """Return a layer of the own class that shares everything with this one, except for `attributes`."""
+        twin = object.__new__(self._unsafe)
+        vars(twin).update(vars(self), **attributes)
+        return twin
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new, (self._unsafe,), vars(self)
+        make, args, *rest = self._twin().__reduce_ex__(protocol)
+        return _new, (make, args), *rest
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -85,20 +95,30 @@ _CLASSES: dict[Any, Any] = {}
 def _safe_class(cls: Any) -> Any:
     """Return the safe class of the layers of class `cls`, the same one each time."""
     if cls not in _CLASSES:
-        _CLASSES[cls] = type(
+        made: Any = type(
             f"CheckpointSafe{cls.__name__}", (CheckpointSafe, cls), {"_unsafe": cls, "__doc__": cls.__doc__}
         )
+        if getattr(cls, "_epilogue_owner", None) is cls:
+            made._epilogue_owner = made
+        _CLASSES[cls] = made
     return _CLASSES[cls]
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
-    """Return a safe layer of class `cls` without its attributes, which pickle and copy set."""
-    return object.__new__(_safe_class(cls))
+def _new(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Return a safe layer without its attributes, which pickle and copy set: `make(*args)` is one that is not safe."""
+    layer = make(*args)
+    layer.__class__ = _safe_class(type(layer))
+    return layer
 
 
 def class_without_checkpoint_safety(cls: Any) -> Any:
     """Return the class that a layer had before `checkpoint_safe`, for tables by exact type."""
     return cls._unsafe if issubclass(cls, CheckpointSafe) else cls
+
+
+def set_class(module: nn.Module, cls: Any) -> None:
+    """Give a module another class; a layer that is checkpoint safe stays so."""
+    module.__class__ = _safe_class(cls) if isinstance(module, CheckpointSafe) else cls
 
 
 def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
@@ -111,7 +131,8 @@ def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
     torch.nn's and fastbn's BatchNorms, SyncBatchNorm and subclasses of them that normalise by the batch. Only classes
     change: parameters, buffers, hooks and the state_dict stay. enabled=False: make them what they were.
 
-    Tables by exact type, `fastbn.convert` among them, do not know the new classes: call it last.
+    `fastbn.convert` may come before or after it, and what it fuses stays fused: `convert(model, checkpoint_safe=True)`
+    does both, and `fastbn.revert` undoes both. Other tables by exact type do not know the new classes.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, for
     BatchRenorm, whose training depends on running statistics that have moved by then, and for Lazy layers, which take

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from fastbn import nn as layers
-from fastbn.transforms import registry
+from fastbn.transforms import checkpoint, registry
+from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_class
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYER, LAYERS
 from fastbn.transforms.fuse.source import class_of
@@ -29,7 +30,7 @@ _TO_FASTBN: _Classes = {
 _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
 
 
-def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn.Module:
+def convert(model: nn.Module, *, fuse: bool = True, checkpoint_safe: bool = False, verbose: bool = False) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
     Only these exact types are swapped, and those that `fastbn.transforms.register` knows: SyncBatchNorm, Lazy*,
@@ -40,16 +41,21 @@ def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn
     in which one op does all of that: nn.Sequential, and what torch.fx can trace. At each call it is decided whether the
     op may do it, by the modules as they are then: hooks, replaced modules, and a residual of another shape or dtype are
     run as before. A second call fuses what has been added to the model.
+    checkpoint_safe: also call `fastbn.checkpoint_safe(model)`. Layers that it has been called for stay safe anyway.
     verbose: print what was fused, what not and why: `fastbn.transforms.report(model)` as text.
 
-    Returns `model`. Raises TypeError if it is not a torch.nn.Module.
+    Returns `model`. Raises TypeError if it is not a torch.nn.Module, and what `fastbn.checkpoint_safe` raises, before
+    anything has changed.
     """
     require_module("convert", model)
+    if checkpoint_safe:
+        checkpoint.checkpoint_safe(model)
     registry.resolve(model)
     _swap(model, _TO_FASTBN)
     for module in model.modules():
-        if type(module) in LAYERS:
-            module.__class__ = class_of(type(module), LAYER)
+        cls = class_without_checkpoint_safety(type(module))
+        if cls in LAYERS:
+            set_class(module, class_of(cls, LAYER))
     if fuse:
         for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
             if not containers.is_layer(module):
@@ -63,7 +69,8 @@ def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn
 def revert(model: nn.Module) -> nn.Module:
     """Give every module of `model` that `convert` gave another class its own again, in place.
 
-    fastbn.BatchNorm1d, 2d and 3d become torch.nn's, wherever they come from.
+    fastbn.BatchNorm1d, 2d and 3d become torch.nn's, wherever they come from, and what `fastbn.checkpoint_safe` did is
+    undone too: nothing of fastbn's is left.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
     module has an `activation` of its own: torch.nn's would silently leave it out.
@@ -72,10 +79,11 @@ def revert(model: nn.Module) -> nn.Module:
     fused = [
         f"{name or '(the model itself)'}: {module.activation}"
         for name, module in model.named_modules()
-        if type(module) in _TO_TORCH and module.activation is not None
+        if class_without_checkpoint_safety(type(module)) in _TO_TORCH and module.activation is not None
     ]
     if fused:
         raise ValueError(f"revert: expected modules without an activation, got {', '.join(fused)}")
+    checkpoint.checkpoint_safe(model, enabled=False)
     for module in model.modules():
         containers.unfuse(module)
     return _swap(model, _TO_TORCH)
@@ -102,9 +110,9 @@ def reverted(model: nn.Module) -> Iterator[nn.Module]:
 
 def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
     for module in model.modules():
-        target = classes.get(type(module))
+        target = classes.get(class_without_checkpoint_safety(type(module)))
         if target is not None:
-            module.__class__ = target
+            set_class(module, target)
             if classes is _TO_TORCH:
                 # A module that was built as fastbn's may have the attributes in its __dict__; torch.nn's has none.
                 for name in ("activation", "activation_param"):

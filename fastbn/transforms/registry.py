@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbn.nn import epilogue
+from fastbn.transforms.checkpoint import class_without_checkpoint_safety
 from fastbn.transforms.fuse.layers import LAYERS, Layer
 from fastbn.transforms.fuse.trace import LEAF_FUNCTIONS
 
@@ -73,7 +74,7 @@ def _enter(cls: type, facts: dict[str, Any]) -> None:
 
 def resolve(model: nn.Module) -> None:
     """Enter what is known by name of the types of a model's modules."""
-    for cls in {type(module) for module in model.modules()}:
+    for cls in {class_without_checkpoint_safety(type(module)) for module in model.modules()}:
         facts = _named.get(f"{cls.__module__}.{cls.__qualname__}")
         if facts is not None:
             _enter(cls, facts)

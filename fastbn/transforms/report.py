@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastbn._torch import BatchNormBase
 from fastbn.nn.epilogue import NormalizationLayer, known_activation
 from fastbn.transforms import registry
+from fastbn.transforms.checkpoint import class_without_checkpoint_safety
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYERS
 from fastbn.transforms.fuse.source import is_generated
@@ -96,7 +97,8 @@ def _of_layer(
     fused: dict[nn.Module, tuple[bool, str | None, str]],
     refusals: dict[nn.Module, str],
 ) -> LayerReport:
-    kind = type(module).__name__
+    cls = class_without_checkpoint_safety(type(module))
+    kind = cls.__name__
     own = _own_activation(module, path)
     if module in fused or own is not None:
         add, activation, container = own or fused[module]
@@ -104,7 +106,7 @@ def _of_layer(
     if isinstance(module, NormalizationLayer) or containers.is_layer(module):
         reason = refusals.get(module, "nothing follows that can be fused, or something else reads the result")
         return LayerReport(path, kind, "converted", reason=reason)
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or type(module) in LAYERS:
+    if cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or cls in LAYERS:
         return LayerReport(path, kind, "left", reason="not converted")
     return LayerReport(path, kind, "left", reason=f"{kind} is not known: fastbn.transforms.register")
 
@@ -112,7 +114,7 @@ def _of_layer(
 def _own_activation(module: nn.Module, path: str) -> tuple[bool, str | None, str] | None:
     """Return what a layer fuses that has its activation itself."""
     if containers.is_layer(module):
-        cls: Any = type(module)
+        cls: Any = class_without_checkpoint_safety(type(module))
         for step in LAYERS[cls._fastbn_original].steps(module):
             known = known_activation(step)
             if known is not None:

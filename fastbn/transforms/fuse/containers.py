@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastbn.nn.epilogue import known_activation, takes_epilogue
+from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_class
 from fastbn.transforms.fuse.layers import LAYER
 from fastbn.transforms.fuse.patterns import find, merge
 from fastbn.transforms.fuse.sequential import SEQUENTIAL, children_of
@@ -73,14 +74,15 @@ def fuse(module: nn.Module, input_type: type = Tensor) -> None:
 
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module is another library's layer, as fastbn calls it."""
-    cls: Any = type(module)
+    cls: Any = class_without_checkpoint_safety(type(module))
     return is_generated(cls) and cls._fastbn_source == LAYER
 
 
 def unfuse(module: nn.Module) -> None:
-    cls: Any = type(module)
+    """Give a module that was fused its own class again."""
+    cls: Any = class_without_checkpoint_safety(type(module))
     if is_generated(cls):
-        module.__class__ = cls._fastbn_original
+        set_class(module, cls._fastbn_original)
 
 
 def fused_children(module: nn.Module) -> list[Fused]:

@@ -6,9 +6,11 @@ the tasks: `pip install -e '.[dev]' -r requirements-lint.txt` makes it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import nox
@@ -50,6 +52,17 @@ def test(session: nox.Session) -> None:
     """Run all tests, or what `-- -m slow` selects of them."""
     session.run(*PYTEST, "-q", "-n", "auto", f"--ignore={TIMED}", *session.posargs)
     session.run(*PYTEST, "-q", TIMED, *session.posargs)
+
+
+@nox.session
+def tools(session: nox.Session) -> None:
+    """Install what docs/tools.md lists and run the tests that need it: of what fits, a missing package is an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        constraint = Path(folder, "torch.txt")  # torchvision is to fit the torch that fastbn was built for
+        constraint.write_text(f"torch=={importlib.metadata.version('torch')}\n")
+        packages = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["tools"]
+        session.run("python", "-m", "pip", "install", "--quiet", "-c", str(constraint), *packages)
+    session.run(*PYTEST, "-q", "-n", "auto", "-m", "needs", *session.posargs, env={"FASTBN_REQUIRE_TOOLS": "1"})
 
 
 @nox.session

@@ -1,4 +1,6 @@
-"""Skips large tests unless asked for, fills unwritten outputs with NaN, and provides the fixture `ops`."""
+"""Skips large tests unless asked for, and tests whose packages are missing; fills unwritten outputs with NaN; provides
+the fixture `ops`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from fastbn.testing import cases
-from tests import implementations, tiers
+from tests import implementations, packages, tiers
 from tests.emulator import build
 
 
@@ -18,6 +20,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("large"):
             item.add_marker(pytest.mark.skip(reason="large: ask for it with -m large"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        packages.require(*mark.args)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from examples import resnet
+from tests.packages import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.slow
+@needs("torchvision", "onnx", "onnxscript")
 def test_all_steps(capsys):
-    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=Exception)
     resnet.main(["--model", "resnet18", "--size", "64", "--backend", "aot_eager"])
     printed = capsys.readouterr().out
     assert "20 layers: 17 fused, 3 converted, 0 left" in printed

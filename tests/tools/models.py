@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import torch
@@ -54,15 +53,3 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     output.square().sum().backward()
     grads = {f"grad of {name}": parameter.grad for name, parameter in model.named_parameters()}
     return {"output": output.detach()} | grads | {key: value.clone() for key, value in model.state_dict().items()}
-
-
-@contextlib.contextmanager
-def _reverted(model: nn.Module):
-    fastbn.revert(model)
-    try:
-        yield model
-    finally:
-        fastbn.convert(model)
-
-
-reverted = getattr(fastbn, "reverted", _reverted)

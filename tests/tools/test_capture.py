@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import fastbn
+from tests.packages import needs
 from tests.stock import assert_same
 from tests.tools.models import images, layers, pair, step
 
@@ -110,11 +111,12 @@ def test_export_and_decompositions_of_a_model(strict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@needs("onnx")
+@pytest.mark.parametrize(
+    "dynamo", [pytest.param(True, id="dynamo", marks=needs("onnxscript")), pytest.param(False, id="torchscript")]
+)
 def test_onnx(dynamo):
-    onnx = pytest.importorskip("onnx", reason="needs onnx")
-    if dynamo:
-        pytest.importorskip("onnxscript", reason="needs onnxscript")
+    import onnx
     from onnx.reference import ReferenceEvaluator
 
     stock, fast = (model.eval() for model in pair())
@@ -169,8 +171,10 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: frozen(x), x)
 
 
+@needs("torchvision")
 def test_feature_extractor():
-    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction", reason="needs torchvision")
+    from torchvision.models import feature_extraction
+
     features = []
     for model in pair():
         extractor = feature_extraction.create_feature_extractor(model.eval(), {"0.bn1": "norm", "0": "block"})
@@ -179,9 +183,11 @@ def test_feature_extractor():
     assert_same(features[1], features[0], rtol=1e-4, atol=1e-4)
 
 
+@needs("timm")
 def test_feature_extraction_by_nodes_of_timm():
-    features_fx = pytest.importorskip("timm.models._features_fx", reason="needs timm")
+    from timm.models._features_fx import GraphExtractNet
+
     extracted = []
     for model in pair():
-        extracted.append(features_fx.GraphExtractNet(model.eval(), ["0.bn1"])(images()))
+        extracted.append(GraphExtractNet(model.eval(), ["0.bn1"])(images()))
     torch.testing.assert_close(extracted[1], extracted[0])

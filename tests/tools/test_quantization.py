@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fastbn
-from tests.tools.models import images, layers, pair, reverted
+from tests.packages import needs
+from tests.tools.models import images, layers, pair
 
 quantization = pytest.importorskip("torch.ao.quantization", reason="needs a torch with torch.ao.quantization")
 
@@ -29,7 +30,7 @@ def test_fuse_modules():
     stock, fast = (model.eval() for model in pair())
     with pytest.raises((AssertionError, NotImplementedError), match="did not find fuser method|Cannot fuse modules"):
         quantization.fuse_modules(fast, NAMES)
-    with reverted(fast):
+    with fastbn.reverted(fast):
         fused = quantization.fuse_modules(fast, NAMES)
     assert not layers(fused) and len(layers(fast)) == 2 and type(layers(fast)[0]) is fastbn.BatchNorm2d
     torch.testing.assert_close(fused(images()), stock(images()), rtol=1e-4, atol=1e-4)
@@ -39,7 +40,7 @@ def test_fuse_modules_qat():
     stock, fast = pair()
     with pytest.raises((AssertionError, NotImplementedError), match="did not find fuser method|Cannot fuse modules"):
         quantization.fuse_modules_qat(fast, NAMES)
-    with reverted(fast):
+    with fastbn.reverted(fast):
         fused = quantization.fuse_modules_qat(fast, NAMES)
     assert type(fused[0].conv1).__name__ == "ConvBn2d"
     torch.testing.assert_close(fused(images()), stock(images()), rtol=1e-4, atol=1e-4)
@@ -51,7 +52,7 @@ def test_prepare_fx(qat):
 
     prepare = prepare_qat_fx if qat else prepare_fx
     stock, fast = (model.train(qat) for model in pair())
-    with reverted(fast):
+    with fastbn.reverted(fast):
         prepared = prepare(copy.deepcopy(fast), _qconfig_mapping(qat), (images(),))
     expected = prepare(copy.deepcopy(stock), _qconfig_mapping(qat), (images(),))
     assert prepared.code == expected.code
@@ -70,20 +71,20 @@ def test_prepare_fx_leaves_layers_that_it_does_not_know():
 
 
 def _prepare_pt2e(model, qat):
-    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="needs torchao")
-    inductor = pytest.importorskip(
-        "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason="needs torchao's quantizer for x86"
-    )
+    from torchao.quantization.pt2e import quantize_pt2e as pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as inductor
+
     model = nn.Sequential(model[0].conv1, model[0].bn1, model[0].relu).train(qat)
     quantizer = inductor.X86InductorQuantizer()
     quantizer.set_global(inductor.get_default_x86_inductor_quantization_config(is_qat=qat))
     prepare = pt2e.prepare_qat_pt2e if qat else pt2e.prepare_pt2e
-    with reverted(model) if qat else contextlib.nullcontext():
+    with fastbn.reverted(model) if qat else contextlib.nullcontext():
         program = torch.export.export(model, (images(),)).module()
     return prepare(program, quantizer)
 
 
 @pytest.mark.slow
+@needs("torchao")
 @pytest.mark.parametrize("qat", [False, True], ids=["prepare_pt2e", "prepare_qat_pt2e"])
 def test_pt2e(qat):
     """An exported program has torch's batch_norm; for training the quantizer also asks which module it came from."""

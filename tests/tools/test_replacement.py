@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import fastbn
-from tests.tools.models import images, layers, pair, reverted
+from tests.packages import needs
+from tests.tools.models import images, layers, pair
 
 REFUSED = r"expected a layer without an activation where (eps|num_features) is read.*fastbn\.fold.*fastbn\.reverted"
 
@@ -24,14 +25,17 @@ def _fuse_conv_bn_eval(model):
 
 
 def _fuse_conv_and_bn_of_ultralytics(model):
-    torch_utils = pytest.importorskip("ultralytics.utils.torch_utils", reason="needs ultralytics")
+    from ultralytics.utils.torch_utils import fuse_conv_and_bn
+
     model.eval()
-    model[0].conv1, model[0].bn1 = torch_utils.fuse_conv_and_bn(model[0].conv1, model[0].bn1), nn.Identity()
+    model[0].conv1, model[0].bn1 = fuse_conv_and_bn(model[0].conv1, model[0].bn1), nn.Identity()
     return model
 
 
 def _freeze_batch_norm_2d_of_timm(model):
-    return pytest.importorskip("timm.layers", reason="needs timm").freeze_batch_norm_2d(model)
+    from timm.layers import freeze_batch_norm_2d
+
+    return freeze_batch_norm_2d(model)
 
 
 def _convert_sync_batchnorm(model):
@@ -40,19 +44,23 @@ def _convert_sync_batchnorm(model):
 
 
 def _convert_sync_batchnorm_of_timm(model):
-    return pytest.importorskip("timm.layers", reason="needs timm").convert_sync_batchnorm(model).eval()
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model).eval()
 
 
 def _replace_batch_norm_of_transformers(model):
-    modeling_detr = pytest.importorskip("transformers.models.detr.modeling_detr", reason="needs transformers")
-    modeling_detr.replace_batch_norm(model)
+    from transformers.models.detr.modeling_detr import replace_batch_norm
+
+    replace_batch_norm(model)
     return model
 
 
 def _fix_of_opacus(model):
-    validators = pytest.importorskip("opacus.validators", reason="needs opacus")
+    from opacus.validators import ModuleValidator
+
     fastbn.register_with_tools()
-    return validators.ModuleValidator.fix(model.train())
+    return ModuleValidator.fix(model.train())
 
 
 TOOLS = {
@@ -64,9 +72,10 @@ TOOLS = {
     "transformers.replace_batch_norm": _replace_batch_norm_of_transformers,
     "opacus.fix": _fix_of_opacus,
 }
+PARAMS = [pytest.param(tool, marks=needs(tool.split(".")[0])) if "." in tool else tool for tool in TOOLS]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", PARAMS)
 def test_plain_layers_are_replaced_as_torchs(tool):
     stock, fast = pair()
     replaced = [TOOLS[tool](model) for model in (stock, fast)]
@@ -76,7 +85,7 @@ def test_plain_layers_are_replaced_as_torchs(tool):
         torch.testing.assert_close(replaced[1](images()), replaced[0](images()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", PARAMS)
 def test_layers_with_an_activation_are_refused(tool):
     """In a sentence that says what to do; none leaves the activation out."""
     _, model = pair()
@@ -94,7 +103,7 @@ class WithResidual(nn.Module):
         return self.bn1(self.conv1(x), x)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", PARAMS)
 def test_a_residual_that_is_lost_is_an_error(tool):
     """A call with a residual does not fit what has replaced the layer."""
     replaced = TOOLS[tool](nn.Sequential(WithResidual()))
@@ -102,11 +111,11 @@ def test_a_residual_that_is_lost_is_an_error(tool):
         replaced(images())
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", PARAMS)
 def test_a_reverted_model_is_torchs(tool):
     stock, fast = pair()
     expected = TOOLS[tool](stock)
-    with reverted(fast):
+    with fastbn.reverted(fast):
         replaced = TOOLS[tool](fast)
     assert [type(module) for module in replaced[0].children()][:4] == [
         type(module) for module in expected[0].children()
@@ -130,7 +139,7 @@ def test_fuse_of_torch_fx():
     stock, fast = (model.eval() for model in pair())
     assert len(layers(fuse(stock))) == 0 and len(layers(fuse(fast))) == 2
     torch.testing.assert_close(fuse(fast)(images()), stock(images()))
-    with reverted(fast):
+    with fastbn.reverted(fast):
         fused = fuse(fast)
     assert len(layers(fused)) == 0 and type(layers(fast)[0]) is fastbn.BatchNorm2d
     torch.testing.assert_close(fused(images()), stock(images()), rtol=1e-4, atol=1e-5)
@@ -142,11 +151,13 @@ def test_functorch_takes_the_running_statistics_away():
     assert all(layer.running_mean is None for layer in layers(fast))
 
 
+@needs("opacus")
 def test_opacus_validator():
-    opacus = pytest.importorskip("opacus.validators", reason="needs opacus")
+    from opacus.validators import ModuleValidator
+
     stock, fast = pair()
     assert "opacus.validators.module_validator.ModuleValidator.VALIDATORS" in fastbn.register_with_tools()
-    messages = [sorted(map(str, opacus.ModuleValidator.validate(model.train()))) for model in (stock, fast)]
+    messages = [sorted(map(str, ModuleValidator.validate(model.train()))) for model in (stock, fast)]
     assert messages[0] == messages[1] and len(messages[0]) >= 2
 
 

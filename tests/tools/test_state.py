@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 import fastbn
+from tests.packages import needs
 from tests.stock import assert_same
 from tests.tools.models import images, layers, pair, step
 
@@ -27,13 +28,15 @@ def test_load_state_dict_strict_both_ways():
     torch.testing.assert_close(fast.eval()(images()), stock.eval()(images()))
 
 
+@needs("safetensors")
 def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    import safetensors.torch
+
     stock, fast = pair()
-    safetensors.save_model(fast, str(tmp_path / "model.safetensors"))
+    safetensors.torch.save_model(fast, str(tmp_path / "model.safetensors"))
     for tensor in stock.state_dict().values():
         tensor.zero_()
-    safetensors.load_model(stock, str(tmp_path / "model.safetensors"))
+    safetensors.torch.load_model(stock, str(tmp_path / "model.safetensors"))
     assert_same(dict(stock.state_dict()), dict(fast.state_dict()))
 
 

@@ -9,12 +9,15 @@ import pytest
 from torch import nn
 
 import fastbn
+from tests.packages import needs
 from tests.tools.models import images, pair
 
 
+@needs("thop")
 def test_thop():
     """It knows layers by their exact type, and is told of fastbn's."""
-    thop = pytest.importorskip("thop", reason="needs thop")
+    import thop
+
     fastbn.register_with_tools()
     counts = [thop.profile(model.eval(), (images(),), verbose=False) for model in pair()]
     assert counts[0] == counts[1]
@@ -25,15 +28,19 @@ def test_thop():
     assert bare[0] == bare[1] > 0
 
 
+@needs("fvcore")
 @pytest.mark.filterwarnings("ignore")
 def test_fvcore():
-    fvcore = pytest.importorskip("fvcore.nn", reason="needs fvcore")
-    counts = [fvcore.FlopCountAnalysis(model.eval(), images()).by_operator() for model in pair()]
+    import fvcore.nn
+
+    counts = [fvcore.nn.FlopCountAnalysis(model.eval(), images()).by_operator() for model in pair()]
     assert counts[0] == counts[1] and counts[0]["batch_norm"] > 0
 
 
+@needs("ptflops")
 def test_ptflops():
-    ptflops = pytest.importorskip("ptflops", reason="needs ptflops")
+    import ptflops
+
     fastbn.register_with_tools()
     counts = []
     for backend in ("pytorch", "aten"):
@@ -43,8 +50,10 @@ def test_ptflops():
     assert counts[0] == counts[1] and counts[2] == counts[3]
 
 
+@needs("torchinfo")
 def test_torchinfo():
-    torchinfo = pytest.importorskip("torchinfo", reason="needs torchinfo")
+    import torchinfo
+
     texts = []
     for model in pair():
         fast = model[0].bn1.__class__ is fastbn.BatchNorm2d
@@ -54,8 +63,10 @@ def test_torchinfo():
     assert "BatchNorm2d" in texts[0] and texts[0] == texts[1]
 
 
+@needs("torchsummary")
 def test_torchsummary(capsys):
-    torchsummary = pytest.importorskip("torchsummary", reason="needs torchsummary")
+    import torchsummary
+
     texts = []
     for model in pair():
         torchsummary.summary(model, (3, 6, 6), device="cpu")
@@ -63,15 +74,16 @@ def test_torchsummary(capsys):
     assert "BatchNorm2d-" in texts[0] and texts[0] == texts[1]
 
 
+@needs("lightning")
 def test_summary_of_lightning():
-    lightning = pytest.importorskip("lightning.pytorch.utilities.model_summary", reason="needs lightning")
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities.model_summary import ModelSummary
 
     texts = []
     for model in pair():
         module = LightningModule()
         module.model = model
-        texts.append(str(lightning.ModelSummary(module, max_depth=-1)))
+        texts.append(str(ModelSummary(module, max_depth=-1)))
     assert texts[0] == texts[1]
 
 

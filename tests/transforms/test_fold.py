@@ -21,6 +21,7 @@ from fastbn.nn.folded import MODULES, FoldedBatchNorm
 from fastbn.ops.activations import ACTIVATIONS, PIECEWISE_LINEAR, ROWS
 from fastbn.testing.tolerance import ulp
 from fastbn.transforms.fold import examine
+from tests.packages import needs
 from tests.stock import normal
 
 # A layer without its dtype and bias, and the shape of its input.
@@ -163,7 +164,8 @@ def test_a_residual_is_added_before_the_activation(activation):
 
 
 def _norm_of_torchvision():
-    misc = pytest.importorskip("torchvision.ops.misc", reason="torchvision's FrozenBatchNorm2d")
+    from torchvision.ops import misc
+
     return misc.FrozenBatchNorm2d(5)
 
 
@@ -183,8 +185,9 @@ def _norm_of_detectron2(monkeypatch):
 
 
 def _norm_of_timm(name, **options):
-    layers = pytest.importorskip("timm.layers.norm_act", reason="timm's layers with an activation")
-    return getattr(layers, name)(5, **options)
+    from timm.layers import norm_act
+
+    return getattr(norm_act, name)(5, **options)
 
 
 NORMS = {
@@ -211,7 +214,13 @@ def _without_bias():
     return norm
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs(name.split(",")[0])) if name.startswith(("timm", "torchvision")) else name
+        for name in NORMS
+    ],
+)
 def test_kinds_of_batch_norm(name, monkeypatch):
     model = conv_bn(norm=NORMS[name](monkeypatch))
     folded = fastbn.fold(model)

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastbn
 from fastbn.transforms.fold import examine
+from tests.packages import needs
 from tests.transforms.test_fold import filled, images
 
 
@@ -461,12 +462,14 @@ def test_a_meta_model_is_folded():
     assert fastbn.fold(model)(torch.empty(2, 3, 4, 4, device="meta")).shape == (2, 3, 4, 4)
 
 
+@needs("torchvision")
 @pytest.mark.parametrize(
     "name, count",
     [("resnet18", 20), ("mobilenet_v3_small", 34), ("googlenet", 57), ("densenet121", 59)],
 )
 def test_networks_of_torchvision(name, count):
-    models = pytest.importorskip("torchvision.models", reason="networks to fold")
+    from torchvision import models
+
     options = {"init_weights": False} if name == "googlenet" else {}
     model = models.get_model(name, weights=None, **options).eval()
     folded = fastbn.fold(model)

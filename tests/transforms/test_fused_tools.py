@@ -12,6 +12,7 @@ from torch import nn
 
 import fastbn
 from fastbn.transforms.fuse.source import is_generated
+from tests.packages import needs
 from tests.transforms.fused import assert_same, inputs, random_state, recorded_calls, step
 from tests.transforms.test_fuse import Block, ConvNorm, HiddenStates, Inverted, downsample
 
@@ -101,13 +102,15 @@ def test_state_dicts_load_both_ways():
         torch.testing.assert_close(target.eval()(X), source.eval()(X))
 
 
+@needs("safetensors")
 def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    import safetensors.torch
+
     model = fastbn.convert(net()).eval()
-    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
     other = fastbn.convert(net())
     nn.init.zeros_(other[0].conv1.weight)
-    safetensors.load_model(other, str(tmp_path / "model.safetensors"))
+    safetensors.torch.load_model(other, str(tmp_path / "model.safetensors"))
     torch.testing.assert_close(other.eval()(X), model(X), rtol=0, atol=0)
 
 
@@ -252,8 +255,10 @@ def test_the_root_may_be_any_of_them():
         assert type(fastbn.revert(root)) is stock
 
 
+@needs("torchvision")
 def test_scripting_takes_the_modules_own_forward():
-    misc = pytest.importorskip("torchvision.ops.misc", reason="torchvision is not installed")
+    from torchvision.ops import misc
+
     blocks = nn.Sequential(nn.Conv2d(3, 3, 1), misc.FrozenBatchNorm2d(3), nn.ReLU())
     model = fastbn.convert(random_state(blocks)).eval()
     types = [type(m) for m in model.modules()]

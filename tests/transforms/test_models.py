@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.packages import needs
+
 spec = importlib.util.spec_from_file_location("docs_models", Path(__file__).parents[2] / "docs" / "models.py")
 models = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = models
@@ -13,7 +15,6 @@ spec.loader.exec_module(models)
 
 
 def row(package, name):
-    pytest.importorskip(package, reason=f"{package} is not installed")
     (model,) = [model for model in models.GROUPS[package]() if model.name == name]
     return models.measure(model)
 
@@ -36,7 +37,10 @@ MODELS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package, name, activation, addition, both, alone", MODELS, ids=[m[1] for m in MODELS])
+@pytest.mark.parametrize(
+    "package, name, activation, addition, both, alone",
+    [pytest.param(*model, id=model[1], marks=needs(model[0])) for model in MODELS],
+)
 def test_what_is_fused(package, name, activation, addition, both, alone):
     found = row(package, name)
     counts = [found.fused[kind] for kind in ("activation", "addition", "addition+activation", "")]

@@ -1,6 +1,7 @@
 """fastbn.transforms.register tells convert of classes that are not torch.nn's; built-in entries fit their libraries."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastbn.nn import epilogue
 from fastbn.transforms import register
 from fastbn.transforms.fuse import layers, trace
 from fastbn.transforms.registry import INPUT_TYPES
+from tests.packages import needs
 from tests.transforms.fused import assert_same, check, inputs, random_state, recorded_calls, step
 from tests.transforms.test_fuse import module_with
 
@@ -161,8 +163,9 @@ def test_misuse():
         register(Swish)
 
 
+@needs("torchvision")
 def test_frozen_layers_of_torchvision():
-    misc = pytest.importorskip("torchvision.ops.misc", reason="torchvision is not installed")
+    from torchvision.ops import misc
 
     def build():
         return nn.Sequential(nn.Conv2d(3, 3, 1), misc.FrozenBatchNorm2d(3), nn.ReLU())
@@ -176,8 +179,10 @@ def test_frozen_layers_of_torchvision():
     assert calls == []  # torchvision's promotes to the buffers' dtype
 
 
+@needs("timm")
 def test_layers_of_timm():
-    norm_act = pytest.importorskip("timm.layers.norm_act", reason="timm is not installed")
+    from timm.layers import norm_act
+
     for cls in (norm_act.BatchNormAct2d, norm_act.FrozenBatchNormAct2d):
         check(nn.Sequential(nn.Conv2d(3, 3, 1), cls(3, act_layer=nn.SiLU, inplace=False)), X, fused=["silu"])
         check(nn.Sequential(nn.Conv2d(3, 3, 1), cls(3, apply_act=False), nn.ReLU()), X, fused=["relu"])
@@ -190,10 +195,10 @@ def test_layers_of_timm():
 ACTIVATIONS = [name for name, facts in fastbn.transforms.registry._named.items() if facts["activation"]]
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name.split(".")[0])) for name in ACTIVATIONS])
 def test_activations_of_other_libraries(name):
     module, _, cls = name.rpartition(".")
-    activation = getattr(pytest.importorskip(module, reason=f"{module} is not installed"), cls)()
+    activation = getattr(importlib.import_module(module), cls)()
     fused = fastbn.transforms.registry._named[name]["activation"]
     model = nn.Sequential(nn.BatchNorm2d(3), activation)
     check(model, X, fused=[fused], rtol=1e-6, atol=1e-6)

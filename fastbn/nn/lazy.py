@@ -40,3 +40,8 @@ class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
 class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d")
     cls_to_become = BatchNorm3d
+
+
+# Until its first input a lazy layer has a hook, so that `fastbn.nn.epilogue.run` hands it nothing.
+for _class in (LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d):
+    _class._epilogue_owner = _class

@@ -26,6 +26,9 @@ _TO_FASTBN: _Classes = {
     nn.BatchNorm1d: layers.BatchNorm1d,
     nn.BatchNorm2d: layers.BatchNorm2d,
     nn.BatchNorm3d: layers.BatchNorm3d,
+    nn.LazyBatchNorm1d: layers.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
 }
 _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
 
@@ -33,9 +36,9 @@ _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
 def convert(model: nn.Module, *, fuse: bool = True, checkpoint_safe: bool = False, verbose: bool = False) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
-    Only these exact types are swapped, and those that `fastbn.transforms.register` knows: SyncBatchNorm, Lazy*,
-    parametrised modules and users' subclasses may override what fastbn would change, and are left alone. `model` may
-    itself be a BatchNorm. Keys, shapes and dtypes of the state_dict stay, and so does every module.
+    Only these exact types and their Lazy ones are swapped, and those that `fastbn.transforms.register` knows:
+    SyncBatchNorm, parametrised modules and users' subclasses may override what fastbn would change, and are left alone.
+    `model` may itself be a BatchNorm. Keys, shapes and dtypes of the state_dict stay, and so does every module.
 
     fuse: also give modules whose forward calls a layer, and then an addition, an activation or both, another forward,
     in which one op does all of that: nn.Sequential, and what torch.fx can trace. At each call it is decided whether the
@@ -69,8 +72,8 @@ def convert(model: nn.Module, *, fuse: bool = True, checkpoint_safe: bool = Fals
 def revert(model: nn.Module) -> nn.Module:
     """Give every module of `model` that `convert` gave another class its own again, in place.
 
-    fastbn.BatchNorm1d, 2d and 3d become torch.nn's, wherever they come from, and what `fastbn.checkpoint_safe` did is
-    undone too: nothing of fastbn's is left.
+    fastbn.BatchNorm1d, 2d and 3d and the Lazy ones become torch.nn's, wherever they come from, and what
+    `fastbn.checkpoint_safe` did is undone too.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
     module has an `activation` of its own: torch.nn's would silently leave it out.

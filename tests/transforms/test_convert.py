@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastbn.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from fastbn.transforms.convert import convert, revert
+from tests.transforms.fused import recorded_calls
 
 PAIRS = [
     (nn.BatchNorm1d, BatchNorm1d, (5, 3)),
@@ -149,7 +150,7 @@ def test_subclasses_are_left_alone():
     class MineOnFast(BatchNorm2d):
         pass
 
-    net = nn.Sequential(Mine(3), MineOnFast(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d(), nn.InstanceNorm2d(3))
+    net = nn.Sequential(Mine(3), MineOnFast(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3))
     types = [type(m) for m in net]
     assert [type(m) for m in convert(net)] == types
     assert [type(m) for m in revert(net)] == types
@@ -162,10 +163,42 @@ def test_parametrised_module_is_left_alone():
     assert type(convert(norm)) is parametrised
 
 
-def test_lazy_module_converts_once_it_has_become_a_batch_norm():
-    net = nn.Sequential(nn.LazyBatchNorm2d())
-    net(images())
-    assert type(convert(net)[0]) is BatchNorm2d
+LAZY = [
+    (nn.LazyBatchNorm1d, LazyBatchNorm1d, BatchNorm1d, (5, 3)),
+    (nn.LazyBatchNorm2d, LazyBatchNorm2d, BatchNorm2d, (5, 3, 4, 2)),
+    (nn.LazyBatchNorm3d, LazyBatchNorm3d, BatchNorm3d, (5, 3, 2, 3, 2)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("stock, fast, ready, shape", LAZY)
+def test_lazy_modules(stock, fast, ready, shape):
+    module = stock(eps=0.1)
+    assert type(convert(module)) is fast and type(revert(module)) is stock
+    twin = stock(eps=0.1)
+    x = torch.randn(shape)
+    torch.testing.assert_close(convert(module)(x), twin(x))
+    assert type(module) is ready and type(revert(module)) is type(twin) and vars(module).keys() == vars(twin).keys()
+    assert type(convert(module)) is ready
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_what_follows_a_lazy_module_is_fused_from_its_second_call_on():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.relu = nn.LazyBatchNorm2d(), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.norm(x) + x)
+
+    net, twin = (nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU(), Block()) for _ in range(2))
+    convert(net)
+    for expected in (["", ""], ["relu", "add+relu"]):
+        with recorded_calls() as calls:
+            torch.testing.assert_close(net(images()), twin(images()))
+        assert calls == expected
+    assert [type(m) for m in revert(net).modules()] == [type(m) for m in twin.modules()]
 
 
 def test_revert_names_fused_modules_and_changes_nothing():

@@ -1,12 +1,25 @@
-"""What a layer is to torch.jit.script: torch's own operations, in the part of Python that TorchScript compiles."""
+"""What fastbn is to torch.jit.script: torch's own operations, in the part of Python that TorchScript compiles."""
 
 from __future__ import annotations
 
-from typing import Optional
+import functools
+from types import FunctionType
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def in_place_of(original: Any, function: Any) -> Any:
+    """Return `function`, a method that uses no globals of its module, as one that is `original` to torch.jit.script.
+
+    TorchScript compiles the source of what a function wraps, and looks names up in the globals of the function itself.
+    """
+    if isinstance(original, FunctionType):
+        scope = original.__globals__
+        function = FunctionType(function.__code__, scope, None, function.__defaults__, function.__closure__)
+    return functools.update_wrapper(function, original)
 
 
 def activate(z: Tensor, name: str, param: Optional[float]) -> Tensor:  # noqa: UP045

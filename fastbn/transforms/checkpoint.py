@@ -16,6 +16,7 @@ from fastbn import nn as layers
 from fastbn._torch import BatchNormBase, is_exporting, is_in_backward, without_dispatch_modes
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 from fastbn.nn.epilogue import Epilogue
+from fastbn.nn.scripting import in_place_of
 from fastbn.transforms.module import require_module
 
 _CORRECTED = (layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d)
@@ -41,7 +42,7 @@ class CheckpointSafe(nn.Module):
 
     _unsafe: Any  # the layer's own class
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, fx.Proxy):
             return leaf_of_symbolic_tracing(self, input, args[0] if args else kwargs.get("residual"))
         return self._call(self._unsafe.forward, input, *args, **kwargs)
@@ -95,9 +96,10 @@ _CLASSES: dict[Any, Any] = {}
 def _safe_class(cls: Any) -> Any:
     """Return the safe class of the layers of class `cls`, the same one each time."""
     if cls not in _CLASSES:
-        made: Any = type(
-            f"CheckpointSafe{cls.__name__}", (CheckpointSafe, cls), {"_unsafe": cls, "__doc__": cls.__doc__}
-        )
+        # A function for each class, since torch.jit.script compiles what it stands for.
+        forward = in_place_of(cls.forward, lambda self, *args, **kwargs: self._forward(*args, **kwargs))
+        body = {"_unsafe": cls, "__doc__": cls.__doc__, "forward": forward}
+        made: Any = type(f"CheckpointSafe{cls.__name__}", (CheckpointSafe, cls), body)
         if getattr(cls, "_epilogue_owner", None) is cls:
             made._epilogue_owner = made
         _CLASSES[cls] = made

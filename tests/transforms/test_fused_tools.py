@@ -256,15 +256,36 @@ def test_the_root_may_be_any_of_them():
 
 
 @needs("torchvision")
-def test_scripting_takes_the_modules_own_forward():
+def test_scripting_layers_of_other_libraries():
     from torchvision.ops import misc
 
     blocks = nn.Sequential(nn.Conv2d(3, 3, 1), misc.FrozenBatchNorm2d(3), nn.ReLU())
     model = fastbn.convert(random_state(blocks)).eval()
-    types = [type(m) for m in model.modules()]
+    modules = [(m, type(m)) for m in model.modules()]
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(X), model(X))
-    assert [type(m) for m in model.modules()] == types
+    assert [(m, type(m)) for m in model.modules()] == modules
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("marked", [False, True], ids=["", "checkpoint-safe"])
+@pytest.mark.parametrize("training", [True, False])
+def test_scripting_takes_the_modules_own_forward(training, marked):
+    """It compiles that, and leaves every module of the model where and what it was."""
+    # Of these only the two inner ones are fused.
+    model = nn.Sequential(Block(), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.Conv2d(3, 3, 1))
+    model = random_state(model).train(training)
+    twin = copy.deepcopy(model)
+    fastbn.convert(model, checkpoint_safe=marked)
+    modules = [(m, type(m)) for m in model.modules()]
+    scripted = torch.jit.script(model)
+    assert [(m, type(m)) for m in model.modules()] == modules and not is_generated(type(model))
+    kinds = [node.kind() for node in scripted.inlined_graph.nodes()]
+    assert kinds.count("aten::batch_norm") == 3 and kinds.count("aten::relu") + kinds.count("aten::relu_") == 3
+    assert_same(step(scripted, X), step(twin, X), rtol=1e-9, atol=1e-9)
+    with recorded_calls() as calls:
+        model(X)
+    assert calls == ["relu", "add+relu", "relu"]
 
 
 @pytest.mark.slow

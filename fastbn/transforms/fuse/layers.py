@@ -29,11 +29,11 @@ LAYERS: dict[type, Layer] = {}
 
 
 def _make(original: Any) -> type:
-    own = original.forward
+    own, tensor, nothing = original.forward, Tensor, NOTHING
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return _with_epilogue(self, args[0], NOTHING)
+        if len(args) == 1 and not kwargs and isinstance(args[0], tensor):
+            return _with_epilogue(self, args[0], nothing)
         return own(self, *args, **kwargs)
 
     def _with_epilogue(self: Any, input: Tensor, epilogue: Epilogue) -> Any:
@@ -50,8 +50,6 @@ def _make(original: Any) -> type:
         return functional.batch_norm(
             input, **arguments, residual=residual, activation=activation, activation_param=param
         )
-
-    forward.__wrapped__ = own  # type: ignore[attr-defined]
 
     def _is_fresh(self: Any) -> bool:
         return all(is_known(step) for step in LAYERS[original].steps(self))

@@ -55,8 +55,10 @@ def _is_fresh(self: Any) -> bool:
 
 
 def _make(original: type[nn.Sequential]) -> type:
+    run_children, nothing = _run_children, NOTHING
+
     def forward(self: Any, input: Any) -> Any:
-        return _run_children(self, input, NOTHING)
+        return run_children(self, input, nothing)
 
     body = {"forward": forward, "_with_epilogue": _run_children, "_is_fresh": _is_fresh}
     return subclass(original, SEQUENTIAL, body, takes_epilogue=True)

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fastbn.nn import epilogue
+from fastbn.nn.scripting import in_place_of
 from fastbn.transforms.fuse.patterns import Mode, Site
 from fastbn.transforms.fuse.trace import Guard, Refused, Trace, is_constant, source_of
 
@@ -30,10 +31,13 @@ def guard(self):
 def fused(self, {inputs}, _outer):
 {body}
 
-def forward(self, *args, **kwargs):
-    if len(args) == {count} and not kwargs and {checks} and guard(self):
-        return fused(self, *args, NOTHING)
-    return cls.forward(self, *args, **kwargs)
+def bind(_guard, _fused, _cls, _Tensor, _NOTHING):
+    def forward(self, *args, **kwargs):
+        if len(args) == {count} and not kwargs and {checks} and _guard(self):
+            return _fused(self, *args, _NOTHING)
+        return _cls.forward(self, *args, **kwargs)
+
+    return forward
 {tail}"""
 _TAIL = """
 def _with_epilogue(self, input, epilogue):
@@ -65,12 +69,13 @@ class _Writer:
         inputs = [self.names[node] for node in nodes if node.op == "placeholder"]
         body = self._body(nodes)
         checks = [self._guard(guard) for guard in self.traced.guards]
+        of = "_Tensor" if input_type is torch.Tensor else input_type.__name__
         text = _TEMPLATE.format(
             guard=" and ".join(checks) or "True",
             inputs=", ".join(inputs),
             body="\n".join("    " + line for line in body),
             count=len(inputs),
-            checks=" and ".join(f"isinstance(args[{i}], {input_type.__name__})" for i in range(len(inputs))),
+            checks=" and ".join(f"isinstance(args[{i}], {of})" for i in range(len(inputs))),
             tail=self._tail() if len(inputs) == 1 else "",
         )
         described = [
@@ -262,14 +267,12 @@ def _make(original: type, source: str) -> type:
     namespace: dict[str, Any] = {
         "cls": original,
         "original": forward,
-        "Tensor": torch.Tensor,
         **{name: getattr(epilogue, name) for name in _NAMES},
     }
     exec(compile(source, f"<fastbn forward of {original.__qualname__}>", "exec"), namespace)
-    namespace["forward"].__wrapped__ = forward  # whose signature tools read
-    namespace["forward"].__module__ = original.__module__
+    own = namespace["bind"](namespace["guard"], namespace["fused"], original, torch.Tensor, epilogue.NOTHING)
     body = {
-        "forward": namespace["forward"],
+        "forward": own,
         "_fastbn_sites": namespace["sites"],
     }
     takes_epilogue = "_with_epilogue" in namespace
@@ -292,17 +295,20 @@ _NAMES = (
 )
 
 
-def subclass(original: type, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:
-    """Return a subclass of `original` that looks like it, and is pickled as `original` and `source`."""
+def subclass(original: Any, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:
+    """Return a subclass of `original` that looks like it, and is pickled as `original` and `source`.
+
+    body: its `forward`, which uses no globals, and more.
+    """
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce,
-        "__prepare_scriptable__": _as_original,
         "_fastbn_original": original,
         "_fastbn_source": source,
         **body,
+        "forward": in_place_of(original.forward, body["forward"]),
     }
     made: Any = type(original)(original.__name__, (original,), body)
     if takes_epilogue:
@@ -338,11 +344,3 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 def _rebuild(original: Any, source: str, digest: str) -> Any:
     cls: Any = class_of(original, source) if digest == _digest(original) else original
     return cls.__new__(cls)
-
-
-def _as_original(self: Any) -> Any:
-    """Return the module with its own forward, for torch.jit.script: an object with the same tensors and children."""
-    twin = object.__new__(type(self)._fastbn_original)
-    twin.__dict__.update(self.__dict__)
-    twin.__dict__["_modules"] = dict(self._modules)
-    return twin

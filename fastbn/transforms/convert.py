@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastbn import nn as layers
+from fastbn.functional import check_save
+from fastbn.nn.saving import SavesOutput
 from fastbn.transforms import registry
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYER, LAYERS
@@ -27,9 +30,11 @@ _TO_FASTBN: _Classes = {
     nn.BatchNorm3d: layers.BatchNorm3d,
 }
 _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
+# Class attributes of fastbn's layers, which an instance may have in its __dict__ too.
+_ATTRIBUTES = "activation", "activation_param", "save_for_backward"
 
 
-def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn.Module:
+def convert(model: nn.Module, *, fuse: bool = True, save: str | None = None, verbose: bool = False) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
     Only these exact types are swapped, and those that `fastbn.transforms.register` knows: SyncBatchNorm, Lazy*,
@@ -40,16 +45,23 @@ def convert(model: nn.Module, *, fuse: bool = True, verbose: bool = False) -> nn
     in which one op does all of that: nn.Sequential, and what torch.fx can trace. At each call it is decided whether the
     op may do it, by the modules as they are then: hooks, replaced modules, and a residual of another shape or dtype are
     run as before. A second call fuses what has been added to the model.
+    save: "input" or "output", the argument of that name of fastbn's layers; None to leave it as it is.
     verbose: print what was fused, what not and why: `fastbn.transforms.report(model)` as text.
 
-    Returns `model`. Raises TypeError if it is not a torch.nn.Module.
+    Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError for another `save`.
     """
     require_module("convert", model)
+    if save is not None:
+        check_save(save)
     registry.resolve(model)
     _swap(model, _TO_FASTBN)
     for module in model.modules():
         if type(module) in LAYERS:
             module.__class__ = class_of(type(module), LAYER)
+    if save is not None:
+        for module in model.modules():
+            if isinstance(module, SavesOutput):
+                module._set_save(save)
     if fuse:
         for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
             if not containers.is_layer(module):
@@ -89,15 +101,21 @@ def reverted(model: nn.Module) -> Iterator[nn.Module]:
     it left them. Raises what `revert` raises.
     """
     require_module("reverted", model)
-    before = [(module, type(module)) for module in model.modules()]
+    before = [(module, type(module), _own_attributes(module)) for module in model.modules()]
     revert(model)
-    changed = [(module, cls, type(module)) for module, cls in before if type(module) is not cls]
+    changed = [(module, type(module), cls, own) for module, cls, own in before if type(module) is not cls]
     try:
         yield model
     finally:
-        for module, cls, stock in changed:
+        for module, stock, cls, own in changed:
             if type(module) is stock:
                 module.__class__ = cls
+                vars(module).update(own)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes in a module's __dict__ that torch.nn's modules do not have."""
+    return {name: vars(module)[name] for name in _ATTRIBUTES if name in vars(module)}
 
 
 def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
@@ -106,7 +124,6 @@ def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
         if target is not None:
             module.__class__ = target
             if classes is _TO_TORCH:
-                # A module that was built as fastbn's may have the attributes in its __dict__; torch.nn's has none.
-                for name in ("activation", "activation_param"):
-                    vars(module).pop(name, None)
+                for name in _own_attributes(module):
+                    del vars(module)[name]
     return model

@@ -155,14 +155,12 @@ def test_a_network_keeps_a_bit_per_element_of_block_outputs_more(size, dtype, pe
     assert percent is None or round(100 * more / nbytes_of(kept[1]), 1) == percent
 
 
-@pytest.mark.parametrize(
-    "size", [64, pytest.param(224, marks=pytest.mark.slow)], ids=lambda size: f"{size} x {size}"
-)
+@pytest.mark.parametrize("size", [64, pytest.param(224, marks=pytest.mark.slow)], ids=lambda size: f"{size} x {size}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation, share", [("relu", 1.0), ("leaky_relu", 0.82)])
 def test_a_network_that_saves_outputs(activation, share, dtype, size):
     """With save="output" a block's output replaces the mask, so that nothing is kept beyond what torch keeps but the
-    digits of the statistics. With leaky_relu two of three inputs in a block are not kept. docs/design.md quotes the shares.
+    digits of the statistics. With leaky_relu two of three inputs in a block are not kept. docs/design.md quotes both.
     """
 
     def saving_output(channels, activates=None):

@@ -5,10 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastbn.autograd import batch_norm as fused
+from fastbn.autograd import from_output
 from fastbn.backends import aten, registry
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual
+
+
+def check_save(save: str) -> None:
+    """Raise ValueError for anything but the values of `save`."""
+    if save not in ("input", "output"):
+        raise ValueError(f'save: expected "input" or "output", got {save!r}')
 
 
 def batch_norm(
@@ -25,6 +32,7 @@ def batch_norm(
     activation: str | None = None,
     activation_param: float | None = None,
     num_batches_tracked: Tensor | None = None,
+    save: str = "input",
     backend: str | None = None,
 ) -> Tensor:
     """Return activation(batch_norm(input) + residual) in one op; otherwise as `torch.nn.functional.batch_norm`.
@@ -38,13 +46,20 @@ def batch_norm(
     leaky_relu below 0, or the alpha of elu; None for torch's default, and for the others.
     num_batches_tracked: int64 of one element, incremented in training; with momentum None the statistics move by
     1 / num_batches_tracked, which makes them the average over all batches.
+    save: what is kept for backward: "input", or "output" where that spares memory, because the next operation keeps the
+    output in any case. Without a residual, and without an activation or with a leaky_relu whose slope is above 0, the
+    input is recovered from it, which expects |bias| <= 4 |weight| and |weight| times the slope above 2**-14 in each
+    channel (fastbn's layers see to that); with a residual and relu or leaky_relu it replaces the mask. Then
+    changing the output in place, or create_graph, makes backward raise RuntimeError. Otherwise, and under
+    torch.compile, the input is kept.
     backend: "cpu", "cuda", "reference" or "torch"; None takes the fastest that can, and torch's own where none can, or
     where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
 
     Raises what torch raises for the same input, before any buffer has changed (but what hooks on saved tensors raise),
-    and ValueError for a residual, activation or activation_param that does not fit, and for a named backend that cannot
-    take the call.
+    and ValueError for a residual, activation, activation_param or save that does not fit, and for a named backend that
+    cannot take the call.
     """
+    check_save(save)
     index = activation_index(activation)
     call = Call(
         input,
@@ -65,7 +80,7 @@ def batch_norm(
     chosen, _ = registry.choose(call, backend)
     if chosen.ops is not None:
         try:
-            return fused.batch_norm(call, chosen)
+            return (from_output if save == "output" else fused).batch_norm(call, chosen)
         except RuntimeError:
             if registry.choose(call, backend, ask_all=True)[0] is chosen:
                 raise

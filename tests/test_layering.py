@@ -64,8 +64,8 @@ MAY_IMPORT = {
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "registry"),
-    "autograd": ("composite", "batch_norm", "statistics"),
-    "nn": ("scripting", "activation", "epilogue", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "autograd": ("composite", "batch_norm", "from_output", "statistics"),
+    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools"),

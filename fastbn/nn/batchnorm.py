@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from fastbn import functional
 from fastbn._torch import BatchNormBase
-from fastbn.nn import scripting
+from fastbn.nn import saving, scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.epilogue import NormalizationLayer
+from fastbn.nn.saving import SavesOutput
 
 
 def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Proxy | None) -> Any:
@@ -22,17 +23,23 @@ def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Pr
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
-class FastBatchNorm(WithActivation, NormalizationLayer, BatchNormBase):
+class FastBatchNorm(WithActivation, SavesOutput, NormalizationLayer, BatchNormBase):
     """Common base of BatchNorm1d, 2d and 3d.
 
     Parameters, buffers, input checks and state_dict are inherited from torch.nn; only `forward` differs.
     """
 
     def __init__(
-        self, *args: Any, activation: str | None = None, activation_param: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        activation: str | None = None,
+        activation_param: float | None = None,
+        save: str = "input",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._set_activation(activation, activation_param)
+        self._set_save(save)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -63,6 +70,9 @@ class FastBatchNorm(WithActivation, NormalizationLayer, BatchNormBase):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracks = self.training and self.track_running_stats
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
+        save = self.save_for_backward
+        if save == "output":
+            save = saving.save_of(self, residual, activation, activation_param, weight, bias)
         return functional.batch_norm(
             input,
             running_mean,
@@ -76,6 +86,7 @@ class FastBatchNorm(WithActivation, NormalizationLayer, BatchNormBase):
             activation=activation,
             activation_param=activation_param,
             num_batches_tracked=num_batches_tracked,
+            save=save,
         )
 
     def _tensors(self, tracks: bool) -> tuple[Tensor | None, ...]:
@@ -108,17 +119,20 @@ class FastBatchNorm(WithActivation, NormalizationLayer, BatchNormBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[no-untyped-call]
-        return text + self._describe_activation()
+        return text + self._describe_activation() + self._describe_save()
 
 
 def _signature() -> inspect.Signature:
-    """Return torch's signature and the two arguments more, for those who read it, as torch.nn.utils.skip_init does."""
+    """Return torch's signature and the arguments more, for those who read it, as torch.nn.utils.skip_init does."""
     inherited = inspect.signature(BatchNormBase.__init__).parameters.values()
-    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _MORE_ARGUMENTS]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in _MORE_ARGUMENTS.items()
+    ]
     return inspect.Signature([*inherited, *more])
 
 
-_MORE_ARGUMENTS = "activation", "activation_param"
+_MORE_ARGUMENTS = {"activation": None, "activation_param": None, "save": "input"}
 FastBatchNorm.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
@@ -128,6 +142,9 @@ _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
     activation: None or one of "relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "hardswish", "hardsigmoid",
     "mish", "softplus", "sigmoid", "tanh", applied last.
     activation_param: the slope of leaky_relu below 0, or the alpha of elu; None for torch's default.
+    save: "input", or "output" to keep the output for backward where the input or a mask can be spared for it, as
+    fastbn.functional.batch_norm says; while a weight is too small for that, the input. Where the next layer keeps its
+    input, as convolutions do, this halves what is kept between two convolutions.
 
     forward(input, residual=None): {shape}; residual has the shape, dtype and device of input and is
     added before the activation. Errors are torch.nn.{name}'s. With an activation, reading `eps` or `num_features`

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastbn import nn as layers
+from fastbn.functional import check_save
+from fastbn.nn.saving import SavesOutput
 from fastbn.transforms import checkpoint, registry
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_class
 from fastbn.transforms.fuse import containers
@@ -31,9 +34,18 @@ _TO_FASTBN: _Classes = {
     nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
 }
 _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
+# Class attributes of fastbn's layers, which an instance may have in its __dict__ too.
+_ATTRIBUTES = "activation", "activation_param", "save_for_backward"
 
 
-def convert(model: nn.Module, *, fuse: bool = True, checkpoint_safe: bool = False, verbose: bool = False) -> nn.Module:
+def convert(
+    model: nn.Module,
+    *,
+    fuse: bool = True,
+    save: str | None = None,
+    checkpoint_safe: bool = False,
+    verbose: bool = False,
+) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
     Only these exact types and their Lazy ones are swapped, and those that `fastbn.transforms.register` knows:
@@ -44,13 +56,16 @@ def convert(model: nn.Module, *, fuse: bool = True, checkpoint_safe: bool = Fals
     in which one op does all of that: nn.Sequential, and what torch.fx can trace. At each call it is decided whether the
     op may do it, by the modules as they are then: hooks, replaced modules, and a residual of another shape or dtype are
     run as before. A second call fuses what has been added to the model.
+    save: "input" or "output", the argument of that name of fastbn's layers; None to leave it as it is.
     checkpoint_safe: also call `fastbn.checkpoint_safe(model)`. Layers that it has been called for stay safe anyway.
     verbose: print what was fused, what not and why: `fastbn.transforms.report(model)` as text.
 
-    Returns `model`. Raises TypeError if it is not a torch.nn.Module, and what `fastbn.checkpoint_safe` raises, before
-    anything has changed.
+    Returns `model`. Raises, before anything has changed, TypeError if it is not a torch.nn.Module, ValueError for
+    another `save`, and what `fastbn.checkpoint_safe` raises.
     """
     require_module("convert", model)
+    if save is not None:
+        check_save(save)
     if checkpoint_safe:
         checkpoint.checkpoint_safe(model)
     registry.resolve(model)
@@ -59,6 +74,10 @@ def convert(model: nn.Module, *, fuse: bool = True, checkpoint_safe: bool = Fals
         cls = class_without_checkpoint_safety(type(module))
         if cls in LAYERS:
             set_class(module, class_of(cls, LAYER))
+    if save is not None:
+        for module in model.modules():
+            if isinstance(module, SavesOutput):
+                module._set_save(save)
     if fuse:
         for module in reversed(list(model.modules())):  # children first: whether they take an epilogue matters
             if not containers.is_layer(module):
@@ -100,15 +119,21 @@ def reverted(model: nn.Module) -> Iterator[nn.Module]:
     it left them. Raises what `revert` raises.
     """
     require_module("reverted", model)
-    before = [(module, type(module)) for module in model.modules()]
+    before = [(module, type(module), _own_attributes(module)) for module in model.modules()]
     revert(model)
-    changed = [(module, cls, type(module)) for module, cls in before if type(module) is not cls]
+    changed = [(module, type(module), cls, own) for module, cls, own in before if type(module) is not cls]
     try:
         yield model
     finally:
-        for module, cls, stock in changed:
+        for module, stock, cls, own in changed:
             if type(module) is stock:
                 module.__class__ = cls
+                vars(module).update(own)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes in a module's __dict__ that torch.nn's modules do not have."""
+    return {name: vars(module)[name] for name in _ATTRIBUTES if name in vars(module)}
 
 
 def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
@@ -117,7 +142,6 @@ def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
         if target is not None:
             set_class(module, target)
             if classes is _TO_TORCH:
-                # A module that was built as fastbn's may have the attributes in its __dict__; torch.nn's has none.
-                for name in ("activation", "activation_param"):
-                    vars(module).pop(name, None)
+                for name in _own_attributes(module):
+                    del vars(module)[name]
     return model

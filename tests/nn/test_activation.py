@@ -60,7 +60,7 @@ def test_a_class_may_have_an_eps_of_its_own():
 def test_the_signature_names_all_arguments():
     parameters = inspect.signature(fastbn.BatchNorm2d).parameters
     stock = inspect.signature(nn.BatchNorm2d).parameters
-    assert list(parameters) == [*stock, "activation", "activation_param"]
+    assert list(parameters) == [*stock, "activation", "activation_param", "save"]
     assert all(parameters[name] == stock[name] for name in stock)
 
 

@@ -72,7 +72,8 @@ class FastBatchNorm(WithActivation, SavesOutput, NormalizationLayer, BatchNormBa
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors(tracks)
         save = self.save_for_backward
         if save == "output":
-            save = saving.save_of(self, residual, activation, activation_param, weight, bias)
+            layer = vars(self).get("twin_of", self)  # the layer of which a recomputation runs
+            save = saving.save_of(layer, residual, activation, activation_param, weight, bias)
         return functional.batch_norm(
             input,
             running_mean,

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastbn import _torch
 from fastbn.autograd.from_output import Kept, are_recoverable, kept, slope_of
 from fastbn.functional import check_save
 from fastbn.ops.activations import index as activation_index
@@ -76,8 +77,11 @@ class LateAnswer:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def get(self, ask: Callable[[], Tensor]) -> bool:
-        """Return the last answer that has arrived. A captured CUDA graph keeps that of its capture, or else False."""
-        if torch.cuda.is_current_stream_capturing():
+        """Return the last answer that has arrived. A captured CUDA graph keeps that of its capture, or else False.
+
+        A forward that runs again in backward gets the last answer of a forward, since it is to save the same.
+        """
+        if torch.cuda.is_current_stream_capturing() or (self._known is not None and _torch.is_in_backward()):
             return bool(self._known)
         if self._known is None:
             self._known = bool(ask())

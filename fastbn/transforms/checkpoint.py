@@ -61,7 +61,7 @@ class CheckpointSafe(nn.Module):
                 # left out. They belong to a twin, so that the layer itself never holds other values.
                 with without_dispatch_modes():
                     copies = {name: None if b is None else b.detach().clone() for name, b in self._buffers.items()}
-                return method(self._twin(_buffers=copies), *args, **kwargs)
+                return method(self._twin(_buffers=copies, twin_of=self), *args, **kwargs)
         return method(self, *args, **kwargs)
 
     def _call_traced(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

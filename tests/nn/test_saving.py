@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastbn
+from fastbn import _torch
 from fastbn.autograd.from_output import MAX_SHIFT, MIN_WEIGHT
 from fastbn.nn import saving
 from tests.stock import normal
@@ -145,6 +146,18 @@ def test_only_the_first_answer_of_a_gpu_is_waited_for(monkeypatch):
     assert answer.get(gpu.ask(True)) is False and gpu.asked == 3
     gpu.has_arrived = True
     assert answer.get(gpu.ask(True)) is True
+
+
+def test_a_recomputation_gets_the_answer_of_the_forward(monkeypatch):
+    """Else it could save another tensor than the forward did."""
+    gpu, answer = Queue(monkeypatch), saving.LateAnswer()
+    answer.get(gpu.ask(True))
+    answer.get(gpu.ask(False))
+    gpu.has_arrived = True
+    monkeypatch.setattr(_torch, "is_in_backward", lambda: True)
+    assert answer.get(gpu.ask(False)) is True and gpu.asked == 2
+    monkeypatch.setattr(_torch, "is_in_backward", lambda: False)
+    assert answer.get(gpu.ask(False)) is False
 
 
 def test_a_captured_graph_keeps_the_answer_that_is_known(monkeypatch):

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 
 import fastbn
 from fastbn import _torch
+from fastbn.nn import saving
 from fastbn.transforms.fuse import layers
 from fastbn.transforms.registry import _trained
 from tests.stock import assert_same, normal
@@ -364,6 +365,25 @@ def test_layers_of_other_libraries(order, monkeypatch):
         assert calls == ["relu"] * 4
         assert_same(actual, expected(norm_act), rtol=1e-4, atol=1e-5)
     assert [type(m) for m in fastbn.revert(model)] == [nn.Conv2d, NormAct]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_that_are_kept(mode, monkeypatch):
+    """A recomputation asks for the layer that it is of, whose answer is known, and saves what the forward saves."""
+    asked = []
+    save_of = saving.save_of
+    monkeypatch.setattr(saving, "save_of", lambda layer, *args: asked.append(layer) or save_of(layer, *args))
+
+    def make():
+        model = fastbn.convert(blocks(), save="output")
+        model[3] = nn.LeakyReLU(0.2)
+        return model
+
+    model = fastbn.checkpoint_safe(make())
+    actual = steps(model, lambda x: checkpoint(model, x, **MODES[mode]), 1)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(asked) >= len(norms) + 1 and all(layer in norms for layer in asked)
+    assert_same(actual, expected(make, 1), rtol=0, atol=0)
 
 
 def test_reports_say_of_marked_layers_what_they_say_of_others():

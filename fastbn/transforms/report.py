@@ -91,6 +91,12 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(layers), tuple(calls))
 
 
+_OF_TORCH = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+)
+
+
 def _of_layer(
     path: str,
     module: nn.Module,
@@ -106,7 +112,7 @@ def _of_layer(
     if isinstance(module, NormalizationLayer) or containers.is_layer(module):
         reason = refusals.get(module, "nothing follows that can be fused, or something else reads the result")
         return LayerReport(path, kind, "converted", reason=reason)
-    if cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) or cls in LAYERS:
+    if cls in _OF_TORCH or cls in LAYERS:
         return LayerReport(path, kind, "left", reason="not converted")
     return LayerReport(path, kind, "left", reason=f"{kind} is not known: fastbn.transforms.register")
 

@@ -501,7 +501,7 @@ def test_a_forward_after_a_backward_moves_them_again():
 class _CheckpointedBlocks(nn.Module):
     def __init__(self, mode):
         super().__init__()
-        self.blocks, self.mode = fastbn.checkpoint_safe(net()), mode
+        self.blocks, self.mode = fastbn.convert(net(), checkpoint_safe=True), mode
 
     def forward(self, x):
         return checkpoint(self.blocks, x, **MODES[self.mode])

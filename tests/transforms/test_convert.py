@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastbn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from fastbn.transforms import report
 from fastbn.transforms.convert import convert, revert
 from tests.transforms.fused import recorded_calls
 
@@ -174,6 +175,7 @@ LAZY = [
 @pytest.mark.parametrize("stock, fast, ready, shape", LAZY)
 def test_lazy_modules(stock, fast, ready, shape):
     module = stock(eps=0.1)
+    assert report(module).layers[0].reason == "not converted"
     assert type(convert(module)) is fast and type(revert(module)) is stock
     twin = stock(eps=0.1)
     x = torch.randn(shape)

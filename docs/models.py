@@ -1,8 +1,9 @@
 """Prints docs/models.md: what fastbn.convert makes of models of torchvision, timm, transformers and others.
 
-    python docs/models.py [name ...] > docs/models.md
+    python -m docs.models [name ...] > docs/models.md
 
-Models have random weights, and those whose package is not installed are left out, with a line that says so.
+Models have random weights, and those whose package is not installed are left out, with a line that says so. It takes
+half an hour on two idle cores, since each model's training step is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastbn
+from bench import timer
+from bench.machine import machine
+from bench.timer import Budget
 from fastbn import functional
+
+BUDGET = Budget(seconds=3.0, warm_up_seconds=0.3, min_rounds=7)
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Row:
     fusable: int = 0
     fused: Counter[str] = field(default_factory=Counter)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    speedup: float = float("nan")
 
     @property
     def fused_calls(self) -> int:
@@ -267,7 +274,8 @@ def results(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([t.detach().double().flatten() for t in ts]) for ts in (outputs, grads))  # type: ignore
 
 
-def measure(model: Model) -> Row:
+def measure(model: Model, budget: Budget | None = None) -> Row:
+    """Return the row of a model; a budget also times its training step."""
     torch.manual_seed(0)
     stock, inputs = model.build(), model.inputs()
     row = Row(model)
@@ -292,40 +300,72 @@ def measure(model: Model) -> Row:
             errors[name].append(tuple(float((a - b).norm() / b.norm()) for a, b in pairs))
     for name, of_seeds in errors.items():
         row.errors[name] = tuple(statistics.median(values) for values in zip(*of_seeds, strict=True))  # type: ignore
+    if budget is not None:
+        row.speedup = speedup(model, budget)
     return row
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
+
+
+def speedup(model: Model, budget: Budget) -> float:
+    """Return torch's time over fastbn's of forward and backward in training mode under autocast to bfloat16."""
+    torch.manual_seed(0)
+    stock = as_training(model.build())
+    for parameter in stock.parameters():
+        parameter.data = channels_last(parameter.data)
+    inputs = tuple(channels_last(a) for a in model.inputs())
+
+    def step(module: nn.Module) -> None:
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = tensors_of(module(*inputs))
+        sum(o.float().mean() for o in outputs).backward()  # type: ignore[union-attr]
+
+    pair = [functools.partial(step, module) for module in (fastbn.convert(copy.deepcopy(stock)), stock)]
+    return timer.speedup(*timer.time_in_turns(pair, timer.HostClock(), budget))
 
 
 HEADER = """# What `fastbn.convert` makes of models
 
-`python docs/models.py > docs/models.md` writes this page; models have random weights, and most are small.
+`python -m docs.models > docs/models.md` writes this page; models have random weights, and most are small.
 *Layers* are the model's normalisations. The next columns count calls in evaluation: those that an activation or an
 addition follows (*fusable*; of two normalisations that are added, one is), and those that are one op with an
-activation, an addition, or both. The last columns are the errors of a training step in float32 against the unconverted
+activation, an addition, or both. Then come the errors of a training step in float32 against the unconverted
 model in float64, as relative norms of the outputs and of all gradients, the medians for three inputs: fastbn's, and
 torch's in brackets. Where they are large, some element lies on the other side of relu's kink than in float64.
 
-| package | model | layers | left | fusable | activation | addition | both | alone | output (torch) | gradient (torch) |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+*Speed* is torch's time over fastbn's of a training step, forward and backward, of the same small inputs (4 images of
+64 x 64 mostly) under autocast to bfloat16 in channels_last, the median of pairs that take turns. Below 1 fastbn is
+slower. Measured on {machine}.
+
+{columns}
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    *("package", "model", "layers", "left", "fusable", "activation", "addition", "both", "alone"),
+    *("output (torch)", "gradient (torch)", "speed"),
+)
 
 
 def line(row: Row) -> str:
     fast, stock = row.errors["fast"], row.errors["stock"]
     counts = [row.fused[kind] for kind in ("activation", "addition", "addition+activation", "")]
-    return (
-        "| "
-        + " | ".join(
-            [
-                row.model.package,
-                row.model.name,
-                str(row.layers),
-                str(sum(row.left.values())),
-                str(row.fusable),
-                *map(str, counts),
-                *(f"{a:.1e} ({b:.1e})" for a, b in zip(fast, stock, strict=True)),
-            ]
-        )
-        + " |"
+    return columns(
+        row.model.package,
+        row.model.name,
+        row.layers,
+        sum(row.left.values()),
+        row.fusable,
+        *counts,
+        *(f"{a:.1e} ({b:.1e})" for a, b in zip(fast, stock, strict=True)),
+        f"{row.speedup:.2f}",
     )
+
+
+def columns(*values: Any) -> str:
+    return f"| {' | '.join(map(str, values))} |"
 
 
 def selected(names: list[str]) -> Iterator[Model]:
@@ -340,17 +380,21 @@ def selected(names: list[str]) -> Iterator[Model]:
 
 def main(names: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    print(HEADER)
+    described = machine(torch.device("cpu"))
+    cpu = f"an {described['cpu']} with {described['instruction_set']}, threads: {described['threads']}"
+    print(HEADER.format(machine=cpu, columns=columns(*COLUMNS)))
     rows = []
     for model in selected(names):
         try:
-            rows.append(measure(model))
+            rows.append(measure(model, BUDGET))
         except Exception as error:
             print(f"{model.package} {model.name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         print(line(rows[-1]), flush=True)
     fused, fusable = sum(row.fused_calls for row in rows), sum(row.fusable for row in rows)
     print(f"\nOf {fusable} calls that an activation or an addition follows, {fused} are fused with it.")
+    of_all = statistics.geometric_mean(row.speedup for row in rows)
+    print(f"\nThe geometric mean of the speeds is {of_all:.2f}.")
     left = sum((row.left for row in rows), Counter())
     for reason, count in left.most_common():
         print(f"\n- {count}: {reason}")

@@ -14,9 +14,9 @@ sys.modules[spec.name] = models
 spec.loader.exec_module(models)
 
 
-def row(package, name):
+def row(package, name, budget=None):
     (model,) = [model for model in models.GROUPS[package]() if model.name == name]
-    return models.measure(model)
+    return models.measure(model, budget)
 
 
 # (package, model, fused with: activation, addition, both; alone). Of two that are added one stays alone.
@@ -49,11 +49,12 @@ def test_what_is_fused(package, name, activation, addition, both, alone):
 
 
 @pytest.mark.parametrize("name", ["DCGAN generator", "DCGAN discriminator"])
-def test_errors_are_those_of_torch(name):
-    found = row("torch", name)
+def test_a_small_row(name):
+    found = row("torch", name, models.Budget(seconds=0.05, min_rounds=3))
     assert found.fused_calls == found.fusable == found.layers
     for fast, stock in zip(found.errors["fast"], found.errors["stock"], strict=True):
         assert fast < 2 * stock + 1e-7
+    assert 0.05 < found.speedup < 50 and f"| {found.speedup:.2f} |" in models.line(found)
 
 
 def test_the_page_has_every_model_that_is_installed():

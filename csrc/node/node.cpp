@@ -163,7 +163,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
       if (saved.activation == 0) grad_residual = grads[0];
       return {need_input ? grad_input : Tensor(), need_residual ? grad_residual : Tensor(),
               need_weight ? grad_weight : Tensor(), need_bias ? grad_bias : Tensor(), Tensor()};
-    } catch (const c10::Error& error) {
+    } catch (const std::exception& error) {
       raise_of_torch(error);
       throw;
     }
@@ -193,9 +193,11 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   }
 
   // Raises torch's own exception if `error`, which an op raised, stands for one (fastbn/ops/errors.py).
-  static void raise_of_torch(const c10::Error& error) {
+  static void raise_of_torch(const std::exception& error) {
+    const auto* const of_torch = dynamic_cast<const c10::Error*>(&error);
     const pybind11::gil_scoped_acquire gil;
-    const pybind11::object exception = pybind11::handle(PyExc_RuntimeError)(error.what_without_backtrace());
+    const pybind11::object exception =
+        pybind11::handle(PyExc_RuntimeError)(of_torch ? of_torch->what_without_backtrace() : error.what());
     pybind11::module_::import("fastbn.ops.errors").attr("raise_of_torch")(exception);
   }
 };

@@ -1,4 +1,4 @@
-"""Builds fastbn._C with torch's cpp_extension.
+"""Builds fastbn._C, and fastbn._node_* for the installed torch, with torch's cpp_extension.
 
 FASTBN_CUDA=0|1|auto   builds without CUDA, with CUDA, or (default) with CUDA if nvcc is found, GPU or not
 TORCH_CUDA_ARCH_LIST   as in torch; default: those of sm_80, sm_90 and sm_100 that nvcc knows, and PTX of the last for
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 OLDEST_TORCH = (2, 10)
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
@@ -120,6 +121,16 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.extensions[0].extra_objects += pool.map(self.compile_leaf_loops, instruction_sets)
         super().build_extensions()
 
+    def build_extension(self, extension):
+        """Build an extension; that of the node, which fastbn works without, may fail."""
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            if not extension.optional:
+                raise
+            # distutils warns of this one where an extension is optional.
+            raise CompileError(f"fastbn works without it, with more time per call: {error}") from error
+
     def compile_leaf_loops(self, source: str) -> str:
         target = Path(self.build_temp).resolve() / Path(source).with_suffix(".o").name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,4 +164,12 @@ extension.libraries = [
     name for name in extension.libraries if name not in ("cudart", "c10_cuda", "torch_cuda", "torch_python", "torch")
 ]
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+# The autograd node uses more of torch than its stable ABI, so it serves one version of it, which is in its name.
+node = cpp_extension.CppExtension(
+    name="fastbn._node_" + re.sub(r"\W", "_", torch.__version__),
+    sources=["csrc/node/node.cpp"],
+    extra_compile_args={"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"]},
+    optional=True,
+)
+
+setup(ext_modules=[extension, node], cmdclass={"build_ext": BuildExtension})

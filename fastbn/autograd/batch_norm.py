@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastbn import _torch
 from fastbn.autograd.composite import backward_formula
+from fastbn.autograd.node import NODE
+from fastbn.backends import native
 from fastbn.ops import dispatch, errors
 from fastbn.ops.activations import is_piecewise_linear
 from fastbn.ops.dispatch import Backend, Call
@@ -109,64 +111,87 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (batch_stats, eps, activation, param, backend), is_saved, strides, absent_input, bias_dtype = ctx.options
-        has_input, has_mask, has_weight, has_bias, has_residual = is_saved
-        take: Callable[[], Any] = list(ctx.saved_tensors).pop
-        residual = take() if has_residual else None
-        bias = take() if has_bias else None
-        mask = take() if has_mask else None
-        input: Any = take() if has_input else None
-        weight = take() if has_weight else None
-        inv_std, mean = take(), take()
-        need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
-        differentiable = torch.is_grad_enabled()
-        if not has_input:
-            input = _stand_in(grad_out, differentiable, *absent_input)
-        elif not (input.is_contiguous() if strides is None else input.stride() == strides):
-            input = _with_strides(input, strides)
-        if weight is None and bias is None and bias_dtype is not None:  # only its dtype matters: its gradient's
-            bias = mean.new_empty(mean.shape, dtype=bias_dtype)
-        if differentiable:
-            stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
-            memory_format = absent_input[2] if absent_input else suggest_memory_format(input)
-            grads = _differentiable_backward(
-                grad_out, input, residual, mask, weight, bias, activation, param, stats, memory_format
-            )
-        else:
-            # Without an activation the gradient of the residual is grad_out itself.
-            kernel_residual = need_residual and activation != 0
-            try:
-                with below_autograd():
-                    grads = backend.ops.batch_norm_backward(
-                        grad_out,
-                        input,
-                        residual,
-                        mask,
-                        weight,
-                        bias,
-                        mean,
-                        inv_std,
-                        batch_stats,
-                        activation,
-                        need_input,
-                        need_weight,
-                        need_bias,
-                        kernel_residual,
-                        param,
-                    )
-            except RuntimeError as error:
-                errors.raise_of_torch(error)
-                raise
-        grad_input, grad_weight, grad_bias, grad_residual = grads
-        if activation == 0:
-            grad_residual = grad_out
-        return (
-            grad_input if need_input else None,
-            grad_residual if need_residual else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            None,
+        return *_gradients(ctx.saved_tensors, ctx.options, ctx.needs_input_grad, grad_out), None
+
+
+def _gradients(
+    saved: Sequence[Tensor], options: tuple[Any, ...], needs_input_grad: Sequence[bool], grad_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of input, residual, weight and bias from what BatchNormFunction.forward has saved."""
+    (batch_stats, eps, activation, param, backend), is_saved, strides, absent_input, bias_dtype = options
+    has_input, has_mask, has_weight, has_bias, has_residual = is_saved
+    take: Callable[[], Any] = list(saved).pop
+    residual = take() if has_residual else None
+    bias = take() if has_bias else None
+    mask = take() if has_mask else None
+    input: Any = take() if has_input else None
+    weight = take() if has_weight else None
+    inv_std, mean = take(), take()
+    need_input, need_residual, need_weight, need_bias = needs_input_grad[:4]
+    differentiable = torch.is_grad_enabled()
+    if not has_input:
+        input = _stand_in(grad_out, differentiable, *absent_input)
+    elif not (input.is_contiguous() if strides is None else input.stride() == strides):
+        input = _with_strides(input, strides)
+    if weight is None and bias is None and bias_dtype is not None:  # only its dtype matters: its gradient's
+        bias = mean.new_empty(mean.shape, dtype=bias_dtype)
+    if differentiable:
+        stats = {"eps": eps} if batch_stats else {"mean": mean, "inv_std": inv_std}
+        memory_format = absent_input[2] if absent_input else suggest_memory_format(input)
+        grads = _differentiable_backward(
+            grad_out, input, residual, mask, weight, bias, activation, param, stats, memory_format
         )
+    else:
+        # Without an activation the gradient of the residual is grad_out itself.
+        kernel_residual = need_residual and activation != 0
+        try:
+            with below_autograd():
+                grads = backend.ops.batch_norm_backward(
+                    grad_out,
+                    input,
+                    residual,
+                    mask,
+                    weight,
+                    bias,
+                    mean,
+                    inv_std,
+                    batch_stats,
+                    activation,
+                    need_input,
+                    need_weight,
+                    need_bias,
+                    kernel_residual,
+                    param,
+                )
+        except RuntimeError as error:
+            errors.raise_of_torch(error)
+            raise
+    grad_input, grad_weight, grad_bias, grad_residual = grads
+    if activation == 0:
+        grad_residual = grad_out
+    return (
+        grad_input if need_input else None,
+        grad_residual if need_residual else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+    )
+
+
+def gradients_of_node(
+    saved: Sequence[Tensor],
+    is_saved: tuple[bool, ...],
+    strides: tuple[int, ...] | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+    activation: int,
+    param: float | None,
+    needs_input_grad: Sequence[bool],
+    grad_out: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return `_gradients` for the C++ node, which has saved the same tensors (csrc/node/node.cpp)."""
+    backend = native.CPU if grad_out.is_cpu else native.CUDA
+    options = (True, eps, activation, param, backend), is_saved, strides, None, bias_dtype
+    return _gradients(saved, options, needs_input_grad, grad_out)
 
 
 _apply_below_transforms = _torch.apply_below_transforms(BatchNormFunction)
@@ -183,6 +208,18 @@ def _apply(
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # A tensor that has outlived its functorch transform is still wrapped. (A loop would take 0.2 us.)
     unwrap = _torch.unwrap_if_dead
+    call, backend = chosen
+    if NODE is not None and call.training and backend.ops is native.CPU.ops:
+        masked = residual is not None and is_piecewise_linear(call.activation) and backend.saves_mask(input)
+        return NODE.batch_norm_train(
+            unwrap(input),
+            None if residual is None else unwrap(residual),
+            None if weight is None else unwrap(weight),
+            None if bias is None else unwrap(bias),
+            *call[4:10],
+            call.activation_param,
+            masked,
+        )
     return _apply_below_transforms(
         unwrap(input),
         None if residual is None else unwrap(residual),

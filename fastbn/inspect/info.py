@@ -9,6 +9,7 @@ import torch
 
 from fastbn import _C
 from fastbn._version import __version__
+from fastbn.autograd import node
 from fastbn.backends import registry
 
 
@@ -25,6 +26,7 @@ def info() -> dict[str, Any]:
             "CUDA architectures": build["cuda_architectures"] or "none",
             "CPU instruction sets usable here": ", ".join(build["cpu_instruction_sets"]),
         },
-        "runs here": {name: registry.get(name).availability() for name in registry.names()},
+        "runs here": {name: registry.get(name).availability() for name in registry.names()}
+        | {"C++ autograd node": node.describe()},
         "devices": {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())} or "cpu only",
     }

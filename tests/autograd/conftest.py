@@ -1,0 +1,15 @@
+"""The tests of this folder run twice, through the C++ node and the Python Function that defines what it does."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastbn.autograd import batch_norm, node
+
+
+@pytest.fixture(params=["node", "Function"], autouse=True)
+def node_or_function(request, monkeypatch):
+    if request.param == "Function":
+        monkeypatch.setattr(batch_norm, "NODE", None)
+    elif node.NODE is None:
+        pytest.skip(f"the node: {node.describe()}")

@@ -53,6 +53,11 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
         raise
 
 
+def _is_masked(input: Tensor, residual: Tensor | None, activation: int, backend: Backend) -> bool:
+    """Return whether a bit per element is kept for backward in place of the residual."""
+    return residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
+
+
 class BatchNormFunction(torch.autograd.Function):
     """The fused op, differentiable any number of times in the first four operands of the call.
 
@@ -70,7 +75,7 @@ class BatchNormFunction(torch.autograd.Function):
         chosen: tuple[Call, Backend],
     ) -> Tensor:
         (*_, running_mean, running_var, counter, momentum, eps, activation, batch_stats, param), backend = chosen
-        masked = residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
+        masked = _is_masked(input, residual, activation, backend)
         operands = input, residual, weight, bias, running_mean, running_var
         with below_autograd():
             if batch_stats:
@@ -210,7 +215,6 @@ def _apply(
     unwrap = _torch.unwrap_if_dead
     call, backend = chosen
     if NODE is not None and call.training and backend.ops is native.CPU.ops:
-        masked = residual is not None and is_piecewise_linear(call.activation) and backend.saves_mask(input)
         return NODE.batch_norm_train(
             unwrap(input),
             None if residual is None else unwrap(residual),
@@ -218,7 +222,7 @@ def _apply(
             None if bias is None else unwrap(bias),
             *call[4:10],
             call.activation_param,
-            masked,
+            _is_masked(input, residual, call.activation, backend),
         )
     return _apply_below_transforms(
         unwrap(input),

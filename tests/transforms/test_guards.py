@@ -358,6 +358,22 @@ def test_hooks_run_in_the_order_of_the_model():
     assert called(fastbn.convert(fast), []) == called(stock, [])
 
 
+def test_what_is_done_after_the_result_is_known():
+    def of_an_input(self, x, r):
+        y = F.relu(self.bn(x))
+        r.mul_(2)
+        return y
+
+    def of_a_buffer(self, x):
+        y = self.act(self.bn(x))
+        self.bn2.running_mean.add_(x.mean())
+        return y
+
+    check(module_with(of_an_input), X, inputs(*X.shape, seed=1), fused=["relu"])
+    check(module_with(of_a_buffer, act=nn.Identity()), X, fused=[""])
+    check(Inverted(module_with(of_a_buffer, act=nn.Identity())), X, fused=[""])
+
+
 # --- modules that are shared or called twice
 
 

@@ -98,6 +98,7 @@ def find(graph: fx.Graph, module: nn.Module) -> list[Site]:
         if not epilogue.takes_epilogue(module.get_submodule(str(node.target))):
             continue
         site = _follow(node, module, taken)
+        site.is_tail = site.is_tail and not _is_followed(site, position)
         if site.fuses and not _may_move(site, module, position):
             continue
         if site.fuses or site.is_tail:
@@ -133,6 +134,12 @@ def _follow(node: fx.Node, module: nn.Module, taken: set[fx.Node]) -> Site:
             break
         last = user
     return site
+
+
+def _is_followed(site: Site, position: dict[fx.Node, int]) -> bool:
+    """Return whether forward still does something after the site, to a buffer for example."""
+    end = position[site.chain[-1]]
+    return any(i > end and node.op not in ("output", "get_attr") for node, i in position.items())
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

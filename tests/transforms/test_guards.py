@@ -851,3 +851,16 @@ def test_a_class_that_registers_its_subclasses():
     check(Registered(), X, fused=[""])
     check(RegisteredSequential(nn.BatchNorm2d(3), nn.ReLU()), X, fused=[""])
     assert not Registered.subclasses and not RegisteredSequential.subclasses
+
+
+@pytest.mark.parametrize("own_class", ["type(self)", "self.__class__"])
+def test_a_class_whose_methods_take_it_for_the_last_one(own_class):
+    source = f"def train(self, mode=True):\n    return super({own_class}, self).train(mode)"
+
+    def build(base, *args):
+        scope = {}
+        exec(source, scope)
+        return type("Old", (base,), scope)(*args)
+
+    check(build(nn.Sequential, nn.BatchNorm2d(3), nn.ReLU()), X, fused=[""])
+    check(build(ConvNorm, 3, nn.ReLU()), X, fused=[""])

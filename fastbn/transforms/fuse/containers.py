@@ -44,7 +44,7 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
         if tail is None and all(activation is None for _, activation in found):
             return None
         if not may_be_subclassed(cls):
-            raise Refused(f"{cls.__name__} notices its subclasses")
+            raise Refused(f"{cls.__name__} would notice that it has a subclass")
         source = SEQUENTIAL
     if not can_be_pickled(cls):
         raise Refused(f"{cls.__name__} has a __reduce__ of its own")

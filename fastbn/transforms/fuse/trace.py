@@ -164,7 +164,7 @@ class _Tracer(TracerBase):
             if cls.__getattr__ is not nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule):
                 raise self.refuse(f"{cls.__name__} has attributes of its own kind")
             if not may_be_subclassed(cls):
-                raise self.refuse(f"{cls.__name__} notices its subclasses")
+                raise self.refuse(f"{cls.__name__} would notice that it has a subclass")
             metaclass = type(cls)
             twin_class = metaclass.__new__(metaclass, cls.__name__, (_Watched, cls), {"_watch": (self, path)})
             twin = object.__new__(twin_class)
@@ -176,7 +176,28 @@ class _Tracer(TracerBase):
 def may_be_subclassed(cls: type) -> bool:
     """Return whether no code of the user's class runs when a subclass is made, to register it for example."""
     hook, ours = (getattr(each.__init_subclass__, "__func__", None) for each in (cls, WithActivation))
-    return type(cls) in (type, abc.ABCMeta) and hook in (None, ours)
+    return type(cls) in (type, abc.ABCMeta) and hook in (None, ours) and not _takes_own_class_for_granted(cls)
+
+
+def _takes_own_class_for_granted(cls: type) -> bool:
+    """Return whether a method says super(type(self), self), which in a subclass calls itself for ever."""
+    for base in cls.__mro__:
+        if base is not object and base.__module__.partition(".")[0] != "torch":
+            for value in vars(base).values():
+                code = getattr(value, "__code__", None)
+                if code is not None and "super" in code.co_names and _calls_super_of_own_class(code):
+                    return True
+    return False
+
+
+def _calls_super_of_own_class(code: types.CodeType) -> bool:
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "CACHE", "PUSH_NULL")]
+    for i, instruction in enumerate(instructions):
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "super":
+            first, *others = [following.argval for following in instructions[i + 1 : i + 3]]
+            if first == "type" or "__class__" in others:
+                return True
+    return False
 
 
 class _Proxy(fx.Proxy):

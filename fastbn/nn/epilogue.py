@@ -99,6 +99,11 @@ class NormalizationLayer(TakesEpilogue):
         return True
 
 
+def own_class(module: Any) -> Any:
+    """Return the class that a module has without the one whose forward is fused."""
+    return getattr(type(module), "_fastbn_original", type(module))
+
+
 def takes_epilogue(module: Any) -> bool:
     owner = getattr(type(module), "_epilogue_owner", None)
     return owner is not None and owner is type(module)

@@ -2,6 +2,7 @@
 
 import cProfile
 import enum
+import functools
 import gc
 import pstats
 import random
@@ -764,6 +765,66 @@ def test_a_forward_that_is_put_in_place_of_the_class_s():
         assert calls == [""]
     finally:
         cls.forward = relu_after
+
+
+class WithHelpers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.child = nn.BatchNorm2d(3), Scaling()
+
+    def by_method(self, y):
+        return F.relu(y)
+
+    @staticmethod
+    def by_function(y):
+        return F.relu(y)
+
+    @classmethod
+    def by_class(cls, y):
+        return F.relu(y)
+
+    def forward(self, x):
+        return self.child.by_method(self.by_method(self.by_function(self.by_class(self.bn(x)))))
+
+
+class Scaling(nn.Module):
+    def by_method(self, y):
+        return y * 2
+
+    forward = by_method
+
+
+class ScalingMore(Scaling):
+    def by_method(self, y):
+        return y * 3
+
+
+def test_a_method_that_is_put_in_place_of_another(monkeypatch):
+    def silu(self, y):
+        return F.silu(y)
+
+    def change(model):
+        model.by_method = types.MethodType(silu, model)
+
+    def patched(patch, name, function, model):
+        patch.setattr(WithHelpers, name, function)
+
+    check(WithHelpers(), X, fused=["relu"])
+    check(WithHelpers(), X, fused=[""], change=change)
+    check(WithHelpers(), X, fused=[""], change=lambda model: setattr(model, "child", ScalingMore().double()))
+    for name, function in [("by_method", silu), ("by_function", staticmethod(F.silu)), ("by_class", classmethod(silu))]:
+        with monkeypatch.context() as patch:
+            change = functools.partial(patched, patch, name, function)
+            check(WithHelpers(), X, fused=[""], change=change)
+
+
+def test_a_class_of_a_child_that_is_asked_for():
+    def forward(self, x):
+        y = self.bn(x)
+        return self.act(y) if isinstance(self.act, nn.ReLU) else self.act(y) * 2
+
+    check(module_with(forward, act=nn.ReLU()), X, fused=["relu"])
+    check(module_with(forward, act=nn.ReLU()), X, fused=[""], change=replace("act", nn.SiLU))
 
 
 def test_a_second_conversion_follows_what_has_changed():

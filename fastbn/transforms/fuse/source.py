@@ -59,6 +59,7 @@ class _Writer:
         self.inside = {node: site for site in sites for node in site.chain[:-1]}
         self.conditions = {site: f"_ok_{i}" for i, site in enumerate(sites) if site.checks}
         self.names = {node: _identifier(node.name) for node in traced.graph.nodes}
+        self.methods: list[str] = []
 
     def source(self, input_type: type) -> str:
         nodes = list(self.traced.graph.nodes)
@@ -84,7 +85,8 @@ class _Writer:
             for site in self.sites
         ]
         imports = "\n".join(f"import {name}" for name in sorted(self.imports))
-        return f"{imports}\n\nsites = {described!r}\n\n{text}"
+        methods = "".join(f"_method_{i} = {method}\n" for i, method in enumerate(self.methods))
+        return f"{imports}\n\nsites = {described!r}\n{methods}\n{text}"
 
     def _tail(self) -> str:
         """Return the methods of a class whose forward returns the result of a site."""
@@ -213,6 +215,14 @@ class _Writer:
             return f"{owner}.{value}.get({name!r}) is not None"
         if kind == "mode":
             return f"{owner}.training is self.training"
+        if kind == "class":
+            if source_of(value) is None:
+                raise Refused(f"forward may ask for the class {value.__name__}, which cannot be imported by name")
+            return f"own_class({owner}) is {self._import(value)}"
+        if kind == "method":
+            self.methods.append(self._import(value) if path else f"cls.{name}")
+            own = name.partition(".")[0]
+            return f"type({owner}).{name} is _method_{len(self.methods) - 1} and {own!r} not in {owner}.__dict__"
         if kind == "absent":
             return f"not hasattr({owner}, {name!r})"
         attribute = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
@@ -226,12 +236,12 @@ class _Writer:
 
 
 _ADDITIONS = {"add": "operator.add", "iadd": "operator.iadd", "add_to": "add_to", "iadd_to": "iadd_to"}
-_RESERVED = frozenset("self args kwargs run guard fused original cls keeps_order add_to iadd_to sites _outer".split())
+_RESERVED = frozenset("self args kwargs run guard fused original cls keeps_order own_class add_to iadd_to sites _outer".split())
 
 
 def _identifier(name: str) -> str:
     """Return a variable's name that is none of the names that the source uses."""
-    taken = name in _RESERVED or name in sys.modules or keyword.iskeyword(name) or name.startswith(("is_", "_ok"))
+    taken = name in _RESERVED or name in sys.modules or keyword.iskeyword(name) or name.startswith(("is_", "_ok", "_method"))
     return f"{name}_" if taken else name
 
 
@@ -288,6 +298,7 @@ _NAMES = (
     "is_identity",
     "is_known",
     "keeps_order",
+    "own_class",
     "run",
 )
 

@@ -29,10 +29,12 @@ from torch.fx.proxy import TracerBase
 
 from fastbn import _torch
 from fastbn.nn.activation import WithActivation
+from fastbn.nn.epilogue import own_class
 
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
-# the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module.
+# the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module; "method",
+# whose function is the value; "class", the module's own.
 Guard = tuple[str, str, str, Any]
 
 
@@ -74,6 +76,8 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         except Exception as error:
             text = str(error).strip().splitlines()
             raise Refused(tracer.refused or f"{type(error).__name__}: {text[0] if text else ''}"[:120]) from None
+    if tracer.asks_class:
+        tracer.guard_classes()
     if any(copy != original for copy, original in tracer.copies.values()):
         raise Refused("forward changes an attribute in place")
     if tracer.refused is not None:  # forward may have caught the exception
@@ -130,7 +134,9 @@ class _Tracer(TracerBase):
         self.refused: str | None = None
         self.copies: dict[tuple[str, str], tuple[Any, Any]] = {}  # of lists and dictionaries, and what they are of
         self.is_paused = False
+        self.asks_class = False  # whether forward calls isinstance, perhaps of a module
         self._twins: dict[str, Any] = {}
+        self._classes: dict[str, type] = {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -169,8 +175,22 @@ class _Tracer(TracerBase):
             twin_class = metaclass.__new__(metaclass, cls.__name__, (_Watched, cls), {"_watch": (self, path)})
             twin = object.__new__(twin_class)
             object.__setattr__(twin, "__dict__", dict(module.__dict__))
-            self._twins[path] = twin
+            self._twins[path], self._classes[path] = twin, own_class(module)
         return self._twins[path]
+
+    def guard_method(self, path: str, name: str, value: Any) -> None:
+        """Guard a method or another function that the class of a module has, unless the class is torch's."""
+        owner = next(base for base in self._classes[path].__mro__ if name in vars(base))
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, type):
+            name = f"{name}.__func__"
+        if not _is_in(owner.__module__, ("torch",)):
+            self.guards[path, "method", name, getattr(value, "__func__", value)] = None
+
+    def guard_classes(self) -> None:
+        """Guard the classes of all modules that forward has read."""
+        for path in self._twins:
+            if path:
+                self.guards[path, "class", "", self._classes[path]] = None
 
 
 def may_be_subclassed(cls: type) -> bool:
@@ -254,6 +274,7 @@ class _Watched:
         kind = type(value)  # isinstance would run what an object has for __class__
         if kind is types.MethodType:
             if value.__self__ is self or isinstance(value.__self__, type):
+                tracer.guard_method(path, name, value)
                 return value
         elif is_constant(value):
             tracer.guards[path, "attribute", name, value] = None
@@ -264,8 +285,9 @@ class _Watched:
                 tracer.guards[path, "attribute", name, (kind, items)] = None
                 return tracer.copies.setdefault((path, name), (kind(value), value))[0]
         elif issubclass(kind, (types.FunctionType, types.BuiltinFunctionType, type)):
-            if name not in object.__getattribute__(self, "__dict__"):
-                return value  # of the class
+            if name not in object.__getattribute__(self, "__dict__"):  # of the class
+                tracer.guard_method(path, name, value)
+                return value
             if source_of(value) is not None:
                 tracer.guards[path, "attribute", name, value] = None
                 return value
@@ -439,6 +461,7 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
             if _is_of_model(frame):
                 code = frame.f_code
                 reason = _why_not_code(code, frame.f_globals)
+                tracer.asks_class |= not {"isinstance", "issubclass"}.isdisjoint(code.co_names)
                 if code not in nested and not all(_is_readable(frame.f_locals[name]) for name in code.co_freevars):
                     reason = "forward is a closure over values"
                 nested.update(constant for constant in code.co_consts if isinstance(constant, types.CodeType))

@@ -537,7 +537,7 @@ def test_attributes_of_children_and_missing_attributes():
 
 
 class Config:
-    relu, sizes = True, [1, 2]
+    relu, sizes, calls, last = True, [1, 2], 0, None
 
     def method(self):
         return True
@@ -575,6 +575,41 @@ def forward_that_counts(self, x):
 def forward_that_appends(self, x):
     self.list.append(1)
     return F.relu(self.bn(x))
+
+
+def forward_that_counts_in_a_config(self, x):
+    self.config.calls += 1
+    return F.relu(self.bn(x))
+
+
+def forward_that_counts_in_its_class(self, x):
+    self.__class__.calls = 1
+    return F.relu(self.bn(x))
+
+
+def forward_that_sets_an_attribute_of_a_class(self, x):
+    y = F.relu(self.bn(x))
+    Config.last = y
+    return y
+
+
+def forward_that_sets_an_attribute_of_a_tensor(self, x):
+    y = F.relu(self.bn(x))
+    y.tag = 1
+    return y
+
+
+def forward_that_sets_an_attribute_in_another_way(self, x):
+    object.__setattr__(self, "calls", self.calls + 1)
+    return F.relu(self.bn(x))
+
+
+def forward_of_a_flag_of_a_function(self, x):
+    return F.relu(self.bn(x)) if closure_over.is_on else self.bn(x)
+
+
+def forward_that_asks_for_a_class(self, x):
+    return F.relu(self.bn(x)) if self.conv.__class__ is nn.Conv2d else self.bn(x)
 
 
 def forward_that_draws(self, x):
@@ -671,6 +706,7 @@ def closure_over(value):
 
 
 is_on = closure_over(True)
+closure_over.is_on = True
 
 
 def forward_of_a_flag_of_a_class(self, x):
@@ -697,7 +733,7 @@ LEFT_ALONE = [
     (forward_of_a_flag_of_a_class, "forward reads the global relu"),
     (forward_that_imports, "forward imports tests.transforms.test_guards"),
     (forward_with_a_default_that_may_change, "a default of forward may change"),
-    (forward_that_makes_a_layer, "forward asks for the type|is passed to a function"),
+    (forward_that_makes_a_layer, "forward asks for the type|is passed to a function|forward sets _is_param"),
     (forward_of_a_list_in_a_config, "forward reads config.sizes, a list"),
     (forward_that_asks_whether_there_is_a_config, "forward reads config, a Config"),
     (forward_that_calls_a_config, "forward reads config.method, a method"),
@@ -705,6 +741,13 @@ LEFT_ALONE = [
     (forward_with_global_options, "forward reads the global OPTIONS"),
     (forward_that_counts, "forward sets calls"),
     (forward_that_appends, "forward changes an attribute in place"),
+    (forward_that_counts_in_a_config, "forward sets config.calls"),
+    (forward_that_counts_in_its_class, "forward reads __class__"),
+    (forward_that_sets_an_attribute_of_a_class, "forward sets the global last"),
+    (forward_that_sets_an_attribute_of_a_tensor, "forward sets tag of a tensor"),
+    (forward_that_sets_an_attribute_in_another_way, "forward calls object"),
+    (forward_of_a_flag_of_a_function, "forward reads the global is_on, a bool"),
+    (forward_that_asks_for_a_class, "forward reads __class__"),
     (forward_that_draws, "forward calls Random.random|forward calls random.random|forward calls _random.random"),
     (forward_that_draws_by_torch, "forward calls torch.rand"),
     (forward_that_draws_by_numpy, "forward reads the global rand"),

@@ -225,6 +225,11 @@ class _Proxy(fx.Proxy):
 
     answers: type | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "answers"):
+            raise self.tracer.refuse(f"forward sets {name} of a tensor")  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         asking = sys._getframe(1).f_globals.get("__name__", "")
@@ -329,7 +334,7 @@ class _Attributes:
     """An object in place of one that is no module, a configuration say, of which forward may read constants."""
 
     def __init__(self, target: Any, tracer: _Tracer, path: str) -> None:
-        self._target, self._tracer, self._path = target, tracer, path
+        vars(self).update(_target=target, _tracer=tracer, _path=path)
 
     def __getattr__(self, name: str) -> Any:
         tracer = self._tracer
@@ -348,6 +353,12 @@ class _Attributes:
         if _is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
             return _Attributes
         raise self._tracer.refuse(f"forward asks for the type of {self._path}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._tracer.refuse(f"forward sets {self._path}.{name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise self._tracer.refuse(f"forward deletes {self._path}.{name}")
 
     def _refuse(self, *args: Any) -> Any:
         raise self._tracer.refuse(f"forward reads {self._path}, a {type(self._target).__name__}")
@@ -423,7 +434,10 @@ _READABLE = (
     type(typing.Optional),
     type(typing.List),  # noqa: UP006
 )
-_SUSPECTS = frozenset("type id vars globals locals open input print exec eval setattr delattr __import__".split())
+_OWNERS = (types.ModuleType, type, types.FunctionType)
+_SUSPECTS = frozenset(
+    "type object id vars globals locals open input print exec eval setattr delattr __import__".split()
+)
 
 
 @functools.cache
@@ -521,7 +535,11 @@ def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
                 read = None
                 continue
             read = scope[name]
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, (types.ModuleType, type)):
+        elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR") and isinstance(read, _OWNERS):
+            return f"forward sets the global {instruction.argval}"
+        elif instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__":
+            return "forward reads __class__"
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, _OWNERS):
             name = instruction.argval
             if isinstance(read, type) and (issubclass(read, enum.Enum) or callable(getattr(read, name, None))):
                 read = None

@@ -1,5 +1,6 @@
 """What symbolic tracing would guess, fastbn.convert guards or leaves alone: results are those of the model's code."""
 
+import collections
 import cProfile
 import enum
 import functools
@@ -536,6 +537,14 @@ def test_attributes_of_children_and_missing_attributes():
     check(module_with(forward), X, fused=[""], change=stride)
 
 
+class Named(collections.namedtuple("Named", "y")):
+    pass
+
+
+class Listed(list):
+    pass
+
+
 class Config:
     relu, sizes, calls, last = True, [1, 2], 0, None
 
@@ -723,6 +732,14 @@ def forward_with_a_default_that_may_change(self, x, options=OPTIONS):
     return F.relu(self.bn(x)) if options["relu"] else self.bn(x)
 
 
+def forward_that_returns_a_tuple_with_names(self, x):
+    return Named(F.relu(self.bn(x)))
+
+
+def forward_that_returns_a_list_of_a_kind(self, x):
+    return Listed([F.relu(self.bn(x))])
+
+
 def forward_that_makes_a_layer(self, x):
     return F.relu(self.bn(x)) + nn.Linear(5, 5, dtype=x.dtype)(x) * 0
 
@@ -733,6 +750,8 @@ LEFT_ALONE = [
     (forward_of_a_flag_of_a_class, "forward reads the global relu"),
     (forward_that_imports, "forward imports tests.transforms.test_guards"),
     (forward_with_a_default_that_may_change, "a default of forward may change"),
+    (forward_that_returns_a_tuple_with_names, "forward makes a Named"),
+    (forward_that_returns_a_list_of_a_kind, "forward makes a Listed"),
     (forward_that_makes_a_layer, "forward asks for the type|is passed to a function|forward sets _is_param"),
     (forward_of_a_list_in_a_config, "forward reads config.sizes, a list"),
     (forward_that_asks_whether_there_is_a_config, "forward reads config, a Config"),
@@ -782,8 +801,20 @@ def test_what_would_be_a_guess_is_left_alone(forward, reason):
     reasons = {layer.reason for layer in fastbn.transforms.report(model).layers}
     assert any(re.search(reason, text) for text in reasons), reasons
     random.seed(0), numpy.random.seed(0)
+    assert type(random_state(model)(X)) is type(build().double()(X))
+    random.seed(0), numpy.random.seed(0)
     fused = ["", ""] if forward is forward_without_gradients else [""]
     check(build(), X, fused=fused)
+
+
+def test_an_ordered_dict_stays_one():
+    def forward(self, x):
+        y = collections.OrderedDict(out=F.relu(self.bn(x)))
+        y["in"] = x
+        return y
+
+    model = check(module_with(forward), X, fused=["relu"])
+    assert type(model(X)) is collections.OrderedDict and list(model(X)) == ["out", "in"]
 
 
 def test_a_forward_that_is_decorated():

@@ -8,6 +8,7 @@ refused. The module itself is not touched: forward runs on a twin that shares it
 from __future__ import annotations
 
 import abc
+import collections
 import dis
 import enum
 import functools
@@ -84,7 +85,9 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         raise Refused(tracer.refused)
     try:
         tracer.graph.output(tracer.create_arg(result))
-    except Exception:
+    except Exception as error:
+        if isinstance(error, Refused):
+            raise
         raise Refused(f"forward returns a {type(result).__name__}") from None
     return Trace(tracer.graph, names, tracer.guards)
 
@@ -157,6 +160,10 @@ class _Tracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (_Watched, _Attributes, Tensor)) and not isinstance(a, fx.Proxy):
             raise self.refuse(f"a {type(a).__name__} is passed to a function")
+        if type(a) is collections.OrderedDict:
+            return self.create_proxy("call_function", collections.OrderedDict, (list(a.items()),), {}).node
+        if isinstance(a, (tuple, list, dict)) and type(a) not in _PLAIN_CONTAINERS:  # which would become plain ones
+            raise self.refuse(f"forward makes a {type(a).__name__}")
         return super().create_arg(a)
 
     def as_value(self, a: Any) -> Any:
@@ -396,6 +403,14 @@ def source_of(function: Any) -> tuple[str, str] | None:
 # What forward may call beside functions of the traced values: it depends on its arguments alone, or is False in eager.
 _BUILTINS = frozenset(
     "isinstance issubclass len getattr hasattr callable min max sum abs all any iter next sorted round divmod".split()
+)
+_PLAIN_CONTAINERS = (
+    tuple,
+    list,
+    dict,
+    torch.Size,
+    fx.immutable_collections.immutable_list,
+    fx.immutable_collections.immutable_dict,
 )
 _CONTAINERS = (list, tuple, dict, str, set, frozenset, int, float, range, slice, types.MappingProxyType)
 _PURE_MODULES = (

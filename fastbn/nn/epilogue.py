@@ -178,6 +178,11 @@ def _must_see_modules() -> bool:
     return _torch.has_global_module_hooks() or torch.jit.is_tracing() or _torch.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
 
 
+def is_eager() -> bool:
+    """Return whether neither a compiler nor a tracer nor torch.export records what is called."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _torch.is_exporting())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def keeps_order(module: Any) -> bool:
     """Return whether nothing can tell that a module is called later than the model's code calls it."""
     return is_plain(module) and not _must_see_modules()

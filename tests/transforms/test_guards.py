@@ -222,6 +222,37 @@ def test_none_and_lists_run_the_module_s_own_forward():
     torch.testing.assert_close(fastbn.convert(model)([X, X], None), twin([X, X], None))
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_a_subclass_of_a_tensor_that_forward_asks_for():
+    def forward(self, x):
+        y = self.bn(x)
+        return y * 2 if isinstance(x, Subclass) else F.relu(y)
+
+    model, twin = (random_state(module_with(forward)).eval() for _ in range(2))
+    fastbn.convert(model)
+    with recorded_calls() as calls:
+        for x in (X, X.as_subclass(Subclass)):
+            torch.testing.assert_close(model(x).as_subclass(torch.Tensor), twin(x).as_subclass(torch.Tensor))
+    assert calls == ["relu", ""]
+
+
+class OfList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, xs):
+        return self.bn(torch.cat([xs] if isinstance(xs, torch.Tensor) else xs))
+
+
+def test_a_tensor_for_what_takes_lists_as_a_rule():
+    fastbn.transforms.register(OfList, inputs=list)
+    check(Inverted(OfList()), X, fused=[""])
+
+
 def test_residuals_of_another_shape_or_dtype():
     model = module_with(lambda self, x, r: F.relu(self.bn(x) + r))
     check(model, X, inputs(1, 3, 1, 1), fused=[""])
@@ -621,6 +652,11 @@ def forward_that_asks_for_a_class(self, x):
     return F.relu(self.bn(x)) if self.conv.__class__ is nn.Conv2d else self.bn(x)
 
 
+def forward_that_compares_values(self, x):
+    y = self.identity(x)
+    return F.relu(self.bn(x)) if y is x else self.bn(x)
+
+
 def forward_that_draws(self, x):
     y = F.relu(self.bn(x))
     return y if random.random() < 2 else x
@@ -767,6 +803,7 @@ LEFT_ALONE = [
     (forward_that_sets_an_attribute_in_another_way, "forward calls object"),
     (forward_of_a_flag_of_a_function, "forward reads the global is_on, a bool"),
     (forward_that_asks_for_a_class, "forward reads __class__"),
+    (forward_that_compares_values, "forward compares two values by identity"),
     (forward_that_draws, "forward calls Random.random|forward calls random.random|forward calls _random.random"),
     (forward_that_draws_by_torch, "forward calls torch.rand"),
     (forward_that_draws_by_numpy, "forward reads the global rand"),
@@ -789,7 +826,7 @@ LEFT_ALONE = [
 @pytest.mark.parametrize("forward, reason", LEFT_ALONE, ids=[f.__name__ for f, _ in LEFT_ALONE])
 def test_what_would_be_a_guess_is_left_alone(forward, reason):
     def build():
-        return module_with(forward, config=Config(), calls=0, list=[1])
+        return module_with(forward, config=Config(), calls=0, list=[1], identity=nn.Identity())
 
     model = build()
     attributes = {key: value for key, value in vars(model).items() if not key.startswith("_")}
@@ -890,6 +927,24 @@ def test_a_method_that_is_put_in_place_of_another(monkeypatch):
         with monkeypatch.context() as patch:
             change = functools.partial(patched, patch, name, function)
             check(WithHelpers(), X, fused=[""], change=change)
+
+
+RECORDED = [torch.jit.is_tracing, pytest.param(torch.compiler.is_compiling, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("asks", RECORDED, ids=["trace", "compile"])
+def test_a_forward_that_asks_whether_it_is_recorded(asks):
+    def forward(self, x):
+        y = self.bn(x)
+        return y * 2 if asks() else F.relu(y)
+
+    def recorded(model):
+        if asks is torch.jit.is_tracing:
+            return torch.jit.trace(model, X, check_trace=False)
+        return torch.compile(model, backend="eager")
+
+    model = check(module_with(forward), X, fused=["relu"]).eval()
+    torch.testing.assert_close(recorded(model)(X), model.bn(X) * 2)
 
 
 def test_a_class_of_a_child_that_is_asked_for():

@@ -37,7 +37,7 @@ def forward(self, *args, **kwargs):
 {tail}"""
 _TAIL = """
 def _with_epilogue(self, input, epilogue):
-    if guard(self):
+    if {check} and guard(self):
         return fused(self, input, epilogue)
     return epilogue.apply(self(input))
 
@@ -71,8 +71,8 @@ class _Writer:
             inputs=", ".join(inputs),
             body="\n".join("    " + line for line in body),
             count=len(inputs),
-            checks=" and ".join(f"isinstance(args[{i}], {input_type.__name__})" for i in range(len(inputs))),
-            tail=self._tail() if len(inputs) == 1 else "",
+            checks=" and ".join(self._is_of(input_type, f"args[{i}]") for i in range(len(inputs))),
+            tail=self._tail(self._is_of(input_type, "input")) if len(inputs) == 1 else "",
         )
         described = [
             (
@@ -88,14 +88,19 @@ class _Writer:
         methods = "".join(f"_method_{i} = {method}\n" for i, method in enumerate(self.methods))
         return f"{imports}\n\nsites = {described!r}\n{methods}\n{text}"
 
-    def _tail(self) -> str:
+    def _is_of(self, input_type: type, name: str) -> str:
+        """Return the condition that an input is what forward was traced for."""
+        exact = self.traced.asks_type
+        return f"type({name}) is {input_type.__name__}" if exact else f"isinstance({name}, {input_type.__name__})"
+
+    def _tail(self, check: str) -> str:
         """Return the methods of a class whose forward returns the result of a site."""
         for site in self.sites:
             if site.is_tail:
                 checks = [self._conditions(site)] if site.checks else []
                 checks += [f"is_fresh({_path(str(site.node.target))})"]
                 checks += [f"is_known({self._step(step)})" for step in (*site.before, *site.after)]
-                return _TAIL.format(fresh=" and ".join(checks))
+                return _TAIL.format(check=check, fresh=" and ".join(checks))
         return ""
 
     def _body(self, nodes: list[fx.Node]) -> list[str]:
@@ -209,6 +214,8 @@ class _Writer:
     def _guard(self, guard: Guard) -> str:
         path, kind, name, value = guard
         owner = _path(path)
+        if kind == "eager":
+            return "is_eager()"
         if kind == "children":
             return f"tuple({owner}._modules) == {value!r}"
         if kind == "present":
@@ -236,12 +243,32 @@ class _Writer:
 
 
 _ADDITIONS = {"add": "operator.add", "iadd": "operator.iadd", "add_to": "add_to", "iadd_to": "iadd_to"}
-_RESERVED = frozenset("self args kwargs run guard fused original cls keeps_order own_class add_to iadd_to sites _outer".split())
+# What the source calls of fastbn.nn.epilogue.
+_NAMES = (
+    "Epilogue",
+    "Function",
+    "NOTHING",
+    "add_to",
+    "iadd_to",
+    "is_eager",
+    "is_fresh",
+    "is_identity",
+    "is_known",
+    "keeps_order",
+    "own_class",
+    "run",
+)
+_RESERVED = frozenset((*"self args kwargs guard fused original cls sites Tensor _outer".split(), *_NAMES))
 
 
 def _identifier(name: str) -> str:
     """Return a variable's name that is none of the names that the source uses."""
-    taken = name in _RESERVED or name in sys.modules or keyword.iskeyword(name) or name.startswith(("is_", "_ok", "_method"))
+    taken = (
+        name in _RESERVED
+        or name in sys.modules
+        or keyword.iskeyword(name)
+        or name.startswith(("is_", "_ok", "_method"))
+    )
     return f"{name}_" if taken else name
 
 
@@ -286,21 +313,6 @@ def _make(original: type, source: str) -> type:
     if takes_epilogue:
         body |= {name: namespace[name] for name in ("_with_epilogue", "_is_fresh")}
     return subclass(original, source, body, takes_epilogue)
-
-
-_NAMES = (
-    "Epilogue",
-    "Function",
-    "NOTHING",
-    "add_to",
-    "iadd_to",
-    "is_fresh",
-    "is_identity",
-    "is_known",
-    "keeps_order",
-    "own_class",
-    "run",
-)
 
 
 def subclass(original: type, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:

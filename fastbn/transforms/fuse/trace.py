@@ -35,7 +35,7 @@ from fastbn.nn.epilogue import own_class
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
 # the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module; "method",
-# whose function is the value; "class", the module's own.
+# whose function is the value; "class", the module's own; "eager", that torch does not record what is called.
 Guard = tuple[str, str, str, Any]
 
 
@@ -45,11 +45,15 @@ class Refused(Exception):
 
 @dataclass
 class Trace:
-    """The graph of a forward, and the guards under which it holds. `names` are those of its inputs."""
+    """The graph of a forward, and the guards under which it holds. `names` are those of its inputs.
+
+    asks_type: whether forward asks for the type of an input: then the graph does not hold for subclasses of it.
+    """
 
     graph: fx.Graph
     names: list[str]
     guards: dict[Guard, None]
+    asks_type: bool
 
 
 def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
@@ -89,7 +93,7 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         if isinstance(error, Refused):
             raise
         raise Refused(f"forward returns a {type(result).__name__}") from None
-    return Trace(tracer.graph, names, tracer.guards)
+    return Trace(tracer.graph, names, tracer.guards, tracer.asks_type)
 
 
 def _call(forward: Callable[..., Any], twin: Any, inputs: list[Any]) -> Any:
@@ -137,6 +141,7 @@ class _Tracer(TracerBase):
         self.refused: str | None = None
         self.copies: dict[tuple[str, str], tuple[Any, Any]] = {}  # of lists and dictionaries, and what they are of
         self.is_paused = False
+        self.asks_type = False
         self.asks_class = False  # whether forward calls isinstance, perhaps of a module
         self._twins: dict[str, Any] = {}
         self._classes: dict[str, type] = {}
@@ -245,6 +250,7 @@ class _Proxy(fx.Proxy):
         if self.answers is None:
             tracer: Any = self.tracer
             raise tracer.refuse("forward asks for the type of an intermediate value")
+        self.tracer.asks_type = True  # type: ignore[attr-defined]
         return self.answers
 
 
@@ -400,7 +406,7 @@ def source_of(function: Any) -> tuple[str, str] | None:
     return None
 
 
-# What forward may call beside functions of the traced values: it depends on its arguments alone, or is False in eager.
+# What forward may call beside functions of the traced values: it depends on its arguments alone.
 _BUILTINS = frozenset(
     "isinstance issubclass len getattr hasattr callable min max sum abs all any iter next sorted round divmod".split()
 )
@@ -435,10 +441,9 @@ _ALLOWED_MODULES = (
     _torch.DeviceContext.__module__,
     *_PURE_MODULES,
 )
-_FALSE_IN_EAGER = frozenset(
-    "is_scripting is_tracing is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
-)
-_TORCH_FUNCTIONS = frozenset(("_assert", "is_tensor", "is_floating_point", *_FALSE_IN_EAGER))
+# False unless torch records what is called. is_scripting is False whenever Python runs.
+_FALSE_IN_EAGER = frozenset("is_tracing is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split())
+_TORCH_FUNCTIONS = frozenset(("_assert", "is_tensor", "is_floating_point", "is_scripting"))
 _READABLE = (
     types.ModuleType,
     types.FunctionType,
@@ -496,7 +501,9 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
                 nested.update(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
             elif _is_of_model(frame.f_back) or frame.f_back.f_code is _call.__code__:
                 name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-                if not _is_in(name, _ALLOWED_MODULES) and function not in _TORCH_FUNCTIONS:
+                if function in _FALSE_IN_EAGER:
+                    tracer.guards["", "eager", "", None] = None
+                elif not _is_in(name, _ALLOWED_MODULES) and function not in _TORCH_FUNCTIONS:
                     reason = f"forward calls {name}.{function}"
         if reason is not None:
             raise tracer.refuse(reason)
@@ -541,7 +548,9 @@ def _is_readable(value: Any) -> bool:
 def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
     """Return why what a function of the model reads beside its arguments may change, or None."""
     read: Any = None
+    opname = ""
     for instruction in dis.get_instructions(code):
+        before, opname = opname, instruction.opname
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             name = instruction.argval
             if name not in scope:
@@ -564,6 +573,8 @@ def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
             return f"forward imports {instruction.argval}"
         elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             return f"forward sets the global {instruction.argval}"
+        elif instruction.opname == "IS_OP" and before.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            return "forward compares two values by identity"
         elif instruction.opname in ("PRECALL", "CACHE"):
             continue
         else:

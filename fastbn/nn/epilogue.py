@@ -211,8 +211,9 @@ def is_known(step: Any) -> bool:
 
 def is_identity(step: Any) -> bool:
     """Return whether a step returns what it is given, as it is now."""
-    asks = IDENTITIES.get(type(step))
-    return asks is not None and is_plain(step) and asks(step)
+    cls = type(step)
+    asks = IDENTITIES.get(cls)
+    return asks is not None and FORWARDS[cls] is cls.forward and is_plain(step) and asks(step)
 
 
 def all_identities(steps: tuple[Any, ...]) -> bool:
@@ -228,8 +229,9 @@ def known_activation(step: Any) -> Known:
         target = step.target
         reads = METHODS.get(target) if isinstance(target, str) else FUNCTIONS.get(target)
         return None if reads is None else reads(*step.args, **step.kwargs)
-    reads = ACTIVATIONS.get(type(step))
-    return reads(step) if reads is not None and is_plain(step) else None
+    cls = type(step)
+    reads = ACTIVATIONS.get(cls)
+    return reads(step) if reads is not None and FORWARDS[cls] is cls.forward and is_plain(step) else None
 
 
 def _not_negative(name: str, param: Any) -> Known:
@@ -351,6 +353,8 @@ IDENTITIES: dict[type, Callable[[Any], bool]] = {
     nn.AlphaDropout: _is_idle_dropout,
     nn.FeatureAlphaDropout: _is_idle_dropout,
 }
+# The forward of each type of both tables, since another may be put in its place.
+FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (*ACTIVATIONS, *IDENTITIES)}  # type: ignore[attr-defined]
 
 
 # The additions of a graph by name; "_to" where the normalised value is the second operand.

@@ -956,6 +956,38 @@ def test_a_class_of_a_child_that_is_asked_for():
     check(module_with(forward, act=nn.ReLU()), X, fused=[""], change=replace("act", nn.SiLU))
 
 
+class Chain(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Chain, nn.ReLU, nn.Dropout])
+def test_another_forward_of_a_class_of_torch(cls, monkeypatch):
+    def build():
+        return Inverted(Chain(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.0), nn.ReLU(), nn.BatchNorm2d(3)))
+
+    def change(model):
+        monkeypatch.setattr(cls, "forward", lambda self, input: input * 2)
+
+    check(build(), X, fused=["relu", "add"])
+    check(build(), X, fused=[] if cls is Chain else ["", "add"], change=change)
+
+
+def test_a_container_with_a_call_of_its_own():
+    class Doubled(Chain):
+        def __call__(self, input):
+            return super().__call__(input) * 2
+
+    check(Inverted(Doubled(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))), X, fused=[""])
+
+
+def test_a_sequential_that_goes_through_its_children_in_another_way():
+    class Reversed(nn.Sequential):
+        def __iter__(self):
+            return iter(list(self._modules.values())[::-1])
+
+    check(Reversed(nn.SiLU(), nn.BatchNorm2d(3), nn.ReLU()), X, fused=["silu"])
+
+
 def test_a_second_conversion_follows_what_has_changed():
     model = fastbn.convert(random_state(Block()))
     model.downsample = random_state(downsample())

@@ -39,7 +39,7 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
     if not has_candidates(module) or cls.forward is nn.Module.forward:
         return None
     source = None
-    if cls.forward is nn.Sequential.forward:
+    if cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__:
         found, tail = children_of(module, ever=True)  # type: ignore[arg-type]
         if tail is None and all(activation is None for _, activation in found):
             return None

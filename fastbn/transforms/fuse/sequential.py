@@ -55,10 +55,17 @@ def _is_fresh(self: Any) -> bool:
 
 
 def _make(original: type[nn.Sequential]) -> type:
-    def forward(self: Any, input: Any) -> Any:
-        return _run_children(self, input, NOTHING)
+    own = original.forward
 
-    body = {"forward": forward, "_with_epilogue": _run_children, "_is_fresh": _is_fresh}
+    def forward(self: Any, input: Any) -> Any:
+        return _run_children(self, input, NOTHING) if original.forward is own else original.forward(self, input)
+
+    def _with_epilogue(self: Any, input: Any, epilogue: Epilogue) -> Any:
+        if original.forward is own:
+            return _run_children(self, input, epilogue)
+        return epilogue.apply(original.forward(self, input))
+
+    body = {"forward": forward, "_with_epilogue": _with_epilogue, "_is_fresh": _is_fresh}
     return subclass(original, SEQUENTIAL, body, takes_epilogue=True)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fastbn.nn import epilogue
 from fastbn.transforms.fuse.patterns import Mode, Site
@@ -315,7 +315,7 @@ def _make(original: type, source: str) -> type:
     return subclass(original, source, body, takes_epilogue)
 
 
-def subclass(original: type, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:
+def subclass(original: Any, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:
     """Return a subclass of `original` that looks like it, and is pickled as `original` and `source`."""
     body = {
         "__module__": original.__module__,
@@ -328,7 +328,7 @@ def subclass(original: type, source: str, body: dict[str, Any], takes_epilogue: 
         **body,
     }
     made: Any = type(original)(original.__name__, (original,), body)
-    if takes_epilogue:
+    if takes_epilogue and original.__call__ is nn.Module.__call__:
         made._epilogue_owner = made
     return made
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbn import _torch
+from fastbn.ops.layout import suggest_memory_format
 
 Known: TypeAlias = "tuple[str, float | None] | None"  # name and parameter of an activation of the ops; None: not known
 
@@ -158,6 +159,8 @@ def read(epilogue: Epilogue, input: Tensor) -> tuple[Tensor | None, str | None, 
         or residual.layout != input.layout
     ):
         return None
+    if epilogue.add in (add_to, iadd_to) and not residual.is_contiguous(memory_format=suggest_memory_format(input)):
+        return None  # the sum has the strides of its first operand
     return residual, name, param
 
 

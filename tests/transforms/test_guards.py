@@ -264,6 +264,30 @@ def test_residuals_of_another_shape_or_dtype():
     assert y.dtype == torch.float64 and z.dtype == torch.float32 and calls == ["", ""]
 
 
+def test_the_strides_of_a_sum_are_those_of_the_model():
+    def first(self, x, r):
+        return r + self.bn(x)
+
+    def second(self, x, r):
+        return self.bn(x) + r
+
+    r = inputs(*X.shape, seed=1)
+    last, rest = torch.channels_last, torch.contiguous_format
+    for forward, fused in [(first, ["add", "", "", ""]), (second, ["add"] * 4)]:
+        model, twin = (random_state(module_with(forward)).eval() for _ in range(2))
+        fastbn.convert(model)
+        others = [r.to(memory_format=last), r.transpose(2, 3), r[:1].expand(r.shape)]
+        for residual, expected in zip([r, *others], fused, strict=True):
+            with recorded_calls() as calls:
+                y = model(X, residual)
+            assert calls == [expected] and y.stride() == twin(X, residual).stride()
+        with recorded_calls() as calls:
+            model(X.to(memory_format=last), r.to(memory_format=last))
+            y = model(X.to(memory_format=last), r)
+        assert y.is_contiguous(memory_format=rest if forward is first else last)
+        assert calls == (["add", ""] if forward is first else ["add", "add"])
+
+
 def test_an_in_place_addition_keeps_its_dtype():
     def forward(self, x, r):
         y = self.bn(x)
@@ -376,6 +400,15 @@ def test_random_numbers_are_drawn_in_the_order_of_the_model():
 
     check(build(), X, fused=[""], modes=[True])
     check(build(), X, fused=["add"], modes=[False])
+
+
+def test_running_statistics_are_read_in_the_order_of_the_model():
+    def forward(self, x, r):
+        y = self.bn(self.conv(x))
+        mean = self.bn.running_mean * 2
+        return y + r, mean
+
+    check(module_with(forward), X, inputs(*X.shape, seed=1), fused=[""])
 
 
 def test_hooks_run_in_the_order_of_the_model():
@@ -932,6 +965,7 @@ def test_a_method_that_is_put_in_place_of_another(monkeypatch):
 RECORDED = [torch.jit.is_tracing, pytest.param(torch.compiler.is_compiling, marks=pytest.mark.slow)]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("asks", RECORDED, ids=["trace", "compile"])
 def test_a_forward_that_asks_whether_it_is_recorded(asks):
     def forward(self, x):

@@ -207,6 +207,8 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
     source = _fresh(node.args[0], module) if between and _is_normalization(node, module) else None
     if source is not None:
         bn = module.get_submodule(str(node.target))
+        if any(_reads(other, bn, module) for other in position):
+            return False
         for other in between:
             if other.op == "call_module" and bn in module.get_submodule(str(other.target)).modules():
                 return False
@@ -228,6 +230,11 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
 
 def _is_normalization(node: Any, module: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), epilogue.NormalizationLayer)
+
+
+def _reads(node: fx.Node, bn: nn.Module, module: nn.Module) -> bool:
+    """Return whether a node takes a tensor of the normalisation `bn`, running statistics for example."""
+    return node.op == "get_attr" and module.get_submodule(str(node.target).rpartition(".")[0]) is bn
 
 
 def _fresh(node: Any, module: nn.Module) -> list[str] | None:

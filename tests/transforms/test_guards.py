@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastbn
@@ -26,6 +27,11 @@ from tests.transforms.test_fuse import Block, ConvNorm, Inverted, downsample, mo
 X = inputs(4, 3, 5, 5)
 FLAG = True
 OPTIONS = {"relu": True}
+
+
+class Options(enum.Flag):
+    RELU = enum.auto()
+    SILU = enum.auto()
 
 
 class Kind(enum.Enum):
@@ -541,6 +547,22 @@ def test_attributes_of_all_kinds():
     check(module_with(forward, **values), X, fused=[""], change=lambda model: model.options.update(cast=False))
 
 
+def test_a_combination_of_flags_is_left_alone():
+    def forward(self, x):
+        return F.relu(self.bn(x)) if self.options else self.bn(x)
+
+    check(module_with(forward, options=Options.RELU), X, fused=["relu"])
+    check(module_with(forward, options=Options.RELU | Options.SILU), X, fused=[""])
+
+
+def test_a_name_that_is_a_keyword():
+    def forward(self, x):
+        return F.relu(self.bn(x) * getattr(self, "lambda"))
+
+    check(module_with(forward, **{"lambda": 2}), X, fused=[""])
+    check(module_with(lambda self, x: F.relu(self.bn(x * getattr(self, "lambda"))), **{"lambda": 2}), X, fused=["relu"])
+
+
 def test_a_number_that_becomes_a_tensor():
     def forward(self, x):
         return F.relu(self.bn(x * self.scale))
@@ -1036,6 +1058,34 @@ def test_a_forward_of_the_instance():
     model.forward = lambda x: model.bn(x)
     fastbn.convert(random_state(model))
     assert type(model).__mro__[1] is not type(model) and "_fastbn_source" not in vars(type(model))
+
+
+@pytest.mark.parametrize("forward", [property(lambda self: F.relu), torch.relu], ids=["property", "builtin"])
+def test_a_forward_without_a_signature(forward):
+    model = type("Odd", (nn.Module,), {"forward": forward})()
+    model.bn = nn.BatchNorm2d(3)
+    assert torch.equal(fastbn.convert(model).forward(X), F.relu(X))
+    assert "forward is a" in fastbn.transforms.report(model).layers[0].reason
+
+
+class Gained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.gain = nn.BatchNorm2d(3), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return F.relu(self.bn(x * self.gain))
+
+
+def test_a_container_whose_parameters_are_parametrised():
+    def build():
+        model = Gained()
+        parametrize.register_parametrization(model, "gain", nn.Softplus())
+        return model
+
+    model = check(build(), X, fused=[""])
+    parametrize.remove_parametrizations(model, "gain")
+    assert type(model) is Gained and isinstance(model.gain, nn.Parameter)
 
 
 def test_a_random_depth_is_drawn_at_each_call():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.nn.epilogue import known_activation, takes_epilogue
 from fastbn.transforms.fuse.layers import LAYER
@@ -50,6 +51,8 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
         raise Refused(f"{cls.__name__} has a __reduce__ of its own")
     if source is not None:
         return source
+    if is_parametrized(module):
+        raise Refused("the module has a class of its own, since its tensors are parametrised")
     if "forward" in vars(module):
         raise Refused("the module has a forward of its own")
     training, evaluation = (trace(module, mode, input_type) for mode in (True, False))

@@ -7,9 +7,11 @@ share one code object. It is pickled as these two.
 from __future__ import annotations
 
 import copyreg
+import functools
 import hashlib
 import keyword
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -232,7 +234,7 @@ class _Writer:
             return f"type({owner}).{name} is _method_{len(self.methods) - 1} and {own!r} not in {owner}.__dict__"
         if kind == "absent":
             return f"not hasattr({owner}, {name!r})"
-        attribute = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
+        attribute = _attribute(owner, name)
         if type(value) is tuple and value and value[0] in (list, dict):
             value = value[0](value[1])
         if callable(value) and not hasattr(value, "name"):
@@ -273,10 +275,12 @@ def _identifier(name: str) -> str:
 
 
 def _path(path: str) -> str:
-    text = "self"
-    for part in path.split(".") if path else ():
-        text = f"{text}.{part}" if part.isidentifier() and not keyword.iskeyword(part) else f"getattr({text}, {part!r})"
-    return text
+    return functools.reduce(_attribute, path.split(".") if path else (), "self")
+
+
+def _attribute(owner: str, name: str) -> str:
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
 
 
 _classes: dict[tuple[Any, ...], type] = {}
@@ -325,6 +329,7 @@ def subclass(original: Any, source: str, body: dict[str, Any], takes_epilogue: b
         "__prepare_scriptable__": _as_original,
         "_fastbn_original": original,
         "_fastbn_source": source,
+        "_fastbn_digest": _digest(original),
         **body,
     }
     made: Any = type(original)(original.__name__, (original,), body)
@@ -345,9 +350,25 @@ def can_be_pickled(cls: Any) -> bool:
 
 
 def _digest(original: Any) -> str:
-    """Return a digest of the code that a source was written from: another release of a library has another."""
-    code = getattr(original.forward, "__code__", None)
-    return hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest() if code else ""
+    """Return a digest of the methods that a source was written from: another release of a library has another."""
+    bases = [base for base in original.__mro__ if base not in (nn.Module, object)]
+    methods = {name: _describe(value) for base in reversed(bases) for name, value in vars(base).items()}
+    return hashlib.sha256(repr(sorted(methods.items())).encode()).hexdigest()
+
+
+def _describe(value: Any) -> str:
+    """Return what a method or its code does, without addresses, lines and orders that change; "" for anything else."""
+    if isinstance(value, types.CodeType):
+        constants = [_describe(constant) or _of_constant(constant) for constant in value.co_consts]
+        return repr((value.co_code, value.co_names, value.co_varnames, constants))
+    if isinstance(value, property):
+        value = value.fget
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    return "" if code is None else _describe(code)
+
+
+def _of_constant(value: Any) -> str:
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -355,7 +376,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     reduced: Any = object.__reduce_ex__(self, max(2, int(protocol)))
     assert reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
     original = cls._fastbn_original
-    return (_rebuild, (original, cls._fastbn_source, _digest(original)), *reduced[2:])
+    return (_rebuild, (original, cls._fastbn_source, cls._fastbn_digest), *reduced[2:])
 
 
 def _rebuild(original: Any, source: str, digest: str) -> Any:

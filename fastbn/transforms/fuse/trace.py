@@ -62,7 +62,10 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
     training: what `training` reads as, of the module and its children. Raises Refused with the reason.
     """
     forward: Any = type(module).forward
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        raise Refused(f"forward is a {type(forward).__name__}") from None
     names = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if not names or any(p.default is p.empty and p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         raise Refused("forward takes *args or **kwargs, or no input")
@@ -388,7 +391,9 @@ def is_constant(value: Any) -> bool:
         return all(is_constant(v) for v in value)
     if type(value) is float:
         return math.isfinite(value)
-    return value is None or type(value) in (bool, int, str, torch.dtype) or issubclass(type(value), enum.Enum)
+    if issubclass(type(value), enum.Enum):
+        return str(value.name).isidentifier()  # a combination of flags has no name of its own
+    return value is None or type(value) in (bool, int, str, torch.dtype)
 
 
 @functools.cache

@@ -1,15 +1,18 @@
 """Which module is called where: a graph of each module's own forward, its children being leaves, from the root down.
 
-Graphs are torch.fx's, one for any values of the arguments and one for their defaults. Where a forward cannot be traced,
-its children are taken to be called as they are, but for those that its source reaches into (`_reach`).
+Graphs are torch.fx's: one for any values of the arguments, one for their defaults, and one for each other value of a
+flag or name that forward may ask for. Where a forward cannot be traced, its children are taken to be called as they
+are, but for those that its source reaches into (`_reach`).
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import dis
 import inspect
 import textwrap
+import types
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -100,7 +103,7 @@ def _graphs(module: nn.Module) -> list[fx.Graph]:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     graphs = []
     before = {name: copy.copy(value) if type(value) is dict else value for name, value in vars(module).items()}
-    for concrete in ({}, defaults) if defaults else ({},):
+    for concrete in ({}, defaults, *_other_values(module, defaults)) if defaults else ({},):
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
@@ -111,6 +114,29 @@ def _graphs(module: nn.Module) -> list[fx.Graph]:
             vars(module).clear()
             vars(module).update(before)
     return graphs
+
+
+def _other_values(module: nn.Module, defaults: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the arguments with one other value each: the opposite of a flag, a constant in forward of the same type."""
+    constants = _constants(getattr(type(module).forward, "__code__", None))
+    for name, default in defaults.items():
+        kind = str if default is None else type(default)
+        if kind is bool or default is None:
+            yield {**defaults, name: not default}
+        if kind in (int, str):
+            for constant in constants:
+                if type(constant) is kind and constant != default:
+                    yield {**defaults, name: constant}
+
+
+def _constants(code: types.CodeType | None) -> list[Any]:
+    """Return the first constants that code uses, those of its tuples and sets each by itself."""
+    found: dict[Any, None] = {}
+    for instruction in dis.get_instructions(code) if code is not None else ():
+        if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            value = instruction.argval
+            found |= dict.fromkeys(value if isinstance(value, (tuple, frozenset)) else [value])
+    return list(found)[:20]
 
 
 def _reach(module: nn.Module) -> tuple[list[nn.Module], set[str]]:

@@ -118,7 +118,7 @@ def _graphs(module: nn.Module) -> list[fx.Graph]:
 
 def _other_values(module: nn.Module, defaults: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the arguments with one other value each: the opposite of a flag, a constant in forward of the same type."""
-    constants = _constants(getattr(type(module).forward, "__code__", None))
+    constants = _constants(getattr(inspect.unwrap(type(module).forward), "__code__", None))
     for name, default in defaults.items():
         kind = str if default is None else type(default)
         if kind is bool or default is None:

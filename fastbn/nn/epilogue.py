@@ -159,9 +159,16 @@ def read(epilogue: Epilogue, input: Tensor) -> tuple[Tensor | None, str | None, 
         or residual.layout != input.layout
     ):
         return None
-    if epilogue.add in (add_to, iadd_to) and not residual.is_contiguous(memory_format=suggest_memory_format(input)):
-        return None  # the sum has the strides of its first operand
+    if epilogue.add in (add_to, iadd_to) and not _gives_strides_of(input, residual):
+        return None
     return residual, name, param
+
+
+def _gives_strides_of(input: Tensor, residual: Tensor) -> bool:
+    """Return whether the sum has the strides of a normalised input, although it takes those of its first operand."""
+    if _torch.is_in_functorch_transform():  # which does not tell
+        return False
+    return residual.is_contiguous(memory_format=suggest_memory_format(input))
 
 
 def is_plain(module: nn.Module) -> bool:

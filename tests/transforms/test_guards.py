@@ -294,6 +294,24 @@ def test_the_strides_of_a_sum_are_those_of_the_model():
         assert calls == (["add", ""] if forward is first else ["add", "add"])
 
 
+def test_a_residual_that_is_changed_before_backward():
+    def forward(self, x):
+        r = self.conv(x)
+        y = F.silu(self.bn(x) + r)
+        r += 1
+        return y + r
+
+    check(module_with(forward), X, fused=[""])
+    check(module_with(lambda self, x, r: F.silu(self.bn(x) + r), conv=nn.Identity()), X, X, fused=["add+silu"])
+
+
+def test_a_batch_of_models():
+    for forward in (lambda self, x: x + self.bn(x), lambda self, x: F.relu(self.bn(x) + x)):
+        model = fastbn.convert(random_state(module_with(forward)).eval())
+        ys = torch.func.vmap(model)(torch.stack([X, X * 2]))
+        torch.testing.assert_close(ys, torch.stack([model(X), model(X * 2)]))
+
+
 def test_an_in_place_addition_keeps_its_dtype():
     def forward(self, x, r):
         y = self.bn(x)
@@ -1001,6 +1019,32 @@ def test_a_forward_that_asks_whether_it_is_recorded(asks):
 
     model = check(module_with(forward), X, fused=["relu"]).eval()
     torch.testing.assert_close(recorded(model)(X), model.bn(X) * 2)
+
+
+def activated(y):
+    return F.relu(y)
+
+
+def forward_that_calls_a_function(self, x):
+    return activated(self.bn(x))
+
+
+class WithMoreHelpers(WithHelpers):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_function_or_base_method_that_is_put_in_place_of_another(monkeypatch):
+    def change_function(model):
+        monkeypatch.setitem(globals(), "activated", F.silu)
+
+    def change_base(model):
+        monkeypatch.setattr(WithHelpers, "forward", lambda self, x: F.silu(self.bn(x)))
+
+    check(module_with(forward_that_calls_a_function), X, fused=["relu"])
+    check(module_with(forward_that_calls_a_function), X, fused=[""], change=change_function)
+    check(WithMoreHelpers(), X, fused=["relu"])
+    check(WithMoreHelpers(), X, fused=[""], change=change_base)
 
 
 def test_a_class_of_a_child_that_is_asked_for():

@@ -220,6 +220,10 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
             if not _is_step(other, module, epilogue.IDENTITIES):
                 return False
             site.checks.append(("is_identity", str(other.target)))
+    if isinstance(site.residual, fx.Node) and any(
+        _is_in_place(other, module) for other in site.residual.users if position[other] > position[site.chain[-1]]
+    ):
+        return False  # backward may need it
     if site.add == "iadd_to":  # the fused op leaves the residual as it is
         paths = _fresh(site.residual, module)
         if paths is None:
@@ -230,6 +234,17 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
 
 def _is_normalization(node: Any, module: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), epilogue.NormalizationLayer)
+
+
+def _is_in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Return whether a node changes its input, going by its name and options."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name in _IN_PLACE or bool(node.kwargs.get("inplace"))
+
+
+_IN_PLACE = frozenset("iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split())
 
 
 def _reads(node: fx.Node, bn: nn.Module, module: nn.Module) -> bool:

@@ -228,6 +228,10 @@ class _Writer:
             if source_of(value) is None:
                 raise Refused(f"forward may ask for the class {value.__name__}, which cannot be imported by name")
             return f"own_class({owner}) is {self._import(value)}"
+        if kind == "function":
+            self.imports[_module_of(name)] = None
+            self.methods.append(name)
+            return f"{name} is _method_{len(self.methods) - 1}"
         if kind == "method":
             self.methods.append(self._import(value) if path else f"cls.{name}")
             own = name.partition(".")[0]
@@ -261,6 +265,13 @@ _NAMES = (
     "run",
 )
 _RESERVED = frozenset((*"self args kwargs guard fused original cls sites Tensor _outer".split(), *_NAMES))
+
+
+def _module_of(name: str) -> str:
+    """Return the module in which a full name is found."""
+    while name not in sys.modules:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _identifier(name: str) -> str:

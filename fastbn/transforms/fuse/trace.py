@@ -35,7 +35,8 @@ from fastbn.nn.epilogue import own_class
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
 # the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module; "method",
-# whose function is the value; "class", the module's own; "eager", that torch does not record what is called.
+# whose function is the value; "class", the module's own. Of no module: "function", which has that full name; "eager",
+# that torch does not record what is called.
 Guard = tuple[str, str, str, Any]
 
 
@@ -200,6 +201,29 @@ class _Tracer(TracerBase):
             name = f"{name}.__func__"
         if not _is_in(owner.__module__, ("torch",)):
             self.guards[path, "method", name, getattr(value, "__func__", value)] = None
+
+    def guard_functions(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """Guard the functions that code takes from its module."""
+        module = str(scope.get("__name__"))
+        for name in code.co_names:
+            value = scope.get(name)
+            if isinstance(value, types.FunctionType) and getattr(sys.modules.get(module), name, None) is value:
+                self.guards["", "function", f"{module}.{name}", value] = None
+
+    def guard_base(self, code: types.CodeType, variables: dict[str, Any]) -> None:
+        """Guard a method that is called by super()."""
+        first = variables.get(code.co_varnames[0]) if code.co_argcount else None
+        if not issubclass(type(first), _Watched):
+            return
+        path = object.__getattribute__(first, "_watch")[1]
+        owners = [base for base in self._classes[path].__mro__ if code.co_name in vars(base)]
+        for base in owners[1:]:
+            function = vars(base)[code.co_name]
+            if getattr(function, "__code__", None) is code:
+                source = source_of(base)
+                if source is None:
+                    raise self.refuse(f"forward calls a method of {base.__name__}, which cannot be imported by name")
+                self.guards["", "function", f"{'.'.join(source)}.{code.co_name}", function] = None
 
     def guard_classes(self) -> None:
         """Guard the classes of all modules that forward has read."""
@@ -500,6 +524,8 @@ def _watched_calls(tracer: _Tracer) -> Iterator[None]:
             if _is_of_model(frame):
                 code = frame.f_code
                 reason = _why_not_code(code, frame.f_globals)
+                tracer.guard_functions(code, frame.f_globals)
+                tracer.guard_base(code, frame.f_locals)
                 tracer.asks_class |= not {"isinstance", "issubclass"}.isdisjoint(code.co_names)
                 if code not in nested and not all(_is_readable(frame.f_locals[name]) for name in code.co_freevars):
                     reason = "forward is a closure over values"

@@ -168,7 +168,14 @@ def _gives_strides_of(input: Tensor, residual: Tensor) -> bool:
     """Return whether the sum has the strides of a normalised input, although it takes those of its first operand."""
     if _torch.is_in_functorch_transform():  # which does not tell
         return False
-    return residual.is_contiguous(memory_format=suggest_memory_format(input))
+    memory_format = suggest_memory_format(input)
+    if residual.is_contiguous(memory_format=memory_format):
+        return True
+    dims = list(range(residual.dim()))
+    if memory_format is not torch.contiguous_format:
+        dims.append(dims.pop(1))
+    strides = [residual.stride(d) for d in dims if residual.shape[d] > 1]
+    return all(outer > inner > 0 for outer, inner in zip(strides, strides[1:]))
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -45,7 +45,7 @@ class Optional(Block):
 
 
 class Flag(Block):
-    """Traced with True and False: a flag without a value stops torch.fx."""
+    """Traced for both values of the flag."""
 
     def forward(self, x, negative=False):
         y = self.norm(self.conv(x))
@@ -129,6 +129,12 @@ class LevelSkips(Block):
         if level == 1:
             return y
         return self.norm(y)
+
+
+class FlagsSkip(Block):
+    def forward(self, x, raw=False, level=0.5):
+        y = self.conv(x)
+        return y if raw and level > 1 else self.norm(y)
 
 
 class TruthSkips(Block):
@@ -382,6 +388,7 @@ LEFT = {
     "a flag skips it": (FlagSkips, "whether it is called depends on arguments"),
     "a name skips it": (NameSkips, "whether it is called depends on arguments"),
     "a level skips it": (LevelSkips, "whether it is called depends on arguments"),
+    "flags skip it": (FlagsSkip, "whether it is called depends on arguments"),
     "the truth of an argument skips it": (TruthSkips, "whether it is called depends on arguments"),
     "an untraceable forward": (Untraceable, "no forward that torch.fx can trace calls it"),
     "a shared convolution": (twice(0, 3), "0 is called more than once"),

@@ -159,12 +159,12 @@ def read(epilogue: Epilogue, input: Tensor) -> tuple[Tensor | None, str | None, 
         or residual.layout != input.layout
     ):
         return None
-    if epilogue.add in (add_to, iadd_to) and not _gives_strides_of(input, residual):
+    if epilogue.add in (add_to, iadd_to) and not gives_strides_of(input, residual):
         return None
     return residual, name, param
 
 
-def _gives_strides_of(input: Tensor, residual: Tensor) -> bool:
+def gives_strides_of(input: Tensor, residual: Tensor) -> bool:
     """Return whether the sum has the strides of a normalised input, although it takes those of its first operand."""
     if _torch.is_in_functorch_transform():  # which does not tell
         return False

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fastbn import _torch, functional
 from fastbn.backends import aten, registry
-from fastbn.nn.epilogue import FUNCTIONS, METHODS, Known
+from fastbn.nn.epilogue import FUNCTIONS, METHODS, Known, gives_strides_of
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
 
@@ -129,7 +129,7 @@ def _residual(node: fx.Node, value: fx.Node, example: Tensor) -> fx.Node | None:
     added = _example(other)
     if added is None or added.shape != example.shape or (added.dtype, added.device) != (example.dtype, example.device):
         return None
-    return other
+    return other if first is value or gives_strides_of(example, added) else None
 
 
 _IN_PLACE = (operator.iadd, "add_")

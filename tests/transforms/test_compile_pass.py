@@ -92,6 +92,7 @@ def options_of(call):
         (lambda y, x: y + 1, {}),
         (lambda y, x: F.relu(y + x.mean(0, keepdim=True)), {}),  # broadcasts
         (lambda y, x: F.relu(y) + y, {}),  # someone else reads y
+        (lambda y, x: (x.transpose(2, 3) + y).transpose(2, 3).view(3, -1), {}),  # has the strides of its first operand
         (lambda y, x: (y + x).relu() * (y + x).detach(), {}),
         (lambda y, x: F.relu(F.relu(y) + x), {"activation": "relu"}),
     ],

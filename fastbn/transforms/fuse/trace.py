@@ -12,13 +12,11 @@ import collections
 import dis
 import enum
 import functools
-import gc
 import inspect
 import math
 import operator
 import sys
 import types
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from torch.fx.proxy import TracerBase
 from fastbn import _torch
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.epilogue import own_class
+from fastbn.transforms.fuse.watch import CONTAINERS, PLAIN_CONTAINERS, call, is_in, watched_calls
 
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
@@ -79,9 +78,9 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         proxy = _Proxy(tracer.create_node("placeholder", name, (), {}), tracer)
         proxy.answers = input_type
         inputs.append(proxy)
-    with torch.random.fork_rng(devices=[]), _watched_calls(tracer):
+    with torch.random.fork_rng(devices=[]), watched_calls(tracer):
         try:
-            result = _call(_with_leaves(forward, tracer), twin, inputs)
+            result = call(_with_leaves(forward, tracer), twin, inputs)
         except Exception as error:
             text = str(error).strip().splitlines()
             raise Refused(tracer.refused or f"{type(error).__name__}: {text[0] if text else ''}"[:120]) from None
@@ -98,10 +97,6 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
             raise
         raise Refused(f"forward returns a {type(result).__name__}") from None
     return Trace(tracer.graph, names, tracer.guards, tracer.asks_type)
-
-
-def _call(forward: Callable[..., Any], twin: Any, inputs: list[Any]) -> Any:
-    return forward(twin, *inputs)
 
 
 def _with_leaves(forward: Any, tracer: _Tracer) -> Any:
@@ -171,7 +166,7 @@ class _Tracer(TracerBase):
             raise self.refuse(f"a {type(a).__name__} is passed to a function")
         if type(a) is collections.OrderedDict:
             return self.create_proxy("call_function", collections.OrderedDict, (list(a.items()),), {}).node
-        if isinstance(a, (tuple, list, dict)) and type(a) not in _PLAIN_CONTAINERS:  # which would become plain ones
+        if isinstance(a, (tuple, list, dict)) and type(a) not in PLAIN_CONTAINERS:  # which would become plain ones
             raise self.refuse(f"forward makes a {type(a).__name__}")
         return super().create_arg(a)
 
@@ -199,7 +194,7 @@ class _Tracer(TracerBase):
         owner = next(base for base in self._classes[path].__mro__ if name in vars(base))
         if isinstance(value, types.MethodType) and isinstance(value.__self__, type):
             name = f"{name}.__func__"
-        if not _is_in(owner.__module__, ("torch",)):
+        if not is_in(owner.__module__, ("torch",)):
             self.guards[path, "method", name, getattr(value, "__func__", value)] = None
 
     def guard_functions(self, code: types.CodeType, scope: dict[str, Any]) -> None:
@@ -272,7 +267,7 @@ class _Proxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         asking = sys._getframe(1).f_globals.get("__name__", "")
-        if _is_in(asking, ("fastbn", *_torch.WHO_SORTS_PROXIES)):
+        if is_in(asking, ("fastbn", *_torch.WHO_SORTS_PROXIES)):
             return _Proxy
         if self.answers is None:
             tracer: Any = self.tracer
@@ -338,7 +333,7 @@ class _Watched:
                 return value
         elif issubclass(kind, (_Proxy, _Watched)):  # what a property returned
             return value
-        elif not callable(value) and not issubclass(kind, (nn.Module, Tensor, *_CONTAINERS)):
+        elif not callable(value) and not issubclass(kind, (nn.Module, Tensor, *CONTAINERS)):
             return _Attributes(value, tracer, f"{path}.{name}" if path else name)
         raise tracer.refuse(f"forward reads {name}, a {type(value).__name__}")
 
@@ -390,7 +385,7 @@ class _Attributes:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if _is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
+        if is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
             return _Attributes
         raise self._tracer.refuse(f"forward asks for the type of {self._path}")
 
@@ -432,186 +427,4 @@ def source_of(function: Any) -> tuple[str, str] | None:
                 value = getattr(value, part, None)
             if value is function:
                 return str(module), str(candidate)
-    return None
-
-
-# What forward may call beside functions of the traced values: it depends on its arguments alone.
-_BUILTINS = frozenset(
-    "isinstance issubclass len getattr hasattr callable min max sum abs all any iter next sorted round divmod".split()
-)
-_PLAIN_CONTAINERS = (
-    tuple,
-    list,
-    dict,
-    torch.Size,
-    fx.immutable_collections.immutable_list,
-    fx.immutable_collections.immutable_dict,
-)
-_CONTAINERS = (list, tuple, dict, str, set, frozenset, int, float, range, slice, types.MappingProxyType)
-_PURE_MODULES = (
-    "math",
-    "_operator",
-    "operator",
-    "itertools",
-    "collections",
-    "functools",
-    "typing",
-    "enum",
-    "_abc",
-    "abc",
-)
-_ALLOWED_MODULES = (
-    "fastbn",
-    "torch.fx",
-    "torch.nn.functional",
-    "torch.functional",
-    "torch.nn.modules",
-    "torch.overrides",
-    _torch.DeviceContext.__module__,
-    *_PURE_MODULES,
-)
-# False unless torch records what is called. is_scripting is False whenever Python runs.
-_FALSE_IN_EAGER = frozenset("is_tracing is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split())
-_TORCH_FUNCTIONS = frozenset(("_assert", "is_tensor", "is_floating_point", "is_scripting"))
-_READABLE = (
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    type,
-    torch.dtype,
-    torch.memory_format,
-    type(typing.Optional),
-    type(typing.List),  # noqa: UP006
-)
-_OWNERS = (types.ModuleType, type, types.FunctionType)
-_SUSPECTS = frozenset(
-    "type object id vars globals locals open input print exec eval setattr delattr __import__".split()
-)
-
-
-@functools.cache
-def _overridable() -> frozenset[Any]:
-    """Return the functions that a proxy among their arguments records, those in place (torch.relu_) among them."""
-    listed = torch.overrides.get_overridable_functions()
-    found = {function for functions in listed.values() for function in functions}
-    in_place = [getattr(torch, f"{getattr(function, '__name__', '')}_", None) for function in found]
-    return frozenset([*found, *in_place])
-
-
-def _is_in(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
-
-
-def _is_of_model(frame: Any) -> bool:
-    """Return whether a frame runs code of the model: neither of torch nor of fastbn nor of Python's library."""
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package not in ("torch", "fastbn") and package not in sys.stdlib_module_names
-
-
-@contextmanager
-def _watched_calls(tracer: _Tracer) -> Iterator[None]:
-    """Refuse a trace in which the model's own code calls or reads what may answer differently another time."""
-
-    nested: set[types.CodeType] = set()  # code of functions that traced code defines, whose closure is its variables
-
-    def watch(frame: Any, event: str, argument: Any) -> None:
-        if tracer.refused is not None or tracer.is_paused:
-            return
-        reason: str | None = None
-        if event == "c_call" and _is_of_model(frame):
-            reason = _why_not_builtin(argument)
-        elif event == "call":
-            if _is_of_model(frame):
-                code = frame.f_code
-                reason = _why_not_code(code, frame.f_globals)
-                tracer.guard_functions(code, frame.f_globals)
-                tracer.guard_base(code, frame.f_locals)
-                tracer.asks_class |= not {"isinstance", "issubclass"}.isdisjoint(code.co_names)
-                if code not in nested and not all(_is_readable(frame.f_locals[name]) for name in code.co_freevars):
-                    reason = "forward is a closure over values"
-                nested.update(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-            elif _is_of_model(frame.f_back) or frame.f_back.f_code is _call.__code__:
-                name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-                if function in _FALSE_IN_EAGER:
-                    tracer.guards["", "eager", "", None] = None
-                elif not _is_in(name, _ALLOWED_MODULES) and function not in _TORCH_FUNCTIONS:
-                    reason = f"forward calls {name}.{function}"
-        if reason is not None:
-            raise tracer.refuse(reason)
-
-    before: Any = sys.getprofile()
-    is_of_c = hasattr(before, "enable")  # cProfile's, which only starts by itself
-    collects_garbage = gc.isenabled()
-    gc.disable()  # finalisers and gc.callbacks, of others, would be watched as well
-    sys.setprofile(watch)
-    try:
-        yield
-    finally:
-        sys.setprofile(None if is_of_c else before)
-        if collects_garbage:
-            gc.enable()
-        if is_of_c:
-            before.enable()
-
-
-def _why_not_builtin(function: Any) -> str | None:
-    module, name = getattr(function, "__module__", None), function.__name__
-    owner = getattr(function, "__self__", None)
-    if module == "builtins" and name in _BUILTINS or _is_in(str(module), _PURE_MODULES):
-        return None
-    if isinstance(owner, _CONTAINERS) or type(owner).__name__.endswith(("_iterator", "_keys", "_values", "_items")):
-        return None
-    if type(owner) is type and issubclass(owner, _CONTAINERS) or isinstance(function, types.MethodWrapperType):
-        return None
-    try:
-        if function in _overridable():
-            return None
-    except TypeError:
-        pass
-    return f"forward calls {module or type(owner).__name__}.{name}"
-
-
-def _is_readable(value: Any) -> bool:
-    """Return whether the model may read a value of a global or closure: what it does shows when it is called."""
-    return isinstance(value, _READABLE)
-
-
-def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
-    """Return why what a function of the model reads beside its arguments may change, or None."""
-    read: Any = None
-    opname = ""
-    for instruction in dis.get_instructions(code):
-        before, opname = opname, instruction.opname
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            name = instruction.argval
-            if name not in scope:
-                if name in _SUSPECTS:
-                    return f"forward calls {name}"
-                read = None
-                continue
-            read = scope[name]
-        elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR") and isinstance(read, _OWNERS):
-            return f"forward sets the global {instruction.argval}"
-        elif instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__":
-            return "forward reads __class__"
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, _OWNERS):
-            name = instruction.argval
-            if isinstance(read, type) and (issubclass(read, enum.Enum) or callable(getattr(read, name, None))):
-                read = None
-                continue
-            read = getattr(read, name, None)
-        elif instruction.opname == "IMPORT_NAME" and not _is_in(instruction.argval, ("torch",)):
-            return f"forward imports {instruction.argval}"
-        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            return f"forward sets the global {instruction.argval}"
-        elif instruction.opname == "IS_OP" and before.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            return "forward compares two values by identity"
-        elif instruction.opname in ("PRECALL", "CACHE"):
-            continue
-        else:
-            read = None
-            continue
-        # Calls of other objects (those of Cython, say) go past a profiler.
-        if not _is_readable(read):
-            return f"forward reads the global {name}, a {type(read).__name__}"
     return None

@@ -36,6 +36,7 @@ __all__ = [
     "is_legacy_batched",
     "is_in_backward",
     "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
+    "may_write",
     "traceable_assert",
     "unwrap_if_dead",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
@@ -90,6 +91,15 @@ def graph_pass(function: Callable[[Any], Any], key: Any) -> Callable[[Any], None
             return key
 
     return Pass()
+
+
+def may_write(op: Any) -> bool:
+    """Return whether an operator of torch.ops may write to arguments other than `out`; False for other functions."""
+    if isinstance(op, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return any(may_write(getattr(op, name)) for name in op.overloads() if "out" not in name)
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
 
 
 def is_exporting() -> bool:

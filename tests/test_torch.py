@@ -186,3 +186,9 @@ def test_functions_have_names_under_their_modules():
     modules = [importlib.import_module(name) for name in _torch.FUNCTION_MODULES]
     for function in (torch.relu, torch.flatten, F.relu, F.gelu, F.softplus, F.max_pool2d, F.adaptive_avg_pool2d):
         assert any(getattr(module, function.__name__, None) is function for module in modules), function
+
+
+def test_operators_say_whether_they_write():
+    assert _torch.may_write(torch.ops.aten.relu_) and _torch.may_write(torch.ops.aten.relu_.default)
+    assert not _torch.may_write(torch.ops.aten.relu) and not _torch.may_write(torch.relu_)
+    assert _torch.may_write(torch.ops.higher_order.cond)

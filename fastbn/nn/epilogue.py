@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbn import _torch
+from fastbn.ops.layout import suggest_memory_format
 
 Known: TypeAlias = "tuple[str, float | None] | None"  # name and parameter of an activation of the ops; None: not known
 
@@ -100,6 +101,11 @@ class NormalizationLayer(TakesEpilogue):
         return True
 
 
+def own_class(module: Any) -> Any:
+    """Return the class that a module has without the one whose forward is fused."""
+    return getattr(type(module), "_fastbn_original", type(module))
+
+
 def takes_epilogue(module: Any) -> bool:
     cls = type(module)
     return getattr(cls, "_epilogue_owner", None) is cls
@@ -154,7 +160,23 @@ def read(epilogue: Epilogue, input: Tensor) -> tuple[Tensor | None, str | None, 
         or residual.layout != input.layout
     ):
         return None
+    if epilogue.add in (add_to, iadd_to) and not gives_strides_of(input, residual):
+        return None
     return residual, name, param
+
+
+def gives_strides_of(input: Tensor, residual: Tensor) -> bool:
+    """Return whether the sum has the strides of a normalised input, although it takes those of its first operand."""
+    if _torch.is_in_functorch_transform():  # which does not tell
+        return False
+    memory_format = suggest_memory_format(input)
+    if residual.is_contiguous(memory_format=memory_format):
+        return True
+    dims = list(range(residual.dim()))
+    if memory_format is not torch.contiguous_format:
+        dims.append(dims.pop(1))
+    strides = [residual.stride(d) for d in dims if residual.shape[d] > 1]
+    return all(outer > inner > 0 for outer, inner in zip(strides, strides[1:]))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -172,6 +194,11 @@ def is_plain(module: nn.Module) -> bool:
 def _must_see_modules() -> bool:
     """Return whether hooks of all modules, or a tool that records their calls, must see each of them."""
     return _torch.has_global_module_hooks() or torch.jit.is_tracing() or _torch.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_eager() -> bool:
+    """Return whether neither a compiler nor a tracer nor torch.export records what is called."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _torch.is_exporting())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def keeps_order(module: Any) -> bool:
@@ -202,8 +229,9 @@ def is_known(step: Any) -> bool:
 
 def is_identity(step: Any) -> bool:
     """Return whether a step returns what it is given, as it is now."""
-    asks = IDENTITIES.get(type(step))
-    return asks is not None and is_plain(step) and asks(step)
+    cls = type(step)
+    asks = IDENTITIES.get(cls)
+    return asks is not None and FORWARDS[cls] is cls.forward and is_plain(step) and asks(step)
 
 
 def all_identities(steps: tuple[Any, ...]) -> bool:
@@ -219,8 +247,9 @@ def known_activation(step: Any) -> Known:
         target = step.target
         reads = METHODS.get(target) if isinstance(target, str) else FUNCTIONS.get(target)
         return None if reads is None else reads(*step.args, **step.kwargs)
-    reads = ACTIVATIONS.get(type(step))
-    return reads(step) if reads is not None and is_plain(step) else None
+    cls = type(step)
+    reads = ACTIVATIONS.get(cls)
+    return reads(step) if reads is not None and FORWARDS[cls] is cls.forward and is_plain(step) else None
 
 
 def _not_negative(name: str, param: Any) -> Known:
@@ -342,6 +371,8 @@ IDENTITIES: dict[type, Callable[[Any], bool]] = {
     nn.AlphaDropout: _is_idle_dropout,
     nn.FeatureAlphaDropout: _is_idle_dropout,
 }
+# The forward of each type of both tables, since another may be put in its place.
+FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (*ACTIVATIONS, *IDENTITIES)}  # type: ignore[attr-defined]
 
 
 # The additions of a graph by name; "_to" where the normalised value is the second operand.

@@ -1,7 +1,8 @@
 """Which module is called where: a graph of each module's own forward, its children being leaves, from the root down.
 
-Graphs are torch.fx's, one for any values of the arguments and one for their defaults. Where a forward cannot be traced,
-its children are taken to be called as they are, but for those that its source reaches into (`_reach`).
+Graphs are torch.fx's: one for the defaults of the arguments, and one for each way in which branches may go that depend
+on arguments with defaults, such as flags. Where a forward cannot be traced, its children are taken to be called as they
+are, but for those that its source reaches into (`_reach`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import fx, nn
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_MAX_WAYS = 64  # of branches in one forward
 _WALKS = frozenset(("children", "named_children", "modules", "named_modules", "_modules", "get_submodule"))
 
 
@@ -47,7 +49,27 @@ class Calls:
 
 
 class _Tracer(fx.Tracer):
+    """Follows branches on arguments with defaults as `decisions` says, which grows by those that it does not have."""
+
     proxy_buffer_attributes = True  # so that a forward that changes a buffer changes none here
+
+    def __init__(self, defaults: Iterable[str] = (), decisions: list[bool] | None = None) -> None:
+        super().__init__()
+        self.defaults, self.decisions = frozenset(defaults), [] if decisions is None else decisions
+        self._decided = 0
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if not self._is_of_defaults(obj.node):
+            return super().to_bool(obj)  # which raises
+        if self._decided == len(self.decisions):
+            self.decisions.append(True)
+        self._decided += 1
+        return self.decisions[self._decided - 1]
+
+    def _is_of_defaults(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return node.target in self.defaults
+        return node.op.startswith("call_f") and all(map(self._is_of_defaults, node.all_input_nodes))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -98,18 +120,30 @@ def _graphs(module: nn.Module) -> list[fx.Graph]:
         return []
     parameters = inspect.signature(type(module).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    graphs = []
+    graphs: list[fx.Graph] = []
     before = {name: copy.copy(value) if type(value) is dict else value for name, value in vars(module).items()}
-    for concrete in ({}, defaults) if defaults else ({},):
+
+    def trace(tracer: _Tracer, concrete: dict[str, Any] | None) -> None:
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
-                graphs.append(_Tracer().trace(module, concrete or None))
+                graphs.append(tracer.trace(module, concrete))
         except Exception:  # whatever a forward raises for arguments that have no values
-            continue
+            pass
         finally:  # a forward may assign to attributes
             vars(module).clear()
             vars(module).update(before)
+
+    if defaults:
+        trace(_Tracer(), defaults)
+    decisions: list[bool] = []
+    for _ in range(_MAX_WAYS):
+        trace(_Tracer(defaults, decisions), None)
+        while decisions and not decisions[-1]:
+            decisions.pop()
+        if not decisions:
+            break
+        decisions[-1] = False
     return graphs
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fastbn import _torch, functional
 from fastbn.backends import aten, registry
-from fastbn.nn.epilogue import FUNCTIONS, METHODS, Known
+from fastbn.nn.epilogue import FUNCTIONS, METHODS, Known, gives_strides_of
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
 
@@ -106,9 +106,11 @@ def _follow(node: fx.Node, example: Tensor) -> tuple[list[fx.Node], dict[str, An
     if user is not None and (known := _activation(user, chain[-1])) is not None:
         chain.append(user)
         options["activation"], options["activation_param"] = known
-    # The op runs where the chain ends. What it reads must not change from here to there.
-    if any(_may_write(other) for other in _between(chain)):
-        return [node], {}
+    # The op runs where the chain ends. What it reads and writes must not be written and read from here to there.
+    statistics = [value for value in (*node.args, *node.kwargs.values())[1:] if isinstance(value, fx.Node)]
+    for other in _between(chain):
+        if _may_write(other) or not set(statistics).isdisjoint(other.all_input_nodes):
+            return [node], {}
     return chain, options
 
 
@@ -127,7 +129,7 @@ def _residual(node: fx.Node, value: fx.Node, example: Tensor) -> fx.Node | None:
     added = _example(other)
     if added is None or added.shape != example.shape or (added.dtype, added.device) != (example.dtype, example.device):
         return None
-    return other
+    return other if first is value or gives_strides_of(example, added) else None
 
 
 _IN_PLACE = (operator.iadd, "add_")
@@ -162,6 +164,8 @@ def _may_write(node: fx.Node) -> bool:
         or node.target is functional.batch_norm
     ):
         return node.op == "call_module"
+    if _torch.may_write(node.target):
+        return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") or "out" in node.kwargs
     if not in_place:

@@ -54,8 +54,8 @@ def convert(
 
     fuse: also give modules whose forward calls a layer, and then an addition, an activation or both, another forward,
     in which one op does all of that: nn.Sequential, and what torch.fx can trace. At each call it is decided whether the
-    op may do it, by the modules as they are then: hooks, replaced modules, and a residual of another shape or dtype are
-    run as before. A second call fuses what has been added to the model.
+    op may do it, by the modules as they are then: hooks, replaced modules, methods and forwards, and a residual of
+    another shape, dtype or layout are run as before. A second call fuses what has been added to the model.
     save: "input" or "output", the argument of that name of fastbn's layers; None to leave it as it is.
     checkpoint_safe: also call `fastbn.checkpoint_safe(model)`. Layers that it has been called for stay safe anyway.
     verbose: print what was fused, what not and why: `fastbn.transforms.report(model)` as text.

@@ -62,11 +62,11 @@ def fold(model: nn.Module, *, inplace: bool = False, verbose: bool = False) -> n
     becomes an nn.Identity, or the module of its activation, so that the names and indices of all other modules stay.
 
     A pair is folded if the forward of the module that calls both, traced by torch.fx part by part, gives the layer's
-    output to the BatchNorm and to nothing else, and calls each once. Layers with hooks, with tied or parametrised
-    weights, or of subclasses with a forward of their own are left, and so are BatchNorms without running statistics
-    or before a convolution. Forwards that cannot be traced are taken to call their children only as they are, unless
-    their source says otherwise. `fastbn.transforms.fold.examine` returns what is folded and why the rest is left;
-    verbose: print it.
+    output to the BatchNorm and to nothing else, and calls each once, whatever values its flags have. Layers with hooks,
+    with tied or parametrised weights, or of subclasses with a forward of their own are left, and so are BatchNorms
+    without running statistics or before a convolution. Forwards that cannot be traced are taken to call their children
+    only as they are, unless their source says otherwise. `fastbn.transforms.fold.examine` returns what is folded and
+    why the rest is left; verbose: print it.
 
     inplace: change `model` itself, which needs no memory for a copy; nothing undoes it. Folded behind a Linear or by a
     layer that takes several numbers of dimensions, the place of the BatchNorm raises AssertionError for an input of

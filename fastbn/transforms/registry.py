@@ -66,6 +66,8 @@ def _enter(cls: type, facts: dict[str, Any]) -> None:
         epilogue.ACTIVATIONS[cls] = activation if callable(activation) else lambda module: (name, None)
     if facts["identity"] is not None:
         epilogue.IDENTITIES[cls] = facts["identity"]
+    if cls in epilogue.ACTIVATIONS or cls in epilogue.IDENTITIES:
+        epilogue.FORWARDS.setdefault(cls, getattr(cls, "forward", None))
     if layer is not None:
         LAYERS[cls] = Layer(layer, steps or (lambda module: ()))
     if facts["inputs"] is not None:

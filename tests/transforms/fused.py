@@ -62,6 +62,7 @@ def step(model: nn.Module, *args, backward: bool = True) -> dict[str, Tensor]:
     torch.manual_seed(0)
     with torch.set_grad_enabled(backward):
         output = model(*given)
+    output = list(output.values()) if isinstance(output, dict) else output
     outputs = [o for o in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(o, Tensor)]
     if backward:
         sum((o * torch.arange(o.numel(), dtype=o.dtype).view(o.shape).cos()).sum() for o in outputs).backward()

@@ -57,6 +57,11 @@ def calls_of(model, x, device_types=("cpu",)):
     return calls
 
 
+@torch.library.custom_op("fastbn_tests::exponential", mutates_args=("x",))
+def exponential(x: torch.Tensor) -> None:
+    x.exp_()
+
+
 @pytest.fixture
 def x():
     return torch.randn(3, 4, 6, 6)
@@ -87,6 +92,7 @@ def options_of(call):
         (lambda y, x: y + 1, {}),
         (lambda y, x: F.relu(y + x.mean(0, keepdim=True)), {}),  # broadcasts
         (lambda y, x: F.relu(y) + y, {}),  # someone else reads y
+        (lambda y, x: (x.transpose(2, 3) + y).transpose(2, 3).view(3, -1), {}),  # has the strides of its first operand
         (lambda y, x: (y + x).relu() * (y + x).detach(), {}),
         (lambda y, x: F.relu(F.relu(y) + x), {"activation": "relu"}),
     ],
@@ -105,6 +111,27 @@ def test_what_the_op_reads_must_not_change_before_the_end_of_its_chain(x):
             return F.relu(y) + residual
 
     (call,) = calls_of(Changes(None), x)
+    assert options_of(call) == {}
+
+    class ChangesByAnOperator(Model):
+        def forward(self, x):
+            residual = x.detach() * 2
+            y = self.bn(self.conv(x)) + residual
+            exponential(residual)
+            return F.relu(y) + residual
+
+    (call,) = calls_of(ChangesByAnOperator(None), x)
+    assert options_of(call) == {}
+
+
+def test_running_statistics_are_read_in_the_order_of_the_model(x):
+    class Reads(Model):
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            mean = self.bn.running_mean.view(-1, 1, 1) * 2
+            return F.relu(y) + mean
+
+    (call,) = calls_of(Reads(None), x)
     assert options_of(call) == {}
 
 

@@ -46,7 +46,7 @@ class Optional(Block):
 
 
 class Flag(Block):
-    """Traced with the default alone: a flag without a value stops torch.fx."""
+    """Traced for both values of the flag."""
 
     def forward(self, x, negative=False):
         y = self.norm(self.conv(x))
@@ -110,6 +110,38 @@ class DependsOnArguments(Block):
     def forward(self, x, raw=None):
         y = self.conv(x)
         return self.norm(y) if raw is None else self.norm(self.relu(y))
+
+
+class FlagSkips(Block):
+    def forward(self, x, raw=False):
+        y = self.conv(x)
+        return y if raw else self.norm(y)
+
+
+class NameSkips(Block):
+    def forward(self, x, mode="full"):
+        y = self.conv(x)
+        return y if mode in ("raw", "rough") else self.norm(y)
+
+
+class LevelSkips(Block):
+    def forward(self, x, *, level=2):
+        y = self.conv(x)
+        if level == 1:
+            return y
+        return self.norm(y)
+
+
+class FlagsSkip(Block):
+    def forward(self, x, raw=False, level=0.5):
+        y = self.conv(x)
+        return y if raw and level > 1 else self.norm(y)
+
+
+class TruthSkips(Block):
+    def forward(self, x, raw=None):
+        y = self.conv(x)
+        return y if raw else self.norm(y)
 
 
 class ChoosesConvolution(Block):
@@ -354,6 +386,11 @@ LEFT = {
     "arguments decide": (DependsOnArguments, r"its input is from relu"),
     "arguments choose a convolution": (ChoosesConvolution, "what comes before it depends on arguments"),
     "an argument skips it": (MayBeSkipped, "whether it is called depends on arguments"),
+    "a flag skips it": (FlagSkips, "whether it is called depends on arguments"),
+    "a name skips it": (NameSkips, "whether it is called depends on arguments"),
+    "a level skips it": (LevelSkips, "whether it is called depends on arguments"),
+    "flags skip it": (FlagsSkip, "whether it is called depends on arguments"),
+    "the truth of an argument skips it": (TruthSkips, "whether it is called depends on arguments"),
     "an untraceable forward": (Untraceable, "no forward that torch.fx can trace calls it"),
     "a shared convolution": (twice(0, 3), "0 is called more than once"),
     "a shared norm": (twice(2, 1), "it is called more than once"),

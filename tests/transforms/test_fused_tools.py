@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -91,6 +92,30 @@ def test_a_pickled_model_whose_class_has_another_forward_now():
         torch.testing.assert_close(loaded(X), model.conv1(X))
     finally:
         Block.forward = forward
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def scale(self, x):
+        return x * 2
+
+    def forward(self, x):
+        return torch.relu(self.bn(x)) * 2
+
+
+@pytest.mark.parametrize("name", ["scale", "forward"])
+def test_a_pickled_model_whose_class_has_other_numbers_now(name, monkeypatch):
+    model = fastbn.convert(Scaled())
+    data, same = pickle.dumps(model), pickle.loads(pickle.dumps(model))
+    assert type(same) is type(model) is not Scaled
+    method = getattr(Scaled, name)
+    constants = tuple(3 if constant == 2 else constant for constant in method.__code__.co_consts)
+    code = method.__code__.replace(co_consts=constants)
+    monkeypatch.setattr(Scaled, name, types.FunctionType(code, globals()))
+    assert type(pickle.loads(data)) is Scaled
 
 
 def test_state_dicts_load_both_ways():

@@ -1,7 +1,9 @@
 """What symbolic tracing would guess, fastbn.convert guards or leaves alone: results are those of the model's code."""
 
+import collections
 import cProfile
 import enum
+import functools
 import gc
 import pstats
 import random
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastbn
@@ -24,6 +27,11 @@ from tests.transforms.test_fuse import Block, ConvNorm, Inverted, downsample, mo
 X = inputs(4, 3, 5, 5)
 FLAG = True
 OPTIONS = {"relu": True}
+
+
+class Options(enum.Flag):
+    RELU = enum.auto()
+    SILU = enum.auto()
 
 
 class Kind(enum.Enum):
@@ -220,6 +228,37 @@ def test_none_and_lists_run_the_module_s_own_forward():
     torch.testing.assert_close(fastbn.convert(model)([X, X], None), twin([X, X], None))
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_a_subclass_of_a_tensor_that_forward_asks_for():
+    def forward(self, x):
+        y = self.bn(x)
+        return y * 2 if isinstance(x, Subclass) else F.relu(y)
+
+    model, twin = (random_state(module_with(forward)).eval() for _ in range(2))
+    fastbn.convert(model)
+    with recorded_calls() as calls:
+        for x in (X, X.as_subclass(Subclass)):
+            torch.testing.assert_close(model(x).as_subclass(torch.Tensor), twin(x).as_subclass(torch.Tensor))
+    assert calls == ["relu", ""]
+
+
+class OfList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, xs):
+        return self.bn(torch.cat([xs] if isinstance(xs, torch.Tensor) else xs))
+
+
+def test_a_tensor_for_what_takes_lists_as_a_rule():
+    fastbn.transforms.register(OfList, inputs=list)
+    check(Inverted(OfList()), X, fused=[""])
+
+
 def test_residuals_of_another_shape_or_dtype():
     model = module_with(lambda self, x, r: F.relu(self.bn(x) + r))
     check(model, X, inputs(1, 3, 1, 1), fused=[""])
@@ -229,6 +268,48 @@ def test_residuals_of_another_shape_or_dtype():
         y = model(X.float(), X)
         z = model(X.float(), X.bfloat16())
     assert y.dtype == torch.float64 and z.dtype == torch.float32 and calls == ["", ""]
+
+
+def test_the_strides_of_a_sum_are_those_of_the_model():
+    def first(self, x, r):
+        return r + self.bn(x)
+
+    def second(self, x, r):
+        return self.bn(x) + r
+
+    r = inputs(*X.shape, seed=1)
+    last, rest = torch.channels_last, torch.contiguous_format
+    for forward, fused in [(first, ["add", "add", "", "", ""]), (second, ["add"] * 5)]:
+        model, twin = (random_state(module_with(forward)).eval() for _ in range(2))
+        fastbn.convert(model)
+        others = [torch.cat([r, r], 1)[:, 3:], r.to(memory_format=last), r.transpose(2, 3), r[:1].expand(r.shape)]
+        for residual, expected in zip([r, *others], fused, strict=True):
+            with recorded_calls() as calls:
+                y = model(X, residual)
+            assert calls == [expected] and y.stride() == twin(X, residual).stride()
+        with recorded_calls() as calls:
+            model(X.to(memory_format=last), r.to(memory_format=last))
+            y = model(X.to(memory_format=last), r)
+        assert y.is_contiguous(memory_format=rest if forward is first else last)
+        assert calls == (["add", ""] if forward is first else ["add", "add"])
+
+
+def test_a_residual_that_is_changed_before_backward():
+    def forward(self, x):
+        r = self.conv(x)
+        y = F.silu(self.bn(x) + r)
+        r += 1
+        return y + r
+
+    check(module_with(forward), X, fused=[""])
+    check(module_with(lambda self, x, r: F.silu(self.bn(x) + r), conv=nn.Identity()), X, X, fused=["add+silu"])
+
+
+def test_a_batch_of_models():
+    for forward in (lambda self, x: x + self.bn(x), lambda self, x: F.relu(self.bn(x) + x)):
+        model = fastbn.convert(random_state(module_with(forward)).eval())
+        ys = torch.func.vmap(model)(torch.stack([X, X * 2]))
+        torch.testing.assert_close(ys, torch.stack([model(X), model(X * 2)]))
 
 
 def test_an_in_place_addition_keeps_its_dtype():
@@ -345,6 +426,15 @@ def test_random_numbers_are_drawn_in_the_order_of_the_model():
     check(build(), X, fused=["add"], modes=[False])
 
 
+def test_running_statistics_are_read_in_the_order_of_the_model():
+    def forward(self, x, r):
+        y = self.bn(self.conv(x))
+        mean = self.bn.running_mean * 2
+        return y + r, mean
+
+    check(module_with(forward), X, inputs(*X.shape, seed=1), fused=[""])
+
+
 def test_hooks_run_in_the_order_of_the_model():
     def called(model, seen):
         for name in ("bn1", "bn2", "downsample", "relu"):
@@ -356,6 +446,22 @@ def test_hooks_run_in_the_order_of_the_model():
     assert called(fastbn.convert(fast), []) == called(stock, [])
     stock, fast = (random_state(Block(downsample())) for _ in range(2))
     assert called(fastbn.convert(fast), []) == called(stock, [])
+
+
+def test_what_is_done_after_the_result_is_known():
+    def of_an_input(self, x, r):
+        y = F.relu(self.bn(x))
+        r.mul_(2)
+        return y
+
+    def of_a_buffer(self, x):
+        y = self.act(self.bn(x))
+        self.bn2.running_mean.add_(x.mean())
+        return y
+
+    check(module_with(of_an_input), X, inputs(*X.shape, seed=1), fused=["relu"])
+    check(module_with(of_a_buffer, act=nn.Identity()), X, fused=[""])
+    check(Inverted(module_with(of_a_buffer, act=nn.Identity())), X, fused=[""])
 
 
 # --- modules that are shared or called twice
@@ -459,6 +565,22 @@ def test_attributes_of_all_kinds():
     check(module_with(forward, **values), X, fused=[""], change=lambda model: model.options.update(cast=False))
 
 
+def test_a_combination_of_flags_is_left_alone():
+    def forward(self, x):
+        return F.relu(self.bn(x)) if self.options else self.bn(x)
+
+    check(module_with(forward, options=Options.RELU), X, fused=["relu"])
+    check(module_with(forward, options=Options.RELU | Options.SILU), X, fused=[""])
+
+
+def test_a_name_that_is_a_keyword():
+    def forward(self, x):
+        return F.relu(self.bn(x) * getattr(self, "lambda"))
+
+    check(module_with(forward, **{"lambda": 2}), X, fused=[""])
+    check(module_with(lambda self, x: F.relu(self.bn(x * getattr(self, "lambda"))), **{"lambda": 2}), X, fused=["relu"])
+
+
 def test_a_number_that_becomes_a_tensor():
     def forward(self, x):
         return F.relu(self.bn(x * self.scale))
@@ -519,8 +641,16 @@ def test_attributes_of_children_and_missing_attributes():
     check(module_with(forward), X, fused=[""], change=stride)
 
 
+class Named(collections.namedtuple("Named", "y")):
+    pass
+
+
+class Listed(list):
+    pass
+
+
 class Config:
-    relu, sizes = True, [1, 2]
+    relu, sizes, calls, last = True, [1, 2], 0, None
 
     def method(self):
         return True
@@ -558,6 +688,46 @@ def forward_that_counts(self, x):
 def forward_that_appends(self, x):
     self.list.append(1)
     return F.relu(self.bn(x))
+
+
+def forward_that_counts_in_a_config(self, x):
+    self.config.calls += 1
+    return F.relu(self.bn(x))
+
+
+def forward_that_counts_in_its_class(self, x):
+    self.__class__.calls = 1
+    return F.relu(self.bn(x))
+
+
+def forward_that_sets_an_attribute_of_a_class(self, x):
+    y = F.relu(self.bn(x))
+    Config.last = y
+    return y
+
+
+def forward_that_sets_an_attribute_of_a_tensor(self, x):
+    y = F.relu(self.bn(x))
+    y.tag = 1
+    return y
+
+
+def forward_that_sets_an_attribute_in_another_way(self, x):
+    object.__setattr__(self, "calls", self.calls + 1)
+    return F.relu(self.bn(x))
+
+
+def forward_of_a_flag_of_a_function(self, x):
+    return F.relu(self.bn(x)) if closure_over.is_on else self.bn(x)
+
+
+def forward_that_asks_for_a_class(self, x):
+    return F.relu(self.bn(x)) if self.conv.__class__ is nn.Conv2d else self.bn(x)
+
+
+def forward_that_compares_values(self, x):
+    y = self.identity(x)
+    return F.relu(self.bn(x)) if y is x else self.bn(x)
 
 
 def forward_that_draws(self, x):
@@ -654,6 +824,7 @@ def closure_over(value):
 
 
 is_on = closure_over(True)
+closure_over.is_on = True
 
 
 def forward_of_a_flag_of_a_class(self, x):
@@ -670,6 +841,14 @@ def forward_with_a_default_that_may_change(self, x, options=OPTIONS):
     return F.relu(self.bn(x)) if options["relu"] else self.bn(x)
 
 
+def forward_that_returns_a_tuple_with_names(self, x):
+    return Named(F.relu(self.bn(x)))
+
+
+def forward_that_returns_a_list_of_a_kind(self, x):
+    return Listed([F.relu(self.bn(x))])
+
+
 def forward_that_makes_a_layer(self, x):
     return F.relu(self.bn(x)) + nn.Linear(5, 5, dtype=x.dtype)(x) * 0
 
@@ -680,7 +859,9 @@ LEFT_ALONE = [
     (forward_of_a_flag_of_a_class, "forward reads the global relu"),
     (forward_that_imports, "forward imports tests.transforms.test_guards"),
     (forward_with_a_default_that_may_change, "a default of forward may change"),
-    (forward_that_makes_a_layer, "forward asks for the type|is passed to a function"),
+    (forward_that_returns_a_tuple_with_names, "forward makes a Named"),
+    (forward_that_returns_a_list_of_a_kind, "forward makes a Listed"),
+    (forward_that_makes_a_layer, "forward asks for the type|is passed to a function|forward sets _is_param"),
     (forward_of_a_list_in_a_config, "forward reads config.sizes, a list"),
     (forward_that_asks_whether_there_is_a_config, "forward reads config, a Config"),
     (forward_that_calls_a_config, "forward reads config.method, a method"),
@@ -688,6 +869,14 @@ LEFT_ALONE = [
     (forward_with_global_options, "forward reads the global OPTIONS"),
     (forward_that_counts, "forward sets calls"),
     (forward_that_appends, "forward changes an attribute in place"),
+    (forward_that_counts_in_a_config, "forward sets config.calls"),
+    (forward_that_counts_in_its_class, "forward reads __class__"),
+    (forward_that_sets_an_attribute_of_a_class, "forward sets the global last"),
+    (forward_that_sets_an_attribute_of_a_tensor, "forward sets tag of a tensor"),
+    (forward_that_sets_an_attribute_in_another_way, "forward calls object"),
+    (forward_of_a_flag_of_a_function, "forward reads the global is_on, a bool"),
+    (forward_that_asks_for_a_class, "forward reads __class__"),
+    (forward_that_compares_values, "forward compares two values by identity"),
     (forward_that_draws, "forward calls Random.random|forward calls random.random|forward calls _random.random"),
     (forward_that_draws_by_torch, "forward calls torch.rand"),
     (forward_that_draws_by_numpy, "forward reads the global rand"),
@@ -710,7 +899,7 @@ LEFT_ALONE = [
 @pytest.mark.parametrize("forward, reason", LEFT_ALONE, ids=[f.__name__ for f, _ in LEFT_ALONE])
 def test_what_would_be_a_guess_is_left_alone(forward, reason):
     def build():
-        return module_with(forward, config=Config(), calls=0, list=[1])
+        return module_with(forward, config=Config(), calls=0, list=[1], identity=nn.Identity())
 
     model = build()
     attributes = {key: value for key, value in vars(model).items() if not key.startswith("_")}
@@ -722,8 +911,20 @@ def test_what_would_be_a_guess_is_left_alone(forward, reason):
     reasons = {layer.reason for layer in fastbn.transforms.report(model).layers}
     assert any(re.search(reason, text) for text in reasons), reasons
     random.seed(0), numpy.random.seed(0)
+    assert type(random_state(model)(X)) is type(build().double()(X))
+    random.seed(0), numpy.random.seed(0)
     fused = ["", ""] if forward is forward_without_gradients else [""]
     check(build(), X, fused=fused)
+
+
+def test_an_ordered_dict_stays_one():
+    def forward(self, x):
+        y = collections.OrderedDict(out=F.relu(self.bn(x)))
+        y["in"] = x
+        return y
+
+    model = check(module_with(forward), X, fused=["relu"])
+    assert type(model(X)) is collections.OrderedDict and list(model(X)) == ["out", "in"]
 
 
 def test_a_forward_that_is_decorated():
@@ -750,6 +951,143 @@ def test_a_forward_that_is_put_in_place_of_the_class_s():
         cls.forward = relu_after
 
 
+class WithHelpers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.child = nn.BatchNorm2d(3), Scaling()
+
+    def by_method(self, y):
+        return F.relu(y)
+
+    @staticmethod
+    def by_function(y):
+        return F.relu(y)
+
+    @classmethod
+    def by_class(cls, y):
+        return F.relu(y)
+
+    def forward(self, x):
+        return self.child.by_method(self.by_method(self.by_function(self.by_class(self.bn(x)))))
+
+
+class Scaling(nn.Module):
+    def by_method(self, y):
+        return y * 2
+
+    forward = by_method
+
+
+class ScalingMore(Scaling):
+    def by_method(self, y):
+        return y * 3
+
+
+def test_a_method_that_is_put_in_place_of_another(monkeypatch):
+    def silu(self, y):
+        return F.silu(y)
+
+    def change(model):
+        model.by_method = types.MethodType(silu, model)
+
+    def patched(patch, name, function, model):
+        patch.setattr(WithHelpers, name, function)
+
+    check(WithHelpers(), X, fused=["relu"])
+    check(WithHelpers(), X, fused=[""], change=change)
+    check(WithHelpers(), X, fused=[""], change=lambda model: setattr(model, "child", ScalingMore().double()))
+    for name, function in [("by_method", silu), ("by_function", staticmethod(F.silu)), ("by_class", classmethod(silu))]:
+        with monkeypatch.context() as patch:
+            change = functools.partial(patched, patch, name, function)
+            check(WithHelpers(), X, fused=[""], change=change)
+
+
+RECORDED = [torch.jit.is_tracing, pytest.param(torch.compiler.is_compiling, marks=pytest.mark.slow)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("asks", RECORDED, ids=["trace", "compile"])
+def test_a_forward_that_asks_whether_it_is_recorded(asks):
+    def forward(self, x):
+        y = self.bn(x)
+        return y * 2 if asks() else F.relu(y)
+
+    def recorded(model):
+        if asks is torch.jit.is_tracing:
+            return torch.jit.trace(model, X, check_trace=False)
+        return torch.compile(model, backend="eager")
+
+    model = check(module_with(forward), X, fused=["relu"]).eval()
+    torch.testing.assert_close(recorded(model)(X), model.bn(X) * 2)
+
+
+def activated(y):
+    return F.relu(y)
+
+
+def forward_that_calls_a_function(self, x):
+    return activated(self.bn(x))
+
+
+class WithMoreHelpers(WithHelpers):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_function_or_base_method_that_is_put_in_place_of_another(monkeypatch):
+    def change_function(model):
+        monkeypatch.setitem(globals(), "activated", F.silu)
+
+    def change_base(model):
+        monkeypatch.setattr(WithHelpers, "forward", lambda self, x: F.silu(self.bn(x)))
+
+    check(module_with(forward_that_calls_a_function), X, fused=["relu"])
+    check(module_with(forward_that_calls_a_function), X, fused=[""], change=change_function)
+    check(WithMoreHelpers(), X, fused=["relu"])
+    check(WithMoreHelpers(), X, fused=[""], change=change_base)
+
+
+def test_a_class_of_a_child_that_is_asked_for():
+    def forward(self, x):
+        y = self.bn(x)
+        return self.act(y) if isinstance(self.act, nn.ReLU) else self.act(y) * 2
+
+    check(module_with(forward, act=nn.ReLU()), X, fused=["relu"])
+    check(module_with(forward, act=nn.ReLU()), X, fused=[""], change=replace("act", nn.SiLU))
+
+
+class Chain(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Chain, nn.ReLU, nn.Dropout])
+def test_another_forward_of_a_class_of_torch(cls, monkeypatch):
+    def build():
+        return Inverted(Chain(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.0), nn.ReLU(), nn.BatchNorm2d(3)))
+
+    def change(model):
+        monkeypatch.setattr(cls, "forward", lambda self, input: input * 2)
+
+    check(build(), X, fused=["relu", "add"])
+    check(build(), X, fused=[] if cls is Chain else ["", "add"], change=change)
+
+
+def test_a_container_with_a_call_of_its_own():
+    class Doubled(Chain):
+        def __call__(self, input):
+            return super().__call__(input) * 2
+
+    check(Inverted(Doubled(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))), X, fused=[""])
+
+
+def test_a_sequential_that_goes_through_its_children_in_another_way():
+    class Reversed(nn.Sequential):
+        def __iter__(self):
+            return iter(list(self._modules.values())[::-1])
+
+    check(Reversed(nn.SiLU(), nn.BatchNorm2d(3), nn.ReLU()), X, fused=["silu"])
+
+
 def test_a_second_conversion_follows_what_has_changed():
     model = fastbn.convert(random_state(Block()))
     model.downsample = random_state(downsample())
@@ -764,6 +1102,34 @@ def test_a_forward_of_the_instance():
     model.forward = lambda x: model.bn(x)
     fastbn.convert(random_state(model))
     assert type(model).__mro__[1] is not type(model) and "_fastbn_source" not in vars(type(model))
+
+
+@pytest.mark.parametrize("forward", [property(lambda self: F.relu), torch.relu], ids=["property", "builtin"])
+def test_a_forward_without_a_signature(forward):
+    model = type("Odd", (nn.Module,), {"forward": forward})()
+    model.bn = nn.BatchNorm2d(3)
+    assert torch.equal(fastbn.convert(model).forward(X), F.relu(X))
+    assert "forward is a" in fastbn.transforms.report(model).layers[0].reason
+
+
+class Gained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.gain = nn.BatchNorm2d(3), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return F.relu(self.bn(x * self.gain))
+
+
+def test_a_container_whose_parameters_are_parametrised():
+    def build():
+        model = Gained()
+        parametrize.register_parametrization(model, "gain", nn.Softplus())
+        return model
+
+    model = check(build(), X, fused=[""])
+    parametrize.remove_parametrizations(model, "gain")
+    assert type(model) is Gained and isinstance(model.gain, nn.Parameter)
 
 
 def test_a_random_depth_is_drawn_at_each_call():
@@ -835,3 +1201,16 @@ def test_a_class_that_registers_its_subclasses():
     check(Registered(), X, fused=[""])
     check(RegisteredSequential(nn.BatchNorm2d(3), nn.ReLU()), X, fused=[""])
     assert not Registered.subclasses and not RegisteredSequential.subclasses
+
+
+@pytest.mark.parametrize("own_class", ["type(self)", "self.__class__"])
+def test_a_class_whose_methods_take_it_for_the_last_one(own_class):
+    source = f"def train(self, mode=True):\n    return super({own_class}, self).train(mode)"
+
+    def build(base, *args):
+        scope = {}
+        exec(source, scope)
+        return type("Old", (base,), scope)(*args)
+
+    check(build(nn.Sequential, nn.BatchNorm2d(3), nn.ReLU()), X, fused=[""])
+    check(build(ConvNorm, 3, nn.ReLU()), X, fused=[""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.nn.epilogue import known_activation, takes_epilogue
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_class
@@ -40,17 +41,19 @@ def source_of(module: nn.Module, input_type: type = Tensor) -> str | None:
     if not has_candidates(module) or cls.forward is nn.Module.forward:
         return None
     source = None
-    if cls.forward is nn.Sequential.forward:
+    if cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__:
         found, tail = children_of(module, ever=True)  # type: ignore[arg-type]
         if tail is None and all(activation is None for _, activation in found):
             return None
         if not may_be_subclassed(cls):
-            raise Refused(f"{cls.__name__} notices its subclasses")
+            raise Refused(f"{cls.__name__} would notice that it has a subclass")
         source = SEQUENTIAL
     if not can_be_pickled(cls):
         raise Refused(f"{cls.__name__} has a __reduce__ of its own")
     if source is not None:
         return source
+    if is_parametrized(module):
+        raise Refused("the module has a class of its own, since its tensors are parametrised")
     if "forward" in vars(module):
         raise Refused("the module has a forward of its own")
     training, evaluation = (trace(module, mode, input_type) for mode in (True, False))

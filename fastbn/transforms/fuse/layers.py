@@ -34,9 +34,11 @@ def _make(original: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], tensor):
             return _with_epilogue(self, args[0], nothing)
-        return own(self, *args, **kwargs)
+        return original.forward(self, *args, **kwargs)
 
     def _with_epilogue(self: Any, input: Tensor, epilogue: Epilogue) -> Any:
+        if original.forward is not own:
+            return epilogue.apply(original.forward(self, input))
         joined = join(Epilogue(after=LAYERS[original].steps(self)), epilogue)
         if joined is None:
             return epilogue.apply(_with_epilogue(self, input, NOTHING))

@@ -98,6 +98,7 @@ def find(graph: fx.Graph, module: nn.Module) -> list[Site]:
         if not epilogue.takes_epilogue(module.get_submodule(str(node.target))):
             continue
         site = _follow(node, module, taken)
+        site.is_tail = site.is_tail and not _is_followed(site, position)
         if site.fuses and not _may_move(site, module, position):
             continue
         if site.fuses or site.is_tail:
@@ -133,6 +134,12 @@ def _follow(node: fx.Node, module: nn.Module, taken: set[fx.Node]) -> Site:
             break
         last = user
     return site
+
+
+def _is_followed(site: Site, position: dict[fx.Node, int]) -> bool:
+    """Return whether forward still does something after the site, to a buffer for example."""
+    end = position[site.chain[-1]]
+    return any(i > end and node.op not in ("output", "get_attr") for node, i in position.items())
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -200,6 +207,8 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
     source = _fresh(node.args[0], module) if between and _is_normalization(node, module) else None
     if source is not None:
         bn = module.get_submodule(str(node.target))
+        if any(_reads(other, bn, module) for other in position):
+            return False
         for other in between:
             if other.op == "call_module" and bn in module.get_submodule(str(other.target)).modules():
                 return False
@@ -211,6 +220,10 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
             if not _is_step(other, module, epilogue.IDENTITIES):
                 return False
             site.checks.append(("is_identity", str(other.target)))
+    if isinstance(site.residual, fx.Node) and any(
+        _is_in_place(other, module) for other in site.residual.users if position[other] > position[site.chain[-1]]
+    ):
+        return False  # backward may need it
     if site.add == "iadd_to":  # the fused op leaves the residual as it is
         paths = _fresh(site.residual, module)
         if paths is None:
@@ -221,6 +234,22 @@ def _may_move(site: Site, module: nn.Module, position: dict[fx.Node, int]) -> bo
 
 def _is_normalization(node: Any, module: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), epilogue.NormalizationLayer)
+
+
+def _is_in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Return whether a node changes its input, going by its name and options."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name in _IN_PLACE or bool(node.kwargs.get("inplace"))
+
+
+_IN_PLACE = frozenset("iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split())
+
+
+def _reads(node: fx.Node, bn: nn.Module, module: nn.Module) -> bool:
+    """Return whether a node takes a tensor of the normalisation `bn`, running statistics for example."""
+    return node.op == "get_attr" and module.get_submodule(str(node.target).rpartition(".")[0]) is bn
 
 
 def _fresh(node: Any, module: nn.Module) -> list[str] | None:

@@ -55,12 +55,17 @@ def _is_fresh(self: Any) -> bool:
 
 
 def _make(original: type[nn.Sequential]) -> type:
-    run_children, nothing = _run_children, NOTHING
+    own, run_children, nothing = original.forward, _run_children, NOTHING
 
     def forward(self: Any, input: Any) -> Any:
-        return run_children(self, input, nothing)
+        return run_children(self, input, nothing) if original.forward is own else original.forward(self, input)
 
-    body = {"forward": forward, "_with_epilogue": _run_children, "_is_fresh": _is_fresh}
+    def _with_epilogue(self: Any, input: Any, epilogue: Epilogue) -> Any:
+        if original.forward is own:
+            return run_children(self, input, epilogue)
+        return epilogue.apply(original.forward(self, input))
+
+    body = {"forward": forward, "_with_epilogue": _with_epilogue, "_is_fresh": _is_fresh}
     return subclass(original, SEQUENTIAL, body, takes_epilogue=True)
 
 

@@ -7,14 +7,16 @@ share one code object. It is pickled as these two.
 from __future__ import annotations
 
 import copyreg
+import functools
 import hashlib
 import keyword
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fastbn.nn import epilogue
 from fastbn.nn.scripting import in_place_of
@@ -41,7 +43,7 @@ def bind(_guard, _fused, _cls, _Tensor, _NOTHING):
 {tail}"""
 _TAIL = """
 def _with_epilogue(self, input, epilogue):
-    if guard(self):
+    if {check} and guard(self):
         return fused(self, input, epilogue)
     return epilogue.apply(self(input))
 
@@ -63,20 +65,20 @@ class _Writer:
         self.inside = {node: site for site in sites for node in site.chain[:-1]}
         self.conditions = {site: f"_ok_{i}" for i, site in enumerate(sites) if site.checks}
         self.names = {node: _identifier(node.name) for node in traced.graph.nodes}
+        self.methods: list[str] = []
 
     def source(self, input_type: type) -> str:
         nodes = list(self.traced.graph.nodes)
         inputs = [self.names[node] for node in nodes if node.op == "placeholder"]
         body = self._body(nodes)
         checks = [self._guard(guard) for guard in self.traced.guards]
-        of = "_Tensor" if input_type is torch.Tensor else input_type.__name__
         text = _TEMPLATE.format(
             guard=" and ".join(checks) or "True",
             inputs=", ".join(inputs),
             body="\n".join("    " + line for line in body),
             count=len(inputs),
-            checks=" and ".join(f"isinstance(args[{i}], {of})" for i in range(len(inputs))),
-            tail=self._tail() if len(inputs) == 1 else "",
+            checks=" and ".join(self._is_of(input_type, f"args[{i}]") for i in range(len(inputs))),
+            tail=self._tail(self._is_of(input_type, "input")) if len(inputs) == 1 else "",
         )
         described = [
             (
@@ -89,16 +91,22 @@ class _Writer:
             for site in self.sites
         ]
         imports = "\n".join(f"import {name}" for name in sorted(self.imports))
-        return f"{imports}\n\nsites = {described!r}\n\n{text}"
+        methods = "".join(f"_method_{i} = {method}\n" for i, method in enumerate(self.methods))
+        return f"{imports}\n\nsites = {described!r}\n{methods}\n{text}"
 
-    def _tail(self) -> str:
+    def _is_of(self, input_type: type, name: str) -> str:
+        """Return the condition that an input is what forward was traced for."""
+        of = "_Tensor" if input_type is torch.Tensor else input_type.__name__
+        return f"type({name}) is {of}" if self.traced.asks_type else f"isinstance({name}, {of})"
+
+    def _tail(self, check: str) -> str:
         """Return the methods of a class whose forward returns the result of a site."""
         for site in self.sites:
             if site.is_tail:
                 checks = [self._conditions(site)] if site.checks else []
                 checks += [f"is_fresh({_path(str(site.node.target))})"]
                 checks += [f"is_known({self._step(step)})" for step in (*site.before, *site.after)]
-                return _TAIL.format(fresh=" and ".join(checks))
+                return _TAIL.format(check=check, fresh=" and ".join(checks))
         return ""
 
     def _body(self, nodes: list[fx.Node]) -> list[str]:
@@ -212,15 +220,29 @@ class _Writer:
     def _guard(self, guard: Guard) -> str:
         path, kind, name, value = guard
         owner = _path(path)
+        if kind == "eager":
+            return "is_eager()"
         if kind == "children":
             return f"tuple({owner}._modules) == {value!r}"
         if kind == "present":
             return f"{owner}.{value}.get({name!r}) is not None"
         if kind == "mode":
             return f"{owner}.training is self.training"
+        if kind == "class":
+            if source_of(value) is None:
+                raise Refused(f"forward may ask for the class {value.__name__}, which cannot be imported by name")
+            return f"own_class({owner}) is {self._import(value)}"
+        if kind == "function":
+            self.imports[_module_of(name)] = None
+            self.methods.append(name)
+            return f"{name} is _method_{len(self.methods) - 1}"
+        if kind == "method":
+            self.methods.append(self._import(value) if path else f"cls.{name}")
+            own = name.partition(".")[0]
+            return f"type({owner}).{name} is _method_{len(self.methods) - 1} and {own!r} not in {owner}.__dict__"
         if kind == "absent":
             return f"not hasattr({owner}, {name!r})"
-        attribute = f"{owner}.{name}" if name.isidentifier() else f"getattr({owner}, {name!r})"
+        attribute = _attribute(owner, name)
         if type(value) is tuple and value and value[0] in (list, dict):
             value = value[0](value[1])
         if callable(value) and not hasattr(value, "name"):
@@ -231,20 +253,49 @@ class _Writer:
 
 
 _ADDITIONS = {"add": "operator.add", "iadd": "operator.iadd", "add_to": "add_to", "iadd_to": "iadd_to"}
-_RESERVED = frozenset("self args kwargs run guard fused original cls keeps_order add_to iadd_to sites _outer".split())
+# What the source calls of fastbn.nn.epilogue.
+_NAMES = (
+    "Epilogue",
+    "Function",
+    "NOTHING",
+    "add_to",
+    "iadd_to",
+    "is_eager",
+    "is_fresh",
+    "is_identity",
+    "is_known",
+    "keeps_order",
+    "own_class",
+    "run",
+)
+_RESERVED = frozenset((*"self args kwargs guard fused original cls sites Tensor _outer".split(), *_NAMES))
+
+
+def _module_of(name: str) -> str:
+    """Return the module in which a full name is found."""
+    while name not in sys.modules:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _identifier(name: str) -> str:
     """Return a variable's name that is none of the names that the source uses."""
-    taken = name in _RESERVED or name in sys.modules or keyword.iskeyword(name) or name.startswith(("is_", "_ok"))
+    taken = (
+        name in _RESERVED
+        or name in sys.modules
+        or keyword.iskeyword(name)
+        or name.startswith(("is_", "_ok", "_method"))
+    )
     return f"{name}_" if taken else name
 
 
 def _path(path: str) -> str:
-    text = "self"
-    for part in path.split(".") if path else ():
-        text = f"{text}.{part}" if part.isidentifier() and not keyword.iskeyword(part) else f"getattr({text}, {part!r})"
-    return text
+    return functools.reduce(_attribute, path.split(".") if path else (), "self")
+
+
+def _attribute(owner: str, name: str) -> str:
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
 
 
 _classes: dict[tuple[Any, ...], type] = {}
@@ -267,6 +318,7 @@ def _make(original: type, source: str) -> type:
     namespace: dict[str, Any] = {
         "cls": original,
         "original": forward,
+        "_Tensor": torch.Tensor,
         **{name: getattr(epilogue, name) for name in _NAMES},
     }
     exec(compile(source, f"<fastbn forward of {original.__qualname__}>", "exec"), namespace)
@@ -281,20 +333,6 @@ def _make(original: type, source: str) -> type:
     return subclass(original, source, body, takes_epilogue)
 
 
-_NAMES = (
-    "Epilogue",
-    "Function",
-    "NOTHING",
-    "add_to",
-    "iadd_to",
-    "is_fresh",
-    "is_identity",
-    "is_known",
-    "keeps_order",
-    "run",
-)
-
-
 def subclass(original: Any, source: str, body: dict[str, Any], takes_epilogue: bool) -> type:
     """Return a subclass of `original` that looks like it, and is pickled as `original` and `source`.
 
@@ -307,11 +345,12 @@ def subclass(original: Any, source: str, body: dict[str, Any], takes_epilogue: b
         "__reduce_ex__": _reduce,
         "_fastbn_original": original,
         "_fastbn_source": source,
+        "_fastbn_digest": _digest(original),
         **body,
         "forward": in_place_of(original.forward, body["forward"]),
     }
     made: Any = type(original)(original.__name__, (original,), body)
-    if takes_epilogue:
+    if takes_epilogue and original.__call__ is nn.Module.__call__:
         made._epilogue_owner = made
     return made
 
@@ -328,9 +367,25 @@ def can_be_pickled(cls: Any) -> bool:
 
 
 def _digest(original: Any) -> str:
-    """Return a digest of the code that a source was written from: another release of a library has another."""
-    code = getattr(original.forward, "__code__", None)
-    return hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest() if code else ""
+    """Return a digest of the methods that a source was written from: another release of a library has another."""
+    bases = [base for base in original.__mro__ if base not in (nn.Module, object)]
+    methods = {name: _describe(value) for base in reversed(bases) for name, value in vars(base).items()}
+    return hashlib.sha256(repr(sorted(methods.items())).encode()).hexdigest()
+
+
+def _describe(value: Any) -> str:
+    """Return what a method or its code does, without addresses, lines and orders that change; "" for anything else."""
+    if isinstance(value, types.CodeType):
+        constants = [_describe(constant) or _of_constant(constant) for constant in value.co_consts]
+        return repr((value.co_code, value.co_names, value.co_varnames, constants))
+    if isinstance(value, property):
+        value = value.fget
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    return "" if code is None else _describe(code)
+
+
+def _of_constant(value: Any) -> str:
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -338,7 +393,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     reduced: Any = object.__reduce_ex__(self, max(2, int(protocol)))
     assert reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
     original = cls._fastbn_original
-    return (_rebuild, (original, cls._fastbn_source, _digest(original)), *reduced[2:])
+    return (_rebuild, (original, cls._fastbn_source, cls._fastbn_digest), *reduced[2:])
 
 
 def _rebuild(original: Any, source: str, digest: str) -> Any:

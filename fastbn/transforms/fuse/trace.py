@@ -8,16 +8,15 @@ refused. The module itself is not touched: forward runs on a twin that shares it
 from __future__ import annotations
 
 import abc
+import collections
 import dis
 import enum
 import functools
-import gc
 import inspect
 import math
 import operator
 import sys
 import types
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +28,14 @@ from torch.fx.proxy import TracerBase
 
 from fastbn import _torch
 from fastbn.nn.activation import WithActivation
+from fastbn.nn.epilogue import own_class
+from fastbn.transforms.fuse.watch import CONTAINERS, PLAIN_CONTAINERS, call, is_in, watched_calls
 
 # The path of a module ("" for the traced one), the kind, a name, a value. Kinds: "attribute", which has the value;
 # "absent", which the module does not have; "present", a module, parameter or buffer that is not None, the value being
-# the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module.
+# the dictionary it is in; "children", whose names are the value; "mode", which is that of the traced module; "method",
+# whose function is the value; "class", the module's own. Of no module: "function", which has that full name; "eager",
+# that torch does not record what is called.
 Guard = tuple[str, str, str, Any]
 
 
@@ -42,11 +45,15 @@ class Refused(Exception):
 
 @dataclass
 class Trace:
-    """The graph of a forward, and the guards under which it holds. `names` are those of its inputs."""
+    """The graph of a forward, and the guards under which it holds. `names` are those of its inputs.
+
+    asks_type: whether forward asks for the type of an input: then the graph does not hold for subclasses of it.
+    """
 
     graph: fx.Graph
     names: list[str]
     guards: dict[Guard, None]
+    asks_type: bool
 
 
 def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
@@ -55,7 +62,10 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
     training: what `training` reads as, of the module and its children. Raises Refused with the reason.
     """
     forward: Any = type(module).forward
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        raise Refused(f"forward is a {type(forward).__name__}") from None
     names = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if not names or any(p.default is p.empty and p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         raise Refused("forward takes *args or **kwargs, or no input")
@@ -68,25 +78,25 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
         proxy = _Proxy(tracer.create_node("placeholder", name, (), {}), tracer)
         proxy.answers = input_type
         inputs.append(proxy)
-    with torch.random.fork_rng(devices=[]), _watched_calls(tracer):
+    with torch.random.fork_rng(devices=[]), watched_calls(tracer):
         try:
-            result = _call(_with_leaves(forward, tracer), twin, inputs)
+            result = call(_with_leaves(forward, tracer), twin, inputs)
         except Exception as error:
             text = str(error).strip().splitlines()
             raise Refused(tracer.refused or f"{type(error).__name__}: {text[0] if text else ''}"[:120]) from None
+    if tracer.asks_class:
+        tracer.guard_classes()
     if any(copy != original for copy, original in tracer.copies.values()):
         raise Refused("forward changes an attribute in place")
     if tracer.refused is not None:  # forward may have caught the exception
         raise Refused(tracer.refused)
     try:
         tracer.graph.output(tracer.create_arg(result))
-    except Exception:
+    except Exception as error:
+        if isinstance(error, Refused):
+            raise
         raise Refused(f"forward returns a {type(result).__name__}") from None
-    return Trace(tracer.graph, names, tracer.guards)
-
-
-def _call(forward: Callable[..., Any], twin: Any, inputs: list[Any]) -> Any:
-    return forward(twin, *inputs)
+    return Trace(tracer.graph, names, tracer.guards, tracer.asks_type)
 
 
 def _with_leaves(forward: Any, tracer: _Tracer) -> Any:
@@ -130,7 +140,10 @@ class _Tracer(TracerBase):
         self.refused: str | None = None
         self.copies: dict[tuple[str, str], tuple[Any, Any]] = {}  # of lists and dictionaries, and what they are of
         self.is_paused = False
+        self.asks_type = False
+        self.asks_class = False  # whether forward calls isinstance, perhaps of a module
         self._twins: dict[str, Any] = {}
+        self._classes: dict[str, type] = {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -151,6 +164,10 @@ class _Tracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (_Watched, _Attributes, Tensor)) and not isinstance(a, fx.Proxy):
             raise self.refuse(f"a {type(a).__name__} is passed to a function")
+        if type(a) is collections.OrderedDict:
+            return self.create_proxy("call_function", collections.OrderedDict, (list(a.items()),), {}).node
+        if isinstance(a, (tuple, list, dict)) and type(a) not in PLAIN_CONTAINERS:  # which would become plain ones
+            raise self.refuse(f"forward makes a {type(a).__name__}")
         return super().create_arg(a)
 
     def as_value(self, a: Any) -> Any:
@@ -164,19 +181,77 @@ class _Tracer(TracerBase):
             if cls.__getattr__ is not nn.Module.__getattr__ or isinstance(module, torch.jit.ScriptModule):
                 raise self.refuse(f"{cls.__name__} has attributes of its own kind")
             if not may_be_subclassed(cls):
-                raise self.refuse(f"{cls.__name__} notices its subclasses")
+                raise self.refuse(f"{cls.__name__} would notice that it has a subclass")
             metaclass = type(cls)
             twin_class = metaclass.__new__(metaclass, cls.__name__, (_Watched, cls), {"_watch": (self, path)})
             twin = object.__new__(twin_class)
             object.__setattr__(twin, "__dict__", dict(module.__dict__))
-            self._twins[path] = twin
+            self._twins[path], self._classes[path] = twin, own_class(module)
         return self._twins[path]
+
+    def guard_method(self, path: str, name: str, value: Any) -> None:
+        """Guard a method or another function that the class of a module has, unless the class is torch's."""
+        owner = next(base for base in self._classes[path].__mro__ if name in vars(base))
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, type):
+            name = f"{name}.__func__"
+        if not is_in(owner.__module__, ("torch",)):
+            self.guards[path, "method", name, getattr(value, "__func__", value)] = None
+
+    def guard_functions(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """Guard the functions that code takes from its module."""
+        module = str(scope.get("__name__"))
+        for name in code.co_names:
+            value = scope.get(name)
+            if isinstance(value, types.FunctionType) and getattr(sys.modules.get(module), name, None) is value:
+                self.guards["", "function", f"{module}.{name}", value] = None
+
+    def guard_base(self, code: types.CodeType, variables: dict[str, Any]) -> None:
+        """Guard a method that is called by super()."""
+        first = variables.get(code.co_varnames[0]) if code.co_argcount else None
+        if not issubclass(type(first), _Watched):
+            return
+        path = object.__getattribute__(first, "_watch")[1]
+        owners = [base for base in self._classes[path].__mro__ if code.co_name in vars(base)]
+        for base in owners[1:]:
+            function = vars(base)[code.co_name]
+            if getattr(function, "__code__", None) is code:
+                source = source_of(base)
+                if source is None:
+                    raise self.refuse(f"forward calls a method of {base.__name__}, which cannot be imported by name")
+                self.guards["", "function", f"{'.'.join(source)}.{code.co_name}", function] = None
+
+    def guard_classes(self) -> None:
+        """Guard the classes of all modules that forward has read."""
+        for path in self._twins:
+            if path:
+                self.guards[path, "class", "", self._classes[path]] = None
 
 
 def may_be_subclassed(cls: type) -> bool:
     """Return whether no code of the user's class runs when a subclass is made, to register it for example."""
     hook, ours = (getattr(each.__init_subclass__, "__func__", None) for each in (cls, WithActivation))
-    return type(cls) in (type, abc.ABCMeta) and hook in (None, ours)
+    return type(cls) in (type, abc.ABCMeta) and hook in (None, ours) and not _takes_own_class_for_granted(cls)
+
+
+def _takes_own_class_for_granted(cls: type) -> bool:
+    """Return whether a method says super(type(self), self), which in a subclass calls itself for ever."""
+    for base in cls.__mro__:
+        if base is not object and base.__module__.partition(".")[0] != "torch":
+            for value in vars(base).values():
+                code = getattr(value, "__code__", None)
+                if code is not None and "super" in code.co_names and _calls_super_of_own_class(code):
+                    return True
+    return False
+
+
+def _calls_super_of_own_class(code: types.CodeType) -> bool:
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "CACHE", "PUSH_NULL")]
+    for i, instruction in enumerate(instructions):
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "super":
+            first, *others = [following.argval for following in instructions[i + 1 : i + 3]]
+            if first == "type" or "__class__" in others:
+                return True
+    return False
 
 
 class _Proxy(fx.Proxy):
@@ -184,14 +259,20 @@ class _Proxy(fx.Proxy):
 
     answers: type | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "answers"):
+            raise self.tracer.refuse(f"forward sets {name} of a tensor")  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         asking = sys._getframe(1).f_globals.get("__name__", "")
-        if _is_in(asking, ("fastbn", *_torch.WHO_SORTS_PROXIES)):
+        if is_in(asking, ("fastbn", *_torch.WHO_SORTS_PROXIES)):
             return _Proxy
         if self.answers is None:
             tracer: Any = self.tracer
             raise tracer.refuse("forward asks for the type of an intermediate value")
+        self.tracer.asks_type = True  # type: ignore[attr-defined]
         return self.answers
 
 
@@ -233,6 +314,7 @@ class _Watched:
         kind = type(value)  # isinstance would run what an object has for __class__
         if kind is types.MethodType:
             if value.__self__ is self or isinstance(value.__self__, type):
+                tracer.guard_method(path, name, value)
                 return value
         elif is_constant(value):
             tracer.guards[path, "attribute", name, value] = None
@@ -243,14 +325,15 @@ class _Watched:
                 tracer.guards[path, "attribute", name, (kind, items)] = None
                 return tracer.copies.setdefault((path, name), (kind(value), value))[0]
         elif issubclass(kind, (types.FunctionType, types.BuiltinFunctionType, type)):
-            if name not in object.__getattribute__(self, "__dict__"):
-                return value  # of the class
+            if name not in object.__getattribute__(self, "__dict__"):  # of the class
+                tracer.guard_method(path, name, value)
+                return value
             if source_of(value) is not None:
                 tracer.guards[path, "attribute", name, value] = None
                 return value
         elif issubclass(kind, (_Proxy, _Watched)):  # what a property returned
             return value
-        elif not callable(value) and not issubclass(kind, (nn.Module, Tensor, *_CONTAINERS)):
+        elif not callable(value) and not issubclass(kind, (nn.Module, Tensor, *CONTAINERS)):
             return _Attributes(value, tracer, f"{path}.{name}" if path else name)
         raise tracer.refuse(f"forward reads {name}, a {type(value).__name__}")
 
@@ -286,7 +369,7 @@ class _Attributes:
     """An object in place of one that is no module, a configuration say, of which forward may read constants."""
 
     def __init__(self, target: Any, tracer: _Tracer, path: str) -> None:
-        self._target, self._tracer, self._path = target, tracer, path
+        vars(self).update(_target=target, _tracer=tracer, _path=path)
 
     def __getattr__(self, name: str) -> Any:
         tracer = self._tracer
@@ -302,9 +385,15 @@ class _Attributes:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if _is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
+        if is_in(sys._getframe(1).f_globals.get("__name__", ""), ("fastbn", "torch")):
             return _Attributes
         raise self._tracer.refuse(f"forward asks for the type of {self._path}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._tracer.refuse(f"forward sets {self._path}.{name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise self._tracer.refuse(f"forward deletes {self._path}.{name}")
 
     def _refuse(self, *args: Any) -> Any:
         raise self._tracer.refuse(f"forward reads {self._path}, a {type(self._target).__name__}")
@@ -321,7 +410,9 @@ def is_constant(value: Any) -> bool:
         return all(is_constant(v) for v in value)
     if type(value) is float:
         return math.isfinite(value)
-    return value is None or type(value) in (bool, int, str, torch.dtype) or issubclass(type(value), enum.Enum)
+    if issubclass(type(value), enum.Enum):
+        return str(value.name).isidentifier()  # a combination of flags has no name of its own
+    return value is None or type(value) in (bool, int, str, torch.dtype)
 
 
 @functools.cache
@@ -336,163 +427,4 @@ def source_of(function: Any) -> tuple[str, str] | None:
                 value = getattr(value, part, None)
             if value is function:
                 return str(module), str(candidate)
-    return None
-
-
-# What forward may call beside functions of the traced values: it depends on its arguments alone, or is False in eager.
-_BUILTINS = frozenset(
-    "isinstance issubclass len getattr hasattr callable min max sum abs all any iter next sorted round divmod".split()
-)
-_CONTAINERS = (list, tuple, dict, str, set, frozenset, int, float, range, slice, types.MappingProxyType)
-_PURE_MODULES = (
-    "math",
-    "_operator",
-    "operator",
-    "itertools",
-    "collections",
-    "functools",
-    "typing",
-    "enum",
-    "_abc",
-    "abc",
-)
-_ALLOWED_MODULES = (
-    "fastbn",
-    "torch.fx",
-    "torch.nn.functional",
-    "torch.functional",
-    "torch.nn.modules",
-    "torch.overrides",
-    _torch.DeviceContext.__module__,
-    *_PURE_MODULES,
-)
-_FALSE_IN_EAGER = frozenset(
-    "is_scripting is_tracing is_compiling is_dynamo_compiling is_exporting is_in_onnx_export".split()
-)
-_TORCH_FUNCTIONS = frozenset(("_assert", "is_tensor", "is_floating_point", *_FALSE_IN_EAGER))
-_READABLE = (
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    type,
-    torch.dtype,
-    torch.memory_format,
-    type(typing.Optional),
-    type(typing.List),  # noqa: UP006
-)
-_SUSPECTS = frozenset("type id vars globals locals open input print exec eval setattr delattr __import__".split())
-
-
-@functools.cache
-def _overridable() -> frozenset[Any]:
-    """Return the functions that a proxy among their arguments records, those in place (torch.relu_) among them."""
-    listed = torch.overrides.get_overridable_functions()
-    found = {function for functions in listed.values() for function in functions}
-    in_place = [getattr(torch, f"{getattr(function, '__name__', '')}_", None) for function in found]
-    return frozenset([*found, *in_place])
-
-
-def _is_in(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
-
-
-def _is_of_model(frame: Any) -> bool:
-    """Return whether a frame runs code of the model: neither of torch nor of fastbn nor of Python's library."""
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package not in ("torch", "fastbn") and package not in sys.stdlib_module_names
-
-
-@contextmanager
-def _watched_calls(tracer: _Tracer) -> Iterator[None]:
-    """Refuse a trace in which the model's own code calls or reads what may answer differently another time."""
-
-    nested: set[types.CodeType] = set()  # code of functions that traced code defines, whose closure is its variables
-
-    def watch(frame: Any, event: str, argument: Any) -> None:
-        if tracer.refused is not None or tracer.is_paused:
-            return
-        reason: str | None = None
-        if event == "c_call" and _is_of_model(frame):
-            reason = _why_not_builtin(argument)
-        elif event == "call":
-            if _is_of_model(frame):
-                code = frame.f_code
-                reason = _why_not_code(code, frame.f_globals)
-                if code not in nested and not all(_is_readable(frame.f_locals[name]) for name in code.co_freevars):
-                    reason = "forward is a closure over values"
-                nested.update(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-            elif _is_of_model(frame.f_back) or frame.f_back.f_code is _call.__code__:
-                name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-                if not _is_in(name, _ALLOWED_MODULES) and function not in _TORCH_FUNCTIONS:
-                    reason = f"forward calls {name}.{function}"
-        if reason is not None:
-            raise tracer.refuse(reason)
-
-    before: Any = sys.getprofile()
-    is_of_c = hasattr(before, "enable")  # cProfile's, which only starts by itself
-    collects_garbage = gc.isenabled()
-    gc.disable()  # finalisers and gc.callbacks, of others, would be watched as well
-    sys.setprofile(watch)
-    try:
-        yield
-    finally:
-        sys.setprofile(None if is_of_c else before)
-        if collects_garbage:
-            gc.enable()
-        if is_of_c:
-            before.enable()
-
-
-def _why_not_builtin(function: Any) -> str | None:
-    module, name = getattr(function, "__module__", None), function.__name__
-    owner = getattr(function, "__self__", None)
-    if module == "builtins" and name in _BUILTINS or _is_in(str(module), _PURE_MODULES):
-        return None
-    if isinstance(owner, _CONTAINERS) or type(owner).__name__.endswith(("_iterator", "_keys", "_values", "_items")):
-        return None
-    if type(owner) is type and issubclass(owner, _CONTAINERS) or isinstance(function, types.MethodWrapperType):
-        return None
-    try:
-        if function in _overridable():
-            return None
-    except TypeError:
-        pass
-    return f"forward calls {module or type(owner).__name__}.{name}"
-
-
-def _is_readable(value: Any) -> bool:
-    """Return whether the model may read a value of a global or closure: what it does shows when it is called."""
-    return isinstance(value, _READABLE)
-
-
-def _why_not_code(code: types.CodeType, scope: dict[str, Any]) -> str | None:
-    """Return why what a function of the model reads beside its arguments may change, or None."""
-    read: Any = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            name = instruction.argval
-            if name not in scope:
-                if name in _SUSPECTS:
-                    return f"forward calls {name}"
-                read = None
-                continue
-            read = scope[name]
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(read, (types.ModuleType, type)):
-            name = instruction.argval
-            if isinstance(read, type) and (issubclass(read, enum.Enum) or callable(getattr(read, name, None))):
-                read = None
-                continue
-            read = getattr(read, name, None)
-        elif instruction.opname == "IMPORT_NAME" and not _is_in(instruction.argval, ("torch",)):
-            return f"forward imports {instruction.argval}"
-        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            return f"forward sets the global {instruction.argval}"
-        elif instruction.opname in ("PRECALL", "CACHE"):
-            continue
-        else:
-            read = None
-            continue
-        # Calls of other objects (those of Cython, say) go past a profiler.
-        if not _is_readable(read):
-            return f"forward reads the global {name}, a {type(read).__name__}"
     return None

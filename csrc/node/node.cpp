@@ -20,12 +20,15 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The ops batch_norm_train and batch_norm_backward of csrc/bindings/schemas.cpp.
+// The ops batch_norm_train, batch_norm_eval and batch_norm_backward of csrc/bindings/schemas.cpp.
 using Train = FourTensors(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                           const OptionalTensor& bias, const OptionalTensor& running_mean,
                           const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                           std::optional<double> momentum, double eps, int64_t activation, bool save_mask,
                           std::optional<double> activation_param);
+using Eval = Tensor(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                    const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var, double eps,
+                    int64_t activation, std::optional<double> activation_param);
 using Backward = FourTensors(const Tensor& grad_out, const Tensor& input, const OptionalTensor& residual,
                              const OptionalTensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
                              const Tensor& mean, const Tensor& inv_std, bool batch_stats, int64_t activation,
@@ -204,21 +207,40 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
 
 namespace {
 
-// The tuple of a call in the order of fastbn.ops.dispatch.Call, but for `training`.
+bool is_recorded(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                 const OptionalTensor& bias) {
+  const auto requires_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
+  return at::GradMode::is_enabled() &&
+         (input.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias));
+}
+
+// The operands of a call in the order of fastbn.ops.dispatch.Call, but for `training`.
 Tensor batch_norm_train(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                         std::optional<double> momentum, double eps, int64_t activation, std::optional<double> param,
                         bool save_mask) {
-  return BatchNormFunction::apply(
-      input, residual, weight, bias,
-      Options{running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask, param});
+  Options options{running_mean, running_var, num_batches_tracked, momentum, eps, activation, save_mask, param};
+  if (is_recorded(input, residual, weight, bias))
+    return BatchNormFunction::apply(input, residual, weight, bias, options);
+  options.save_mask = false;
+  return std::get<0>(train(input, residual, weight, bias, options));
+}
+
+// The same in evaluation, for calls that are not recorded.
+Tensor batch_norm_eval(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var, double eps,
+                       int64_t activation, std::optional<double> param) {
+  static const auto op = find<Eval>("fastbn::batch_norm_eval");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(input, residual, weight, bias, running_mean, running_var, eps, activation, param);
 }
 
 }  // namespace
 }  // namespace fastbn
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "The autograd node of the fused op in training, for one version of torch.";
+  module.doc() = "The autograd node of the fused op in training, and evaluation, for one version of torch.";
   module.def("batch_norm_train", torch::wrap_pybind_function_no_gil(fastbn::batch_norm_train));
+  module.def("batch_norm_eval", torch::wrap_pybind_function_no_gil(fastbn::batch_norm_eval));
 }

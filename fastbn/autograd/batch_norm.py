@@ -44,6 +44,10 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
         if is_recorded(call):
             return _apply(input, residual, weight, bias, (call, backend))
         operands = input, residual, weight, bias, running_mean, running_var
+        if _takes(backend):
+            if training:
+                return NODE.batch_norm_train(*operands, counter, momentum, eps, activation, param, False)
+            return NODE.batch_norm_eval(*operands, eps, activation, param)
         with below_autograd():
             if training:
                 return backend.ops.batch_norm_train(*operands, counter, momentum, eps, activation, False, param)[0]
@@ -51,6 +55,11 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
     except RuntimeError as error:
         errors.raise_of_torch(error)
         raise
+
+
+def _takes(backend: Backend) -> bool:
+    """Return whether an eager call of a backend may go through the C++ node, which calls the compiled ops."""
+    return NODE is not None and backend.ops is native.CPU.ops and not torch.compiler.is_compiling()
 
 
 def _is_masked(input: Tensor, residual: Tensor | None, activation: int, backend: Backend) -> bool:
@@ -214,7 +223,7 @@ def _apply(
     # A tensor that has outlived its functorch transform is still wrapped. (A loop would take 0.2 us.)
     unwrap = _torch.unwrap_if_dead
     call, backend = chosen
-    if NODE is not None and call.training and backend.ops is native.CPU.ops:
+    if call.training and _takes(backend):
         return NODE.batch_norm_train(
             unwrap(input),
             None if residual is None else unwrap(residual),

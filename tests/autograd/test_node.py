@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
-from fastbn.autograd import node
+from fastbn.autograd import batch_norm, node
 from tests.stock import normal
 
 
@@ -49,6 +49,27 @@ def test_calls_that_it_takes(training, backend, expected):
     y = fastbn.functional.batch_norm(x, *vectors, training=training, backend=backend)
     assert (type(y.grad_fn).__name__ == "CppFunction") == expected
     assert "BatchNormFunction" in y.grad_fn.name()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("adds", [True, False], ids=["residual", "no_residual"])
+def test_calls_that_are_not_recorded(training, adds, monkeypatch):
+    """They go through it too, keep nothing, and move statistics as the op does that Python calls."""
+    results = []
+    for extension in (node.NODE, None):
+        monkeypatch.setattr(batch_norm, "NODE", extension)
+        layer = fastbn.BatchNorm1d(3, activation="relu", dtype=torch.float64).train(training)
+        layer.running_var.fill_(2)
+        operands = (normal(4, 3, 5), normal(4, 3, 5, seed=1)) if adds else (normal(4, 3, 5),)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("a tensor is saved"), lambda t: t):
+            with torch.no_grad():
+                outputs = [layer(*operands)]
+            with torch.inference_mode():
+                outputs.append(layer(*operands))
+        assert outputs[0].grad_fn is None and not outputs[0].is_inference() and outputs[1].is_inference()
+        results.append([*outputs, *layer.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_graph_is_walked_once():

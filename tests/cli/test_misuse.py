@@ -573,5 +573,6 @@ def test_ctrl_c_while_it_trains(idx_directory, tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert ran.returncode == 130
-    assert said.replace("\r", "\n").splitlines()[-1].strip() == "Interrupted."
+    # If the signal comes while tqdm makes a bar, the bar's __del__ complains afterwards.
+    assert "Interrupted." in [line.strip() for line in said.replace("\r", "\n").splitlines()]
     assert not out.exists()

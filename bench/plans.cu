@@ -25,7 +25,7 @@ struct Options {
   bool check = false, planned = false, once = false, in_process = false;
   std::string shape, dtype, direction, epilogue;  // of the ops to run; empty: all. A shape may be a prefix
   int64_t begin = 0;                              // the first plan to run, to go on with a table that was cut
-  int64_t every = 1;                              // one in so many plans runs, another one of each op
+  int64_t every = 1;                              // one of each `every` plans runs, another one of each op
   double seconds = 1e9;                           // after which no plan begins
   double plan_seconds = 5;                        // after which a plan counts as one that never ends
 };

@@ -257,7 +257,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def as_training(model: nn.Module) -> nn.Module:
-    """Put a model into training mode, but for what draws random numbers."""
+    """Put a model into training mode, except what draws random numbers."""
     model.train()
     for module in model.modules():
         if "Drop" in type(module).__name__ or "Stochastic" in type(module).__name__:

@@ -214,7 +214,7 @@ bool is_recorded(const Tensor& input, const OptionalTensor& residual, const Opti
          (input.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias));
 }
 
-// The operands of a call in the order of fastbn.ops.dispatch.Call, but for `training`.
+// The operands of a call in the order of fastbn.ops.dispatch.Call, without `training`.
 Tensor batch_norm_train(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,

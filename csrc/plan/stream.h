@@ -176,7 +176,7 @@ inline void set_stream_splits(int64_t splits, Plan& plan) {
   stream.chunks_per_tile = static_cast<int>((max_vectors + stream.chunk_vectors - 1) / stream.chunk_vectors);
 }
 
-// Makes room for as many tiles as fit in `max_bytes` of shared memory, but for no more than two beyond those that are
+// Makes room for as many tiles as fit in `max_bytes` of shared memory, for no more than two beyond those that are
 // ahead, and no more than a group has. Returns whether the ring is live.
 inline bool set_ring(const Request& request, int ahead, int64_t max_bytes, Plan& plan) {
   StreamPlan& stream = plan.stream;

@@ -2,7 +2,7 @@
 
 Graphs are torch.fx's: one for the defaults of the arguments, and one for each way in which branches may go that depend
 on arguments with defaults, such as flags. Where a forward cannot be traced, its children are taken to be called as they
-are, but for those that its source reaches into (`_reach`).
+are, except those that its source reaches into (`_reach`).
 """
 
 from __future__ import annotations

@@ -176,6 +176,24 @@ def test_a_network_that_saves_outputs(activation, share, dtype, size):
         assert kept[0] - more == kept[1]
 
 
+def test_a_chain_that_saves_outputs_keeps_half():
+    """Of convolution, BatchNorm and leaky_relu: the next convolution keeps the output, and nobody the norm's input."""
+
+    def chain(norm):
+        layers = [layer for _ in range(4) for layer in (nn.Conv2d(8, 8, 1, bias=False), norm(8))]
+        return nn.Sequential(*layers, nn.Conv2d(8, 8, 1, bias=False))
+
+    def saving_output(channels):
+        return fastbn.BatchNorm2d(channels, activation="leaky_relu", save="output")
+
+    x, large = normal(4, 8, 16, 16, dtype=torch.float32), []
+    for make in (saving_output, lambda channels: Stock(channels, "leaky_relu")):
+        model = chain(make)
+        kept = kept_by(lambda: model(x), (x, *model.state_dict().values()))
+        large.append(sum(t.shape == x.shape for t in kept))
+    assert large == [4, 8]
+
+
 def _peak(step):
     """Return the largest sum of the bytes that are allocated at a time on the CPU."""
 

@@ -27,13 +27,13 @@ def test_script(training):
     stock, fast = (model.train(training) for model in pair())
     scripted = torch.jit.script(fast)
     assert all(type(layer) is fastbn.BatchNorm2d for layer in layers(fast))
-    assert_same(step(scripted, images()), step(stock, images()), rtol=1e-4, atol=1e-4)
+    assert_same(step(scripted, images()), step(stock, images()))
 
 
 def test_scripted_model_through_freeze_and_optimize_for_inference():
     stock, fast = (model.eval() for model in pair())
     frozen = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.script(fast)))
-    torch.testing.assert_close(frozen(images()), stock(images()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(frozen(images()), stock(images()))
     assert "batch_norm" not in str(torch.jit.freeze(torch.jit.script(fast)).graph)
 
 
@@ -93,7 +93,7 @@ def test_aot_decompositions():
     compiled = aot_module(copy.deepcopy(fast), keep, keep, decompositions=core_aten_decompositions())
     output = compiled(images())
     output.sum().backward()
-    torch.testing.assert_close(output, stock(images()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output, stock(images()))
     assert len(names) == 2 and not any("fastbn" in name for graph in names for name in graph)
 
 
@@ -146,7 +146,8 @@ def test_compile_of_a_model(training):
     for count in (3, 4, 6):
         actual = step(compiled, images(count))
         actual = {name.replace("_orig_mod.", ""): value for name, value in actual.items()}
-        assert_same(actual, step(stock, images(count)), rtol=1e-4, atol=1e-4)
+        # A compiled evaluation is torch's decomposed batch_norm, whose roundings gradients of convolutions sum.
+        assert_same(actual, step(stock, images(count)), rtol=5e-5, atol=1e-5)
 
 
 def test_transforms_of_functions_of_a_model():
@@ -159,7 +160,7 @@ def test_transforms_of_functions_of_a_model():
             return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
 
         gradients.append(torch.vmap(torch.func.grad(loss), (None, 0))(parameters, images()))
-    assert_same(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    assert_same(gradients[1], gradients[0])
 
 
 def test_gradcheck():
@@ -180,7 +181,7 @@ def test_feature_extractor():
         extractor = feature_extraction.create_feature_extractor(model.eval(), {"0.bn1": "norm", "0": "block"})
         features.append(extractor(images()))
     assert set(features[0]) == {"norm", "block"}
-    assert_same(features[1], features[0], rtol=1e-4, atol=1e-4)
+    assert_same(features[1], features[0])
 
 
 @needs("timm")

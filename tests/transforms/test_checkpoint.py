@@ -27,6 +27,9 @@ from fastbn.transforms.registry import _trained
 from tests.stock import assert_same, normal
 from tests.transforms.fused import recorded_calls
 
+# Gradients of convolutions sum over batch and image in float32. Fused calls and compilers round the terms otherwise.
+OTHER_ORDER = {"rtol": 5e-5, "atol": 1e-5}
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
@@ -231,7 +234,7 @@ def test_compiled(name, where, mode):
     """torch's own layer with momentum=None does not compile in one graph."""
     model = fastbn.checkpoint_safe(LAYERS[name]())
     actual = steps(model, _compiled(model, where, mode, "aot_eager"))
-    assert_same(actual, expected(LAYERS[name]), rtol=1e-4, atol=1e-5)
+    assert_same(actual, expected(LAYERS[name]), **OTHER_ORDER)
 
 
 @pytest.mark.slow
@@ -241,7 +244,7 @@ def test_compiled(name, where, mode):
 def test_compiled_by_inductor(name, where, mode):
     model = fastbn.checkpoint_safe(LAYERS[name]())
     actual = steps(model, _compiled(model, where, mode, "inductor"))
-    assert_same(actual, expected(LAYERS[name]), rtol=1e-4, atol=1e-5)
+    assert_same(actual, expected(LAYERS[name]), **OTHER_ORDER)
 
 
 def test_a_compiled_model_is_one_graph():
@@ -321,7 +324,7 @@ def test_what_is_not_fused_moves_statistics_once_too():
 def test_compiled_models_that_are_fused(where, mode, backend):
     model = fastbn.convert(blocks(), checkpoint_safe=True)
     actual = steps(model, _compiled(model, where, mode, backend))
-    assert_same(actual, expected(blocks), rtol=1e-4, atol=1e-5)
+    assert_same(actual, expected(blocks), **OTHER_ORDER)
 
 
 def test_a_compiled_model_that_is_fused_has_no_activation_beside_the_ops():
@@ -363,7 +366,7 @@ def test_layers_of_other_libraries(order, monkeypatch):
         with recorded_calls() as calls, set_checkpoint_early_stop(False):
             actual = steps(model, lambda x: checkpoint(model, x, use_reentrant=False))
         assert calls == ["relu"] * 4
-        assert_same(actual, expected(norm_act), rtol=1e-4, atol=1e-5)
+        assert_same(actual, expected(norm_act), **OTHER_ORDER)
     assert [type(m) for m in fastbn.revert(model)] == [nn.Conv2d, NormAct]
 
 

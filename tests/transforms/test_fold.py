@@ -80,7 +80,7 @@ def fuse_as_torch(layer: nn.Module, norm: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_error_is_at_most_that_of_torch(name, dtype, bias, affine):
-    """Its root mean square is at most the larger of that of torch's folding and that of the model before, but for 5 %
+    """Its root mean square is at most the larger of that of torch's folding and that of the model before, plus 5 %
     that some hundred elements need: which way single weights are rounded is chance. So is the largest error, to an ulp.
     """
     make, shape = LAYERS[name]

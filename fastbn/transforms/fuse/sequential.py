@@ -1,4 +1,4 @@
-"""nn.Sequential with another forward: it pairs a normalisation with what follows it, at each call anew."""
+"""nn.Sequential with another forward: it pairs a normalisation with what follows it, at each call."""
 
 from __future__ import annotations
 

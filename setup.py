@@ -167,7 +167,9 @@ extension.libraries = [
 # The autograd node uses more of torch than its stable ABI, so it serves one version of it, which is in its name.
 node = cpp_extension.CppExtension(
     name="fastbn._node_" + re.sub(r"\W", "_", torch.__version__),
-    sources=["csrc/node/node.cpp"],
+    sources=sources("csrc/node/*.cpp"),
+    depends=sources("csrc/node/*.h", "csrc/math/*.h"),
+    include_dirs=[os.path.abspath("csrc")],
     extra_compile_args={"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"]},
     optional=True,
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastbn.autograd import batch_norm as fused
 from fastbn.autograd import from_output
+from fastbn.autograd.node import NODE
 from fastbn.backends import aten, registry
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
@@ -61,6 +63,23 @@ def batch_norm(
     """
     check_save(save)
     index = activation_index(activation)
+    if NODE is not None and backend is None and save == "input" and not torch.compiler.is_compiling():
+        output = NODE.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            index,
+            activation_param,
+            num_batches_tracked,
+        )
+        if output is not None:
+            return output
     call = Call(
         input,
         residual,

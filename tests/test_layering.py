@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "cuda/kernels": {"math", "plan", "cuda/device", "cuda/block", "cuda/element", "cuda/kernels"},
     "cuda": {"math", "plan", "cuda/device", "cuda/block", "cuda/element", "cuda/kernels", "cuda"},
     "bindings": {"math", "plan", "cpu/kernels", "cpu", "cuda/device", "cuda", "bindings"},
-    "node": {"node"},
+    "node": {"math", "node"},
 }
 # The headers of a folder that others may include, where that is not all of them.
 OPEN = {

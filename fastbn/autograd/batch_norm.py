@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastbn import _torch
 from fastbn.autograd.composite import backward_formula
-from fastbn.autograd.node import NODE
 from fastbn.backends import native
 from fastbn.ops import dispatch, errors
 from fastbn.ops.activations import is_piecewise_linear
@@ -44,10 +43,6 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
         if is_recorded(call):
             return _apply(input, residual, weight, bias, (call, backend))
         operands = input, residual, weight, bias, running_mean, running_var
-        if _takes(backend):
-            if training:
-                return NODE.batch_norm_train(*operands, counter, momentum, eps, activation, param, False)
-            return NODE.batch_norm_eval(*operands, eps, activation, param)
         with below_autograd():
             if training:
                 return backend.ops.batch_norm_train(*operands, counter, momentum, eps, activation, False, param)[0]
@@ -55,11 +50,6 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
     except RuntimeError as error:
         errors.raise_of_torch(error)
         raise
-
-
-def _takes(backend: Backend) -> bool:
-    """Return whether an eager call of a backend may go through the C++ node, which calls the compiled ops."""
-    return NODE is not None and backend.ops is native.CPU.ops and not torch.compiler.is_compiling()
 
 
 def _is_masked(input: Tensor, residual: Tensor | None, activation: int, backend: Backend) -> bool:
@@ -195,17 +185,20 @@ def gradients_of_node(
     saved: Sequence[Tensor],
     is_saved: tuple[bool, ...],
     strides: tuple[int, ...] | None,
+    memory_format: torch.memory_format,
     bias_dtype: torch.dtype | None,
+    batch_stats: bool,
     eps: float,
     activation: int,
     param: float | None,
     needs_input_grad: Sequence[bool],
     grad_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Return `_gradients` for the C++ node, which has saved the same tensors (csrc/node/node.cpp)."""
+    """Return `_gradients` for the function of csrc/node/function.cpp, which has saved the same tensors."""
     backend = native.CPU if grad_out.is_cpu else native.CUDA
-    options = (True, eps, activation, param, backend), is_saved, strides, None, bias_dtype
-    return _gradients(saved, options, needs_input_grad, grad_out)
+    options = batch_stats, eps, activation, param, backend
+    absent_input = None if is_saved[0] else (grad_out.shape, grad_out.dtype, memory_format)
+    return _gradients(saved, (options, is_saved, strides, absent_input, bias_dtype), needs_input_grad, grad_out)
 
 
 _apply_below_transforms = _torch.apply_below_transforms(BatchNormFunction)
@@ -222,17 +215,6 @@ def _apply(
         raise RuntimeError("batch_norm: expected no inference tensors where gradients are recorded, got some")
     # A tensor that has outlived its functorch transform is still wrapped. (A loop would take 0.2 us.)
     unwrap = _torch.unwrap_if_dead
-    call, backend = chosen
-    if call.training and _takes(backend):
-        return NODE.batch_norm_train(
-            unwrap(input),
-            None if residual is None else unwrap(residual),
-            None if weight is None else unwrap(weight),
-            None if bias is None else unwrap(bias),
-            *call[4:10],
-            call.activation_param,
-            _is_masked(input, residual, call.activation, backend),
-        )
     return _apply_below_transforms(
         unwrap(input),
         None if residual is None else unwrap(residual),

@@ -1,4 +1,4 @@
-"""The accelerator of BatchNormFunction: a C++ node for exactly the installed torch, or None where none was built."""
+"""The accelerator of fastbn.functional.batch_norm: csrc/node for exactly the installed torch, or None."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from typing import Any
 
 import torch
+
+from fastbn.backends import native
 
 
 def module_name() -> str:
@@ -23,6 +25,11 @@ def load() -> Any:
         return importlib.import_module(module_name())
     except ImportError:
         return None
+
+
+def serves_gpu(index: int) -> bool:
+    """Return whether the compiled ops have kernels for a GPU of this machine, by its index."""
+    return native.why_no_kernels(torch.device("cuda", index)) is None
 
 
 def describe() -> str:

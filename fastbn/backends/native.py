@@ -54,14 +54,7 @@ class CudaBackend:
 
     def why_not(self, call: Call) -> str | None:
         device = call.input.device
-        if device.type != "cuda":
-            return f"the CUDA kernels take no {device.type} tensors"
-        if not CUDA_ARCHITECTURES:
-            return _WITHOUT_CUDA
-        capability = torch.cuda.get_device_capability(device)
-        if not runs_on(capability, CUDA_ARCHITECTURES):
-            return f"fastbn was built for {CUDA_ARCHITECTURES}, and this GPU is {capability[0]}.{capability[1]}"
-        return None
+        return why_no_kernels(device) if device.type == "cuda" else f"the CUDA kernels take no {device.type} tensors"
 
     def saves_mask(self, input: Tensor) -> bool:
         # Rows of the mask are whole bytes: where a run is not a multiple of 8, backward reads the residual instead.
@@ -101,6 +94,16 @@ class CudaBackend:
         if not _C.build_info()["finds_cuda_stream"]:
             return "no: this torch does not offer its CUDA stream"
         return "yes" if torch.cuda.is_available() else "no: torch sees no GPU"
+
+
+def why_no_kernels(gpu: torch.device) -> str | None:
+    """Return why the build has no kernels for a GPU of this machine, or None if it has."""
+    if not CUDA_ARCHITECTURES:
+        return _WITHOUT_CUDA
+    capability = torch.cuda.get_device_capability(gpu)
+    if not runs_on(capability, CUDA_ARCHITECTURES):
+        return f"fastbn was built for {CUDA_ARCHITECTURES}, and this GPU is {capability[0]}.{capability[1]}"
+    return None
 
 
 @functools.cache

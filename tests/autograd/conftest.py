@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from fastbn.autograd import batch_norm, node
+from fastbn import functional
+from fastbn.autograd import node
 
 
 @pytest.fixture(params=["node", "Function"], autouse=True)
 def node_or_function(request, monkeypatch):
     if request.param == "Function":
-        monkeypatch.setattr(batch_norm, "NODE", None)
+        monkeypatch.setattr(functional, "NODE", None)
     elif node.NODE is None:  # an error in test_node.py, which asks that it was built
         pytest.skip(f"the node: {node.describe()}")

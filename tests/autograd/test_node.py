@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
-from fastbn.autograd import batch_norm, node
+from fastbn import functional
+from fastbn.autograd import node
 from tests.stock import normal
 
 
@@ -41,7 +42,8 @@ def test_it_can_be_switched_off(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "training, backend, expected", [(True, None, True), (False, None, False), (True, "reference", False)]
+    "training, backend, expected",
+    [(True, None, True), (False, None, True), (True, "cpu", False), (True, "reference", False)],
 )
 def test_calls_that_it_takes(training, backend, expected):
     x = normal(4, 3, 5).requires_grad_()
@@ -57,7 +59,7 @@ def test_calls_that_are_not_recorded(training, adds, monkeypatch):
     """They go through it too, keep nothing, and move statistics as the op does that Python calls."""
     results = []
     for extension in (node.NODE, None):
-        monkeypatch.setattr(batch_norm, "NODE", extension)
+        monkeypatch.setattr(functional, "NODE", extension)
         layer = fastbn.BatchNorm1d(3, activation="relu", dtype=torch.float64).train(training)
         layer.running_var.fill_(2)
         operands = (normal(4, 3, 5), normal(4, 3, 5, seed=1)) if adds else (normal(4, 3, 5),)

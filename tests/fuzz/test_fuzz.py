@@ -8,7 +8,7 @@ import secrets
 import pytest
 import torch
 
-from fastbn.autograd import batch_norm
+from fastbn import functional
 from fastbn.backends import native
 from fastbn.ops.activations import index as activation_index
 from tests.fuzz.case import Case, Layout
@@ -94,7 +94,7 @@ def plant(monkeypatch):
     def plant(name: str) -> str:
         op, wrong, kind = PLANTED[name]
         right = getattr(native.CPU.ops, op)
-        monkeypatch.setattr(batch_norm, "NODE", None)  # which calls the ops past Python
+        monkeypatch.setattr(functional, "NODE", None)  # which calls the ops past Python
         monkeypatch.setattr(native.CPU.ops, op, lambda *arguments: wrong(right, *arguments))
         return kind
 

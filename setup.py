@@ -168,8 +168,9 @@ extension.libraries = [
 node = cpp_extension.CppExtension(
     name="fastbn._node_" + re.sub(r"\W", "_", torch.__version__),
     sources=sources("csrc/node/*.cpp"),
-    depends=sources("csrc/node/*.h", "csrc/math/*.h"),
-    include_dirs=[os.path.abspath("csrc")],
+    depends=sources("csrc/node/**/*.h", "csrc/bindings/*", "csrc/math/*.h"),
+    # This order makes bindings/tensor.h that of csrc/node/aten.
+    include_dirs=[os.path.abspath("csrc/node/aten"), os.path.abspath("csrc")],
     extra_compile_args={"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"]},
     optional=True,
 )

@@ -9,29 +9,6 @@ torch::headeronly::MemoryFormat torch_format(MemoryFormat format, int64_t dim) {
   return dim == 5 ? Torch::ChannelsLast3d : Torch::ChannelsLast;
 }
 
-int32_t device_type(const Tensor& tensor) {
-  int32_t type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  return type;
-}
-
-// Returns a view of a new contiguous tensor as dense in another format: new_empty has no such argument.
-Tensor in_format(const Tensor& fresh, MemoryFormat format) {
-  if (format == MemoryFormat::contiguous) return fresh;
-  const auto sizes = fresh.sizes();
-  const int64_t dim = fresh.dim();
-  int64_t strides[5], stride = sizes[1];
-  strides[1] = 1;
-  for (int64_t k = 1; k < dim; ++k) {
-    const int64_t d = k == dim - 1 ? 0 : dim - k;  // spatial dimensions from the last, then the batch
-    strides[d] = stride;
-    stride *= sizes[d];
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(fresh.get(), dim, sizes.data(), strides, 0, &handle));
-  return Tensor(handle);
-}
-
 bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d)
@@ -81,7 +58,7 @@ Tensor Operands::contiguous(const char* name, const Tensor& tensor) const {
   if (tensor.is_contiguous()) return tensor;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const int64_t extent = extent_of(sizes.data(), strides.data(), int64_t(sizes.size()));
-  check_storage(name, tensor, extent, int64_t(aoti_torch_dtype_element_size(shim_type(tensor.scalar_type()))));
+  check_storage(name, tensor, extent, size_of(tensor.scalar_type()));
   return dense_copy(tensor, torch::headeronly::MemoryFormat::Contiguous);
 }
 
@@ -94,10 +71,8 @@ OptionalTensor Operands::contiguous(const char* name, const OptionalTensor& tens
 // kernels take for an absent argument, or they would read past the end. `extent` is the number of elements from the
 // first to the last.
 void Operands::check_storage(const char* name, const Tensor& tensor, int64_t extent, int64_t element_size) const {
-  int64_t offset, size;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &size));
-  const int64_t expected = extent ? (offset + extent) * element_size : 0;
+  const int64_t size = storage_bytes(tensor);
+  const int64_t expected = extent ? (storage_offset(tensor) + extent) * element_size : 0;
   if (size < expected)
     fail(op_, "expected ", name, " with a storage of at least ", expected, " bytes, got ", size,
          ". The tensor has a non-zero number of elements, but its data is not allocated yet.");
@@ -212,24 +187,22 @@ double Operands::activation_param(Activation activation, std::optional<double> p
 }
 
 Tensor Operands::empty_like_input() const {
-  return in_format(new_empty(input_, input_.sizes(), input_.scalar_type()), format_);
+  return new_empty(input_, input_.sizes().data(), input_.dim(), input_.scalar_type(),
+                   torch_format(format_, input_.dim()));
 }
 
 Tensor Operands::empty_mask() const {
   int64_t sizes[3];
-  const size_t dim = mask_sizes(sizes);
-  return new_empty(input_, {sizes, dim}, ScalarType::Byte);
+  const int64_t dim = mask_sizes(sizes);
+  return new_empty(input_, sizes, dim, ScalarType::Byte);
 }
 
-Tensor Operands::empty(int64_t size, ScalarType type) const {
-  if (size > 0) return new_empty(input_, {&size, 1}, type);
-  // This function bypasses the dispatcher, and so torch's deterministic mode, which would fill memory; here there is
-  // none.
-  const int64_t stride = 1;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_type(type), device_type(input_),
-                                                  input_.get_device_index(), &handle));
-  return Tensor(handle);
+Tensor Operands::empty(int64_t size, ScalarType type) const { return new_empty(input_, &size, 1, type); }
+
+void* Operands::workspace(int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  workspace_ = empty(bytes, ScalarType::Byte);
+  return workspace_->data_ptr();
 }
 
 }  // namespace fastbn

@@ -7,8 +7,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/launchers.h"
 #include "bindings/memory.h"
-#include "bindings/stable.h"
+#include "bindings/tensor.h"
 #include "math/activation.h"
 #include "math/layout.h"
 #include "math/types.h"
@@ -31,11 +32,14 @@ const char* name_of(ScalarType type);
 DType dtype_of(const char* op, const char* name, const Tensor& tensor);
 
 // The tensor arguments of one op. The input determines shape, dtype, device and format, which the others must match.
-class Operands {
+class Operands final : public Site {
  public:
   Operands(const char* op, const Tensor& input);
 
-  const char* op() const { return op_; }
+  const char* op() const override { return op_; }
+  int32_t device() const override { return device_index(input_); }
+  void* workspace(int64_t bytes) override;
+
   const Tensor& input() const { return input_; }
   const Layout& layout() const { return layout_; }
   DType dtype() const { return dtype_; }
@@ -72,7 +76,7 @@ class Operands {
   Tensor empty_like_input() const;
   Tensor empty_mask() const;
   Tensor empty(int64_t size, ScalarType type) const;
-  Tensor nothing(ScalarType type) const { return empty(0, type); }
+  Tensor nothing(ScalarType type) const { return fastbn::nothing(input_, type); }
 
  private:
   Tensor make_dense(const char* name, const Tensor& tensor) const;
@@ -87,6 +91,7 @@ class Operands {
   Layout layout_;
   DType dtype_;
   Tensor input_;
+  OptionalTensor workspace_;
   const char* first_vector_ = nullptr;  // name of the parameter whose dtype the others must match
   ScalarType vector_type_ = ScalarType::Float;
 };

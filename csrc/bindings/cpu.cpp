@@ -1,7 +1,7 @@
 // Implements the ops for CPU tensors, on torch's threads.
 #include <new>
 
-#include "bindings/ops.h"
+#include "bindings/stable.h"
 #include "cpu/launch.h"
 
 namespace fastbn {
@@ -16,7 +16,7 @@ struct CpuBackend {
   const char* op;
   cpu::Threads threads{int(torch::stable::get_num_threads()), run_on_torch_threads};
 
-  explicit CpuBackend(const Operands& operands) : op(operands.op()) {}
+  explicit CpuBackend(const Site& site) : op(site.op()) {}
   void forward(const ForwardParams& params) { run(cpu::forward, params); }
   void channel_stats(const ForwardParams& params) { run(cpu::channel_stats, params); }
   void backward(const BackwardParams& params) { run(cpu::backward, params); }
@@ -35,6 +35,9 @@ struct CpuBackend {
 };
 
 }  // namespace
+
+const Launchers cpu_launchers = launchers_of<CpuBackend>();
+
 }  // namespace fastbn
 
-STABLE_TORCH_LIBRARY_IMPL(FASTBN_NAMESPACE, CPU, m) { fastbn::Ops<fastbn::CpuBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(FASTBN_NAMESPACE, CPU, m) { fastbn::register_ops<fastbn::CpuBackend>(m); }

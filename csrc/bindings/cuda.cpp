@@ -8,7 +8,7 @@
 
 #include "bindings/cuda_backend.h"
 #include "bindings/max_sms.h"
-#include "bindings/ops.h"
+#include "bindings/stable.h"
 #include "plan/planner.h"
 
 namespace fastbn {
@@ -44,7 +44,7 @@ const DeviceLimits& limits_of(int32_t device) {
 
 class TorchContext {
  public:
-  explicit TorchContext(const Tensor& input) : device_(input.get_device_index()), guard_(device_) {}
+  explicit TorchContext(int32_t device) : device_(device), guard_(device) {}
   cudaStream_t stream() const { return current_stream(device_); }
   Plan plan(const Request& request) const { return choose_plan(request, within_max_sms(limits_of(device_))); }
 
@@ -62,8 +62,10 @@ const DeviceLimits& limits_of_device(int32_t device) {
   return limits_of(device);
 }
 
+const Launchers cuda_launchers = launchers_of<CudaBackend<TorchContext>>();
+
 }  // namespace fastbn
 
 STABLE_TORCH_LIBRARY_IMPL(FASTBN_NAMESPACE, CUDA, m) {
-  fastbn::Ops<fastbn::CudaBackend<fastbn::TorchContext>>::register_all(m);
+  fastbn::register_ops<fastbn::CudaBackend<fastbn::TorchContext>>(m);
 }

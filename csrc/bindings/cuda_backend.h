@@ -18,7 +18,7 @@ const DeviceLimits& limits_of_device(int32_t device);
 template <class Context>
 class CudaBackend {
  public:
-  explicit CudaBackend(const Operands& operands) : operands_(operands), context_(operands.input()) {}
+  explicit CudaBackend(Site& site) : site_(site), context_(site.device()) {}
 
   void forward(const ForwardParams& params) {
     const auto direction = params.statistics == Statistics::batch ? Direction::forward : Direction::eval;
@@ -64,19 +64,19 @@ class CudaBackend {
     cudaError_t error;
     do {
       plan = context_.plan(request);
-      const Tensor workspace = operands_.empty(cuda::workspace_bytes(plan, params), ScalarType::Byte);
-      error = launcher(params, plan, workspace.data_ptr(), context_.stream());
+      void* const workspace = site_.workspace(cuda::workspace_bytes(plan, params));
+      error = launcher(params, plan, workspace, context_.stream());
       // A cooperative grid can be too large when another process uses the GPU, or a tool its registers. Nothing has run
       // then, because a cooperative plan is a single launch. Without splits most stream plans need no such grid; those
       // with a cumulative average do.
     } while (error == cudaErrorCooperativeLaunchTooLarge &&
              (std::exchange(request.cooperative, false) || std::exchange(request.fused, false)));
     if (error != cudaSuccess)
-      fail(operands_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",
+      fail(site_.op(), "expected the CUDA launch to succeed, got ", cudaGetErrorString(error), " (grid ",
            plan.groups * plan.splits, " blocks of ", plan.threads, " threads)");
   }
 
-  const Operands& operands_;
+  Site& site_;
   Context context_;
 };
 

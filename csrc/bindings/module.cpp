@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/launchers.h"
 #include "bindings/max_sms.h"
 #include "cpu/kernels/kernels.h"
 #include "math/activation.h"
@@ -92,6 +93,16 @@ Direction direction_named(const std::string& name) {
                               "'");
 }
 
+// Returns the addresses that csrc/node calls.
+py::capsule launchers() {
+  static LauncherTable table;
+  table.cpu = cpu_launchers;
+#ifdef FASTBN_WITH_CUDA
+  table.cuda = cuda_launchers;
+#endif
+  return py::capsule(&table, "fastbn launchers");
+}
+
 py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int dtype,
               const std::string& direction, int activation, bool residual, bool aligned, const DeviceLimits& limits) {
   const int64_t dim = int64_t(sizes.size());
@@ -158,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_max_sms", [](std::optional<int> count) { max_sms = count.value_or(std::numeric_limits<int>::max()); },
       "Let stream plans occupy at most `count` SMs; None allows all.", py::arg("count").none(true));
+  m.def("launchers", &launchers, "Return the addresses of the launchers, for the fastbn._node_* of the same build.");
   m.def("plan", &plan,
         "Return the CUDA plan for a tensor's sizes and strides. Traffic is in units of one activation tensor.",
         py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"), py::arg("direction"),

@@ -93,8 +93,8 @@ struct Ops {
     params.statistics = batch_stats ? Statistics::batch : Statistics::running;
     const ScalarType type = weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
     const int64_t channels = operands.layout().channels;
-    const Tensor grad_weight = operands.empty(need_weight ? channels : 0, type);
-    const Tensor grad_bias = operands.empty(need_bias ? channels : 0, type);
+    const Tensor grad_weight = need_weight ? operands.empty(channels, type) : operands.nothing(type);
+    const Tensor grad_bias = need_bias ? operands.empty(channels, type) : operands.nothing(type);
     if (need_weight) params.grad_weight = {grad_weight.data_ptr(), dtype_of(operands.op(), "weight", grad_weight)};
     if (need_bias) params.grad_bias = {grad_bias.data_ptr(), dtype_of(operands.op(), "bias", grad_bias)};
     const auto [grad_input, grad_residual] = backward.allocate(need_input, need_residual);
@@ -136,17 +136,6 @@ struct Ops {
     const auto [grad_input, grad_residual] = backward.allocate(true, need_residual);
     Backend(operands).backward(params);
     return {grad_input, grad_residual};
-  }
-
-  static void register_all(torch::stable::detail::StableLibrary& m) {
-    m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));
-    m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));
-    m.impl("batch_norm_frozen", TORCH_BOX(&batch_norm_frozen));
-    m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
-    m.impl("channel_stats", TORCH_BOX(&channel_stats));
-    m.impl("normalize", TORCH_BOX(&normalize));
-    m.impl("grad_sums", TORCH_BOX(&grad_sums));
-    m.impl("input_grad", TORCH_BOX(&input_grad));
   }
 
  private:
@@ -191,7 +180,7 @@ struct Ops {
 
   // Runs a forward op whose results backward needs.
   static Four launch_and_save(Forward& forward, bool save_mask) {
-    const Operands& operands = forward.operands;
+    Operands& operands = forward.operands;
     ForwardParams& params = forward.params;
     forward.allocate_output();
     const Tensor mean = operands.empty(params.layout.channels, ScalarType::Double);

@@ -1,10 +1,10 @@
-// The part of LibTorch's stable ABI that the bindings use. The build sets TORCH_TARGET_VERSION to 2.10, so that one
-// binary serves every torch from 2.10 on.
+// The registration of ops by LibTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include "bindings/ops.h"
 
 #ifndef FASTBN_NAMESPACE
 #define FASTBN_NAMESPACE fastbn
@@ -12,8 +12,18 @@
 
 namespace fastbn {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// Registers the eight ops over a backend.
+template <class Backend>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  using O = Ops<Backend>;
+  m.impl("batch_norm_train", TORCH_BOX(&O::batch_norm_train));
+  m.impl("batch_norm_eval", TORCH_BOX(&O::batch_norm_eval));
+  m.impl("batch_norm_frozen", TORCH_BOX(&O::batch_norm_frozen));
+  m.impl("batch_norm_backward", TORCH_BOX(&O::batch_norm_backward));
+  m.impl("channel_stats", TORCH_BOX(&O::channel_stats));
+  m.impl("normalize", TORCH_BOX(&O::normalize));
+  m.impl("grad_sums", TORCH_BOX(&O::grad_sums));
+  m.impl("input_grad", TORCH_BOX(&O::input_grad));
+}
 
 }  // namespace fastbn

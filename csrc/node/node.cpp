@@ -10,6 +10,7 @@
 #include <array>
 
 #include "node/function.h"
+#include "node/launchers.h"
 #include "node/usual.h"
 
 namespace fastbn {
@@ -107,10 +108,20 @@ PyMethodDef functions[] = {
      "number. None: nothing was done, since the call is not usual or an op has refused it."},
     {nullptr, nullptr, 0, nullptr}};
 
+// Reads the addresses of the launchers in fastbn._C, or raises ImportError where that is of another build.
+void read_launchers() {
+  const pybind11::capsule capsule = pybind11::module_::import("fastbn._C").attr("launchers")();
+  const auto* const table = capsule.get_pointer<const LauncherTable>();
+  if (table->forward_bytes != sizeof(ForwardParams) || table->backward_bytes != sizeof(BackwardParams))
+    throw pybind11::import_error("expected fastbn._C of the same build, got another: build fastbn again");
+  launcher_table = table;
+}
+
 }  // namespace
 }  // namespace fastbn
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "fastbn.functional.batch_norm for usual calls, for one version of torch.";
+  fastbn::read_launchers();
   if (PyModule_AddFunctions(module.ptr(), fastbn::functions) != 0) throw pybind11::error_already_set();
 }

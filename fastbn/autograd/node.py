@@ -17,14 +17,17 @@ def module_name() -> str:
     return "fastbn._node_" + re.sub(r"\W", "_", torch.__version__)
 
 
-def load() -> Any:
-    """Return the extension, or None if it was not built for the installed torch, or FASTBN_NODE is 0."""
+def load() -> tuple[Any, str]:
+    """Return the extension and "yes: <its name>", or None and "no: <why there is none>"."""
     if os.environ.get("FASTBN_NODE") == "0":
-        return None
+        return None, "no: FASTBN_NODE=0"
+    name = module_name()
     try:
-        return importlib.import_module(module_name())
-    except ImportError:
-        return None
+        return importlib.import_module(name), f"yes: {name}"
+    except ModuleNotFoundError:
+        return None, f"no: {name} was not built; calls take some 10 to 20 us more"
+    except ImportError as error:
+        return None, f"no: {error}"
 
 
 def serves_gpu(index: int) -> bool:
@@ -32,13 +35,4 @@ def serves_gpu(index: int) -> bool:
     return native.why_no_kernels(torch.device("cuda", index)) is None
 
 
-def describe() -> str:
-    """Return "yes: ..." or "no: ..." with the module that is loaded, or why there is none."""
-    if NODE is not None:
-        return f"yes: {NODE.__name__}"
-    if os.environ.get("FASTBN_NODE") == "0":
-        return "no: FASTBN_NODE=0"
-    return f"no: {module_name()} was not built; calls that are differentiated take some 15 us more"
-
-
-NODE = load()
+NODE, DESCRIPTION = load()

@@ -27,6 +27,6 @@ def info() -> dict[str, Any]:
             "CPU instruction sets usable here": ", ".join(build["cpu_instruction_sets"]),
         },
         "runs here": {name: registry.get(name).availability() for name in registry.names()}
-        | {"C++ autograd node": node.describe()},
+        | {"C++ autograd node": node.DESCRIPTION},
         "devices": {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())} or "cpu only",
     }

@@ -13,4 +13,4 @@ def node_or_function(request, monkeypatch):
     if request.param == "Function":
         monkeypatch.setattr(functional, "NODE", None)
     elif node.NODE is None:  # an error in test_node.py, which asks that it was built
-        pytest.skip(f"the node: {node.describe()}")
+        pytest.skip(f"the node: {node.DESCRIPTION}")

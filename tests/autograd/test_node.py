@@ -21,24 +21,56 @@ def node_or_function():
 
 
 def test_it_was_built_for_this_torch():
-    assert node.describe() == f"yes: {node.module_name()}"
-    assert fastbn.info()["runs here"]["C++ autograd node"] == node.describe()
+    assert node.DESCRIPTION == f"yes: {node.module_name()}"
+    assert fastbn.info()["runs here"]["C++ autograd node"] == node.DESCRIPTION
 
 
 def test_another_torch_does_not_get_it(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0+xpu")
-    assert node.module_name() == "fastbn._node_2_99_0_xpu" and node.load() is None
-    monkeypatch.setattr(node, "NODE", None)
-    assert node.describe().startswith("no: fastbn._node_2_99_0_xpu was not built")
+    assert node.module_name() == "fastbn._node_2_99_0_xpu"
+    extension, description = node.load()
+    assert extension is None and description.startswith("no: fastbn._node_2_99_0_xpu was not built")
+
+
+def test_one_that_cannot_be_loaded_is_not_missed(monkeypatch):
+    def fails(name):
+        raise ImportError("undefined symbol: torch")
+
+    monkeypatch.setattr(importlib, "import_module", fails)
+    assert node.load() == (None, "no: undefined symbol: torch")
 
 
 def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("FASTBN_NODE", "0")
-    assert node.load() is None
-    monkeypatch.setattr(node, "NODE", None)
-    assert node.describe() == "no: FASTBN_NODE=0"
+    assert node.load() == (None, "no: FASTBN_NODE=0")
     monkeypatch.setenv("FASTBN_NODE", "1")
-    assert node.load() is importlib.import_module(node.module_name())
+    assert node.load() == (importlib.import_module(node.module_name()), node.DESCRIPTION)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_profiler_sees_the_ops(training):
+    layer = fastbn.BatchNorm1d(3, dtype=torch.float64).train(training)
+    x = normal(4, 3, 5).requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x).sum().backward()
+        with torch.no_grad():
+            layer(x)
+    kinds = ("train", "train", "backward") if training else ("frozen", "eval", "backward")
+    seen = sorted(event.name for event in profile.events() if event.name.startswith("fastbn::"))
+    assert seen == sorted(f"fastbn::batch_norm_{kind}" for kind in kinds)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_mode_sees_the_ops(training):
+    layer = fastbn.BatchNorm1d(3, dtype=torch.float64).train(training)
+    x = normal(4, 3, 5).requires_grad_()
+    with _Calls() as calls:
+        layer(x).sum().backward()
+    assert len(calls.of_backward) == 1
+    y = layer(x)
+    with _Calls() as calls:
+        y.sum().backward()
+    assert len(calls.of_backward) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
 // torch.ops.fastbn_emulator: the CUDA ops' own bindings and kernels, run by the emulator on CPU tensors.
-#include "bindings/ops.h"
-
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 #include <utility>
 
 #include "bindings/cuda_backend.h"
+#include "bindings/stable.h"
 #include "emulator.h"
 #include "plan/planner.h"
 
@@ -51,7 +50,7 @@ int blocks_per_sm(const std::string& pass, bool rows, int64_t element_size, bool
 }
 
 struct EmulatorContext {
-  explicit EmulatorContext(const Tensor&) {}
+  explicit EmulatorContext(int32_t) {}
   cudaStream_t stream() const { return {}; }
   Plan plan(const Request& request) const {
     const Plan chosen = choose_plan(request, emulated_limits);
@@ -64,7 +63,7 @@ struct EmulatorContext {
 }  // namespace fastbn
 
 STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
-  fastbn::Ops<fastbn::CudaBackend<fastbn::EmulatorContext>>::register_all(m);
+  fastbn::register_ops<fastbn::CudaBackend<fastbn::EmulatorContext>>(m);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

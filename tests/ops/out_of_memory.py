@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import resource
 from pathlib import Path
@@ -33,6 +34,7 @@ def _expanded(*shape: int) -> torch.Tensor:
 def _memory_left(size: int):
     """Limit the address space of the process to this many bytes beyond what it uses."""
     gc.collect()  # a collection later would free tensors of earlier tests in between
+    ctypes.CDLL(None).malloc_trim(0)  # what is free at the heap's end would be room beyond the limit
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + size, limits[1]))

@@ -37,13 +37,15 @@ class Epilogue(NamedTuple):
     """The steps after a normalisation, as the code that it stands for has them.
 
     before: steps between normalisation and addition. add: the addition, a function of what comes from before and
-    `residual`; None for none. after: the steps that follow. A step is a module or a Function.
+    `residual`; None for none. after: the steps that follow. A step is a module or a Function. known: the activation that
+    `after` is, if whoever made the epilogue has just asked for it.
     """
 
     residual: Any = None
     add: Callable[[Any, Any], Any] | None = None
     before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
+    known: Known = None
 
     def apply(self, y: Any) -> Any:
         """Run the steps one by one."""
@@ -94,7 +96,7 @@ class NormalizationLayer(TakesEpilogue):
         if found is not None:
             return self._normalize(input, *found)
         if epilogue.add is not None and epilogue.after:  # perhaps the addition alone
-            return epilogue.apply_after(self._with_epilogue(input, epilogue._replace(after=())))
+            return epilogue.apply_after(self._with_epilogue(input, epilogue._replace(after=(), known=None)))
         return epilogue.apply(self(input))  # type: ignore[operator]
 
     def _is_fresh(self) -> bool:
@@ -138,14 +140,15 @@ def read(epilogue: Epilogue, input: Tensor) -> tuple[Tensor | None, str | None, 
     """Return (residual, activation, activation_param) of an op that does all steps, or None if there is none."""
     if not all_identities(epilogue.before):
         return None
-    activation: Known = None
-    for step in epilogue.after:
-        if is_identity(step):
-            continue
-        found = known_activation(step)
-        if activation is not None or found is None:
-            return None
-        activation = found
+    activation = epilogue.known
+    if activation is None:
+        for step in epilogue.after:
+            if is_identity(step):
+                continue
+            found = known_activation(step)
+            if activation is not None or found is None:
+                return None
+            activation = found
     name, param = (None, None) if activation is None else activation
     if name == "softplus" and torch.is_autocast_enabled(input.device.type):
         return None  # autocast computes it in float32 on some devices

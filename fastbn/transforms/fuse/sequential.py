@@ -34,8 +34,8 @@ def _run_children(self: Any, input: Any, epilogue: Epilogue) -> Any:
                 input = module(input)
         elif is_identity(module):
             steps = (*steps, module)
-        elif known_activation(module) is not None:
-            input, layer, steps = run(layer, input, Epilogue(after=(*steps, module))), None, ()
+        elif (known := known_activation(module)) is not None:
+            input, layer, steps = run(layer, input, Epilogue(after=(*steps, module), known=known)), None, ()
         else:
             input, layer, steps = run(layer, input, Epilogue(after=steps)), None, ()
             if takes_epilogue(module):

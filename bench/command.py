@@ -18,7 +18,7 @@ from bench.implementations import AGAIN, FASTBN, Implementation, implementations
 from bench.machine import describe, machine
 from bench.network_cases import NetworkCase, why_absent
 from bench.network_cases import suite as network_suite
-from bench.network_models import NAMES, TORCH, is_ours, names_on
+from bench.network_models import NAMES, TORCH, is_ours, names_of
 from bench.results import Measurement, NetworkStep, Refusal, Results, load, partial_path
 from bench.runner import Runner, Step
 from bench.timer import Budget
@@ -72,7 +72,8 @@ def run(args) -> int:
 
 
 def _is_ours(implementation: str) -> bool:
-    return implementation.startswith(FASTBN) or (implementation in NAMES and is_ours(implementation))
+    is_network = implementation.removesuffix(AGAIN) in NAMES
+    return is_ours(implementation) if is_network else implementation.startswith(FASTBN)
 
 
 def _check_outputs(args) -> None:
@@ -95,7 +96,7 @@ def _plan(args) -> tuple[Runner, list[Step]]:
     where = device(of_suite or args.device or _fastest_device())
     cases = network_suite(args.suite, where)
     _check_patterns(args, cases)
-    rivals, names = _rivals(args, where)
+    rivals = _rivals(args, where)
     filters = {name: getattr(args, name) for name in ("case", "op", "shape", "dtype", "layout", "implementation")}
     parts = args.part or (["networks"] if args.suite == "networks" else list(PARTS))
     seconds = SECONDS[args.suite] if args.seconds is None else args.seconds
@@ -111,11 +112,15 @@ def _plan(args) -> tuple[Runner, list[Step]]:
     steps = []
     if "calls" in parts and rivals:
         steps += [runner.call(workload) for workload in _selected(call_suite(), args)]
-    if "networks" in parts and names:
+    if "networks" in parts and _asked(NAMES, args):
         chosen, results.refusals = _networks(cases, args)
         for refusal in results.refusals:
             print(f"Left out: {refusal.reason}", file=sys.stderr, flush=True)
-        steps += [runner.network(case, names) for case in chosen]
+        for case in chosen:
+            # If a compiled model is asked for by name, it takes part in every case.
+            names = _asked(names_of(case, where) if args.implementation == ["*"] else NAMES, args)
+            names += [name + AGAIN for name in names if args.against_itself]
+            steps.append(runner.network(case, names))
     # Layers come last: they are many, and --time-limit may cut them off.
     if "layers" in parts and rivals:
         layers = [runner.layer(workload) for workload in _selected(_layers(args), args)]
@@ -151,19 +156,20 @@ def _fastest_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _rivals(args, where: torch.device) -> tuple[list[Implementation], list[str]]:
-    """Return the implementations of layers and the names of those of networks that are asked for."""
+def _rivals(args, where: torch.device) -> list[Implementation]:
+    """Return the implementations of layers that are asked for."""
     known = implementations(where)
     rivals = [rival for rival in known if _fits(rival.name, args.implementation)]
-    all_names = names_on(where) if args.implementation == ["*"] else NAMES
-    names = [name for name in all_names if _fits(name, args.implementation)]
-    if not rivals and not names:
+    if not rivals and not _asked(NAMES, args):
         expected = ", ".join(dict.fromkeys([*(rival.name for rival in known), *NAMES]))
         raise CommandError(f"--implementation: expected some of {expected}, got {','.join(args.implementation)}")
     if args.against_itself:
         rivals += [dataclasses.replace(rival, name=rival.name + AGAIN) for rival in rivals]
-        names += [name + AGAIN for name in names]
-    return rivals, names
+    return rivals
+
+
+def _asked(names: Sequence[str], args) -> list[str]:
+    return [name for name in names if _fits(name, args.implementation)]
 
 
 def _check_patterns(args, cases: Sequence[NetworkCase]) -> None:

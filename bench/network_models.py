@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastbn
 from bench.implementations import AGAIN, STOCK
-from bench.network_cases import FORMATS, TRAIN, NetworkCase, build, make_input
+from bench.network_cases import FORMATS, NETWORKS, TRAIN, USUAL, NetworkCase, build, make_input
 from bench.timer import Call
 
 TORCH, CONVERT, FUSED = STOCK, "convert", "fused"
@@ -31,12 +31,15 @@ def is_ours(name: str) -> bool:
     return name.removesuffix(AGAIN) not in (TORCH, COMPILED_TORCH)
 
 
-def names_on(device: torch.device) -> tuple[str, ...]:
-    """Return the implementations that take part where none is named.
+def names_of(case: NetworkCase, device: torch.device) -> tuple[str, ...]:
+    """Return the implementations that take part in a case where none is named.
 
-    On a CPU the compiler would take minutes, for kernels that few train with.
+    A network takes minutes to compile. So models are compiled on a GPU alone, for training with a usual batch in
+    bfloat16 and the last of the network's memory formats, channels_last for images.
     """
-    return NAMES if device.type == "cuda" else EAGER
+    layout = NETWORKS[case.network].layouts[-1]
+    usual = (case.op, case.group, case.dtype, case.layout) == (TRAIN, USUAL, torch.bfloat16, layout)
+    return NAMES if device.type == "cuda" and usual else EAGER
 
 
 def model_of(name: str) -> str:

@@ -72,7 +72,8 @@ def cases(results: Results) -> Table:
     found: dict[_Key, dict[str, NetworkStep]] = {}
     for step in results.networks:
         found.setdefault(step.key[:3], {})[step.implementation] = step
-    names = sorted({step.implementation for step in results.networks} - {TORCH}, key=_order)
+    names = sorted({step.implementation for step in results.networks if not is_again(step.implementation)}, key=_order)
+    names = [name for name in names if name != TORCH]
     has_peak = any(step.peak_bytes is not None for step in results.networks)
     header = ("network", "size", "input", "dtype", "layout", "op", f"{TORCH} ms", *names, f"{TORCH} norm share")
     header += (f"{TORCH} peak", f"{FUSED} peak") * has_peak

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "implementation",
             "implementations: torch, compile, compile-max-autotune, onednn, fastbn; of networks torch, convert, fused, "
-            "and compiled-torch and so on, which take part on a CPU only if named",
+            "compiled-torch, compiled-convert, compiled-fused, compiled-pass (without this, few cases are compiled)",
         ),
     ):
         what.add_argument(f"--{name}", type=patterns, default=["*"], metavar="PATTERN", help=f"only these {of}")

@@ -484,16 +484,24 @@ def test_bad_arguments(no_torchvision, capsys, arguments, message):
     "asked, names",
     [
         ((), EAGER),
-        (("--implementation", "*"), EAGER),
         (("--implementation", "torch,compiled-f*"), (TORCH, "compiled-fused")),
+        (("--implementation", "fused", "--against-itself"), (FUSED, FUSED + AGAIN)),
     ],
 )
 def test_on_a_cpu_models_are_compiled_only_where_asked(monkeypatch, capsys, asked, names):
-    assert network_models.names_on(CPU) == EAGER and network_models.names_on(torch.device("cuda")) == NAMES
     chosen, made = [], Runner.network
     monkeypatch.setattr(Runner, "network", lambda self, case, names: chosen.append(names) or made(self, case, names))
     assert main([*ARGUMENTS, "--case", "mlp", *asked, "--list"]) == 0
     assert {tuple(each) for each in chosen} == {names}
+
+
+def test_on_a_gpu_usual_training_is_compiled_too():
+    gpu = torch.device("cuda")
+    compiled = [case for case in network_cases.suite("networks", gpu) if network_models.names_of(case, gpu) == NAMES]
+    assert [case.network for case in compiled] == list(NETWORKS)
+    assert {(case.group, case.dtype, case.op) for case in compiled} == {(USUAL, torch.bfloat16, TRAIN)}
+    assert {case.layout for case in compiled if len(case.shape) == 4} == {"channels_last"}
+    assert all(network_models.names_of(case, gpu) == NAMES for case in network_cases.suite("gpu", gpu))
 
 
 @pytest.mark.slow

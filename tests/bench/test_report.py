@@ -10,7 +10,7 @@ import re
 import pytest
 from matplotlib.image import imread
 
-from bench import network_tables, plots, report, tables
+from bench import compare, network_tables, plots, report, tables
 from bench.command import _report
 from bench.results import Call, CopyPoint, Measurement, NetworkStep, Refusal, Results
 
@@ -300,6 +300,29 @@ def test_means_of_networks():
     ]
 
 
+def test_runs_of_networks_are_compared():
+    old, new = only(networks=networks()), only(networks=networks())
+    # The machine takes twice as long for all; the first case's fused model three times as long beside that.
+    slower = steps(400, {"convert": 320, "fused": 600})
+    new.networks = slower + [
+        dataclasses.replace(each, median_us=2 * each.median_us, p20_us=2 * each.p20_us, p80_us=2 * each.p80_us)
+        for each in new.networks[len(slower) :]
+    ]
+    new.networks += steps(1, {"fused": 1}, network="mlp")
+    # A layer's time is not that of a network of the same name.
+    old.measurements = new.measurements = layer((2, 3), "train", {"torch": 4, "fastbn": 2})
+    comparison = compare.compare(old, new)
+    assert comparison.network_drift == {"torch": 2, "convert": 2, "fused": 2} and comparison.drift["torch"] == 1
+    assert (comparison.only_old, comparison.only_new) == (0, 2)
+    assert len(comparison.changes) == 1 + 3 + 4
+    (regression,) = comparison.regressions
+    assert regression.record is slower[2]
+    assert (regression.ratio, regression.time) == (pytest.approx(3), pytest.approx(3))
+    text = "\n".join(compare.lines(comparison))
+    assert "medians over the cases of networks: torch 2.000, convert 2.000, fused 2.000." in text
+    assert re.search("resnet50-16x3x224x224-channels_last +float32 +train_backward +fused +3.00 x", text)
+
+
 def test_means_by_network():
     table = network_tables.by_network(only(networks=networks()))
     assert table.header == ("network", "train_backward small", "train_backward usual", "eval small", "eval usual")
@@ -314,6 +337,7 @@ def test_noise_of_networks_is_stated_and_is_no_rival():
     text = "\n".join(network_tables.means(results).lines())
     assert "noise: fused over itself 1.250, from 1.250 to 1.250, on 1 rows of cases." in text
     assert [row[2] for row in network_tables.means(results).rows] == ["fused"]
+    assert network_tables.cases(results).header[6:] == ("torch ms", "fused", "torch norm share")
 
 
 def test_wrong_results_come_first_and_the_unsupported_are_counted():

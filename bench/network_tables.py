@@ -75,13 +75,13 @@ def cases(results: Results) -> Table:
     names = sorted({step.implementation for step in results.networks if not is_again(step.implementation)}, key=_order)
     names = [name for name in names if name != TORCH]
     has_peak = any(step.peak_bytes is not None for step in results.networks)
-    header = ("network", "size", "input", "dtype", "layout", "op", f"{TORCH} ms", *names, f"{TORCH} norm share")
-    header += (f"{TORCH} peak", f"{FUSED} peak") * has_peak
+    header = ("network", "size", "input", "dtype", "layout", "op", f"{TORCH} ms", *names)
+    header += (f"{TORCH} norm share", f"{FUSED} norm share", *(f"{TORCH} peak", f"{FUSED} peak") * has_peak)
     rows = []
     for steps in sorted(found.values(), key=_slowest):
         any_step, stock = next(iter(steps.values())), steps.get(TORCH)
         over = [steps[name].speedup_over.get(TORCH) if name in steps else None for name in names]
-        peaks = [steps[name].peak_bytes if name in steps else None for name in (TORCH, FUSED)]
+        pair = [steps.get(name) for name in (TORCH, FUSED)]
         rows.append(
             (
                 any_step.network,
@@ -92,14 +92,15 @@ def cases(results: Results) -> Table:
                 any_step.op,
                 significant(stock.median_us / 1e3) if stock else "-",
                 *[known(speedup, factor) for speedup in over],
-                known(stock.norm_share if stock else None, percent),
-                *[known(peak, size) for peak in peaks] * has_peak,
+                *[known(step and step.norm_share, percent) for step in pair],
+                *[known(step and step.peak_bytes, size) for step in pair] * has_peak,
             )
         )
     notes = (
         f"Networks, slowest first: milliseconds of {TORCH}'s modules, and that time over the others'.",
         "train_backward: forward, loss and backward, no optimiser. eval: without gradients. bfloat16: autocast.",
-        f"norm share: fraction of {TORCH}'s time in BatchNorm, activation and residual addition.",
+        *["step: train_backward and an update by SGD."] * any(step.op == "step" for step in results.networks),
+        "norm share: fraction of the time in BatchNorm, activation and residual addition.",
         f"Sources: {', '.join(_sources(results.networks))}.",
     )
     return Table(header, rows, tuple(range(6)), notes)

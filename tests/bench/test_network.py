@@ -328,6 +328,18 @@ def test_a_network_without_one_of_its_residuals_is_refused(shrunk, monkeypatch, 
     assert "in float64, the scores" in refusals[0].reason
 
 
+def test_a_network_that_fails_in_float64_is_refused(monkeypatch):
+    def fail(module, args):
+        assert args[0].dtype != torch.float64, "no float64"
+
+    plant(monkeypatch, lambda model: model.register_forward_pre_hook(fail))
+    steps, refusals = measure(mlp())
+    assert [step.implementation for step in steps] == [TORCH, CONVERT]
+    assert [(refusal.wrong, refusal.reason) for refusal in refusals] == [
+        (True, "in float64, AssertionError: no float64")
+    ]
+
+
 def test_running_statistics_that_are_off_are_refused(monkeypatch):
     plant(monkeypatch, lambda model: setattr(model[1], "momentum", 0.2))
     steps, refusals = measure(mlp())

@@ -268,9 +268,9 @@ def test_calls():
 def test_cases_of_networks_name_the_slowest_first():
     results = only(networks=networks())
     table = network_tables.cases(results)
-    assert table.header[6:] == ("torch ms", "convert", "fused", "torch norm share")
+    assert table.header[6:] == ("torch ms", "convert", "fused", "torch norm share", "fused norm share")
     assert table.rows[0] == (
-        *("unet", "small", "4x3x64x64", "bfloat16", "channels_last", "train_backward", "10.0", "-", "0.50", "-"),
+        *("unet", "small", "4x3x64x64", "bfloat16", "channels_last", "train_backward", "10.0", "-", "0.50", "-", "-"),
     )
     assert [row[6:9] for row in table.rows[1:]] == [
         ("20.0", "0.80", "1.25"),
@@ -278,10 +278,10 @@ def test_cases_of_networks_name_the_slowest_first():
         ("200", "1.25", "2.00"),
     ]
     assert "Sources: torchvision (resnet50, unet)." in table.notes
-    results.networks += [step("torch", {}, 0.314, network="mlp", peak_bytes=10**9), step("fused", {}, network="mlp")]
+    results.networks += [step("torch", {}, 0.314, network="mlp", peak_bytes=10**9), step("fused", {}, 0, network="mlp")]
     table = network_tables.cases(results)
     assert table.header[-2:] == ("torch peak", "fused peak")
-    assert table.rows[-1][6:] == ("250", "-", "-", "31%", "1.00 GB", "-")
+    assert table.rows[-1][6:] == ("250", "-", "-", "31%", "0%", "1.00 GB", "-")
 
 
 def test_means_of_networks():
@@ -337,7 +337,7 @@ def test_noise_of_networks_is_stated_and_is_no_rival():
     text = "\n".join(network_tables.means(results).lines())
     assert "noise: fused over itself 1.250, from 1.250 to 1.250, on 1 rows of cases." in text
     assert [row[2] for row in network_tables.means(results).rows] == ["fused"]
-    assert network_tables.cases(results).header[6:] == ("torch ms", "fused", "torch norm share")
+    assert network_tables.cases(results).header[6:9] == ("torch ms", "fused", "torch norm share")
 
 
 def test_wrong_results_come_first_and_the_unsupported_are_counted():

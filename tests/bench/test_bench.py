@@ -610,12 +610,14 @@ def test_a_suspected_regression_is_measured_again(brief, tmp_path, capsys, monke
                 each[name] /= 1000
             each["speedup_over"]["torch"] *= 1000
     path.write_text(json.dumps(content))
-    layer, named = runner.Runner.layer, []
-    monkeypatch.setattr(runner.Runner, "layer", lambda self, workload: named.append(workload) or layer(self, workload))
+    append, timed = runner.Runner._append_measurements, []
+    monkeypatch.setattr(
+        runner.Runner, "_append_measurements", lambda self, *about: timed.append(about) or append(self, *about)
+    )
     new = tmp_path / "new.json"
     assert main([*brief, "--op", "train", "--compare", str(path), "--json", str(new)]) == 1
     assert "1 regressions of 1 cases" in capsys.readouterr().out
-    assert len(named) == 1 + command.CONFIRMATIONS
+    assert len(timed) == 1 + command.CONFIRMATIONS
     assert len(read_valid(new)["measurements"]) == 3
 
 

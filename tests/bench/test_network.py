@@ -209,6 +209,11 @@ def test_running_statistics_are_those_of_the_batch():
     assert int(norms[FUSED].num_batches_tracked) == 2
     models.prepare((64, 32), "contiguous", training=False)
     assert not norms[CONVERT].training and int(norms[FUSED].num_batches_tracked) == 1
+    # Those of another shape do not hold what the first left.
+    (input,) = models.prepare((100, 32), "contiguous", training=True)
+    expected = models.modules[TORCH][0](input)
+    torch.testing.assert_close(norms[FUSED].running_var, expected.var(0))
+    assert int(norms[FUSED].num_batches_tracked) == 1
     types_of = [type(norm) for norm in norms.values()]
     assert types_of[0] is nn.BatchNorm1d and all(issubclass(cls, fastbn.BatchNorm1d) for cls in types_of[1:])
 
@@ -250,6 +255,18 @@ def test_networks_pass_the_gate(name, no_torchvision):
         disagreements = network_gate.float64_disagreements(models, layout)
         losses, refusals = network_gate.gate(network_models.works(models, case, EAGER), disagreements, case, CPU)
         assert not refusals and losses.keys() == {*EAGER}
+
+
+@pytest.mark.parametrize("op", [TRAIN, EVAL])
+@pytest.mark.parametrize("dtype", network_cases.DTYPES, ids=str)
+def test_the_mode_and_the_dtype_of_a_call(dtype, op):
+    seen = []
+    for work in network_models.works(Models("mlp", CPU), mlp(dtype, op), EAGER).values():
+        work.model[0].register_forward_hook(lambda module, args, output: seen.append((output.dtype, module.training)))
+        work.call()
+        assert all(parameter.dtype == torch.float32 for parameter in work.model.parameters())
+        assert all((parameter.grad is not None) == (op == TRAIN) for parameter in work.model.parameters())
+    assert seen == 3 * [(dtype, op == TRAIN)]
 
 
 def test_images_in_channels_last(shrunk):
@@ -347,6 +364,16 @@ def test_running_statistics_that_are_off_are_refused(monkeypatch):
     assert "in float64, 1.running_mean is off torch's" in refusals[0].reason
 
 
+def test_an_evaluation_that_is_off_is_refused(monkeypatch):
+    def shift(module, args, output):
+        return output if module.training else output + 1e-6
+
+    plant(monkeypatch, lambda model: model.register_forward_hook(shift))
+    steps, refusals = measure(mlp(op=EVAL))
+    assert [step.implementation for step in steps] == [TORCH, CONVERT]
+    assert "in float64, the evaluation is off torch's" in refusals[0].reason
+
+
 def test_gradients_that_are_off_are_refused():
     weight = {"the gradient of weight": torch.ones(4, dtype=torch.float64)}
     expected = {**weight, "the gradient of bias": torch.full((4,), 1e-15, dtype=torch.float64)}
@@ -438,6 +465,7 @@ def test_a_step_computes_fresh_gradients():
     first = [parameter.grad.clone() for parameter in work.model.parameters()]
     work.step()
     assert all(torch.equal(a, b.grad) for a, b in zip(first, work.model.parameters(), strict=True))
+    assert work.call == work.step and work.model.training
     evaluation = Work(copy.deepcopy(work.model).eval().requires_grad_(False), work.input, work.labels, torch.float32)
     assert evaluation.call == evaluation.evaluate and evaluation.check() > 0
 
@@ -539,6 +567,8 @@ def test_a_suspected_regression_of_a_network_is_measured_again(tmp_path, capsys,
     monkeypatch.setattr(
         "bench.runner.measure", lambda models, case, *rest: measured.append(case) or measure(models, case, *rest)
     )
-    assert main([*arguments, "--compare", str(path)]) == 1
+    new = tmp_path / "new.json"
+    assert main([*arguments, "--compare", str(path), "--json", str(new)]) == 1
+    assert len(json.loads(new.read_text())["networks"]) == 3
     assert "1 regressions of 2 cases" in capsys.readouterr().out
     assert len(measured) == 1 + command.CONFIRMATIONS

@@ -6,36 +6,34 @@ import dataclasses
 import fnmatch
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench import compare, tables
+from bench import compare, network_tables, tables
 from bench.implementations import AGAIN, FASTBN, Implementation, implementations
 from bench.machine import describe, machine
-from bench.network import CONVERT, FUSED, NetworkCase
-from bench.results import Results, load, partial_path
+from bench.network_cases import NetworkCase, why_absent
+from bench.network_cases import suite as network_suite
+from bench.network_models import NAMES, TORCH, is_ours, names_of
+from bench.results import Measurement, NetworkStep, Refusal, Results, load, partial_path
 from bench.runner import Runner, Step
 from bench.timer import Budget
-from bench.workloads import Workload, call_suite, dtype_name, suite
+from bench.workloads import SUITES, Workload, call_suite, dtype_name, suite
 from fastbn.cli.arguments import check_directory, check_file
 from fastbn.cli.errors import CommandError, RunError, device, reason, require
 
-# Seconds per implementation. The CPU suite has to end within a quarter of an hour, at the price of noisier ratios.
-SECONDS = {"quick": 0.15, "cpu": 0.08, "gpu": 0.15, "visit": 0.15}
+# Seconds per implementation. The CPU suite has to end within a quarter of an hour, and that of networks on one thread,
+# at the price of noisier ratios.
+SECONDS = {"quick": 0.15, "cpu": 0.08, "gpu": 0.15, "visit": 0.15, "networks": 0.05}
 SAVE_EVERY_SECONDS = 10.0
 # A regression is reported after it was seen again this many times.
 CONFIRMATIONS = 2
 # Above this number of cases the terminal shows the worst ones.
 SHOWN_CASES = 70
-NETWORKS = {
-    "quick": (NetworkCase(batch=4, image_size=64),),
-    "cpu": (NetworkCase(batch=4, image_size=224), NetworkCase(batch=8, image_size=224)),
-    "gpu": tuple(NetworkCase(batch, image_size=224) for batch in (32, 128, 256)),
-    "visit": (),
-}
 PARTS = ("layers", "calls", "networks")
 REPORT = "report.md"
 
@@ -57,21 +55,25 @@ def run(args) -> int:
         print(describe(results.machine), flush=True)
         interrupted = _measure(steps, results, args.json, args.time_limit)
         if old is not None and not interrupted:
-            _measure_again(runner, _selected(suite(args.suite), args), old)
+            _measure_again(runner, steps, old)
     if args.json:
         _save(results, args.json)
     print("\n".join(_report(results)))
     if args.plots:
         _plot(results, args.plots)
     # fastbn takes every case, so a refusal means a wrong result, an error, or that it cannot run here.
-    ours = (FASTBN, CONVERT, FUSED)
-    wrong = any(refusal.implementation.startswith(ours) for refusal in results.refusals)
+    wrong = any(_is_ours(refusal.implementation) for refusal in results.refusals)
     regressed = False
     if old is not None:
         comparison = compare.compare(old, results)
         print("\n".join(["", *compare.lines(comparison)]))
         regressed = bool(comparison.regressions)
     return 130 if interrupted else int(wrong or regressed)
+
+
+def _is_ours(implementation: str) -> bool:
+    is_network = implementation.removesuffix(AGAIN) in NAMES
+    return is_ours(implementation) if is_network else implementation.startswith(FASTBN)
 
 
 def _check_outputs(args) -> None:
@@ -92,10 +94,11 @@ def _plan(args) -> tuple[Runner, list[Step]]:
     if of_suite and args.device not in (of_suite, None):
         raise CommandError(f"--device: expected {of_suite} or none for the {args.suite} suite, got {args.device}")
     where = device(of_suite or args.device or _fastest_device())
-    _check_patterns(args)
+    cases = network_suite(args.suite, where)
+    _check_patterns(args, cases)
     rivals = _rivals(args, where)
     filters = {name: getattr(args, name) for name in ("case", "op", "shape", "dtype", "layout", "implementation")}
-    parts = args.part or list(PARTS)
+    parts = args.part or (["networks"] if args.suite == "networks" else list(PARTS))
     seconds = SECONDS[args.suite] if args.seconds is None else args.seconds
     settings = {
         "suite": args.suite,
@@ -107,16 +110,46 @@ def _plan(args) -> tuple[Runner, list[Step]]:
     results = Results(machine(where), settings)
     runner = Runner(where, rivals, Budget(seconds), results)
     steps = []
-    if "calls" in parts:
+    if "calls" in parts and rivals:
         steps += [runner.call(workload) for workload in _selected(call_suite(), args)]
-    if "networks" in parts:
-        steps += [runner.network(case) for case in NETWORKS[args.suite] if _fits(str(case), args.case)]
+    if "networks" in parts and _asked(NAMES, args):
+        chosen, results.refusals = _networks(cases, args)
+        for refusal in results.refusals:
+            print(f"Left out: {refusal.reason}", file=sys.stderr, flush=True)
+        for case in chosen:
+            # If a compiled model is asked for by name, it takes part in every case.
+            names = _asked(names_of(case, where) if args.implementation == ["*"] else NAMES, args)
+            names += [name + AGAIN for name in names if args.against_itself]
+            steps.append(runner.network(case, names))
     # Layers come last: they are many, and --time-limit may cut them off.
-    if "layers" in parts:
-        steps += [runner.layer(workload) for workload in _selected(suite(args.suite), args)]
+    if "layers" in parts and rivals:
+        layers = [runner.layer(workload) for workload in _selected(_layers(args), args)]
+        steps += [runner.copies(), *layers] if layers else []
     if not steps:
         raise CommandError("expected patterns that some case fits, got none that fits all of them: see --list")
-    return runner, [runner.copies(), *steps]
+    return runner, steps
+
+
+def _layers(args) -> list[Workload]:
+    return suite(args.suite) if args.suite in SUITES else []
+
+
+def _networks(cases: Sequence[NetworkCase], args) -> tuple[list[NetworkCase], list[Refusal]]:
+    """Return the cases that are asked for and can be built here, and a refusal of each network that cannot."""
+    chosen, absent = [], {}
+    for case in cases:
+        if not _takes(case, args):
+            continue
+        reason = why_absent(case.network)
+        if reason is None:
+            chosen.append(case)
+        else:
+            absent.setdefault(case.network, []).append((case, reason))
+    refusals = []
+    for (first, reason), *others in absent.values():
+        about = first.name, dtype_name(first.dtype), first.op
+        refusals.append(Refusal(*about, TORCH, False, reason, 1 + len(others)))
+    return chosen, refusals
 
 
 def _fastest_device() -> str:
@@ -124,26 +157,32 @@ def _fastest_device() -> str:
 
 
 def _rivals(args, where: torch.device) -> list[Implementation]:
+    """Return the implementations of layers that are asked for."""
     known = implementations(where)
     rivals = [rival for rival in known if _fits(rival.name, args.implementation)]
-    if not rivals:
-        names = ", ".join(rival.name for rival in known)
-        raise CommandError(f"--implementation: expected some of {names}, got {','.join(args.implementation)}")
+    if not rivals and not _asked(NAMES, args):
+        expected = ", ".join(dict.fromkeys([*(rival.name for rival in known), *NAMES]))
+        raise CommandError(f"--implementation: expected some of {expected}, got {','.join(args.implementation)}")
     if args.against_itself:
         rivals += [dataclasses.replace(rival, name=rival.name + AGAIN) for rival in rivals]
     return rivals
 
 
-def _check_patterns(args) -> None:
+def _asked(names: Sequence[str], args) -> list[str]:
+    return [name for name in names if _fits(name, args.implementation)]
+
+
+def _check_patterns(args, cases: Sequence[NetworkCase]) -> None:
     """Refuse the patterns of an option if nothing in the suite matches them, whatever the other options select."""
-    workloads = [*suite(args.suite), *call_suite()]
+    workloads = [*_layers(args), *call_suite()]
     known = {
         "case": {name for workload in workloads for name in (workload.case.name, workload.group)}
-        | {str(case) for case in NETWORKS[args.suite]},
-        "op": {str(workload.operation) for workload in workloads},
-        "shape": {_shape_name(workload) for workload in workloads},
-        "dtype": {dtype_name(workload.dtype) for workload in workloads},
-        "layout": {workload.case.layout for workload in workloads},
+        | {name for case in cases for name in _case_names(case)},
+        "op": {str(workload.operation) for workload in workloads} | {case.op for case in cases},
+        "shape": {_shape_name(workload.case.shape) for workload in workloads}
+        | {_shape_name(case.shape) for case in cases},
+        "dtype": {dtype_name(each.dtype) for each in (*workloads, *cases)},
+        "layout": {workload.case.layout for workload in workloads} | {case.layout for case in cases},
     }
     for option, names in known.items():
         patterns = getattr(args, option)
@@ -152,8 +191,12 @@ def _check_patterns(args) -> None:
             raise CommandError(f"--{option}: expected patterns that some case fits, got {got}: see fastbn bench --list")
 
 
-def _shape_name(workload: Workload) -> str:
-    return "x".join(map(str, workload.case.shape))
+def _shape_name(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _case_names(case: NetworkCase) -> tuple[str, ...]:
+    return case.name, case.network, case.group
 
 
 def _selected(workloads: Sequence[Workload], args) -> list[Workload]:
@@ -164,10 +207,20 @@ def _selected(workloads: Sequence[Workload], args) -> list[Workload]:
         for workload in workloads
         if (_fits(workload.case.name, args.case) or _fits(workload.group, args.case))
         and _fits(str(workload.operation), args.op)
-        and _fits(_shape_name(workload), args.shape)
+        and _fits(_shape_name(workload.case.shape), args.shape)
         and _fits(dtype_name(workload.dtype), args.dtype)
         and _fits(workload.case.layout, args.layout)
     ]
+
+
+def _takes(case: NetworkCase, args) -> bool:
+    return (
+        any(_fits(name, args.case) for name in _case_names(case))
+        and _fits(case.op, args.op)
+        and _fits(_shape_name(case.shape), args.shape)
+        and _fits(dtype_name(case.dtype), args.dtype)
+        and _fits(case.layout, args.layout)
+    )
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
@@ -202,18 +255,24 @@ def _measure(steps: Sequence[Step], results: Results, path: Path | None, time_li
             _save(results, path)  # even if a step failed
 
 
-def _measure_again(runner: Runner, workloads: Sequence[Workload], old: Results) -> None:
+def _measure_again(runner: Runner, steps: Sequence[Step], old: Results) -> None:
     """Measure suspected regressions again: what a neighbour on the machine caused is gone by then."""
-    by_name = {str(workload): workload for workload in workloads}
+    by_name = {step.name: step for step in steps}
+    results = runner.results
     for _ in range(CONFIRMATIONS):
-        suspects = {" ".join(change.measurement.key[:3]) for change in compare.compare(old, runner.results).regressions}
+        suspects = {_name(change.record) for change in compare.compare(old, results).regressions}
         if not suspects:
             return
         print(f"Measuring {len(suspects)} cases again that seem to be slower.", flush=True)
         for name in suspects & by_name.keys():
-            known = runner.results.measurements
-            runner.results.measurements = [each for each in known if " ".join(each.key[:3]) != name]
-            runner.layer(by_name[name]).run()
+            results.measurements = [each for each in results.measurements if _name(each) != name]
+            results.networks = [each for each in results.networks if _name(each) != name]
+            by_name[name].run()
+
+
+def _name(record: Measurement | NetworkStep) -> str:
+    """Return the name of the step that measures a record."""
+    return " ".join(record.key[:3])
 
 
 def _report(results: Results) -> list[str]:
@@ -222,10 +281,12 @@ def _report(results: Results) -> list[str]:
     shown = (
         tables.cases(results, None if few else SHOWN_CASES // 3),
         tables.calls(results),
-        tables.networks(results),
+        network_tables.cases(results),
         tables.wrong(results),
         tables.unsupported(results),
         tables.summary(results),
+        network_tables.by_network(results),
+        network_tables.means(results),
     )
     for table in shown:
         lines += ["", *table.lines()] if table.rows else []

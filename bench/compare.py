@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from bench.implementations import FASTBN, STOCK
-from bench.results import Measurement, Results
+from bench.network_models import is_ours
+from bench.results import Measurement, NetworkStep, Results
 from fastbn.cli.text import table
 
 TOLERANCE = 0.10
+_Record = TypeVar("_Record", Measurement, NetworkStep)
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one case, new over old.
+    """The change of one case, new over old. `record` is the new one.
 
     `time` is divided by the drift of torch's time in the median case; `ratio` is in units of torch's time, where both
     runs have it. `noise` is how far from 1 the spread of the rounds may bring either.
     """
 
-    measurement: Measurement
+    record: Measurement | NetworkStep
     time: float
     ratio: float
     noise: float
@@ -42,10 +46,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes of fastbn, worst first, and by implementation the drift: the median over cases of new time over old."""
+    """Changes of fastbn, worst first, and by implementation the drift: the median over cases of new time over old.
+
+    Networks drift by themselves, since they compute more than move.
+    """
 
     changes: list[Change]
     drift: dict[str, float]
+    network_drift: dict[str, float]
     only_old: int
     only_new: int
 
@@ -55,19 +63,29 @@ class Comparison:
 
 
 def compare(old: Results, new: Results) -> Comparison:
-    """Compare the cases that both runs timed, and count the others."""
-    before = {measurement.key: measurement for measurement in old.measurements}
-    after = {measurement.key: measurement for measurement in new.measurements}
+    """Compare the cases of layers and networks that both runs timed, and count the others."""
+    changes, drift, only_old, only_new = _compare(old.measurements, new.measurements, _is_fastbn)
+    of_networks, network_drift, *more = _compare(old.networks, new.networks, is_ours)
+    changes = sorted(changes + of_networks, key=lambda change: -change.ratio)
+    return Comparison(changes, drift, network_drift, only_old + more[0], only_new + more[1])
+
+
+def _is_fastbn(name: str) -> bool:
+    return name.startswith(FASTBN)
+
+
+def _compare(
+    old: list[_Record], new: list[_Record], is_judged: Callable[[str], bool]
+) -> tuple[list[Change], dict[str, float], int, int]:
+    """Return the changes of implementations that are judged, the drift, and how many records only one run has."""
+    before, after = ({record.key: record for record in records} for records in (old, new))
     both = [key for key in after if key in before]
-    times = {}
+    times: dict[str, list[float]] = {}
     for key in both:
         times.setdefault(key[-1], []).append(after[key].median_us / before[key].median_us)
-    judged = [key for key in both if key[-1].startswith(FASTBN)]
     drift = {name: statistics.median(ratios) for name, ratios in times.items()}
-    changes = sorted(
-        (_change(before, after, key, drift.get(STOCK, 1.0)) for key in judged), key=lambda change: -change.ratio
-    )
-    return Comparison(changes, drift, len(before) - len(both), len(after) - len(both))
+    changes = [_change(before, after, key, drift.get(STOCK, 1.0)) for key in both if is_judged(key[-1])]
+    return changes, drift, len(before) - len(both), len(after) - len(both)
 
 
 def _change(old: dict, new: dict, key: tuple, drift: float) -> Change:
@@ -85,8 +103,13 @@ def _change(old: dict, new: dict, key: tuple, drift: float) -> Change:
 
 def lines(comparison: Comparison, shown: int = 20) -> list[str]:
     """Write as plain text the drift of each implementation, the regressions, then the improvements."""
-    drift = ", ".join(f"{name} {ratio:.3f}" for name, ratio in comparison.drift.items())
-    yields = [f"Compared with the earlier run, new time over old, medians over the cases: {drift or 'no common case'}."]
+    about = [("", comparison.drift), (" of networks", comparison.network_drift)]
+    yields = [
+        f"Compared with the earlier run, new time over old, medians over the cases{of}: "
+        f"{', '.join(f'{name} {ratio:.3f}' for name, ratio in drift.items())}."
+        for of, drift in about
+        if drift
+    ] or ["Compared with the earlier run: no common case."]
     if comparison.only_old or comparison.only_new:
         yields.append(f"Not in both: {comparison.only_old} of the earlier run, {comparison.only_new} of this one.")
     improvements = [change for change in reversed(comparison.changes) if change.is_improvement]
@@ -102,6 +125,4 @@ def lines(comparison: Comparison, shown: int = 20) -> list[str]:
 
 
 def _row(change: Change) -> list[str]:
-    measurement = change.measurement
-    about = [measurement.case, measurement.dtype, measurement.op, measurement.implementation]
-    return [*about, f"{change.ratio:.2f} x", f"({change.time:.2f} x by itself, noise {change.noise:.0%})"]
+    return [*change.record.key, f"{change.ratio:.2f} x", f"({change.time:.2f} x by itself, noise {change.noise:.0%})"]

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import tables
+from bench import network_tables, tables
 from bench.implementations import FASTBN
 from bench.plots import CAPTIONS
 from bench.results import Results
@@ -42,7 +42,7 @@ def _lines(results: Results, plots: Sequence[Path]) -> Iterator[str]:
         ("Summary", _section(tables.summary(results))),
         ("Figures", _figures(plots)),
         ("Calls", _section(tables.calls(results))),
-        ("Networks", _section(tables.networks(results))),
+        ("Networks", _networks(results)),
         ("Refused", _refused(results)),
         ("Every case", _section(tables.cases(results, kernels=True))),
         ("Copy bandwidth", _section(tables.copies(results))),
@@ -114,6 +114,15 @@ def _refused(results: Results) -> Iterator[str]:
         yield ""
     if unsupported.rows:
         yield from _section(unsupported)
+
+
+def _networks(results: Results) -> Iterator[str]:
+    if not results.networks:
+        yield _ABSENT
+        return
+    for number, table in enumerate(network_tables.TABLES):
+        yield from [""] * (number > 0)
+        yield from _section(table(results))
 
 
 def _section(table: Table) -> Iterator[str]:

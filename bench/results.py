@@ -12,6 +12,7 @@ import os
 import reprlib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,23 +91,42 @@ class Call(Subject, Times):
 
 @dataclass(frozen=True)
 class NetworkStep(Times):
-    """A training step (forward, loss, backward, SGD) of a network.
+    """A pass of a network over a batch: `train_backward` is forward, loss and backward, `eval` forward without
+    gradients, and `step` of older files train_backward with an update by SGD.
 
-    norm_share: fraction of the step's time, by the profiler, in BatchNorm, activation and residual addition.
-    first_loss: loss of the first step, equal up to rounding for every implementation. peak_bytes: on a GPU.
+    shape: of the input. dtype: bfloat16 is autocast. norm_share: fraction of the time, by the profiler, in BatchNorm,
+    activation and residual addition. first_loss: that of the first pass, equal up to rounding for every
+    implementation. peak_bytes: allocated at once beyond parameters and the batch, on a GPU.
     """
 
     network: str
     source: str
-    batch: int
-    image_size: int
+    group: str
+    shape: tuple[int, ...]
     dtype: Dtype
     layout: str
+    op: str
     implementation: str
     norm_share: Share | None
     first_loss: float
     peak_bytes: int | None
     speedup_over: dict[str, float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))  # JSON has lists
+
+    @property
+    def case(self) -> str:
+        return case_name(self.network, self.shape, self.layout)
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.case, self.dtype, self.op, self.implementation
+
+
+def case_name(kind: str, shape: Sequence[int], layout: str) -> str:
+    """Return a name such as resnet50-4x3x64x64-channels_last; contiguous is not named."""
+    return "-".join([kind, "x".join(map(str, shape)), *[layout] * (layout != "contiguous")])
 
 
 @dataclass(frozen=True)

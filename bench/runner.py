@@ -6,7 +6,7 @@ A step is a workload by all its implementations, so an interrupt loses one step,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,16 @@ from bench.bandwidth import measure_copies
 from bench.gate import expect, why_wrong
 from bench.implementations import Implementation, Prepared
 from bench.inputs import Inputs, make_inputs
-from bench.network import NetworkCase, measure
+from bench.network import measure
+from bench.network_cases import NetworkCase
+from bench.network_models import COMPILED, Models
 from bench.results import Call, Measurement, Refusal, Results
 from bench.timer import Budget, IdleClock, clock_of, speedup, summarize, time_in_turns
 from bench.workloads import Workload, dtype_name
 
 COMPILE_SECONDS = 8.0
+# Those of a network, which has a hundred layers.
+NETWORK_COMPILE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Runner:
         self.device, self.rivals, self.budget, self.results = device, tuple(rivals), budget, results
         self._clock = clock_of(device)
         self._inputs: Inputs | None = None
+        self._models: Models | None = None
 
     def copies(self) -> Step:
         def run() -> None:
@@ -84,16 +89,25 @@ class Runner:
 
         return Step(f"call {workload}", self._guess(workload), run)
 
-    def network(self, case: NetworkCase) -> Step:
-        """Return a step that measures a training step by torch's modules, converted and fused."""
+    def network(self, case: NetworkCase, names: Sequence[str]) -> Step:
+        """Return a step that measures a case of a network by the implementations `names`."""
 
         def run() -> None:
             self._inputs = None  # make room for the networks
-            steps, refusals = measure(case, self.device, Budget(8 * self.budget.seconds, 0.5, 5, 101))
+            if self._models is None or self._models.network != case.network:
+                self._models = None  # first, since the two may not fit at once
+                self._models = Models(case.network, self.device)
+            steps, refusals = measure(self._models, case, names, self.network_budget)
             self.results.networks += steps
             self.results.refusals += refusals
 
-        return Step(str(case), 15.0 + 24 * self.budget.seconds, run)
+        compiled = sum(name in COMPILED for name in names)
+        return Step(str(case), 2.0 + len(names) * self.network_budget.seconds + compiled * NETWORK_COMPILE_SECONDS, run)
+
+    @property
+    def network_budget(self) -> Budget:
+        """The budget of a case of a network, whose calls take as long as hundreds of a layer's."""
+        return Budget(8 * self.budget.seconds, warm_up_seconds=0.05, min_rounds=7, max_rounds=101)
 
     def _guess(self, workload: Workload) -> float:
         compiled = sum(rival.compiles for rival in self.rivals) if workload.compiled else 0
@@ -134,6 +148,7 @@ class Runner:
 
     def _make_inputs(self, workload: Workload) -> None:
         made = self._inputs
+        self._models = None
         if made is None or (made.case, made.input.dtype) != (workload.case, workload.dtype):
             self._inputs = None  # first, since the two may not fit at once
             self._inputs = make_inputs(workload.case, workload.dtype, self.device)

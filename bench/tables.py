@@ -52,10 +52,10 @@ def summary(results: Results) -> Table:
                 op,
                 dtype,
                 str(len(ours)),
-                _mean_speedup(ours, STOCK),
+                mean_speedup(ours, STOCK),
                 *([factor(over[0][0]), factor(over[-1][0])] if over else ["-", "-"]),
                 str(sum(speedup < SLOWER for speedup, _ in over)) if over else "-",
-                *[_mean_speedup(ours, name) for name in rivals],
+                *[mean_speedup(ours, name) for name in rivals],
                 percent(statistics.median(m.copy_share for m in ours)) if ours else "-",
                 over[0][1] if over else "-",
             )
@@ -63,7 +63,7 @@ def summary(results: Results) -> Table:
     notes = [
         "fastbn's speed-up: geometric mean over the cases, sweeps left out; in brackets over how many, where not all.",
         "of a copy: median fraction of the bandwidth that a copy of the same tensor reached.",
-        *_noise(results.measurements),
+        *noise(results.measurements),
     ]
     return Table(header, rows, (0, 1, len(header) - 1), tuple(notes))
 
@@ -115,9 +115,9 @@ def calls(results: Results) -> Table:
             call.op,
             call.implementation,
             *_times(call),
-            _known(call.launches, str),
-            _known(call.held_bytes, size),
-            _known(call.peak_bytes, size),
+            known(call.launches, str),
+            known(call.held_bytes, size),
+            known(call.peak_bytes, size),
             call.kernel,
         )
         for call in results.calls
@@ -127,35 +127,6 @@ def calls(results: Results) -> Table:
         "held: the output and what forward keeps for backward, without the input. peak: the maximum allocated at once.",
     )
     return Table(header, rows, (0, 1, 2, 3, 10), notes)
-
-
-def networks(results: Results) -> Table:
-    """List the training steps of each network and implementation."""
-    header = ("network", "source", "batch", "image", "dtype", "layout", "implementation", "ms", "p20", "p80")
-    header += ("images/s", f"over {STOCK}", "norm share", "first loss", "peak")
-    rows = [
-        (
-            step.network,
-            step.source,
-            str(step.batch),
-            str(step.image_size),
-            step.dtype,
-            step.layout,
-            step.implementation,
-            *_times(step, 1e3),
-            significant(1e6 * step.batch / step.median_us),
-            _known(step.speedup_over.get(STOCK), factor),
-            _known(step.norm_share, percent),
-            f"{step.first_loss:.4f}",
-            _known(step.peak_bytes, size),
-        )
-        for step in results.networks
-    ]
-    notes = (
-        "A training step: forward, loss, backward, SGD.",
-        "norm share: fraction of the step's time in BatchNorm, activation and residual addition.",
-    )
-    return Table(header, rows, (0, 1, 4, 5, 6), notes)
 
 
 def wrong(results: Results) -> Table:
@@ -202,7 +173,7 @@ def by_workload(measurements: Iterable[Measurement]) -> dict[tuple[str, str, str
     )
 
 
-def implementations(measurements: Iterable[Measurement]) -> list[str]:
+def implementations(measurements: Iterable[Measurement | NetworkStep]) -> list[str]:
     """Return the names that occur: torch first, fastbn last, the others in the order of the run."""
     names = dict.fromkeys(m.implementation for m in measurements)
     return sorted(names, key=lambda name: (name == FASTBN, name.startswith(FASTBN), name.removesuffix(AGAIN) != STOCK))
@@ -259,7 +230,7 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def _mean_speedup(measurements: Sequence[Measurement], rival: str) -> str:
+def mean_speedup(measurements: Sequence[Measurement | NetworkStep], rival: str) -> str:
     """Write the geometric mean, with the number of cases in brackets where the rival was not measured on all."""
     over = [m.speedup_over[rival] for m in measurements if rival in m.speedup_over]
     if not over:
@@ -268,7 +239,7 @@ def _mean_speedup(measurements: Sequence[Measurement], rival: str) -> str:
     return mean if len(over) == len(measurements) else f"{mean} ({len(over)})"
 
 
-def _noise(measurements: Sequence[Measurement]) -> list[str]:
+def noise(measurements: Sequence[Measurement | NetworkStep]) -> list[str]:
     """Write the speed-up of each implementation that was measured twice over itself."""
     notes = []
     for name in filter(is_again, implementations(measurements)):
@@ -280,16 +251,16 @@ def _noise(measurements: Sequence[Measurement]) -> list[str]:
     return notes
 
 
-def _times(record: Measurement | Call | NetworkStep, unit_us: float = 1.0) -> list[str]:
-    """Write the median and the 20th and 80th percentile in units of `unit_us`."""
-    return [significant(time / unit_us) for time in (record.median_us, record.p20_us, record.p80_us)]
+def _times(call: Call) -> list[str]:
+    """Write the median and the 20th and 80th percentile."""
+    return [significant(time) for time in (call.median_us, call.p20_us, call.p80_us)]
 
 
 def _is_compared(item: tuple[object, dict[str, Measurement]]) -> bool:
     return FASTBN in item[1] and STOCK in item[1][FASTBN].speedup_over
 
 
-def _known(value, write: Callable[..., str]) -> str:
+def known(value, write: Callable[..., str]) -> str:
     return "-" if value is None else write(value)
 
 

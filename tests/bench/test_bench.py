@@ -69,11 +69,11 @@ def test_suites_name_each_workload_once(name):
 
 
 def test_the_activations_of_resnet50_are_those_of_the_network():
-    from bench.resnet50 import PLAIN, ResNet50
+    from bench.architectures import resnet50
 
     seen = set()
     with torch.device("meta"):
-        model = ResNet50(PLAIN)
+        model = resnet50()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.register_forward_pre_hook(lambda _, args: seen.add(tuple(args[0].shape[1:3])))
@@ -367,6 +367,11 @@ def brief(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("path", sorted((results.SCHEMA.parent / "results").glob("*.json")), ids=lambda path: path.name)
+def test_committed_records_fit_the_schema(path):
+    read_valid(path)
+
+
 def read(path):
     return json.loads(path.read_text())
 
@@ -570,17 +575,17 @@ def test_a_regression_shows_in_units_of_torchs_time_and_by_itself():
     old = pair_of([100] * 5, [200] * 5)
     # a: slower; b: only torch is faster; c: the machine is slower, for both; d, e: as before.
     new = pair_of([150, 100, 150, 100, 100], [200, 133, 300, 200, 200])
-    assert [change.measurement.case for change in compare.compare(old, new).regressions] == ["a"]
+    assert [change.record.case for change in compare.compare(old, new).regressions] == ["a"]
     back = compare.compare(new, old)
     assert back.regressions == []
-    assert [change.measurement.case for change in back.changes if change.is_improvement] == ["a"]
+    assert [change.record.case for change in back.changes if change.is_improvement] == ["a"]
 
 
 def test_compare_lists_regressions_first_and_counts_the_rest():
     old = run_of(*(measured(name, "fastbn", 100.0) for name in "abcde"))
     times = {"a": 105.0, "b": 150.0, "c": 50.0, "d": 300.0, "f": 1.0}
     comparison = compare.compare(old, run_of(*(measured(name, "fastbn", time) for name, time in times.items())))
-    assert [change.measurement.case for change in comparison.regressions] == ["d", "b"]
+    assert [change.record.case for change in comparison.regressions] == ["d", "b"]
     assert (comparison.only_old, comparison.only_new) == (1, 1)
     text = "\n".join(compare.lines(comparison))
     assert text.index("2 regressions of 4 cases") < text.index(" 3.00 x") < text.index(" 1.50 x")
@@ -605,12 +610,14 @@ def test_a_suspected_regression_is_measured_again(brief, tmp_path, capsys, monke
                 each[name] /= 1000
             each["speedup_over"]["torch"] *= 1000
     path.write_text(json.dumps(content))
-    layer, named = runner.Runner.layer, []
-    monkeypatch.setattr(runner.Runner, "layer", lambda self, workload: named.append(workload) or layer(self, workload))
+    append, timed = runner.Runner._append_measurements, []
+    monkeypatch.setattr(
+        runner.Runner, "_append_measurements", lambda self, *about: timed.append(about) or append(self, *about)
+    )
     new = tmp_path / "new.json"
     assert main([*brief, "--op", "train", "--compare", str(path), "--json", str(new)]) == 1
     assert "1 regressions of 1 cases" in capsys.readouterr().out
-    assert len(named) == 1 + command.CONFIRMATIONS
+    assert len(timed) == 1 + command.CONFIRMATIONS
     assert len(read_valid(new)["measurements"]) == 3
 
 

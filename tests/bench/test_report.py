@@ -10,7 +10,7 @@ import re
 import pytest
 from matplotlib.image import imread
 
-from bench import plots, report, tables
+from bench import compare, network_tables, plots, report, tables
 from bench.command import _report
 from bench.results import Call, CopyPoint, Measurement, NetworkStep, Refusal, Results
 
@@ -78,9 +78,41 @@ def call(launches, held_bytes):
     return Call(12.34, 11, 13, 21, *about, launches, ["kernel"] * (launches or 0), held_bytes, None)
 
 
-def step(implementation, speedup_over, norm_share=None):
-    about = ("resnet50", "torchvision", 16, 224, "float32", "channels_last", implementation)
-    return NetworkStep(250e3, 240e3, 260e3, 9, *about, norm_share, 6.90776, None, speedup_over)
+def step(implementation, speedup_over, norm_share=None, *, network="resnet50", op="train_backward", ms=250, **changes):
+    about = {"group": "usual", "shape": (16, 3, 224, 224), "dtype": "float32", "layout": "channels_last"} | changes
+    ran = {"source": "torchvision", "implementation": implementation, "first_loss": 6.90776, "peak_bytes": None}
+    times = {"median_us": 1e3 * ms, "p20_us": 0.9e3 * ms, "p80_us": 1.1e3 * ms, "rounds": 9}
+    return NetworkStep(
+        **{
+            **times,
+            **ran,
+            **about,
+            "network": network,
+            "op": op,
+            "norm_share": norm_share,
+            "speedup_over": speedup_over,
+        }
+    )
+
+
+def steps(ms, times, **about):
+    """Return the steps of a case, with milliseconds by implementation."""
+    times = {"torch": ms, **times}
+    return [
+        step(name, {other: rival / time for other, rival in times.items() if other != name}, ms=time, **about)
+        for name, time in times.items()
+    ]
+
+
+def networks():
+    """Return records in which fusion gives 2, 1.25 and 0.5, and conversion 1.25 and 0.8, of torch's speed."""
+    small = {"group": "small", "shape": (4, 3, 64, 64)}
+    return [
+        *steps(200, {"convert": 160, "fused": 100}),
+        *steps(20, {"convert": 25, "fused": 16}, layout="contiguous", **small),
+        *steps(10, {"fused": 20}, network="unet", dtype="bfloat16", **small),
+        *steps(30, {"convert": 30, "fused": 30}, op="eval"),
+    ]
 
 
 def make_results():
@@ -223,7 +255,7 @@ def test_limited_cases_are_the_worst_and_say_so():
     assert table.lines()[0] == "The 2 of 12 rows in which fastbn does worst against torch, worst first:"
 
 
-def test_calls_and_networks():
+def test_calls():
     lines = tables.calls(make_results()).lines()
     assert column(lines, "host µs", "small") == "12.3"
     assert column(lines, "launches", "small") == "-"
@@ -231,9 +263,81 @@ def test_calls_and_networks():
     results = make_results()
     results.calls = [call(1, None)]
     assert tables.calls(results).rows[0][7:9] == ("1", "-")
-    torch_row, fused_row = tables.networks(results).rows
-    assert torch_row[6:] == ("torch", "250", "240", "260", "64.0", "-", "31%", "6.9078", "-")
-    assert fused_row[6:] == ("fused", "250", "240", "260", "64.0", "1.25", "-", "6.9078", "-")
+
+
+def test_cases_of_networks_name_the_slowest_first():
+    results = only(networks=networks())
+    table = network_tables.cases(results)
+    assert table.header[6:] == ("torch ms", "convert", "fused", "torch norm share", "fused norm share")
+    assert table.rows[0] == (
+        *("unet", "small", "4x3x64x64", "bfloat16", "channels_last", "train_backward", "10.0", "-", "0.50", "-", "-"),
+    )
+    assert [row[6:9] for row in table.rows[1:]] == [
+        ("20.0", "0.80", "1.25"),
+        ("30.0", "1.00", "1.00"),
+        ("200", "1.25", "2.00"),
+    ]
+    assert "Sources: torchvision (resnet50, unet)." in table.notes
+    results.networks += [step("torch", {}, 0.314, network="mlp", peak_bytes=10**9), step("fused", {}, 0, network="mlp")]
+    table = network_tables.cases(results)
+    assert table.header[-2:] == ("torch peak", "fused peak")
+    assert table.rows[-1][6:] == ("250", "-", "-", "31%", "0%", "1.00 GB", "-")
+
+
+def test_means_of_networks():
+    lines = network_tables.means(only(networks=networks())).lines()
+    start = ("train_backward", "float32", "fused")
+    assert cells(lines, *start) == [*start, "2", "1.58", "1.25", "2.00", "0", "resnet50-4x3x64x64"]
+    start = ("train_backward", "float32", "convert")
+    assert cells(lines, *start) == [*start, "2", "1.00", "0.80", "1.25", "1", "resnet50-4x3x64x64"]
+    rows = network_tables.means(only(networks=networks())).rows
+    assert [row[:3] for row in rows] == [
+        ("train_backward", "float32", "convert"),
+        ("train_backward", "float32", "fused"),
+        ("train_backward", "bfloat16", "fused"),
+        ("eval", "float32", "convert"),
+        ("eval", "float32", "fused"),
+    ]
+
+
+def test_runs_of_networks_are_compared():
+    old, new = only(networks=networks()), only(networks=networks())
+    # The machine takes twice as long for all; the first case's fused model three times as long beside that.
+    slower = steps(400, {"convert": 320, "fused": 600})
+    new.networks = slower + [
+        dataclasses.replace(each, median_us=2 * each.median_us, p20_us=2 * each.p20_us, p80_us=2 * each.p80_us)
+        for each in new.networks[len(slower) :]
+    ]
+    new.networks += steps(1, {"fused": 1}, network="mlp")
+    # A layer's time is not that of a network of the same name.
+    old.measurements = new.measurements = layer((2, 3), "train", {"torch": 4, "fastbn": 2})
+    comparison = compare.compare(old, new)
+    assert comparison.network_drift == {"torch": 2, "convert": 2, "fused": 2} and comparison.drift["torch"] == 1
+    assert (comparison.only_old, comparison.only_new) == (0, 2)
+    assert len(comparison.changes) == 1 + 3 + 4
+    (regression,) = comparison.regressions
+    assert regression.record is slower[2]
+    assert (regression.ratio, regression.time) == (pytest.approx(3), pytest.approx(3))
+    text = "\n".join(compare.lines(comparison))
+    assert "medians over the cases of networks: torch 2.000, convert 2.000, fused 2.000." in text
+    assert re.search("resnet50-16x3x224x224-channels_last +float32 +train_backward +fused +3.00 x", text)
+
+
+def test_means_by_network():
+    table = network_tables.by_network(only(networks=networks()))
+    assert table.header == ("network", "train_backward small", "train_backward usual", "eval small", "eval usual")
+    assert table.rows == [
+        ("resnet50", "1.25 (1.25)", "2.00 (2.00)", "-", "1.00 (1.00)"),
+        ("unet", "0.50 (0.50)", "-", "-", "-"),
+    ]
+
+
+def test_noise_of_networks_is_stated_and_is_no_rival():
+    results = only(networks=steps(100, {"fused": 50, "fused (again)": 40, "torch (again)": 110}))
+    text = "\n".join(network_tables.means(results).lines())
+    assert "noise: fused over itself 1.250, from 1.250 to 1.250, on 1 rows of cases." in text
+    assert [row[2] for row in network_tables.means(results).rows] == ["fused"]
+    assert network_tables.cases(results).header[6:9] == ("torch ms", "fused", "torch norm share")
 
 
 def test_wrong_results_come_first_and_the_unsupported_are_counted():
@@ -262,7 +366,7 @@ TABLES = (
     tables.summary,
     tables.cases,
     tables.calls,
-    tables.networks,
+    *network_tables.TABLES,
     tables.wrong,
     tables.unsupported,
     tables.copies,

@@ -37,8 +37,8 @@ class Epilogue(NamedTuple):
     """The steps after a normalisation, as the code that it stands for has them.
 
     before: steps between normalisation and addition. add: the addition, a function of what comes from before and
-    `residual`; None for none. after: the steps that follow. A step is a module or a Function. known: the activation that
-    `after` is, if whoever made the epilogue has just asked for it.
+    `residual`; None for none. after: the steps that follow. A step is a module or a Function. known: the activation
+    that `after` is, if whoever made the epilogue has just asked for it.
     """
 
     residual: Any = None

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <vector>
 
 #include "cpu/coefficients.h"
 #include "cpu/kernels/kernels.h"
@@ -10,6 +9,7 @@
 #include "cpu/output.h"
 #include "cpu/panels.h"
 #include "cpu/phases.h"
+#include "cpu/workspace.h"
 
 namespace fastbn::cpu {
 namespace {
@@ -125,9 +125,8 @@ class Backward {
     const bool in_double = totals_->in_double(precision);
     const auto column_sums = in_double ? table_.column_grad_sums_in_double : table_.column_grad_sums;
     const auto channel_sums = in_double ? table_.channel_grad_sums_in_double : table_.channel_grad_sums;
-    (partition_.in_columns() ? column_sums : channel_sums)(args_from(partition_.first_channel(i), true),
-                                                           partition_.tile(i), partition_.mask_tile(i),
-                                                           totals_->of_tile(i, precision));
+    (partition_.in_columns() ? column_sums : channel_sums)(
+        args_from(partition_.first_channel(i), true), partition_.tile(i), partition_.mask_tile(i), totals_->of_tile(i));
   }
 
   bool merge(int64_t begin, int64_t end, Precision precision) {
@@ -178,7 +177,7 @@ class Backward {
   const Threads& threads_;
   const Kernels& table_;
   Partition partition_;
-  std::vector<A> pivots_;
+  Workspace<A> pivots_;
   std::optional<AffineTable<A>> affine_;  // to recompute z, if the derivative needs it
   ReluIntervalTable relu_;
   GradAffineTable<A> grad_affine_;

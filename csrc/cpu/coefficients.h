@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/partition.h"
+#include "cpu/workspace.h"
 #include "math/affine.h"
 
 namespace fastbn::cpu {
@@ -43,7 +43,10 @@ class CoefficientTable {
         shift_(partition.in_columns() ? column_planes - 1 : 0),
         plane_(((size_ + shift_) >> shift_) + padding),
         stride_((shift_ + 1) * plane_),
-        values_(size_t(members * stride_)) {}
+        values_(size_t(members * stride_)) {
+    for (int64_t end = plane_; end <= members * stride_; end += plane_)
+      std::fill_n(values_.data() + end - padding - shift_, padding + shift_, A(0));
+  }
 
   void set(const Chunk& chunk, const ChunkCoefficients<A, members>& values) {
     for (int member = 0; member < members; ++member) {
@@ -78,7 +81,7 @@ class CoefficientTable {
   }
 
   int64_t size_, channels_, shift_, plane_, stride_;
-  std::vector<A> values_;
+  Workspace<A> values_;
 };
 
 template <class A>
@@ -124,7 +127,7 @@ class ReluIntervalTable {
  private:
   const Partition& partition_;
   FindReluIntervals* relu_intervals_;
-  std::vector<uint16_t> first_, span_;
+  Workspace<uint16_t> first_, span_;
 };
 
 template <class A>

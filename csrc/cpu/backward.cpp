@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <vector>
 
 #include "cpu/coefficients.h"
 #include "cpu/kernels/kernels.h"
@@ -10,6 +9,7 @@
 #include "cpu/output.h"
 #include "cpu/panels.h"
 #include "cpu/phases.h"
+#include "cpu/workspace.h"
 
 namespace fastbn::cpu {
 namespace {
@@ -35,10 +35,11 @@ class Backward {
         table_(kernels(params.dtype)),
         partition_(params.layout, params.dtype, channels),
         pivots_(size_t(partition_.entries())),
-        affine_(partition_, table_.column_planes),
         relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
         grad_affine_(partition_, table_.column_planes),
-        is_far_(std::is_same_v<A, float> && std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {}
+        is_far_(std::is_same_v<A, float> && std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {
+    if (params.activation != Activation::none && !params.mask) affine_.emplace(partition_, table_.column_planes);
+  }
 
   void run(bool non_temporal) {
     non_temporal_ = non_temporal;
@@ -64,7 +65,7 @@ class Backward {
         std::fill_n(chunk.sum_grad_xhat, channels, 0.0);
       }
       params_.weight.load_or(first, channels, 1, chunk.weight);
-      ChunkCoefficients<A, 4> coefficients;
+      ChunkCoefficients<A, 5> coefficients;
       table_.grad_affine(chunk, count, is_far_, coefficients);
       grad_affine_.set(chunk, coefficients);
     };
@@ -106,15 +107,16 @@ class Backward {
   void prepare(int64_t begin, int64_t end) {
     for_each_chunk(begin, end, [&](Chunk& chunk) {
       load_statistics(chunk);
+      table_.grad_pivots(chunk, pivots_.data());
+      if (!affine_) return;
       params_.weight.load_or(chunk.first, chunk.channels, 1, chunk.weight);
       params_.bias.load_or(chunk.first, chunk.channels, 0, chunk.bias);
       ChunkCoefficients<A, 3> coefficients;
       table_.affine(chunk, coefficients);
-      affine_.set(chunk, coefficients);
+      affine_->set(chunk, coefficients);
       if constexpr (std::is_same_v<A, float>) relu_.set(chunk, coefficients);
-      table_.grad_pivots(chunk, pivots_.data());
     });
-    affine_.repeat(begin, end);
+    if (affine_) affine_->repeat(begin, end);
     repeat_columns(pivots_.data(), partition_, begin, end);
     relu_.repeat(begin, end);
   }
@@ -123,9 +125,8 @@ class Backward {
     const bool in_double = totals_->in_double(precision);
     const auto column_sums = in_double ? table_.column_grad_sums_in_double : table_.column_grad_sums;
     const auto channel_sums = in_double ? table_.channel_grad_sums_in_double : table_.channel_grad_sums;
-    (partition_.in_columns() ? column_sums : channel_sums)(args_from(partition_.first_channel(i), true),
-                                                           partition_.tile(i), partition_.mask_tile(i),
-                                                           totals_->of_tile(i, precision));
+    (partition_.in_columns() ? column_sums : channel_sums)(
+        args_from(partition_.first_channel(i), true), partition_.tile(i), partition_.mask_tile(i), totals_->of_tile(i));
   }
 
   bool merge(int64_t begin, int64_t end, Precision precision) {
@@ -157,7 +158,7 @@ class Backward {
             params_.activation,
             params_.activation_param.in_double,
             pivots_.data() + first,
-            affine_.arrays(first),
+            affine_ ? affine_->arrays(first) : grad_affine_.pivots(first),
             grad_affine_.arrays(first, frozen),
             params_.grad_input,
             params_.grad_residual,
@@ -176,8 +177,8 @@ class Backward {
   const Threads& threads_;
   const Kernels& table_;
   Partition partition_;
-  std::vector<A> pivots_;
-  AffineTable<A> affine_;
+  Workspace<A> pivots_;
+  std::optional<AffineTable<A>> affine_;  // to recompute z, if the derivative needs it
   ReluIntervalTable relu_;
   GradAffineTable<A> grad_affine_;
   bool is_far_;  // true if it is for any channel

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/partition.h"
+#include "cpu/workspace.h"
 #include "math/affine.h"
 
 namespace fastbn::cpu {
@@ -19,6 +19,7 @@ void for_each_chunk(int64_t begin, int64_t end, Visit&& visit) {
     Chunk chunk;
     chunk.first = first;
     chunk.channels = std::min(chunk_channels, end - first);
+    std::fill_n(chunk.mean_rest, chunk.channels, 0.0);
     visit(chunk);
   }
 }
@@ -42,15 +43,23 @@ class CoefficientTable {
         shift_(partition.in_columns() ? column_planes - 1 : 0),
         plane_(((size_ + shift_) >> shift_) + padding),
         stride_((shift_ + 1) * plane_),
-        values_(size_t(members * stride_)) {}
+        values_(size_t(members * stride_)) {
+    for (int64_t end = plane_; end <= members * stride_; end += plane_)
+      std::fill_n(values_.data() + end - padding - shift_, padding + shift_, A(0));
+  }
 
   void set(const Chunk& chunk, const ChunkCoefficients<A, members>& values) {
-    const int64_t planes = shift_ + 1;
-    for (int member = 0; member < members; ++member)
-      for (int64_t plane = 0; plane < std::min(planes, chunk.channels); ++plane) {
-        A* target = &at(member, chunk.first + plane);
-        for (int64_t i = plane; i < chunk.channels; i += planes) *target++ = values[member][i];
+    for (int member = 0; member < members; ++member) {
+      if (shift_ == 0) {
+        std::copy_n(values[member], chunk.channels, &at(member, chunk.first));
+        continue;
       }
+      for (int64_t plane = 0; plane < std::min<int64_t>(2, chunk.channels); ++plane) {
+        A* const target = &at(member, chunk.first + plane);
+        const A* const source = values[member] + plane;
+        for (int64_t i = 0; 2 * i + plane < chunk.channels; ++i) target[i] = source[2 * i];
+      }
+    }
   }
 
   // Copies the entries of channels [begin, end) to all other columns of the same channels.
@@ -72,7 +81,7 @@ class CoefficientTable {
   }
 
   int64_t size_, channels_, shift_, plane_, stride_;
-  std::vector<A> values_;
+  Workspace<A> values_;
 };
 
 template <class A>
@@ -118,7 +127,7 @@ class ReluIntervalTable {
  private:
   const Partition& partition_;
   FindReluIntervals* relu_intervals_;
-  std::vector<uint16_t> first_, span_;
+  Workspace<uint16_t> first_, span_;
 };
 
 template <class A>
@@ -126,15 +135,16 @@ class GradAffineTable {
  public:
   GradAffineTable(const Partition& partition, int column_planes) : table_(partition, column_planes) {}
 
-  void set(const Chunk& chunk, const ChunkCoefficients<A, 4>& values) { table_.set(chunk, values); }
+  void set(const Chunk& chunk, const ChunkCoefficients<A, 5>& values) { table_.set(chunk, values); }
   void repeat(int64_t begin, int64_t end) { table_.repeat(begin, end); }
+  AffineArrays pivots(int64_t first) const { return {table_.member(0, first), nullptr, nullptr, table_.plane()}; }
   GradAffineArrays arrays(int64_t first, bool frozen) const {
-    return {frozen ? nullptr : table_.member(0, first), table_.member(1, first), table_.member(2, first),
-            table_.member(3, first), table_.plane()};
+    return {frozen ? nullptr : table_.member(1, first), table_.member(2, first), table_.member(3, first),
+            table_.member(4, first), table_.plane()};
   }
 
  private:
-  CoefficientTable<A, 4> table_;
+  CoefficientTable<A, 5> table_;
 };
 
 }  // namespace fastbn::cpu

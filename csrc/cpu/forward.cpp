@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <vector>
 
 #include "cpu/coefficients.h"
 #include "cpu/kernels/kernels.h"
@@ -10,6 +9,7 @@
 #include "cpu/output.h"
 #include "cpu/panels.h"
 #include "cpu/phases.h"
+#include "cpu/workspace.h"
 #include "math/moments.h"
 
 namespace fastbn::cpu {
@@ -43,9 +43,8 @@ class MomentReducer {
     const bool in_double = totals_.in_double(precision);
     const auto column_sums = in_double ? table_.column_sums_in_double : table_.column_sums;
     const auto channel_sums = in_double ? table_.channel_sums_in_double : table_.channel_sums;
-    (partition_.in_columns() ? column_sums : channel_sums)(params_.input, partition_.tile(i),
-                                                           &pivots_[size_t(partition_.first_channel(i))],
-                                                           totals_.of_tile(i, precision));
+    (partition_.in_columns() ? column_sums : channel_sums)(
+        params_.input, partition_.tile(i), &pivots_[size_t(partition_.first_channel(i))], totals_.of_tile(i));
   }
 
   bool merge(int64_t begin, int64_t end, Precision precision) {
@@ -68,7 +67,7 @@ class MomentReducer {
   const ForwardParams& params_;
   const Partition& partition_;
   const Kernels& table_;
-  std::vector<A> pivots_;
+  Workspace<A> pivots_;
   Totals totals_;
 };
 

@@ -13,8 +13,11 @@ namespace fastbn::cpu {
 
 // Tiles of tensors of at least this size prefetch. In smaller ones prefetching gains little or costs time: forward and
 // backward take 0.96 times as long for 16x256x14x14 bfloat16, and 1.09 times for 16x512x7x7 float32 (1.5 MiB each). It
-// also costs time where a few rows fill an L1 cache: 1.1 to 1.3 times for 16x2048x7x7 (EPYC 7003).
-constexpr int64_t min_out_of_cache_bytes = int64_t(2) << 20, max_prefetched_row_bytes = 2048;
+// also costs time where a few rows fill an L1 cache: 1.1 to 1.3 times for 16x2048x7x7 (EPYC 7003). So tensors of longer
+// rows have to be larger: 16x1024x14x14 float32, 12 MiB, takes 0.6 to 0.9 of the time with it, and 8x2048x14x14 as long
+// as without; evaluation takes 1.7 to 2.2 times as long for 64x65536 (EPYC 9005).
+constexpr int64_t min_out_of_cache_bytes = int64_t(2) << 20, max_short_row_bytes = 2048;
+constexpr int64_t min_out_of_cache_bytes_of_long_rows = int64_t(8) << 20, max_prefetched_row_bytes = 4096;
 
 // The tiles of a tensor's first `channels` channels: all channels, or those of a panel (panels.h).
 class Partition {
@@ -34,7 +37,10 @@ class Partition {
       // cost more to merge than they gain: 4096x512 bfloat16 is 25 % slower with 128 than with 32.
       rows_per_tile_ = std::max<int64_t>(std::min(65536 / row_stride_, rows_ / 16), 16);
       tiles_ = (rows_ + rows_per_tile_ - 1) / rows_per_tile_ + (tail_ > 0);
-      out_of_cache_ = bytes >= min_out_of_cache_bytes && row_stride_ * element_size(dtype) <= max_prefetched_row_bytes;
+      const int64_t row_bytes = row_stride_ * element_size(dtype);
+      out_of_cache_ =
+          row_bytes <= max_prefetched_row_bytes &&
+          bytes >= (row_bytes <= max_short_row_bytes ? min_out_of_cache_bytes : min_out_of_cache_bytes_of_long_rows);
     } else {
       // Several channels of short runs share a tile, so that its part of an image is long, but no more than fit in a
       // core's cache: training takes 333 instead of 469 us for 16x2048x7x7 bfloat16 (two threads of a Xeon).

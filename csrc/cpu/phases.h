@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/launch.h"
 #include "cpu/partition.h"
+#include "cpu/workspace.h"
 
 namespace fastbn::cpu {
 
@@ -29,10 +29,10 @@ class Totals {
 
   bool in_double(Precision precision) const { return in_double_ || precision == Precision::exact; }
 
-  // Returns where to add a tile's sums, which is cleared first if they are exact.
-  ColumnSums of_tile(int64_t tile, Precision precision) {
+  // Returns where to add a tile's sums, cleared.
+  ColumnSums of_tile(int64_t tile) {
     const ColumnSums sums = partition_.column_sums(tile, partials_.data());
-    if (precision == Precision::exact) std::fill_n(sums.first, 2 * partition_.width(), 0.0);
+    std::fill_n(sums.first, 2 * partition_.width(), 0.0);
     return sums;
   }
 
@@ -59,7 +59,7 @@ class Totals {
 
   const Partition& partition_;
   bool in_double_;
-  std::vector<double> partials_, totals_;
+  Workspace<double> partials_, totals_;
 };
 
 // Minimum work per thread, in elements, and in channels or additions of partial sums (estimates): less is not worth

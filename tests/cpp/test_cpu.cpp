@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <string>
 
 #include "check.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/workspace.h"
 #include "cpu_backward.h"
 #include "cpu_forward.h"
 
@@ -213,6 +215,31 @@ void test_type(const char* name) {
   }
 }
 
+// Checks that arrays of a workspace are aligned and apart, in whatever order they are destroyed and however large they
+// are, and that the next op gets the same memory.
+void test_workspace() {
+  [[maybe_unused]] const void* first = nullptr;
+  for (int op = 0; op < 3; ++op) {
+    auto a = std::make_unique<cpu::Workspace<float>>(size_t(3));
+    auto b = std::make_unique<cpu::Workspace<double>>(size_t(5));
+    cpu::Workspace<double> beyond_the_arena(size_t(1) << 20);
+    std::fill(a->begin(), a->end(), 1.0f);
+    std::fill(b->begin(), b->end(), 2.0);
+    std::fill(beyond_the_arena.begin(), beyond_the_arena.end(), 3.0);
+    for (const void* data : {static_cast<const void*>(a->data()), static_cast<const void*>(b->data()),
+                             static_cast<const void*>(beyond_the_arena.data())})
+      CHECK_EQUAL(uintptr_t(data) % 64, 0u);
+    a.reset();
+    cpu::Workspace<float> c(size_t(7));
+    std::fill(c.begin(), c.end(), 4.0f);
+    for (double value : *b) CHECK_EQUAL(value, 2.0);
+    if (op == 0) first = b->data();
+#if !defined(__SANITIZE_ADDRESS__)
+    CHECK_EQUAL(b->data(), first);
+#endif
+  }
+}
+
 // Returns whether the machine has an instruction set, from the compiler's run-time library instead of the dispatch
 // under test.
 bool machine_has(const std::string& instruction_set) {
@@ -235,6 +262,7 @@ int main() {
     return fastbn::test::skipped;
   }
   if (wanted) CHECK_EQUAL(std::string(cpu::instruction_set()), wanted);
+  test_workspace();
   test_relu_thresholds();
   test_type<float>("float32");
   test_type<double>("float64");

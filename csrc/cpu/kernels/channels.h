@@ -57,10 +57,11 @@ void grad_sums_of_chunk(const void* pivots, ConstColumnSums sums, Chunk& chunk) 
 
 template <class A>
 void grad_affine_of_chunk(const Chunk& chunk, double count, bool is_far, void* coefficients) {
-  auto& [slope, mean_grad, rest, scale] = *static_cast<ChunkCoefficients<A, 4>*>(coefficients);
+  auto& [pivot, slope, mean_grad, rest, scale] = *static_cast<ChunkCoefficients<A, 5>*>(coefficients);
   for (int64_t i = 0; i < chunk.channels; ++i) {
     const auto affine = GradAffine<A>::make(chunk.mean[i], chunk.inv_std[i], chunk.weight[i], chunk.sum_grad[i],
                                             chunk.sum_grad_xhat[i], count, is_far);
+    pivot[i] = affine.pivot;
     slope[i] = affine.slope;
     mean_grad[i] = affine.mean_grad;
     rest[i] = affine.rest;

@@ -185,7 +185,7 @@ void column_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, Colum
         V pivot;
       };
       sum_columns<T, Terms>(
-          part, rows_of_column_grad_sums, result,
+          part, rows_of_column_grad_sums<T>(part), result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes)};
           },

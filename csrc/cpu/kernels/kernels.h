@@ -117,7 +117,7 @@ constexpr int64_t chunk_channels = 64;
 struct Chunk {
   int64_t first, channels;
   double mean[chunk_channels], var[chunk_channels], inv_std[chunk_channels], unbiased_var[chunk_channels];
-  double mean_rest[chunk_channels] = {};  // rounding error of the mean
+  double mean_rest[chunk_channels];  // rounding error of the mean; 0 if unknown
   double weight[chunk_channels], bias[chunk_channels];
   double sum_grad[chunk_channels], sum_grad_xhat[chunk_channels];
 };

@@ -3,16 +3,32 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/simd/vec_memory.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// Rows that a loop reads in parallel. The estimate is the number of streams that hardware prefetches. Gradients read
-// two tensors: the backward of 16x64x56x56 to 16x2048x7x7 float32 takes 0.74 to 0.95 of the time with 8 rows instead of
-// 16 (EPYC 7003).
-constexpr int64_t rows_of_column_sums = 16, rows_of_column_grad_sums = 8, rows_of_channel_sums = 8, rows_of_strip = 4;
+// Rows that a loop reads in parallel. The estimate is the number of streams that hardware prefetches.
+constexpr int64_t rows_of_channel_sums = 8, rows_of_strip = 4;
+
+// Rows of column sums. With AVX-512, long rows of float32 are bound by memory, and fewer of them are fewer streams.
+// Relative to 16 rows, or 8 of each tensor in backward, half as many take 0.83 to 1.0 of the time in L2 and L3 (49x2048
+// to 1568x1024), and a quarter 0.6 to 0.95 out of cache (6272x512 to 6272x1024; EPYC 9005). Where a core is busier,
+// they are slower: by 1.0 to 1.1 for half types and for rows of up to 1 KiB, and by 1.0 to 1.2 with AVX2.
+constexpr int64_t min_bytes_of_few_rows = 2048;
+
+template <class T>
+FASTBN_INLINE int64_t rows_of_column_sums(const Tile& tile) {
+  const bool few =
+      std::is_same_v<T, float> && register_bytes == 64 && tile.cols * int64_t(sizeof(T)) >= min_bytes_of_few_rows;
+  return few ? (tile.out_of_cache ? 4 : 8) : 16;
+}
+template <class T>
+FASTBN_INLINE int64_t rows_of_column_grad_sums(const Tile& tile) {
+  return rows_of_column_sums<T>(tile) / 2;
+}
 
 // Prefetch distance of column sums in tiles that are out of cache; channel sums prefetch the next row. Speed relative
 // to no prefetching: gradient sums of 16x256x28x28 float32 in channels_last 1.6 (EPYC 9004); contiguous, the forward of

@@ -289,7 +289,7 @@ void column_sums(const void* data, Tile tile, const void* pivots, ColumnSums sum
   using Value = typename Terms::Value;
   const InputRows<T> input(data, tile, rows_ahead_of_column_sums * tile.row_stride);
   sum_columns<T, Terms>(
-      tile, rows_of_column_sums, sums,
+      tile, rows_of_column_sums<T>(tile), sums,
       [&](int64_t column, auto lanes)
           FASTBN_INLINE_LAMBDA { return Terms::load_value(static_cast<const A*>(pivots) + column, lanes); },
       [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {

@@ -22,13 +22,14 @@ class Site {
   ~Site() = default;
 };
 
-// The launchers that csrc/node calls, and the sizes of what they take, which tell whether the two were built together.
+// The launchers that csrc/node calls.
 struct Launchers {
   void (*forward)(const ForwardParams& params, Site& site);
   void (*backward)(const BackwardParams& params, Site& site);
 };
 
-// Null launchers: there are none for that type of device in this build.
+// The launchers by type of device, null where this build has none, and the sizes of what they take. A csrc/node that
+// was built with other sizes is refused; one of an older build with the same sizes is not noticed.
 struct LauncherTable {
   int64_t forward_bytes = sizeof(ForwardParams), backward_bytes = sizeof(BackwardParams);
   Launchers cpu{}, cuda{};

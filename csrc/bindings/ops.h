@@ -1,5 +1,5 @@
-// The eight ops, written once over a backend: check, allocate, describe, launch. A Backend is made for an input tensor
-// and runs forward, channel_stats, backward and grad_sums on parameters.
+// The eight ops, written once over a backend: check, allocate, describe, launch. A Backend is made for a Site
+// (launchers.h) and runs forward, channel_stats, backward and grad_sums on parameters.
 #pragma once
 
 #include <tuple>

@@ -168,15 +168,16 @@ variable_list BatchNormFunction::backward(AutogradContext* context, const variab
   OptionalTensor bias = take(tensors, next, saved.has_bias);
   const OptionalTensor residual = take(tensors, next, saved.has_residual);
 
-  const bool is_usual = saved_input ? (saved.is_contiguous ? saved_input->is_contiguous()
-                                                           : saved_input->strides() == at::IntArrayRef(saved.strides))
-                                    : is_plain(grad_out.key_set());
-  if (at::GradMode::is_enabled() || !is_usual) return python_backward(saved, tensors, needs, grad_out);
+  const bool as_in_forward = saved_input
+                                 ? (saved.is_contiguous ? saved_input->is_contiguous()
+                                                        : saved_input->strides() == at::IntArrayRef(saved.strides))
+                                 : is_plain(grad_out.key_set());
+  if (at::GradMode::is_enabled() || !as_in_forward) return python_backward(saved, tensors, needs, grad_out);
 
   // Of an input that was not saved only shape, dtype and format matter.
   const Tensor input = saved_input ? *saved_input : grad_out.contiguous(format_of(saved, grad_out.dim()));
   if (!weight && !bias && saved.bias_dtype >= 0)  // only its dtype matters: its gradient's
-    bias = at::empty(mean.sizes(), mean.options().dtype(at::ScalarType(saved.bias_dtype)));
+    bias = mean.new_empty(mean.sizes(), at::ScalarType(saved.bias_dtype));
   // Without an activation the gradient of the residual is grad_out itself.
   Needs of_op = needs;
   of_op.residual &= saved.activation != 0;

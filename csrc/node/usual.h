@@ -27,10 +27,10 @@ inline bool is_plain_thread() {
          !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// Returns whether autograd records the call.
+// Returns whether autograd records the call: never in inference mode, even where gradients are enabled inside it.
 inline bool is_recorded(const Call& c) {
   const auto requires_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
-  return at::GradMode::is_enabled() &&
+  return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
          (c.input.requires_grad() || requires_grad(c.residual) || requires_grad(c.weight) || requires_grad(c.bias));
 }
 

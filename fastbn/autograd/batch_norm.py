@@ -25,22 +25,11 @@ def below_autograd() -> contextlib.AbstractContextManager[Any]:
     return _torch.below_autograd()
 
 
-def is_recorded(call: Call) -> bool:
-    """Return whether autograd records the call."""
-    input, residual, weight, bias, *_ = call
-    return torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
-
-
 def batch_norm(call: Call, backend: Backend) -> Tensor:
     """Return activation(batch_norm(input) + residual) by a backend's fused ops, updating the buffers."""
     input, residual, weight, bias, running_mean, running_var, counter, momentum, eps, activation, training, param = call
     try:
-        if is_recorded(call):
+        if dispatch.is_recorded(call):
             return _apply(input, residual, weight, bias, (call, backend))
         operands = input, residual, weight, bias, running_mean, running_var
         with below_autograd():

@@ -74,7 +74,7 @@ def batch_norm(call: Call, backend: Backend) -> Tensor:
     Compilers decide for themselves what they keep.
     """
     keeps = kept(call.activation, call.activation_param, call.residual is not None)
-    if keeps is Kept.INPUT or torch.compiler.is_compiling() or not fused.is_recorded(call):
+    if keeps is Kept.INPUT or torch.compiler.is_compiling() or not dispatch.is_recorded(call):
         return fused.batch_norm(call, backend)
     if dispatch.cannot_be_saved(*call[:6]):
         return fused.batch_norm(call, backend)  # which refuses

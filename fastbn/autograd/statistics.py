@@ -9,6 +9,7 @@ replaces them, or corrects the normalised value by r and d. The gradients are th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,8 +83,11 @@ def batch_norm(
     """
     if settings.backend.ops is None:
         return _composition(input, residual, weight, bias, settings)
+    # Inference mode records nothing; a Function would, where gradients are enabled inside it.
+    records_nothing = torch.no_grad() if dispatch.is_in_inference_mode() else contextlib.nullcontext()
     try:
-        output, *moments = _apply(input, residual, weight, bias, settings)
+        with records_nothing:
+            output, *moments = _apply(input, residual, weight, bias, settings)
     except RuntimeError as error:
         errors.raise_of_torch(error)
         raise

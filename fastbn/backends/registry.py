@@ -69,18 +69,14 @@ def choose(call: Call, name: str | None = None, *, ask_all: bool = False) -> tup
 
 def _why_not_saved(call: Call) -> str | None:
     """Return why torch has to refuse a call in its own words, whose gradient would need an inference tensor."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return None
-    if any(t is not None and t.requires_grad for t in call[:4]) and dispatch.cannot_be_saved(*call[:6]):
+    if not torch.compiler.is_compiling() and dispatch.is_recorded(call) and dispatch.cannot_be_saved(*call[:6]):
         return "an inference tensor cannot be saved for backward"
     return None
 
 
 def _why_left_to_compiler(call: Call) -> str | None:
     """Return why a call that is being compiled is left to torch's operations, which the compiler may rewrite."""
-    if not torch.compiler.is_compiling() or call.training:
-        return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+    if not torch.compiler.is_compiling() or call.training or dispatch.is_recorded(call):
         return None
     return "without gradients the compiler folds torch's batch_norm into a convolution or fuses it with its neighbours"
 

@@ -108,6 +108,26 @@ def why_torch_must_see(call: Call) -> str | None:
     return None
 
 
+def is_in_inference_mode() -> bool:
+    """Return whether inference mode keeps an eager call from being recorded; a compiler cannot ask for it."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def is_recorded(call: Call) -> bool:
+    """Return whether autograd records the call: never in inference mode, even where gradients are enabled inside it."""
+    input, residual, weight, bias, *_ = call
+    return (
+        torch.is_grad_enabled()
+        and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+        and not is_in_inference_mode()
+    )
+
+
 def cannot_be_saved(*tensors: Tensor | None) -> bool:
     """Return whether one is an inference tensor, which torch's batch_norm refuses to save before it moves buffers."""
     for tensor in tensors:

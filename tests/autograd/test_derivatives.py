@@ -206,3 +206,24 @@ def test_formulas_of_the_activations_are_torchs():
         if name != "none":
             (expected,) = torch.autograd.grad(getattr(F, name)(z).sum(), z)
             torch.testing.assert_close(reference.activation_grad(z.detach(), index), expected)
+
+
+@pytest.mark.parametrize("save", ["input", "output"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("of_the_mode", ["nothing", "weight", "statistics"])
+def test_inference_mode_records_nothing(of_the_mode, training, save):
+    """Not even where gradients are enabled inside it: so it is with torch's operations."""
+    results = []
+    for batch_norm, options in ((fastbn.functional.batch_norm, {"save": save}), (F.batch_norm, {})):
+        x, weight = normal(4, 3, 5).requires_grad_(), normal(3, seed=1).requires_grad_()
+        statistics = [normal(3, seed=2), normal(3, seed=3).abs() + 1]
+        with torch.inference_mode(), torch.enable_grad():
+            if of_the_mode == "weight":
+                weight = weight.clone()
+            if of_the_mode == "statistics":
+                statistics = [vector.clone() for vector in statistics]
+            y = batch_norm(x, *statistics, weight, training=training, **options)
+        assert y.is_inference() and not y.requires_grad
+        results.append((y, *statistics))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)

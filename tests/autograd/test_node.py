@@ -128,12 +128,28 @@ def test_changed_operands_are_noticed():
 class _Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.of_backward = []
+        self.names, self.of_backward = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
         if function is torch.ops.fastbn.batch_norm_backward.default:
             self.of_backward.append(args)
         return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "no_weight"])
+def test_a_mode_sees_the_same_backward(has_weight, training, monkeypatch):
+    seen = []
+    for extension in (node.NODE, None):
+        monkeypatch.setattr(functional, "NODE", extension)
+        weight, bias = normal(3).requires_grad_() if has_weight else None, normal(3).requires_grad_()
+        statistics = torch.zeros_like(bias), torch.ones_like(bias)
+        y = fastbn.functional.batch_norm(normal(4, 3, 5), *statistics, weight, bias, training)
+        with _Calls() as calls:
+            y.sum().backward()
+        seen.append(calls.names)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])

@@ -159,6 +159,16 @@ def test_vmap_and_jacobians_look_through_it():
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(frozen, x[0]))
 
 
+def test_inference_mode_records_nothing():
+    layer, _ = _layer()
+    x = normal(*SHAPES[2])
+    with torch.no_grad():
+        expected = copy.deepcopy(layer)(x)
+    with torch.inference_mode(), torch.enable_grad():
+        output = layer(x)
+    assert torch.equal(output, expected) and output.is_inference() and not output.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_beside_float32_parameters(dtype):
     layer, _ = _layer()

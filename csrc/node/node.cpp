@@ -10,7 +10,7 @@
 #include <array>
 
 #include "node/function.h"
-#include "node/launchers.h"
+#include "node/table_backend.h"
 #include "node/usual.h"
 
 namespace fastbn {

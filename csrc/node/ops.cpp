@@ -7,7 +7,7 @@
 #include <ATen/record_function.h>
 
 #include "bindings/ops.h"
-#include "node/launchers.h"
+#include "node/table_backend.h"
 #include "node/usual.h"
 
 namespace fastbn {

@@ -24,7 +24,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL, USUAL = "small", "usual"
 OWN_SOURCE = "bench/architectures.py"
-# A GPU's usual batches are so many times a CPU's, whose time is short.
+# A GPU's usual batch over a CPU's, whose time is short.
 GPU_BATCHES = 16
 EDGES_PER_NODE = 4
 

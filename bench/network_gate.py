@@ -105,8 +105,8 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> str | 
     """Return which result of `float64_passes` differs by more than rounding, or None.
 
     Half of the digits have to agree, as in a loss. Rounding grows less here, except for batches so small that the last
-    BatchNorms see two or three values per channel. A gradient that is 0 but for rounding, such as that of a bias that a
-    later BatchNorm takes away, is compared with the norm of all gradients.
+    BatchNorms see two or three values per channel. A gradient that is 0 except for rounding, such as that of a bias
+    that a later BatchNorm takes away, is compared with the norm of all gradients.
     """
     tolerance = math.sqrt(torch.finfo(torch.float64).eps)
     norms = {name: tensor.double().norm().item() for name, tensor in expected.items()}  # integers have none

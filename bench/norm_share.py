@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# One pass may be disturbed. As many are profiled as begin in so many seconds, which a large network fills with one.
+# One pass may be disturbed, so passes are profiled until this time in seconds is over. Of a large network that is one.
 SECONDS, MAX_PASSES = 0.1, 5
 _FORWARD_OPS = {
     f"aten::{name}{in_place}" for name in ("relu", "clamp_min", "silu", "hardswish", "add") for in_place in ("", "_")

@@ -63,6 +63,7 @@ def batch_norm(
     """
     check_save(save)
     index = activation_index(activation)
+    # Answers as the rest of this function would, some 10 to 20 us sooner; None for calls that are not usual.
     if NODE is not None and backend is None and save == "input" and not torch.compiler.is_compiling():
         output = NODE.batch_norm(
             input,

@@ -6,6 +6,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 
+#include <type_traits>
+
 #include "bindings/ops.h"
 #include "node/table_backend.h"
 #include "node/usual.h"
@@ -29,66 +31,39 @@ bool is_direct(const BackwardCall& call) {
   return is_plain(keys) && !is_profiled();
 }
 
-// The ops of csrc/bindings/schemas.cpp.
-using Train = FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
-                          double, int64_t, bool, std::optional<double>);
-using Frozen = FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                           const Tensor&, const Tensor&, double, int64_t, bool, std::optional<double>);
-using Eval = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                    const Tensor&, double, int64_t, std::optional<double>);
-using Backward = FourTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, bool, int64_t,
-                             bool, bool, bool, bool, std::optional<double>);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// Calls an op by its function for the tensors of this folder, or by its name through the dispatcher.
+template <auto function, class... Arguments>
+auto call(const char* name, bool directly, const Arguments&... arguments) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (directly) return function(arguments...);
+  using Signature = std::remove_pointer_t<decltype(function)>;
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  return op.call(arguments...);
 }
 
 }  // namespace
 
 FourTensors train(const Call& c, bool save_mask) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto run = [&](auto&& op) {
-    return op(c.input, c.residual, c.weight, c.bias, c.running_mean, c.running_var, c.num_batches_tracked, c.momentum,
-              c.eps, c.activation, save_mask, c.param);
-  };
-  if (!is_profiled()) return run(Direct::batch_norm_train);
-  static const auto op = find<Train>("fastbn::batch_norm_train");
-  return run([](auto&&... arguments) { return op.call(arguments...); });
+  return call<&Direct::batch_norm_train>("fastbn::batch_norm_train", !is_profiled(), c.input, c.residual, c.weight,
+                                         c.bias, c.running_mean, c.running_var, c.num_batches_tracked, c.momentum,
+                                         c.eps, c.activation, save_mask, c.param);
 }
 
 FourTensors frozen(const Call& c, bool save_mask) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto run = [&](auto&& op) {
-    return op(c.input, c.residual, c.weight, c.bias, *c.running_mean, *c.running_var, c.eps, c.activation, save_mask,
-              c.param);
-  };
-  if (!is_profiled()) return run(Direct::batch_norm_frozen);
-  static const auto op = find<Frozen>("fastbn::batch_norm_frozen");
-  return run([](auto&&... arguments) { return op.call(arguments...); });
+  return call<&Direct::batch_norm_frozen>("fastbn::batch_norm_frozen", !is_profiled(), c.input, c.residual, c.weight,
+                                          c.bias, *c.running_mean, *c.running_var, c.eps, c.activation, save_mask,
+                                          c.param);
 }
 
 Tensor eval(const Call& c) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto run = [&](auto&& op) {
-    return op(c.input, c.residual, c.weight, c.bias, *c.running_mean, *c.running_var, c.eps, c.activation, c.param);
-  };
-  if (!is_profiled()) return run(Direct::batch_norm_eval);
-  static const auto op = find<Eval>("fastbn::batch_norm_eval");
-  return run([](auto&&... arguments) { return op.call(arguments...); });
+  return call<&Direct::batch_norm_eval>("fastbn::batch_norm_eval", !is_profiled(), c.input, c.residual, c.weight,
+                                        c.bias, *c.running_mean, *c.running_var, c.eps, c.activation, c.param);
 }
 
 FourTensors backward(const BackwardCall& c) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto run = [&](auto&& op) {
-    return op(c.grad_out, c.input, c.residual, c.mask, c.weight, c.bias, c.mean, c.inv_std, c.batch_stats, c.activation,
-              c.needs.input, c.needs.weight, c.needs.bias, c.needs.residual, c.param);
-  };
-  if (is_direct(c)) return run(Direct::batch_norm_backward);
-  static const auto op = find<Backward>("fastbn::batch_norm_backward");
-  return run([](auto&&... arguments) { return op.call(arguments...); });
+  return call<&Direct::batch_norm_backward>(
+      "fastbn::batch_norm_backward", is_direct(c), c.grad_out, c.input, c.residual, c.mask, c.weight, c.bias, c.mean,
+      c.inv_std, c.batch_stats, c.activation, c.needs.input, c.needs.weight, c.needs.bias, c.needs.residual, c.param);
 }
 
 }  // namespace fastbn

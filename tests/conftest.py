@@ -37,8 +37,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     pairs = []
     for param in implementations.params():
-        # An emulated launch costs milliseconds per block, and kernels see dense layouts only.
-        table = cases.SMALL_DENSE if param.id in implementations.EMULATED_LIMITS else cases.ORDINARY
+        # Where a launch costs milliseconds per block, cases are small, and those that kernels see: dense.
+        table = cases.SMALL_DENSE if implementations.is_slow(param.id) else cases.ORDINARY
         for setup in cases.setups(table):
             marks = [*param.marks, *tiers.marks(setup.case)]
             pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=marks))
@@ -65,6 +65,8 @@ def ops(request: pytest.FixtureRequest, _gpu: None, _loaded: dict) -> implementa
             _loaded[request.param] = error
     if isinstance(_loaded[request.param], Exception):
         raise _loaded[request.param]
+    if request.param in implementations.TRITON_LIMITS:
+        implementations.set_triton_limits(request.param)
     if request.param in implementations.EMULATED_LIMITS:
         build.load().set_limits(**implementations.EMULATED_LIMITS[request.param])
         # Each test gets a schedule of its own, the same from run to run.

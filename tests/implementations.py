@@ -12,10 +12,16 @@ import torch
 
 # The emulated implementations, each with the limits of its GPU: few SMs, so that plans split the small shapes of tests,
 # and for "emulator" no shared memory for a ring, so that it runs in two phases what "stream" reads once.
-NAMES = ("reference", "cpu", "emulator", "stream", "cuda")
+NAMES = ("reference", "cpu", "emulator", "stream", "cuda", "triton", "triton_split")
 EMULATED_LIMITS = {
     "emulator": {"sm_count": 2, "shared_bytes_per_block": 0, "stream_splits": 0},
     "stream": {"sm_count": 4, "shared_bytes_per_block": 232448, "stream_splits": 2},
+}
+# Triton's kernels, with limits of the plans: "triton_split" reads twice, in parts, what "triton" reads once, and counts
+# in 64 bits. Without a GPU Triton interprets them.
+TRITON_LIMITS: dict[str, dict[str, int]] = {
+    "triton": {},
+    "triton_split": {"sm_count": 1, "resident_elements": 0, "block_elements": 256, "max_int32": 0},
 }
 
 
@@ -44,7 +50,30 @@ def load(name: str) -> Implementation:
         importlib.import_module("tests.emulator.build").load()
         return Implementation(name, torch.ops.fastbn_emulator, torch.device("cpu"))
     importlib.import_module("fastbn")
+    if name in TRITON_LIMITS:
+        return _load_triton(name)
     return Implementation(name, torch.ops.fastbn, torch.device(name))
+
+
+def _load_triton(name: str) -> Implementation:
+    pytest.importorskip("triton", reason="needs Triton")
+    backend = importlib.import_module("fastbn.backends.triton.backend")
+    is_interpreted = not torch.cuda.is_available()
+    if is_interpreted:
+        importlib.import_module("tests.interpreter").repair()
+    return Implementation(name, backend.TRITON.ops, torch.device("cpu" if is_interpreted else "cuda"))
+
+
+def set_triton_limits(name: str) -> None:
+    """Let the Triton kernels plan with the limits of an implementation from now on."""
+    ops = importlib.import_module("fastbn.backends.triton.ops")
+    limits = importlib.import_module("fastbn.backends.triton.plans").Limits(**TRITON_LIMITS[name])
+    ops.limits_of = lambda device: limits
+
+
+def is_slow(name: str) -> bool:
+    """Return whether an implementation takes milliseconds per block, so that tests give it few elements."""
+    return name in EMULATED_LIMITS or (name in TRITON_LIMITS and not torch.cuda.is_available())
 
 
 def require_gpu() -> None:

@@ -66,7 +66,7 @@ MAY_IMPORT = {
 # The order within a layer that has one.
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
-    "backends": ("reference", "aten", "native", "registry"),
+    "backends": ("reference", "aten", "native", "triton", "registry"),
     "autograd": ("composite", "node", "batch_norm", "from_output", "statistics"),
     "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
     "transforms": (

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbn._C import DeviceLimits
 from fastbn.backends.reference.activations import activation as activate
 from fastbn.ops.dispatch import Call, Plan
 
@@ -23,7 +24,7 @@ class AtenBackend:
     def saves_mask(self, input: Tensor) -> bool:
         return False
 
-    def plan(self, call: Call, direction: str, reason: str) -> Plan:
+    def plan(self, call: Call, direction: str, reason: str, limits: DeviceLimits | None = None) -> Plan:
         # Batch norm, addition and activation each read and write the whole tensor.
         residual, has_activation = call.residual is not None, call.activation != 0
         if direction == "forward":

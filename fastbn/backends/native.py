@@ -35,10 +35,10 @@ class CpuBackend:
     def saves_mask(self, input: Tensor) -> bool:
         return True
 
-    def plan(self, call: Call, direction: str, reason: str) -> Plan:
+    def plan(self, call: Call, direction: str, reason: str, limits: _C.DeviceLimits | None = None) -> Plan:
         over_channels = runs_of(tuple(call.input.shape), suggest_memory_format(call.input))[0]
         kernel = "row_tiles" if over_channels else "channel_tiles"
-        reads, writes = _two_phase_traffic(call, direction)
+        reads, writes = two_phase_traffic(call, direction)
         return Plan(self.name, kernel, 1, reads, writes, 0, torch.get_num_threads(), 0, reason)
 
     def availability(self) -> str:
@@ -60,12 +60,9 @@ class CudaBackend:
         # Rows of the mask are whole bytes: where a run is not a multiple of 8, backward reads the residual instead.
         return input.dim() < 2 or runs_of(tuple(input.shape), suggest_memory_format(input))[2] % 8 == 0
 
-    def plan(self, call: Call, direction: str, reason: str) -> Plan:
-        return self.plan_on(_C.device_limits(call.input.device.index), call, direction, reason)
-
-    def plan_on(self, limits: _C.DeviceLimits, call: Call, direction: str, reason: str) -> Plan:
-        """Return the plan on a device of those limits (`_C.named_device`), which need not be here."""
+    def plan(self, call: Call, direction: str, reason: str, limits: _C.DeviceLimits | None = None) -> Plan:
         input = call.input
+        limits = limits or _C.device_limits(input.device.index)
         wanted = {("forward", True): "forward", ("forward", False): "eval", ("backward", True): "backward"}
         plan = _C.plan(
             sizes=list(input.shape),
@@ -122,7 +119,7 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     return False
 
 
-def _two_phase_traffic(call: Call, direction: str) -> tuple[float, float]:
+def two_phase_traffic(call: Call, direction: str) -> tuple[float, float]:
     """Return (reads, writes) in units of S of a phase that sums and one that applies; frozen statistics need one."""
     residual, has_activation = call.residual is not None, call.activation != 0
     masked = residual and is_piecewise_linear(call.activation)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastbn.backends import aten, native
 from fastbn.backends.reference.backend import REFERENCE
+from fastbn.backends.triton.backend import TRITON
 from fastbn.ops import dispatch
 from fastbn.ops.dispatch import Backend, Call
 
@@ -83,5 +84,6 @@ def _why_left_to_compiler(call: Call) -> str | None:
 
 register(native.CPU)
 register(native.CUDA)
+register(TRITON)
 register(REFERENCE)
 register(aten.TORCH)

@@ -10,7 +10,7 @@ from fastbn.backends import aten, native, registry
 from fastbn.ops import dispatch
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
-from fastbn.ops.dispatch import Call, Plan
+from fastbn.ops.dispatch import Backend, Call, Plan
 
 _DIRECTIONS = ("forward", "backward")
 
@@ -31,7 +31,8 @@ def explain(
     activation, activation_param: as fastbn.functional.batch_norm takes them; the plan does not depend on the latter.
     direction: "forward" or "backward". training: batch statistics, else frozen ones. residual: whether one is added.
     device: "a100", "h100", "h200" or "b200" plans for that GPU, which need not be here; None for the input's device.
-    backend: a name as fastbn.functional.batch_norm takes it; None for the backend that a call would get.
+    backend: a name as fastbn.functional.batch_norm takes it; None for the backend that a call would get ("cuda" for a
+    `device`).
 
     Raises ValueError for an argument outside these, and for a backend that cannot take the call.
     """
@@ -55,10 +56,18 @@ def explain(
     if limits is not None:
         reason = dispatch.why_torch_must_see(call) or dispatch.why_unsupported(call)
         if reason is None:
-            return native.CUDA.plan_on(limits, call, direction, f"planned for {device}")
+            return _planner(backend).plan(call, direction, f"planned for {device}", limits)
         return aten.TORCH.plan(call, direction, reason)
     chosen, reason = registry.choose(call, backend, ask_all=True)
     return chosen.plan(call, direction, reason or f"no backend is faster for {input.device.type} tensors")
+
+
+def _planner(name: str | None) -> Backend:
+    """Return the backend that plans for a GPU which need not be here."""
+    backend = native.CUDA if name is None else registry.get(name)
+    if "cuda" not in backend.device_types:
+        raise ValueError(f"backend: expected one that plans for a device, got {name!r}")
+    return backend
 
 
 def _statistics(input: Tensor, training: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -121,13 +121,13 @@ def _refuse_forward(op: Any) -> Callable[..., Any]:
     return forward
 
 
-_libraries: list[torch.library.Library] = []  # registrations last as long as these
+libraries: list[torch.library.Library] = []  # registrations last as long as these
 
 
 def bind(ops: str) -> SimpleNamespace:
     """Return the eight ops of the torch.ops namespace `ops`, and make them known to torch's tracers."""
     library = torch.library.Library(ops, "IMPL")
-    _libraries.append(library)
+    libraries.append(library)
     packets = getattr(torch.ops, ops)
     for name in OPS:
         qualified = f"{ops}::{name}"

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function_variadic
 
 from fastbn import _torch
+from fastbn._C import DeviceLimits
 from fastbn.ops.contract import DTYPES, HALF_TYPES
 
 
@@ -80,8 +81,11 @@ class Backend(Protocol):
     def saves_mask(self, input: Tensor) -> bool:
         """Return whether the backward of a piecewise linear activation after a residual reads a mask."""
 
-    def plan(self, call: Call, direction: str, reason: str) -> Plan:
-        """Return how the backend runs a call. direction: "forward" or "backward". reason: the start of the plan's."""
+    def plan(self, call: Call, direction: str, reason: str, limits: DeviceLimits | None = None) -> Plan:
+        """Return how the backend runs a call. direction: "forward" or "backward". reason: the start of the plan's.
+
+        limits: those of a GPU that need not be here, for backends of GPUs; None for the device of the input.
+        """
 
     def availability(self) -> str:
         """Return "yes: ..." or "no: ..." with what runs, or what is missing, in this process."""

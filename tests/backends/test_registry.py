@@ -25,7 +25,7 @@ class Added(ReferenceBackend):
     def why_not(self, call):
         return "the number of channels is odd" if call.input.shape[1] % 2 else None
 
-    def plan(self, call, direction, reason):
+    def plan(self, call, direction, reason, limits=None):
         return Plan(self.name, "kernel", 1, 1.0, 1.0, 0, 0, 0, reason)
 
     def availability(self):

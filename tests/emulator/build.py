@@ -78,9 +78,9 @@ def _emulated_backend():
         def why_not(self, call):
             return None if call.input.is_cpu else f"the emulator takes no {call.input.device.type} tensors"
 
-        def plan(self, call, direction, reason):
+        def plan(self, call, direction, reason, limits=None):
             # The plan is that of a real device: the limits of the emulated one are whatever a test sets.
-            return self.plan_on(_C.named_device("h200"), call, direction, reason)
+            return super().plan(call, direction, reason, limits or _C.named_device("h200"))
 
         def availability(self):
             return "yes: for tests"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastbn._C import DeviceLimits
 from fastbn.backends import reference
 from fastbn.ops.dispatch import Call, Plan
 
@@ -24,7 +25,7 @@ class ReferenceBackend:
     def saves_mask(self, input: Tensor) -> bool:
         return True
 
-    def plan(self, call: Call, direction: str, reason: str) -> Plan:
+    def plan(self, call: Call, direction: str, reason: str, limits: DeviceLimits | None = None) -> Plan:
         return Plan(self.name, "float64", 0, math.nan, math.nan, 0, 0, 0, reason)
 
     def availability(self) -> str:

@@ -1,0 +1,40 @@
+"""Triton's interpreter for the tests: two repairs, without which its results or its time would be of no use."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round float32 to the bits of bfloat16, to nearest even as every GPU does; the interpreter truncates."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).astype(np.uint16)
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def repair() -> None:
+    """Patch the interpreter of this process."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.cast_impl
+
+    def cast_impl(self, source, type):
+        kinds = source.dtype.scalar, type.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_from_bfloat16(source.data), tl.float32)
+        return original(self, source, type)
+
+    builder.cast_impl = cast_impl
+    # The interpreter patches triton.language in each call of a function, which takes half of all time. Once is enough
+    # if nothing is put back: no kernel is compiled in a process of the interpreter.
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None

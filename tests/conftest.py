@@ -13,6 +13,9 @@ from fastbn.testing import cases
 from tests import implementations, packages, tiers
 from tests.emulator import build
 
+# One setup of so many is in the fast tier where Triton is interpreted.
+INTERPRETED_SAMPLE = 23
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "large" in config.getoption("markexpr"):
@@ -39,8 +42,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for param in implementations.params():
         # Where a launch costs milliseconds per block, cases are small, and those that kernels see: dense.
         table = cases.SMALL_DENSE if implementations.is_slow(param.id) else cases.ORDINARY
-        for setup in cases.setups(table):
-            marks = [*param.marks, *tiers.marks(setup.case)]
+        for number, setup in enumerate(cases.setups(table)):
+            is_sampled = param.id in implementations.TRITON_LIMITS and number % INTERPRETED_SAMPLE == 0
+            marks = [*(() if is_sampled else param.marks), *tiers.marks(setup.case)]
             pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=marks))
     metafunc.parametrize("ops,setup", pairs, indirect=["ops"])
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+
+from fastbn.testing.cases import SMALL_NUMEL, Case
+from tests import tiers
 
 # The emulated implementations, each with the limits of its GPU: few SMs, so that plans split the small shapes of tests,
 # and for "emulator" no shared memory for a ring, so that it runs in two phases what "stream" reads once.
@@ -39,7 +43,27 @@ class Implementation:
 
 def params(*names: str) -> list:
     """Return values to parametrise the fixture `ops` with (indirect)."""
-    return [pytest.param(name, id=name, marks=[pytest.mark.gpu] if name == "cuda" else []) for name in names or NAMES]
+    return [pytest.param(name, id=name, marks=marks(name)) for name in names or NAMES]
+
+
+def pairs(table: Iterable[Case], *names: str) -> list:
+    """Return pairs of implementation and case for "ops, case": of a slow one only the small cases."""
+    return [
+        pytest.param(name, case, id=f"{name}-{case}", marks=[*marks(name), *tiers.marks(case)])
+        for name in names
+        for case in table
+        if case.numel <= SMALL_NUMEL or not is_slow(name)
+    ]
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of an implementation.
+
+    Interpreted kernels are slow. The fast tier has tests/backends/triton and some setups of the table (conftest.py).
+    """
+    if name == "cuda":
+        return [pytest.mark.gpu]
+    return [pytest.mark.slow] if name in TRITON_LIMITS and is_slow(name) else []
 
 
 def load(name: str) -> Implementation:
@@ -69,6 +93,11 @@ def set_triton_limits(name: str) -> None:
     ops = importlib.import_module("fastbn.backends.triton.ops")
     limits = importlib.import_module("fastbn.backends.triton.plans").Limits(**TRITON_LIMITS[name])
     ops.limits_of = lambda device: limits
+
+
+def backend_name(name: str) -> str:
+    """Return fastbn's name of an implementation: some differ in the limits of their GPU only."""
+    return "emulator" if name in EMULATED_LIMITS else "triton" if name in TRITON_LIMITS else name
 
 
 def is_slow(name: str) -> bool:

@@ -59,6 +59,9 @@ def _assert_close(actual, expected, dtype):
         assert error <= TOLERANCE[dtype], f"{name}: {error}"
 
 
+IMPLEMENTATIONS = ("reference", "cpu", "emulator", "stream", "triton")
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation, param, adds", OUTPUT + BOTH)
@@ -70,9 +73,9 @@ def test_gradients(shape, memory_format, activation, param, adds, dtype, trainin
 
 @pytest.mark.parametrize("activation, param, adds", OUTPUT + BOTH)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("ops", implementations.params("reference", "cpu", "emulator", "stream"), indirect=True)
+@pytest.mark.parametrize("ops", implementations.params(*IMPLEMENTATIONS), indirect=True)
 def test_backends(ops, memory_format, activation, param, adds):
-    backend = "emulator" if ops.name in implementations.EMULATED_LIMITS else ops.name
+    backend = implementations.backend_name(ops.name)
     case = (4, 16, 8, 8), memory_format, torch.float32, activation, param, adds, True
     _assert_close(_gradients("output", *case, backend=backend), _gradients("input", *case), torch.float32)
 

@@ -84,11 +84,10 @@ def _gradients(shape, memory_format, activation, residual, training, backend, ho
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no_residual"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("ops", implementations.params("reference", "cpu", "emulator"), indirect=True)
+@pytest.mark.parametrize("ops", implementations.params("reference", "cpu", "emulator", "triton"), indirect=True)
 def test_hooks_that_change_strides_change_no_gradient(ops, shape, residual, training):
-    emulated = ops.name in implementations.EMULATED_LIMITS
-    backend = "emulator" if emulated else ops.name
-    for activation in ("relu6", "gelu") if emulated else ACTIVATIONS:
+    backend = implementations.backend_name(ops.name)
+    for activation in ("relu6", "gelu") if implementations.is_slow(ops.name) else ACTIVATIONS:
         options = (*SHAPES[shape], activation, residual, training, backend)
         expected = _gradients(*options)
         for name, hooks in HOOKS.items():

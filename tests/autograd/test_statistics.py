@@ -16,14 +16,14 @@ from fastbn.testing import cases, tolerance
 from tests import implementations
 
 EPS = 1e-3
-BACKENDS = ("reference", "cpu", "emulator", "torch")
+BACKENDS = ("reference", "cpu", "emulator", "triton", "torch")
 SHAPES = [(6, 5), (4, 3, 7), (3, 5, 4, 6), (2, 3, 2, 3, 4)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[pytest.param(name, marks=implementations.marks(name)) for name in BACKENDS])
 def backend(request):
-    if request.param == "emulator":
-        implementations.load("emulator")
+    if request.param in ("emulator", "triton"):
+        implementations.load(request.param)
     return registry.get(request.param)
 
 

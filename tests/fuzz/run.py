@@ -25,8 +25,8 @@ from tests.fuzz.strategies import cases
 
 # hypothesis repeats a batch to find a case again and shrink it; a short batch repeats quickly.
 BATCH = 500
-# An emulated launch costs milliseconds per block.
-EMULATED_NUMEL = 300
+# A launch that is emulated or interpreted costs milliseconds per block.
+SLOW_NUMEL = 300
 MAX_NUMEL = 65536
 SHRINKING_SECONDS = 10
 
@@ -144,7 +144,10 @@ def run(
     implementations.load(implementation)
     if emulated:
         build.load().set_limits(**implementations.EMULATED_LIMITS[implementation])
-        max_numel = min(max_numel, EMULATED_NUMEL)
+    if implementation in implementations.TRITON_LIMITS:
+        implementations.set_triton_limits(implementation)
+    if implementations.is_slow(implementation):
+        max_numel = min(max_numel, SLOW_NUMEL)
     strategy = cases(implementation, max_numel)
     summary = Summary()
     begin, cpu_begin = time.perf_counter(), time.process_time()

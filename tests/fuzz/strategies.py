@@ -123,11 +123,6 @@ _OTHER_LAYOUTS = ((2, "contiguous"), (2, "channels_last"), (1, "unaligned"), (1,
 _GRAD_LAYOUTS = (*_OTHER_LAYOUTS, (1, "expanded"), (2, "expanded everywhere"))
 
 
-def backend_name(implementation: str) -> str:
-    """Return fastbn's name of the tests' implementation: the emulated ones differ in the limits of their GPU."""
-    return "emulator" if implementation in implementations.EMULATED_LIMITS else implementation
-
-
 @st.composite
 def cases(draw, implementation: str, max_numel: int) -> Case:
     """Draw calls for an implementation, with inputs up to about `max_numel` elements."""
@@ -175,7 +170,7 @@ def cases(draw, implementation: str, max_numel: int) -> Case:
         threads=(draw(_THREADS), draw(_THREADS)),
         # Modules run on the backend that serves their input.
         api=draw(weighted((3, "functional"), (2, "module"))) if implementation == "cpu" else "functional",
-        backend=draw(reference) if implementation == "cpu" else backend_name(implementation),
+        backend=draw(reference) if implementation == "cpu" else implementations.backend_name(implementation),
         backward=backward,
         grad_mode=draw(weighted((20, "grad"), (1, "no_grad"), (1, "inference_mode"))),
         oddity=oddity,

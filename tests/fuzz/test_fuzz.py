@@ -11,6 +11,7 @@ import torch
 from fastbn import functional
 from fastbn.backends import native
 from fastbn.ops.activations import index as activation_index
+from tests import implementations
 from tests.fuzz.case import Case, Layout
 from tests.fuzz.check import FaultyCase, check
 from tests.fuzz.run import run
@@ -19,12 +20,13 @@ CASES = 500
 
 
 @pytest.mark.slow
-def test_drawn_cases(capsys, record_property):
+@pytest.mark.parametrize("implementation", ["cpu", *implementations.TRITON_LIMITS])
+def test_drawn_cases(implementation, capsys, record_property):
     seed = int(os.environ.get("FASTBN_FUZZ_SEED") or secrets.randbelow(2**32))
     record_property("FASTBN_FUZZ_SEED", seed)
     with capsys.disabled():
         print(f"\nFASTBN_FUZZ_SEED={seed}")
-    summary = run(CASES, seed)
+    summary = run(CASES, seed, implementation)
     assert not summary.found, f"FASTBN_FUZZ_SEED={seed}\n{summary.text()}"
 
 

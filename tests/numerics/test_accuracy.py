@@ -9,16 +9,16 @@ import fastbn
 from fastbn.backends import native, reference
 from fastbn.testing import cases
 from fastbn.testing.tolerance import assert_error_bound
-from tests import implementations, tiers
+from tests import implementations
 
 EPS = 1e-5
 MOMENTUM = 0.3
 CASES = [case for case in cases.ORDINARY if case.numel]
+ACCURATE = ("reference", "cpu", "cuda", "triton", "triton_split")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", tiers.params(CASES))
-@pytest.mark.parametrize("ops", implementations.params("reference", "cpu", "cuda"), indirect=True)
+@pytest.mark.parametrize("ops, case", implementations.pairs(CASES, *ACCURATE), indirect=["ops"])
 def test_error_is_at_most_stocks_or_two_ulp(ops, case, dtype):
     x, grad_out = cases.make_input(case, dtype, ops.device), cases.make_normal(case, dtype, ops.device, seed=2)
     vector = lambda seed, low, high: cases.make_vector(  # noqa: E731

@@ -48,9 +48,9 @@ def _extended_precision():
 
 
 def _params():
-    for name in ("reference", "cpu", "emulator", "cuda"):
-        marks = [pytest.mark.gpu] if name == "cuda" else []
-        for case in SMALL if name in implementations.EMULATED_LIMITS else CASES:
+    for name in ("reference", "cpu", "emulator", "cuda", "triton", "triton_split"):
+        marks = implementations.marks(name)
+        for case in SMALL if implementations.is_slow(name) else CASES:
             yield pytest.param(name, case, id=f"{name}-{case}", marks=[*marks, *tiers.marks(case)])
 
 

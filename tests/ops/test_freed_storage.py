@@ -50,7 +50,7 @@ def _operands():
 
 @pytest.mark.parametrize("cut", ["freed", "cut"])
 @pytest.mark.parametrize("name,operand", list(_operands()))
-@pytest.mark.parametrize("ops", implementations.params("cpu", "emulator", "cuda"), indirect=True)
+@pytest.mark.parametrize("ops", implementations.params("cpu", "emulator", "cuda", "triton"), indirect=True)
 def test_ops(ops, name, operand, cut):
     tensors = {key: tensor.to(ops.device) for key, tensor in _tensors().items()}
     if operand == "residual":

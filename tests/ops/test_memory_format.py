@@ -117,7 +117,7 @@ def test_a_sequence_of_rows_is_not_copied(shape, view):
     torch.testing.assert_close(grad, torch.autograd.grad(expected, x, torch.ones_like(output))[0])
 
 
-@pytest.mark.parametrize("ops", implementations.params("cpu", "emulator", "cuda"), indirect=True)
+@pytest.mark.parametrize("ops", implementations.params("cpu", "emulator", "cuda", "triton"), indirect=True)
 @pytest.mark.parametrize("shape,view", SEQUENCES[::2], ids=["4d", "5d"])
 def test_a_mask_of_such_a_tensor(ops, shape, view):
     """Forward writes it and backward reads it in the layout of channels_last."""

@@ -31,9 +31,13 @@ OPTIONS = (
 )
 
 
-@pytest.fixture(scope="module", params=["fastbn", "fastbn_emulator"])
+NAMESPACES = {"cpu": "fastbn", "emulator": "fastbn_emulator", "triton": "fastbn_triton"}
+
+
+@pytest.fixture(scope="module", params=implementations.params(*NAMESPACES))
 def registered(request):
-    return implementations.load("cpu" if request.param == "fastbn" else "emulator").namespace
+    implementations.load(request.param)
+    return getattr(torch.ops, NAMESPACES[request.param])
 
 
 def _samples(case, dtype, param_dtype, residual, activation):

@@ -82,9 +82,9 @@ class TritonBackend:
             blocks = plans.resident(layout, input.dtype, 1 if is_forward else 2, known)
         reads, writes = native.two_phase_traffic(call, direction)
         if blocks is not None:
-            kernel, launches, reads = "resident", 1, reads - 1 if is_forward else reads / 2
-            if not is_forward and not call.training:
-                reads *= 2  # it was one pass already
+            kernel, launches = "resident", 1
+            if call.training:
+                reads = reads - 1 if is_forward else reads / 2
             reason += "; a program keeps a whole tile in its registers"
         else:
             blocks = plans.split(layout, input.dtype, known)

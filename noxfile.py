@@ -97,11 +97,16 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Write docs/plans.md again, and fail where it was out of date."""
+    """Write docs/plans.md and the code in docs/triton.md again, and fail where they were out of date."""
     target = Path("docs", "plans.md")
     before = target.read_text()
     plans = session.run("python", "docs/plans.py", silent=True)
     assert isinstance(plans, str)
     target.write_text(plans)
     if plans != before:
+        session.error(f"{target} was out of date and has been written again")
+    target = Path("docs", "triton.md")
+    before = target.read_text()
+    session.run("python", "docs/triton_code.py")
+    if target.read_text() != before:
         session.error(f"{target} was out of date and has been written again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,12 @@ def test_a_path_that_is_gone_is_found():
 )
 def test_every_activation_is_named(text, name):
     assert re.search(rf"\b{name}\b", text)
+
+
+def test_the_code_on_the_page_about_triton_is_that_of_the_kernels():
+    """`python docs/triton_code.py` writes it."""
+    page = (ROOT / "docs" / "triton.md").read_text()
+    code = runpy.run_path(str(ROOT / "docs" / "triton_code.py"))
+    assert len(code["BLOCK"].findall(page)) > 15 and page.count("```python") == len(code["BLOCK"].findall(page))
+    assert page == code["written"](page)
+    assert code["written"](page.replace("def locate", "def misplace")) == page

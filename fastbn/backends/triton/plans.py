@@ -97,7 +97,9 @@ class Blocks:
 
 
 def layout_of(shape: tuple[int, ...], memory_format: torch.memory_format) -> Layout:
-    """Return the layout of a dense tensor; a single channel is one long run in every format."""
+    """Return the layout of a dense tensor. A single channel is one long run in every format."""
+    if 0 in shape:
+        return Layout(0, shape[1], 1)
     over_channels, runs, run = runs_of(shape, memory_format)
     if over_channels:
         return Layout(runs, run, 1)

@@ -61,6 +61,8 @@ def serving(device: torch.device) -> tuple[str | None, str]:
 
 
 def _can_serve(backend: str, device: torch.device) -> bool:
+    if device.type not in registry.get(backend).device_types:  # Triton's interpreter would run on a CPU
+        return False
     try:
         fastbn.explain(torch.empty(2, 2, device=device), backend=backend)
     except ValueError:

@@ -39,11 +39,11 @@ PROGRAMS_PER_SM = 8
 # Bytes of a row that neighbouring threads read together: two sectors of DRAM (64 bytes each) where there is a choice.
 ROW_BYTES = 128
 MIN_ROW_BYTES = 64
-ELEMENTS_PER_WARP = 1024  # 32 per lane of 32
+ELEMENTS_PER_WARP = 1024  # 32 per lane of 32, of a program that keeps one float32 tensor
 MIN_TILE = 256  # elements: smaller tiles would be many variants to compile, for tensors whose launch takes all the time
 # A program of the finish kernel adds up 128 splits of 8 channels at a time: 64 bytes of a row of partial sums.
 FINISH_CHANNELS, FINISH_SPLITS = 8, 128
-FEW = 8  # the rarely used sums in float64 take one row of this many
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,16 @@ def resident(layout: Layout, dtype: torch.dtype, tensors: int, limits: Limits) -
     """Return the plan of one launch whose programs keep a tile of `tensors` tensors; None where a tile is too large."""
     if layout.numel == 0:
         return None
-    limit = limits.resident_elements // tensors // (2 if dtype == torch.float64 else 1)
+    # By rows a thread has the coefficients of eight channels, which take as many registers as 16 elements.
+    share = tensors * (2 if dtype == torch.float64 else 1) * (2 if layout.inner == 1 else 1)
+    limit = limits.resident_elements // share
     vectors = _vectors_of(layout, MIN_ROW_BYTES, dtype)
     rows, tiles = _rows_and_tiles(layout, vectors)
     padded = max(_power_of_two(rows), min(MIN_TILE, limit) // (vectors * VEC), 1)
     tile = _tile(layout, dtype, limits, padded, vectors)
     if tile.elements > limit:
         return None
-    warps = min(max(tile.elements // (ELEMENTS_PER_WARP // tensors), 1), 16)
+    warps = min(max(tile.elements * share // ELEMENTS_PER_WARP, 1), 16)
     return Blocks(tile, tiles, 1, padded, warps, _run_units(layout, tile))
 
 

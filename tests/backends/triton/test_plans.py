@@ -52,13 +52,12 @@ def test_a_resident_tile_has_the_whole_channel_and_fits(tensors):
         blocks = plans.resident(layout, dtype, tensors, H200)
         if blocks is None:
             vectors = 1 if layout.inner > 1 else 8
-            assert _rows(layout) * vectors * 8 > H200.resident_elements // tensors // 4
+            assert _rows(layout) * vectors * 8 > H200.resident_elements // tensors // 8
             continue
         kept += 1
         assert blocks.splits == 1 and blocks.tile.rows >= _rows(layout)
         assert blocks.tile.elements * tensors <= H200.resident_elements
-        # A thread of 32 lanes a warp keeps at most 32 numbers of each tensor.
-        assert blocks.tile.elements <= 32 * 32 * blocks.warps
+        assert blocks.tile.elements * tensors <= 32 * 32 * blocks.warps  # 32 numbers per lane
     assert kept > len(LAYOUTS)
 
 

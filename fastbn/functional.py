@@ -54,8 +54,8 @@ def batch_norm(
     channel (fastbn's layers see to that); with a residual and relu or leaky_relu it replaces the mask. Then
     changing the output in place, or create_graph, makes backward raise RuntimeError. Otherwise, and under
     torch.compile, the input is kept.
-    backend: "cpu", "cuda", "triton", "reference" or "torch"; None takes the fastest that can, and torch's own where none
-    can, or where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
+    backend: "cpu", "cuda", "triton", "reference" or "torch"; None takes the fastest that can, and torch's own where
+    none can, or where torch's transforms (export, functorch, forward-mode AD) must see through the layer.
 
     Raises what torch raises for the same input, before any buffer has changed (but what hooks on saved tensors raise),
     and ValueError for a residual, activation, activation_param or save that does not fit, and for a named backend that

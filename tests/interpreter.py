@@ -1,4 +1,4 @@
-"""Triton's interpreter for the tests: two repairs, without which its results or its time would be of no use."""
+"""Triton's interpreter for the tests, with repairs without which its results, or its time, would be of no use."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def _sum(reduction: interpreter.ReduceOps, tensor: tl.tensor) -> tl.tensor:
+    """Add up in a tree, as GPUs do; numpy adds one by one along all axes but the last."""
+    x, axis = tensor.handle.data, reduction.axis
+    x, axis = (x.reshape(-1), 0) if axis is None else (x, axis)
+    while x.shape[axis] > 1:
+        x = np.add(*np.split(x, 2, axis=axis))
+    x = x if reduction.keep_dims else x.squeeze(axis)
+    return reduction.to_tensor(x if x.shape else x.item(), tensor.dtype)
+
+
 def repair() -> None:
     """Patch the interpreter of this process."""
     builder = interpreter.InterpreterBuilder
@@ -34,6 +44,7 @@ def repair() -> None:
         return original(self, source, type)
 
     builder.cast_impl = cast_impl
+    interpreter.ReduceOps.sum = _sum
     # The interpreter patches triton.language in each call of a function, which takes half of all time. Once is enough
     # if nothing is put back: no kernel is compiled in a process of the interpreter.
     interpreter._patch_lang = functools.cache(interpreter._patch_lang)

@@ -149,24 +149,50 @@ def apply_affine(x, affine):
 
 @triton.jit
 def grad_affine_of(mean, inv_std, weight, mean_grad, mean_grad_xhat, TILE: tl.constexpr):
-    """Return `grad_affine`, the tuple (pivot, slope, mean_grad, rest, scale) of
+    """Return `grad_affine`, the tuple (pivot, mean_grad, a, slope, rest, c) of
 
-        ((grad_z - mean_grad) + (x - pivot) * slope) * scale + rest
+        ((grad_z - mean_grad) * a + ((x - pivot) * slope + rest)) * c
             = (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat)) * (weight * inv_std)
 
-    The difference comes first, so that a constant gradient cancels exactly. slope has one factor inv_std and scale the
-    other, since a product of both would leave the range of float32 long before the gradient does.
+    The difference comes first, so that a constant gradient cancels exactly. weight * inv_std is in a and in slope; but
+    slope has inv_std twice, whose square leaves the range of float32 long before the gradient does. So for channels far
+    from 1 it is in c, which costs a rounding and is 1 otherwise.
     """
     ACC: tl.constexpr = tl.float64 if TILE.is_float64 else tl.float32
     pivot = pivot_of_elements(mean, inv_std, TILE)
     rounded = mean_grad.to(ACC)
+    is_far = (inv_std < 9.5367431640625e-07) | (inv_std > 1048576.0)  # 2 ** -20, 2 ** 20
     scale = weight * inv_std
-    slope = -inv_std * mean_grad_xhat
-    rest = ((pivot.to(tl.float64) - mean) * slope + (rounded.to(tl.float64) - mean_grad)) * scale
-    return pivot[None], slope.to(ACC)[None], rounded[None], rest.to(ACC)[None], scale.to(ACC)[None]
+    a = tl.where(is_far, 1.0, scale)
+    slope = -a * inv_std * mean_grad_xhat
+    rest = (pivot.to(tl.float64) - mean) * slope + (rounded.to(tl.float64) - mean_grad) * a
+    c = tl.where(is_far, scale, 1.0)
+    return pivot[None], rounded[None], a.to(ACC)[None], slope.to(ACC)[None], rest.to(ACC)[None], c.to(ACC)[None]
 
 
 @triton.jit
 def apply_grad_affine(grad_z, x, grad_affine):
-    pivot, slope, mean_grad, rest, scale = grad_affine
-    return ((grad_z - mean_grad) + (x - pivot) * slope) * scale + rest
+    pivot, mean_grad, a, slope, rest, c = grad_affine
+    return ((grad_z - mean_grad) * a + ((x - pivot) * slope + rest)) * c
+
+
+@triton.jit
+def pivot_of_grad_sums(mean, inv_std, TILE: tl.constexpr):
+    """Return the pivot of sum(grad_z * (x - pivot)): the multiple of a power of two, about a sixteenth of a standard
+    deviation, that is nearest to the mean.
+
+    It has so few digits that x - pivot is exact for all but the smallest x. Rounding x - mean would shift all terms
+    alike, which shows where they cancel. A mean that is a float32 number, as of equal elements, is its own pivot.
+    """
+    pivot = pivot_of_elements(mean, inv_std, TILE)
+    if not TILE.is_float64:
+        bits = (32.0 * inv_std).to(tl.int64, bitcast=True) & -0x10000000000000  # without the digits: a power of two
+        steps = bits.to(tl.float64, bitcast=True)
+        step = (0x7FE0000000000000 - bits).to(tl.float64, bitcast=True)  # 1 / steps
+        scaled = mean * steps
+        rounds_to_integer = 6755399441055744.0  # 1.5 * 2 ** 52
+        nearest = ((scaled + rounds_to_integer) - rounds_to_integer) * step
+        is_near = (tl.abs(scaled) < 2251799813685248.0) & (steps > 0) & (tl.abs(nearest) < 3.4e38)  # 2 ** 51
+        is_taken = is_near & (pivot.to(tl.float64) != mean) & (pivot != 0)
+        pivot = tl.where(is_taken, nearest.to(tl.float32), pivot)
+    return pivot

@@ -1,7 +1,7 @@
 """The sums of grad_z and of grad_z * xhat per channel, which are the gradients of bias and weight.
 
-The second is summed about the rounded mean, as grad_z * (x - pivot), and corrected to xhat once per channel. Like those
-of moments.py, sums are taken in float32, and once more in float64 where they overflow or underflow.
+The second is summed as grad_z * (x - pivot), about a number near the mean, and corrected to xhat once per channel. Like
+those of moments.py, sums are taken in float32, and once more in float64 where they overflow or underflow.
 """
 
 import triton
@@ -13,7 +13,7 @@ from fastbn.backends.triton.channels import (
     apply_affine,
     is_finite,
     load_or,
-    pivot_of_elements,
+    pivot_of_grad_sums,
     store_channels,
 )
 from fastbn.backends.triton.moments import add_partials, store_partials
@@ -49,6 +49,7 @@ def load_grad_z(grad_out, residual, mask, x, affine, param, place, TILE: tl.cons
 def shifted_grad_sums(
     tensors,
     affine,
+    pivot,
     param,
     tile,
     first_row,
@@ -61,7 +62,6 @@ def shifted_grad_sums(
 ):
     """Return the sums per channel of grad_z and grad_z * (x - pivot) over some rows of a tile, added up in SUM."""
     grad_out, input, residual, mask = tensors
-    pivot = affine[0].to(SUM)
     sum = tl.zeros([ROWS, TILE.vectors, 8], SUM)
     shifted = tl.zeros([ROWS, TILE.vectors, 8], SUM)
     for row in range(first_row, end_row, ROWS):
@@ -69,7 +69,7 @@ def shifted_grad_sums(
         x = load(input, place, TILE)
         grad_z = load_grad_z(grad_out, residual, mask, x, affine, param, place, TILE, ACTIVATION).to(SUM)
         sum += grad_z
-        shifted += grad_z * tl.where(place[1], x.to(SUM) - pivot, 0.0)
+        shifted += grad_z * tl.where(place[1], x.to(SUM) - pivot.to(SUM)[None], 0.0)
     return sum_per_channel(sum, TILE), sum_per_channel(shifted, TILE)
 
 
@@ -86,20 +86,31 @@ def is_enough(sum, shifted, inv_std):
 
 @triton.jit
 def grad_sums_of_part(
-    tensors, affine, inv_std, param, tile, first_row, end_row, WALK, TILE: tl.constexpr, ACTIVATION: tl.constexpr
+    tensors, affine, pivot, inv_std, param, tile, first_row, end_row, WALK, TILE: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     """Return `shifted_grad_sums` of some rows of a tile in float32, or in float64 where that is not enough."""
     if TILE.is_float64:
         sum, shifted = shifted_grad_sums(
-            tensors, affine, param, tile, first_row, end_row, WALK, TILE, TILE.rows, tl.float64, ACTIVATION
+            tensors, affine, pivot, param, tile, first_row, end_row, WALK, TILE, TILE.rows, tl.float64, ACTIVATION
         )
     else:
         sum, shifted = shifted_grad_sums(
-            tensors, affine, param, tile, first_row, end_row, WALK, TILE, TILE.rows, tl.float32, ACTIVATION
+            tensors, affine, pivot, param, tile, first_row, end_row, WALK, TILE, TILE.rows, tl.float32, ACTIVATION
         )
         if not is_enough(sum, shifted, inv_std):
             sum, shifted = shifted_grad_sums(
-                tensors, affine, param, tile, first_row, end_row, WALK, TILE, TILE.few_rows, tl.float64, ACTIVATION
+                tensors,
+                affine,
+                pivot,
+                param,
+                tile,
+                first_row,
+                end_row,
+                WALK,
+                TILE,
+                TILE.few_rows,
+                tl.float64,
+                ACTIVATION,
             )
     return sum, shifted
 
@@ -137,10 +148,11 @@ def grad_sums_kernel(
     channel, exists = channels_of(tile, WALK, TILE)
     inverse = load_or(inv_std, channel, exists, 1.0)
     gamma, beta = load_or(weight, channel, exists, 1.0), load_or(bias, channel, exists, 0.0)
-    affine = affine_of(load_or(mean, channel, exists, 0.0), inverse, gamma, beta, TILE)
+    center = load_or(mean, channel, exists, 0.0)
+    affine, pivot = affine_of(center, inverse, gamma, beta, TILE), pivot_of_grad_sums(center, inverse, TILE)
     tensors = (grad_out, input, residual, mask)
     sum, shifted = grad_sums_of_part(
-        tensors, affine, inverse, number(param, TILE), tile, first_row, end_row, WALK, TILE, ACTIVATION
+        tensors, affine, pivot, inverse, number(param, TILE), tile, first_row, end_row, WALK, TILE, ACTIVATION
     )
     store_partials(partials, split, splits, channel, exists, channels, sum, shifted)
 
@@ -165,7 +177,7 @@ def finish_grad_sums_kernel(
     exists = channel < channels
     sum, shifted = add_partials(partials, splits, channel, exists, channels, SPLITS)
     center, inverse = load_or(mean, channel, exists, 0.0), load_or(inv_std, channel, exists, 1.0)
-    xhat = sum_grad_xhat_of(sum, shifted, pivot_of_elements(center, inverse, TILE), center, inverse)
+    xhat = sum_grad_xhat_of(sum, shifted, pivot_of_grad_sums(center, inverse, TILE), center, inverse)
     save_grad_sums(channel, exists, sum, xhat, (sum_grad, sum_grad_xhat, grad_weight, grad_bias))
 
 

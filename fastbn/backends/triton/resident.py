@@ -10,7 +10,7 @@ from fastbn.backends.triton.channels import (
     grad_affine_of,
     load_or,
     pivot_of,
-    pivot_of_elements,
+    pivot_of_grad_sums,
 )
 from fastbn.backends.triton.grad_sums import load_grad_z, save_grad_sums, shifted_grad_sums, sum_grad_xhat_of
 from fastbn.backends.triton.input_grad import write_gradients
@@ -118,14 +118,15 @@ def resident_backward_kernel(
     grad_z = load_grad_z(grad_out, residual, mask, x, affine, slope, place, TILE, ACTIVATION)
 
     sum = sum_per_channel(grad_z, TILE)
-    shifted = sum_per_channel(grad_z * tl.where(place[1], x - affine[0], 0.0), TILE)
+    pivot = pivot_of_grad_sums(center, inverse, TILE)
+    shifted = sum_per_channel(grad_z * tl.where(place[1], x - pivot[None], 0.0), TILE)
     if not TILE.is_float64:
         if not grad_sums.is_enough(sum, shifted, inverse):
             tensors, rows = (grad_out, input, residual, mask), rows_of(WALK, TILE)
             sum, shifted = shifted_grad_sums(
-                tensors, affine, slope, tile, 0, rows, WALK, TILE, TILE.few_rows, tl.float64, ACTIVATION
+                tensors, affine, pivot, slope, tile, 0, rows, WALK, TILE, TILE.few_rows, tl.float64, ACTIVATION
             )
-    xhat = sum_grad_xhat_of(sum, shifted, pivot_of_elements(center, inverse, TILE), center, inverse)
+    xhat = sum_grad_xhat_of(sum, shifted, pivot, center, inverse)
     save_grad_sums(channel, channel_exists, sum, xhat, (None, None, grad_weight, grad_bias))
 
     count = count_of(WALK, TILE)

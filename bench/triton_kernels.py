@@ -127,7 +127,7 @@ def compile_case(case: Case, target: str) -> Compiled:
     """Compile a case, which takes a second or two, and read the result."""
     source, blocks = _source(case)
     warps = blocks.warps if "finish" not in case.kernel else 4
-    result = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    result = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True})
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     registers, spilled, loads, stores = read(result.asm)
     shared = result.metadata.shared

@@ -14,7 +14,7 @@ from tests import implementations, packages, tiers
 from tests.emulator import build
 
 # One setup of so many is in the fast tier where Triton is interpreted.
-INTERPRETED_SAMPLE = 23
+INTERPRETED_SAMPLE = 41
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -65,9 +65,9 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
 
     Interpreted kernels are slow. The fast tier has tests/backends/triton and some setups of the table (conftest.py).
     """
-    if name == "cuda":
+    if name == "cuda" or (name in TRITON_LIMITS and torch.cuda.is_available()):
         return [pytest.mark.gpu]
-    return [pytest.mark.slow] if name in TRITON_LIMITS and is_slow(name) else []
+    return [pytest.mark.slow] if name in TRITON_LIMITS else []
 
 
 def load(name: str) -> Implementation:

@@ -76,6 +76,8 @@ class TritonBackend:
         sm_count = limits.sm_count if limits else _sm_count(input.device)
         layout = plans.layout_of(tuple(input.shape), suggest_memory_format(input))
         known = plans.Limits() if sm_count is None else plans.Limits(sm_count)
+        if sm_count is None:
+            reason += f"; planned for {known.sm_count} SMs"
         is_forward = direction == "forward"
         blocks = None
         if call.training or not is_forward:

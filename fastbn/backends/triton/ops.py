@@ -20,7 +20,8 @@ from fastbn.backends.triton.plans import FINISH_CHANNELS, FINISH_SPLITS, Blocks,
 from fastbn.backends.triton.resident import resident_backward_kernel, resident_forward_kernel
 from fastbn.ops.activations import is_piecewise_linear
 
-_FINISH = {"CHANNELS": FINISH_CHANNELS, "SPLITS": FINISH_SPLITS}
+_FUSED = {"enable_fp_fusion": True}  # a product and a sum are rounded once, as in CUDA; Triton 3.10 will not by itself
+_FINISH = {"CHANNELS": FINISH_CHANNELS, "SPLITS": FINISH_SPLITS, **_FUSED}
 
 
 def batch_norm_train(
@@ -51,7 +52,7 @@ def batch_norm_train(
             resident_forward_kernel[blocks.programs,](
                 x, residual, output, _or_none(mask), weight, bias, mean, inv_std, *buffers, param,
                 *_walk(layout, blocks), TILE=blocks.tile, ACTIVATION=name, IS_CUMULATIVE=is_cumulative,
-                num_warps=blocks.warps,
+                **_options(blocks),
             )  # fmt: skip
             if is_cumulative:
                 _count(counter)
@@ -149,7 +150,7 @@ def batch_norm_backward(
         if blocks is not None:
             resident_backward_kernel[blocks.programs,](
                 *tensors, *vectors, *map(_or_none, results), param, *_walk(layout, blocks), TILE=blocks.tile,
-                ACTIVATION=name, IS_FROZEN=not batch_stats, num_warps=blocks.warps,
+                ACTIVATION=name, IS_FROZEN=not batch_stats, **_options(blocks),
             )  # fmt: skip
             return results
         blocks, sums = plans.split(layout, x.dtype, limits), (None, None)
@@ -215,6 +216,11 @@ def _or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None or tensor.numel() == 0 else tensor
 
 
+def _options(blocks: Blocks) -> dict[str, Any]:
+    """Return what Triton compiles a kernel with."""
+    return {"num_warps": blocks.warps, **_FUSED}
+
+
 def _walk(layout: Layout, blocks: Blocks) -> tuple[int, int, int]:
     return layout.outer, layout.channels, blocks.run_units
 
@@ -240,7 +246,7 @@ def _moments(operands, blocks, mean, inv_std, var, running_mean, running_var, co
     walk = _walk(layout, blocks)
     moments_kernel[blocks.programs,](
         x, partials, counter, *walk, blocks.tiles, blocks.splits, blocks.rows_per_split, TILE=blocks.tile,
-        num_warps=blocks.warps,
+        **_options(blocks),
     )  # fmt: skip
     finish_moments_kernel[math.ceil(layout.channels / FINISH_CHANNELS),](
         x, partials, mean, inv_std, var, running_mean, running_var, counter, momentum, eps, *walk, blocks.splits,
@@ -257,7 +263,7 @@ def _normalize(
     normalize_kernel[blocks.programs,](
         operands.input, residual, output, _or_none(mask), weight, bias, mean, inv_std, running_mean, running_var, eps,
         param, *_walk(layout, blocks), blocks.tiles, blocks.rows_per_split, TILE=blocks.tile, ACTIVATION=name,
-        num_warps=blocks.warps,
+        **_options(blocks),
     )  # fmt: skip
 
 
@@ -282,7 +288,7 @@ def _grad_sums(operands, blocks, tensors, vectors, name, param, sum_grad, sum_gr
     partials = operands.empty(2, blocks.splits, layout.channels)
     grad_sums_kernel[blocks.programs,](
         *tensors, *vectors, partials, param, *_walk(layout, blocks), blocks.tiles, blocks.splits,
-        blocks.rows_per_split, TILE=blocks.tile, ACTIVATION=name, num_warps=blocks.warps,
+        blocks.rows_per_split, TILE=blocks.tile, ACTIVATION=name, **_options(blocks),
     )  # fmt: skip
     finish_grad_sums_kernel[math.ceil(layout.channels / FINISH_CHANNELS),](
         partials, mean, inv_std, sum_grad, sum_grad_xhat, grad_weight, grad_bias, layout.channels, blocks.splits,
@@ -299,5 +305,5 @@ def _input_grad(
     input_grad_kernel[blocks.programs,](
         *tensors, *vectors, sum_grad, sum_grad_xhat, count, _or_none(grad_input), _or_none(grad_residual), param,
         *_walk(layout, blocks), blocks.tiles, blocks.rows_per_split, TILE=blocks.tile, ACTIVATION=name,
-        num_warps=blocks.warps,
+        **_options(blocks),
     )  # fmt: skip

@@ -44,9 +44,8 @@ def _check(kernel: dict) -> None:
         assert set(stores) <= {1, 16}, f"{name}: stores {stores}"  # and the mask by bytes
 
 
-@pytest.mark.parametrize("match", ["normalize 64x64x56x56 contiguous bf16", "grad_sums 64x64x56x56 rows fp32"])
-def test_some_kernels_for_an_h200(match):
-    kernels = _compile("--target", "sm_90", "--match", match)
+def test_a_kernel_for_an_h200():
+    kernels = _compile("--target", "sm_90", "--match", "normalize 64x64x56x56 contiguous bf16")
     assert len(kernels) == 2
     for kernel in kernels:
         _check(kernel)
@@ -66,7 +65,10 @@ def _counts(channels: int, inner: int, *sizes: int) -> list[int]:
     return list(map(int, _run("tests.backends.triton.specialisations", *map(str, (channels, inner, *sizes))).split()))
 
 
-@pytest.mark.parametrize("channels, inner, first", [(64, 196, 11), (64, 49, 19), (96, 1, 17)])
+@pytest.mark.parametrize(
+    "channels, inner, first",
+    [(64, 49, 19), pytest.param(64, 196, 11, marks=pytest.mark.slow), pytest.param(96, 1, 17, marks=pytest.mark.slow)],
+)
 def test_a_new_batch_size_compiles_nothing(channels, inner, first):
     """A program that keeps a tile has room for a power of two of its rows: within one, sizes share their kernels.
 
@@ -76,5 +78,6 @@ def test_a_new_batch_size_compiles_nothing(channels, inner, first):
     assert set(counts[:9]) == {2} and set(counts[9:]) == {2 + 6}
 
 
+@pytest.mark.slow
 def test_all_batch_sizes_together_compile_little():
     assert _counts(64, 49, *range(1, 513))[-1] <= 20

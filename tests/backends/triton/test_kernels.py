@@ -135,6 +135,7 @@ def test_a_mean_far_from_zero_costs_no_digits(path):
     torch.testing.assert_close(mean, exact_mean, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_compiled_step_is_one_graph_with_the_ops_in_it(path, training):
     graphs = []

@@ -85,11 +85,10 @@ def load(name: str) -> Implementation:
 
 def _load_triton(name: str) -> Implementation:
     pytest.importorskip("triton", reason="needs Triton")
-    backend = importlib.import_module("fastbn.backends.triton.backend")
     is_interpreted = not torch.cuda.is_available()
     if is_interpreted:
         importlib.import_module("tests.interpreter").repair()
-    return Implementation(name, backend.TRITON.ops, torch.device("cpu" if is_interpreted else "cuda"))
+    return Implementation(name, torch.ops.fastbn_triton, torch.device("cpu" if is_interpreted else "cuda"))
 
 
 def set_triton_limits(name: str) -> None:

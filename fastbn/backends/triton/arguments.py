@@ -113,13 +113,13 @@ class Operands:
             self.memory_format = last if over_channels else torch.contiguous_format
             self.input = self._dense("input", self.input)
         expected = mask_shape(tuple(self._shape), self.memory_format)
-        if tensor.dtype != torch.uint8 or tensor.shape != expected or not tensor.is_contiguous():
+        if tensor.dtype != torch.uint8 or tensor.shape != expected:
             self.fail(
-                f"expected contiguous mask of dtype torch.uint8 and shape {list(expected)}, got {tensor.dtype} of "
-                f"shape {list(tensor.shape)}"
+                f"expected mask of dtype torch.uint8 and shape {list(expected)}, got {tensor.dtype} of shape "
+                f"{list(tensor.shape)}"
             )
         self._check_storage("mask", tensor)
-        return tensor
+        return tensor.contiguous()
 
     def activation(self, index: int, param: float | None) -> tuple[str, float]:
         """Return the name of an activation and its parameter, 0 where it has none."""

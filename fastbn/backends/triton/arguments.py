@@ -30,17 +30,14 @@ class Operands:
         if input.size(1) == 0:
             self.fail(f"expected input of at least one channel, got shape {list(input.shape)}")
         self._first_vector: tuple[str, torch.dtype] | None = None
-        self.memory_format = suggest_memory_format(input)
-        self._shape, self._dtype, self._device = input.shape, input.dtype, input.device
+        self._shape, self._dtype, self._device = tuple(input.shape), input.dtype, input.device
+        self.channels = self._shape[1]
+        self._set_input(input, suggest_memory_format(input))
+
+    def _set_input(self, input: Tensor, memory_format: torch.memory_format) -> None:
+        self.memory_format = memory_format
+        self.layout: Layout = layout_of(self._shape, memory_format)
         self.input = self._dense("input", input)
-
-    @property
-    def layout(self) -> Layout:
-        return layout_of(tuple(self._shape), self.memory_format)
-
-    @property
-    def channels(self) -> int:
-        return self._shape[1]
 
     def fail(self, message: str) -> NoReturn:
         raise RuntimeError(f"{self.op}: {message}")
@@ -110,9 +107,8 @@ class Operands:
         over_channels = tensor.dim() == 2
         if over_channels != (self.layout.inner == 1) and (not over_channels or len(self._shape) >= 4):
             last = torch.channels_last if len(self._shape) == 4 else torch.channels_last_3d
-            self.memory_format = last if over_channels else torch.contiguous_format
-            self.input = self._dense("input", self.input)
-        expected = mask_shape(tuple(self._shape), self.memory_format)
+            self._set_input(self.input, last if over_channels else torch.contiguous_format)
+        expected = mask_shape(self._shape, self.memory_format)
         if tensor.dtype != torch.uint8 or tensor.shape != expected:
             self.fail(
                 f"expected mask of dtype torch.uint8 and shape {list(expected)}, got {tensor.dtype} of shape "
@@ -134,7 +130,7 @@ class Operands:
         return torch.empty_like(self.input, memory_format=self.memory_format)
 
     def empty_mask(self) -> Tensor:
-        return self.empty(*mask_shape(tuple(self._shape), self.memory_format), dtype=torch.uint8)
+        return self.empty(*mask_shape(self._shape, self.memory_format), dtype=torch.uint8)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)

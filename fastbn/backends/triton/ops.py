@@ -1,4 +1,7 @@
-"""The eight ops: check, allocate, plan, launch. Everything is allocated before anything is launched."""
+"""The eight ops: check, allocate, plan, launch. Arguments and results are the contract's (docs/design.md).
+
+Everything is allocated before anything is launched, so that no buffer has moved when memory runs out.
+"""
 
 from __future__ import annotations
 

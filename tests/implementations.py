@@ -84,7 +84,6 @@ def load(name: str) -> Implementation:
 
 
 def _load_triton(name: str) -> Implementation:
-    pytest.importorskip("triton", reason="needs Triton")
     is_interpreted = not torch.cuda.is_available()
     if is_interpreted:
         importlib.import_module("tests.interpreter").repair()

@@ -12,7 +12,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="needs Triton")
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}
 
 

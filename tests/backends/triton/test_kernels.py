@@ -16,7 +16,6 @@ from fastbn.testing import cases
 from tests import implementations
 from tests.stock import normal
 
-pytest.importorskip("triton", reason="needs Triton")
 PATHS = list(implementations.TRITON_LIMITS)
 
 

@@ -168,13 +168,8 @@ def test_info():
     assert set(info["build"]) == {
         "compiler", "against torch", "CUDA architectures", "CPU instruction sets usable here"
     }  # fmt: skip
-    assert list(info["runs here"])[:5] == [
-        "cpu",
-        "cuda",
-        "triton",
-        "reference",
-        "torch",
-    ]  # and what other tests registered
+    # And what other tests registered.
+    assert list(info["runs here"])[:5] == ["cpu", "cuda", "triton", "reference", "torch"]
     assert info["runs here"]["cuda"].startswith("yes" if torch.cuda.is_available() else "no: ")
     assert json.loads(json.dumps(info)) == info
 

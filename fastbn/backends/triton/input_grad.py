@@ -52,7 +52,7 @@ def input_grad_kernel(
     count: over how many elements the sums are, None for those of this tensor.
     """
     WALK = (outer, channels, run_units)
-    tile, _, first_row, end_row = part_of_program(tiles, rows_per_split, WALK, TILE)
+    tile, _, first_row, end_row = part_of_program(tiles, rows_per_split, WALK, TILE, BACKWARDS=True)
     channel, exists = channels_of(tile, WALK, TILE)
     center, inverse = load_or(mean, channel, exists, 0.0), load_or(inv_std, channel, exists, 1.0)
     gamma, beta = load_or(weight, channel, exists, 1.0), load_or(bias, channel, exists, 0.0)

@@ -43,7 +43,7 @@ def normalize_kernel(
 ):
     """Normalise by mean and inv_std; or by running statistics if there are any, which are saved there if wanted."""
     WALK = (outer, channels, run_units)
-    tile, split, first_row, end_row = part_of_program(tiles, rows_per_split, WALK, TILE)
+    tile, split, first_row, end_row = part_of_program(tiles, rows_per_split, WALK, TILE, BACKWARDS=True)
     channel, exists = channels_of(tile, WALK, TILE)
     if running_mean is not None:
         center = load_or(running_mean, channel, exists, 0.0)

@@ -20,9 +20,14 @@ import triton.language as tl
 
 
 @triton.jit
-def part_of_program(tiles, rows_per_split, WALK, TILE: tl.constexpr):
-    """Return (tile, split, first row, end row) of this program. Neighbouring programs have neighbouring tiles."""
+def part_of_program(tiles, rows_per_split, WALK, TILE: tl.constexpr, BACKWARDS: tl.constexpr = False):
+    """Return (tile, split, first row, end row) of this program. Neighbouring programs have neighbouring tiles.
+
+    BACKWARDS: the first program has the last part, which a pass before this one has read last and left in L2.
+    """
     program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
     split = program // tiles
     tile = program - split * tiles
     if TILE.is_int64:

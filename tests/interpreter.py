@@ -24,8 +24,9 @@ def _sum(reduction: interpreter.ReduceOps, tensor: tl.tensor) -> tl.tensor:
     """Add up in a tree, as GPUs do; numpy adds one by one along all axes but the last."""
     x, axis = tensor.handle.data, reduction.axis
     x, axis = (x.reshape(-1), 0) if axis is None else (x, axis)
-    while x.shape[axis] > 1:
-        x = np.add(*np.split(x, 2, axis=axis))
+    with np.errstate(all="ignore"):
+        while x.shape[axis] > 1:
+            x = np.add(*np.split(x, 2, axis=axis))
     x = x if reduction.keep_dims else x.squeeze(axis)
     return reduction.to_tensor(x if x.shape else x.item(), tensor.dtype)
 

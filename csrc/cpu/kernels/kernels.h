@@ -159,6 +159,9 @@ struct Kernels {
   void (*column_grad_sums)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
   void (*channel_grad_sums_in_double)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
   void (*column_grad_sums_in_double)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  // Add the same sums as the fast loops, and write the input gradient that frozen statistics give grad_out.
+  void (*channel_frozen_grad)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  void (*column_frozen_grad)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
   void (*channel_input_grad)(const GradArgs& args, Tile tile, MaskTile mask);
   void (*column_input_grad)(const GradArgs& args, Tile tile, MaskTile mask);
 };

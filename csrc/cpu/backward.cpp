@@ -156,11 +156,12 @@ class Backward {
 
   // Returns whether to write the input gradient of frozen statistics, which needs no sums, in the loop that sums: each
   // tensor is read once, and stores overlap with sums. Relative to two loops it takes 0.5 to 0.9 of the time for
-  // float32 and 0.6 to 1.05 for bfloat16; but 1.0 to 1.4 for short runs, which are cheaper to write in memory order
-  // (EPYC 9005).
+  // float32 and 0.6 to 1.05 for bfloat16. Short runs of tensors out of cache, where it takes 1.0 to 1.4, are cheaper to
+  // write in memory order (EPYC 9005).
   bool writes_with_sums() const {
+    const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
     return params_.activation == Activation::none && params_.grad_input && !params_.grad_residual &&
-           (partition_.in_columns() || partition_.goes_by_group()) &&
+           (partition_.in_columns() || partition_.goes_by_group() || bytes < min_out_of_cache_bytes) &&
            (params_.dtype != DType::bfloat16 || sums_in_float());
   }
 

@@ -9,6 +9,7 @@ import zlib
 import pytest
 import torch
 
+from fastbn.backends import crossings
 from fastbn.testing import cases
 from tests import implementations, packages, tiers
 from tests.emulator import build
@@ -43,6 +44,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             marks = [*param.marks, *tiers.marks(setup.case)]
             pairs.append(pytest.param(param.id, setup, id=f"{param.id}-{setup}", marks=marks))
     metafunc.parametrize("ops,setup", pairs, indirect=["ops"])
+
+
+@pytest.fixture(autouse=True)
+def _whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the ops the small calls too, of which tests are made."""
+    monkeypatch.setattr(crossings, "COMPILED", {})
+    monkeypatch.setattr(crossings, "WITHOUT_NODE", {})
 
 
 @pytest.fixture(autouse=True)

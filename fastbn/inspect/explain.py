@@ -37,6 +37,8 @@ def explain(
     """
     if direction not in _DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
+    if direction == "backward" and not input.requires_grad and not input.is_inference():  # a call that is recorded
+        input = input.detach().requires_grad_(input.is_floating_point())
     limits = None if device is None else _C.named_device(device)
     index = activation_index(activation)
     call = Call(

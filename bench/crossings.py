@@ -95,7 +95,7 @@ def measure(compiled: bool) -> Iterator[dict]:
 def crossing(speedups: Sequence[dict[int, float]]) -> int:
     """Return the smallest size from which the ops are faster in one of the memory formats, given by size for each.
 
-    At the largest size they are taken: where torch is faster there too, that is a slow kernel, not the way to it.
+    Where torch is faster at the largest size too, that is returned: what is beyond it was not measured.
     """
     slow = [size for size in sorted(speedups[0])[:-1] if all(by_size[size] < 1 for by_size in speedups)]
     sizes = sorted(speedups[0])

@@ -5,6 +5,7 @@ the fixture `ops`.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,10 +48,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def _whatever_their_size() -> Iterator[None]:
     """Give the ops the small calls too, of which tests are made."""
-    monkeypatch.setattr(crossings, "COMPILED", {})
-    monkeypatch.setattr(crossings, "WITHOUT_NODE", {})
+    with crossings.ignored():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,13 @@
-"""The sizes from which fastbn's ops are faster than torch's operations on a CPU. Calls below them are left to torch.
+"""The numbers of elements below which calls on a CPU are left to torch's operations, because those are faster there.
 
-What makes the difference is the way to the kernel: in a compiled graph a call of an op, which the compiler cannot fuse,
-and in eager mode the Python of a call where there is no C++ node (fastbn.backends.node). With the node there is no
-crossing: the smallest calls are faster too.
-
-The numbers of elements were measured by `python -m bench.crossings` on one thread of an EPYC 9005 with torch 2.13; the
-times are in bench/crossings.json. One crossing serves both memory formats: below it torch is faster in each of
-those that were timed, which in compiled graphs is the contiguous one.
+They are so in compiled graphs, which cannot fuse an op, and in eager calls from Python; with the C++ node not even in
+the smallest. `python -m bench.crossings` measures them (bench/crossings.json: one thread of an EPYC 9005, torch 2.13).
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -20,8 +18,10 @@ from fastbn.ops.dispatch import Call
 
 Crossings = dict[str, dict[torch.dtype, int]]
 
-# By what a call computes, in forward and where gradients are recorded in backward; "fused" is with an activation or a
-# residual. Without gradients the compiler gets torch's evaluation in any case.
+# By what a call computes, with its backward where that is recorded; "fused" is with an activation or a residual. Below
+# a crossing torch was faster in each memory format that was timed (in compiled graphs, contiguous). 16384 compiled, and
+# 131072 without the node, are the largest sizes that were timed: torch may be faster beyond them. Without gradients the
+# compiler gets torch's evaluation whatever its size.
 COMPILED: Crossings = {
     "train": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 16384},
     "train, fused": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 16384},
@@ -38,6 +38,18 @@ WITHOUT_NODE: Crossings = {
     "train_backward": {torch.float32: 32768, torch.float64: 32768, torch.bfloat16: 32768, torch.float16: 131072},
     "train_backward, fused": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 32768},
 }
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Give the ops calls of every size, for tests and comparisons of them."""
+    global COMPILED, WITHOUT_NODE
+    before = COMPILED, WITHOUT_NODE
+    COMPILED, WITHOUT_NODE = {}, {}
+    try:
+        yield
+    finally:
+        COMPILED, WITHOUT_NODE = before
 
 
 def operation_of(call: Call) -> str:
@@ -58,6 +70,8 @@ def why_torch_is_faster(call: Call) -> str | None:
     compiled = torch.compiler.is_compiling()
     if not compiled and NODE is not None:
         return None
+    if compiled and call.momentum is None and call.num_batches_tracked is not None:
+        return None  # torch's function takes the momentum as a number, and reading the counter would break the graph
     operation, way = operation_of(call), "when compiled" if compiled else "without the C++ node"
     crossing = (COMPILED if compiled else WITHOUT_NODE).get(operation, {}).get(call.input.dtype, 0)
     is_below = call.input.numel() < crossing

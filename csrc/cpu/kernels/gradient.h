@@ -39,7 +39,7 @@ struct GradOut {
   }
 };
 
-// grad_z from the mask. Unless the activation leaks, elements whose bit is 0 need not be loaded.
+// grad_z from the mask.
 template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;
@@ -106,7 +106,8 @@ struct RecomputedGrad {
 // Calls `use(source)` with the source of grad_z. `may_activate` is false in loops that never have an activation.
 template <class T, bool per_column, bool may_activate = true, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows mask, int64_t ahead, Use&& use) {
-  if (!may_activate || args.activation == Activation::none) return use(GradOut<T, per_column>{});
+  if constexpr (!may_activate) return use(GradOut<T, per_column>{});
+  if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
   const acc_t<T> param = acc_t<T>(args.activation_param);
   if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, param));
   if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, param));
@@ -142,7 +143,7 @@ FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& tile, const 
   });
 }
 
-// What loops of sums do with grad_z besides: nothing, or write the input gradient that frozen statistics give it.
+// The other uses of grad_z in loops that sum it. Here there is none.
 template <class T, bool per_column>
 struct SumsOnly {
   static constexpr bool may_activate = true;
@@ -155,6 +156,7 @@ struct SumsOnly {
   FASTBN_INLINE void take(bool, int64_t, const Vec<acc_t<T>>&, Lanes) const {}
 };
 
+// Writes the input gradient that frozen statistics give grad_z.
 template <class T, bool per_column>
 struct FrozenGrad {
   using V = Vec<acc_t<T>>;
@@ -174,7 +176,7 @@ struct FrozenGrad {
   }
 };
 
-// Adds the gradient sums of a tile's channels to `sums`. `Also` is what else becomes of grad_z.
+// Adds the gradient sums of a tile's channels to `sums`. `Also` is the other use of grad_z.
 template <class T, class Terms, template <class, bool> class Also = SumsOnly>
 void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums sums) {
   using A = acc_t<T>;

@@ -84,7 +84,7 @@ struct GradArgs {
   double activation_param;
   const void* pivot;             // of the sums
   AffineArrays affine;           // recomputes z if the activation needs it; has the pivot of input_grad
-  GradAffineArrays grad_affine;  // for input_grad; a null slope means that statistics are frozen
+  GradAffineArrays grad_affine;  // for the input gradient; a null slope means that statistics are frozen
   void* grad_input;
   void* grad_residual;
   bool non_temporal;        // how to store these two

@@ -37,6 +37,7 @@ __all__ = [
     "is_in_backward",
     "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
     "may_write",
+    "is_known_to_compiler",
     "traceable_assert",
     "unwrap_if_dead",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
@@ -100,6 +101,13 @@ def may_write(op: Any) -> bool:
     if isinstance(op, torch._ops.OpOverloadPacket):
         return any(may_write(getattr(op, name)) for name in op.overloads() if "out" not in name)
     return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+
+
+def is_known_to_compiler(condition: bool) -> bool:
+    """Return whether a condition on traced sizes is true whatever those that are dynamic will be. It adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
+
+    return statically_known_true(condition)
 
 
 def is_exporting() -> bool:

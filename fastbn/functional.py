@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastbn.autograd import batch_norm as fused
 from fastbn.autograd import from_output
-from fastbn.autograd.node import NODE
 from fastbn.backends import aten, registry
+from fastbn.backends.node import NODE
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual

@@ -52,12 +52,12 @@ MAY_IMPORT = {
     "_torch": set(),
     "_version": set(),
     "ops": {"_C", "_torch"},
-    "backends": {"_C", "ops"},
+    "backends": {"_C", "_torch", "ops"},
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
     "transforms": {"_torch", "backends", "functional", "nn", "ops"},
-    "inspect": {"_C", "_version", "autograd", "backends", "ops"},
+    "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
     "cli": {"__init__", "inspect", "testing"},
@@ -66,8 +66,8 @@ MAY_IMPORT = {
 # The order within a layer that has one.
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
-    "backends": ("reference", "aten", "native", "triton", "registry"),
-    "autograd": ("composite", "node", "batch_norm", "from_output", "statistics"),
+    "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
+    "autograd": ("composite", "batch_norm", "from_output", "statistics"),
     "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,6 +147,25 @@ def test_traceable_assert():
         assert model(torch.ones(2)).shape == (2,)
         with pytest.raises(Exception, match="expected a vector"):
             model(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_a_compiler_knows(dynamic):
+    """Of a dynamic size it knows nothing, and asking adds no guard: mark_dynamic would refuse one."""
+
+    def function(x):
+        return x + 1 if _torch.is_known_to_compiler(x.numel() < 100) else x - 1
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    small, large = torch.zeros(8, 2), torch.zeros(200, 2)
+    if dynamic:
+        torch._dynamo.mark_dynamic(small, 0)
+        torch._dynamo.mark_dynamic(large, 0)
+    assert compiled(small)[0, 0] == (-1 if dynamic else 1)
+    assert compiled(large)[0, 0] == -1
+    assert counter.frame_count == (1 if dynamic else 2)
 
 
 def test_exporting():

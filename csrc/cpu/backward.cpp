@@ -47,6 +47,7 @@ class Backward {
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
     const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
+    writes_with_sums_ = frozen && wants_sums && writes_with_sums();
 
     auto finish_chunk = [&](Chunk& chunk) {
       const int64_t first = chunk.first, channels = chunk.channels;
@@ -64,17 +65,14 @@ class Backward {
         std::fill_n(chunk.sum_grad, channels, 0.0);
         std::fill_n(chunk.sum_grad_xhat, channels, 0.0);
       }
-      params_.weight.load_or(first, channels, 1, chunk.weight);
-      ChunkCoefficients<A, 5> coefficients;
-      table_.grad_affine(chunk, count, is_far_, coefficients);
-      grad_affine_.set(chunk, coefficients);
+      if (!writes_with_sums_) set_grad_affine(chunk, count);
     };
     auto finish = [&](int64_t begin, int64_t end) {
       for_each_chunk(begin, end, finish_chunk);
-      grad_affine_.repeat(begin, end);
+      if (!writes_with_sums_) grad_affine_.repeat(begin, end);
     };
     auto apply = [&](const Tile& tile, const MaskTile& mask_tile, int64_t channel) {
-      if (!applies) return;
+      if (!applies || writes_with_sums_) return;
       (partition_.in_columns() ? table_.column_input_grad : table_.channel_input_grad)(args_from(channel, frozen), tile,
                                                                                        mask_tile);
     };
@@ -108,6 +106,11 @@ class Backward {
     for_each_chunk(begin, end, [&](Chunk& chunk) {
       load_statistics(chunk);
       table_.grad_pivots(chunk, pivots_.data());
+      if (writes_with_sums_) {
+        std::fill_n(chunk.sum_grad, chunk.channels, 0.0);
+        std::fill_n(chunk.sum_grad_xhat, chunk.channels, 0.0);
+        set_grad_affine(chunk, double(params_.layout.count()));
+      }
       if (!affine_) return;
       params_.weight.load_or(chunk.first, chunk.channels, 1, chunk.weight);
       params_.bias.load_or(chunk.first, chunk.channels, 0, chunk.bias);
@@ -119,12 +122,17 @@ class Backward {
     if (affine_) affine_->repeat(begin, end);
     repeat_columns(pivots_.data(), partition_, begin, end);
     relu_.repeat(begin, end);
+    if (writes_with_sums_) grad_affine_.repeat(begin, end);
   }
 
   void reduce(int64_t i, Precision precision) {
-    const bool in_double = totals_->in_double(precision);
-    const auto column_sums = in_double ? table_.column_grad_sums_in_double : table_.column_grad_sums;
-    const auto channel_sums = in_double ? table_.channel_grad_sums_in_double : table_.channel_grad_sums;
+    const bool writes = writes_with_sums_ && precision == Precision::fast, in_double = totals_->in_double(precision);
+    const auto column_sums = writes      ? table_.column_frozen_grad
+                             : in_double ? table_.column_grad_sums_in_double
+                                         : table_.column_grad_sums;
+    const auto channel_sums = writes      ? table_.channel_frozen_grad
+                              : in_double ? table_.channel_grad_sums_in_double
+                                          : table_.channel_grad_sums;
     (partition_.in_columns() ? column_sums : channel_sums)(
         args_from(partition_.first_channel(i), true), partition_.tile(i), partition_.mask_tile(i), totals_->of_tile(i));
   }
@@ -136,10 +144,25 @@ class Backward {
  private:
   template <class Finish, class Apply>
   void reduce_then(Finish&& finish, Apply&& apply) {
-    const bool in_double = params_.dtype != DType::bfloat16 || params_.layout.count() < min_count_in_float ||
-                           std::any_of(params_.inv_std, params_.inv_std + channels_, loses_underflowed_products);
-    totals_.emplace(partition_, in_double);
+    totals_.emplace(partition_, params_.dtype != DType::bfloat16 || !sums_in_float());
     run_phases(partition_, threads_, *this, finish, apply);
+  }
+
+  // Returns whether bfloat16 may be summed in float.
+  bool sums_in_float() const {
+    return params_.layout.count() >= min_count_in_float &&
+           std::none_of(params_.inv_std, params_.inv_std + channels_, loses_underflowed_products);
+  }
+
+  // Returns whether to write the input gradient of frozen statistics, which needs no sums, in the loop that sums: each
+  // tensor is read once, and stores overlap with sums. Relative to two loops it takes 0.5 to 0.9 of the time for
+  // float32 and 0.6 to 1.05 for bfloat16. Short runs of tensors out of cache, where it takes 1.0 to 1.4, are cheaper to
+  // write in memory order (EPYC 9005).
+  bool writes_with_sums() const {
+    const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
+    return params_.activation == Activation::none && params_.grad_input && !params_.grad_residual &&
+           (partition_.in_columns() || partition_.goes_by_group() || bytes < min_out_of_cache_bytes) &&
+           (params_.dtype != DType::bfloat16 || sums_in_float());
   }
 
   // Returns whether to find relu's derivative by comparing x with a threshold. The comparison is wrong for NaN. Only
@@ -167,6 +190,13 @@ class Backward {
             is_far_};
   }
 
+  void set_grad_affine(Chunk& chunk, double count) {
+    params_.weight.load_or(chunk.first, chunk.channels, 1, chunk.weight);
+    ChunkCoefficients<A, 5> coefficients;
+    table_.grad_affine(chunk, count, is_far_, coefficients);
+    grad_affine_.set(chunk, coefficients);
+  }
+
   void load_statistics(Chunk& chunk) const {
     std::copy_n(params_.mean + chunk.first, chunk.channels, chunk.mean);
     std::copy_n(params_.inv_std + chunk.first, chunk.channels, chunk.inv_std);
@@ -183,7 +213,7 @@ class Backward {
   GradAffineTable<A> grad_affine_;
   bool is_far_;  // true if it is for any channel
   std::optional<Totals> totals_;
-  bool non_temporal_ = false;
+  bool non_temporal_ = false, writes_with_sums_ = false;
 };
 
 template <class A>

@@ -19,6 +19,15 @@ namespace fastbn::cpu {
 constexpr int64_t min_out_of_cache_bytes = int64_t(2) << 20, max_short_row_bytes = 2048;
 constexpr int64_t min_out_of_cache_bytes_of_long_rows = int64_t(8) << 20, max_prefetched_row_bytes = 4096;
 
+// Minimum length of a run, with channels outermost, for which a group of channels goes through all phases while it is
+// in cache, which writes the output run by run. Shorter runs are cheaper to write in memory order, although that reads
+// the input twice. Time of that order relative to groups, float32 on one thread, forward and backward: runs of 196 to
+// 512 bytes 0.68 to 0.99, of 784 bytes 0.53 to 0.95, of 1 KiB 0.6 to 1.03, of 1600 bytes 0.56 to 0.86, of 3 and 4 KiB
+// 0.93 to 1.22; bfloat16, of 98 to 800 bytes 0.38 to 0.93, of 1568 bytes 0.76 to 1.04, of 2 KiB 0.89 to 1.11. On two
+// threads, where a core's cache no longer holds what it writes, it is 0.7 to 1.5 for those up to 1600 bytes (EPYC
+// 9005).
+constexpr int64_t min_run_bytes_of_group = 2048;
+
 // The tiles of a tensor's first `channels` channels: all channels, or those of a panel (panels.h).
 class Partition {
  public:
@@ -55,6 +64,7 @@ class Partition {
       pieces_ = (layout.inner + piece_size_ - 1) / piece_size_;
       tiles_per_group_ = (layout.outer + rows_per_tile_ - 1) / rows_per_tile_ * pieces_;
       groups_ = (layout.channels + width_ - 1) / width_;
+      goes_by_group_ = layout.inner * element_size(dtype) >= min_run_bytes_of_group;
       tiles_ = groups_ * tiles_per_group_;
       out_of_cache_ = bytes >= min_out_of_cache_bytes && width_ == 1 && pieces_ == 1;
     }
@@ -77,6 +87,9 @@ class Partition {
   // tiles_per_group, (group + 1) * tiles_per_group).
   int64_t groups() const { return groups_; }
   int64_t tiles_per_group() const { return tiles_per_group_; }
+  // Returns whether each of enough groups goes through all phases while it is in cache.
+  bool goes_by_group() const { return goes_by_group_; }
+
   // Returns the channel at which a tile's coefficients begin: its first one, or 0 with channels innermost.
   int64_t first_channel(int64_t tile) const { return in_columns_ ? 0 : tile / tiles_per_group_ * width_; }
   int64_t end_channel(int64_t tile) const { return std::min(first_channel(tile) + width_, layout_.channels); }
@@ -177,7 +190,7 @@ class Partition {
 
   Layout layout_;
   int64_t channels_;
-  bool in_columns_, out_of_cache_ = false;
+  bool in_columns_, out_of_cache_ = false, goes_by_group_ = false;
   int64_t width_ = 0, rows_per_tile_ = 0, tiles_ = 0;
   int64_t fold_ = 1, row_stride_ = 0, rows_ = 0, tail_ = 0;                 // channels innermost
   int64_t piece_size_ = 0, pieces_ = 0, tiles_per_group_ = 0, groups_ = 0;  // channels outermost

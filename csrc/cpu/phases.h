@@ -94,13 +94,13 @@ void run_last_phase(const Partition& partition, const Threads& threads, Finish&&
 
 // Calls the reduction's `prepare(begin, end)` for channels, `reduce(tile, precision)` and `merge(begin, end,
 // precision)`, then `finish` and `apply` as above. If a fast merge returns false, the tiles of those channels are
-// reduced and merged again exactly. If there are enough groups of channels, each stays on one thread, which takes it
-// through all phases while it is in cache, with the last tile first in `apply`.
+// reduced and merged again exactly. Where channels go by groups, and there are enough of them, each stays on one
+// thread, which takes it through all phases while it is in cache, with the last tile first in `apply`.
 template <class Reduction, class Finish, class Apply>
 void run_phases(const Partition& partition, const Threads& threads, Reduction& reduction, Finish&& finish,
                 Apply&& apply) {
   const int64_t grain = grain_of(partition, partition.tiles()), channels = partition.channels();
-  if (partition.groups() >= 4 * threads.count) {
+  if (partition.goes_by_group() && partition.groups() >= 4 * threads.count) {
     const int64_t tiles_per_group = partition.tiles_per_group();
     threads.for_each(partition.groups(), std::max<int64_t>(1, grain / tiles_per_group), [&](int64_t group) {
       const int64_t first = group * tiles_per_group, last = first + tiles_per_group;

@@ -71,7 +71,7 @@ bool serves(const Tensor& input) {
   static std::array<int8_t, 64> known = {};  // the GIL guards it
   int8_t& answer = known.at(size_t(input.get_device()));
   if (answer == UNKNOWN) {
-    const auto ask = pybind11::module_::import("fastbn.autograd.node").attr("serves_gpu");
+    const auto ask = pybind11::module_::import("fastbn.backends.node").attr("serves_gpu");
     answer = ask(input.get_device()).cast<bool>() ? YES : NO;
   }
   return answer == YES;

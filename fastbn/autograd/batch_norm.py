@@ -124,7 +124,10 @@ def _gradients(
     differentiable = torch.is_grad_enabled()
     if not has_input:
         input = _stand_in(grad_out, differentiable, *absent_input)
-    elif not (input.is_contiguous() if strides is None else input.stride() == strides):
+    # Where a compiled backward asks for strides, Dynamo makes grad_out contiguous, whatever its format.
+    elif not torch.compiler.is_compiling() and not (
+        input.is_contiguous() if strides is None else input.stride() == strides
+    ):
         input = _with_strides(input, strides)
     if weight is None and bias is None and bias_dtype is not None:  # only its dtype matters: its gradient's
         bias = mean.new_empty(mean.shape, dtype=bias_dtype)
@@ -215,8 +218,6 @@ def _apply(
 
 def _with_strides(saved: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     """Return a saved input in the memory format that `strides`, those of forward, have (None: contiguous)."""
-    if torch.compiler.is_compiling():
-        return saved
     if strides is None:
         return saved.contiguous()
     forward = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbn.backends import aten, native
+from fastbn.backends import aten, crossings, native
 from fastbn.backends.reference.backend import REFERENCE
 from fastbn.backends.triton.backend import TRITON
 from fastbn.ops import dispatch
@@ -56,7 +56,7 @@ def choose(call: Call, name: str | None = None, *, ask_all: bool = False) -> tup
     if reason is None and ask_all:
         reason = dispatch.why_refused(call) or _why_not_saved(call) or _why_left_to_compiler(call)
     if reason is None:
-        reason = dispatch.why_left_to_torch(call)
+        reason = dispatch.why_left_to_torch(call) or crossings.why_torch_is_faster(call)
     if reason is not None:
         return aten.TORCH, reason
     device_type = "cpu" if call.input.is_cpu else call.input.device.type

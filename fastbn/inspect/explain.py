@@ -31,13 +31,16 @@ def explain(
     activation, activation_param: as fastbn.functional.batch_norm takes them; the plan does not depend on the latter.
     direction: "forward" or "backward". training: batch statistics, else frozen ones. residual: whether one is added.
     device: "a100", "h100", "h200" or "b200" plans for that GPU, which need not be here; None for the input's device.
-    backend: a name as fastbn.functional.batch_norm takes it; None for the backend that a call would get ("cuda" for a
-    `device`).
+    backend: a name as fastbn.functional.batch_norm takes it; None for the backend that an eager call would get, which
+    autograd records in training ("cuda" for a `device`).
 
     Raises ValueError for an argument outside these, and for a backend that cannot take the call.
     """
     if direction not in _DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction!r}")
+    recorded = training or direction == "backward"  # as in a network, whatever the input
+    if recorded and input.is_floating_point() and not input.is_inference():
+        input = input.detach().requires_grad_()
     limits = None if device is None else _C.named_device(device)
     index = activation_index(activation)
     call = Call(

@@ -9,8 +9,7 @@ import torch
 
 from fastbn import _C
 from fastbn._version import __version__
-from fastbn.autograd import node
-from fastbn.backends import registry
+from fastbn.backends import node, registry
 
 
 def info() -> dict[str, Any]:

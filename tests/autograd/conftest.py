@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastbn import functional
-from fastbn.autograd import node
+from fastbn.backends import node
 
 
 @pytest.fixture(params=["node", "Function"], autouse=True)

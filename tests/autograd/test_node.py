@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
 from fastbn import functional
-from fastbn.autograd import node
+from fastbn.backends import node
 from tests.stock import normal
 
 

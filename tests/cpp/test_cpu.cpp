@@ -123,11 +123,13 @@ void test_activation(const Case<T>& a, Activation activation, const Options& opt
   backward.test_sums();
 }
 
-// Returns whether to test an activation on a layout. Large layouts alternate between two pairs of activations, and with
-// float64, whose exp and erf are libm's, between the first of each.
+// Returns whether to test an activation on a layout. Large layouts are tested without one, and alternate between two
+// pairs of activations, and with float64, whose exp and erf are libm's, between the first of each.
 template <class T>
 bool is_tested(Activation activation, const Layout& layout, int index) {
-  if (is_small(layout) || activation == (index % 2 ? Activation::relu : Activation::leaky_relu)) return true;
+  if (is_small(layout) || activation == Activation::none ||
+      activation == (index % 2 ? Activation::relu : Activation::leaky_relu))
+    return true;
   return sizeof(T) < 8 && activation == (index % 2 ? Activation::gelu : Activation::silu);
 }
 
@@ -146,28 +148,34 @@ void test_memory_paths() {
   struct Outputs {
     // These fill pages, so that they begin at a cache line.
     Tensor<T> output{size, before_guard}, grad_input{size, before_guard}, grad_residual{size, before_guard};
+    Tensor<T> frozen_grad{size, before_guard};
   };
   const cpu::Tile tiles[] = {{0, 3, 128, 128}, {16, 3, 112, 100}, {1, 3, 128, 100}, {0, 3, 50, 49}};
   for (cpu::Tile tile : tiles) {
     for (bool in_columns : {false, true}) {
       auto run = [&](bool non_temporal) {
         const Outputs outputs;
+        double sums[2 * width] = {};
         const cpu::NormalizeArgs normalize{
             input.data(), nullptr, outputs.output.data(), nullptr, Activation::relu, 0, affine, non_temporal};
-        const cpu::GradArgs grad{grad_out.data(),
-                                 input.data(),
-                                 nullptr,
-                                 nullptr,
-                                 Activation::relu,
-                                 0,
-                                 affine.pivot,
-                                 affine,
-                                 grad_affine,
-                                 outputs.grad_input.data(),
-                                 outputs.grad_residual.data(),
-                                 non_temporal};
+        cpu::GradArgs grad{grad_out.data(),
+                           input.data(),
+                           nullptr,
+                           nullptr,
+                           Activation::relu,
+                           0,
+                           affine.pivot,
+                           affine,
+                           grad_affine,
+                           outputs.grad_input.data(),
+                           outputs.grad_residual.data(),
+                           non_temporal};
         (in_columns ? table.column_normalize : table.channel_normalize)(normalize, tile, {});
         (in_columns ? table.column_input_grad : table.channel_input_grad)(grad, tile, {});
+        grad.activation = Activation::none;
+        grad.grad_input = outputs.frozen_grad.data();
+        grad.grad_residual = nullptr;
+        (in_columns ? table.column_frozen_grad : table.channel_frozen_grad)(grad, tile, {}, {sums, sums + width});
         return outputs;
       };
       tile.out_of_cache = false;
@@ -178,6 +186,7 @@ void test_memory_paths() {
         CHECK(same_bits(cached.output, other->output));
         CHECK(same_bits(cached.grad_input, other->grad_input));
         CHECK(same_bits(cached.grad_residual, other->grad_residual));
+        CHECK(same_bits(cached.frozen_grad, other->frozen_grad));
       }
     }
   }

@@ -120,6 +120,20 @@ def test_graphs_hold_the_ops(residual, training):
         assert not any(word in name for word in elsewhere), name
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_backward_takes_the_gradient_in_the_format_of_the_input(activation, training):
+    """Dynamo makes gradients contiguous for a Function whose backward asks for strides."""
+    graphs = Graphs()
+    layer = fastbn.BatchNorm2d(3, activation=activation).train(training)
+    x = normal(2, 3, 4, 5, dtype=torch.float32).to(memory_format=torch.channels_last).requires_grad_()
+    output = torch.compile(layer, backend=graphs.backend, fullgraph=True)(x)
+    output.backward(torch.ones_like(output))
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    assert "fastbn.batch_norm_backward.default" in graphs.backward
+    assert not [op for op in graphs.backward if "clone" in op or "copy" in op]
+
+
 def test_training_without_gradients():
     _, eager = pair()
     _, compiled = pair()

@@ -39,7 +39,7 @@ struct GradOut {
   }
 };
 
-// grad_z from the mask. Unless the activation leaks, elements whose bit is 0 need not be loaded.
+// grad_z from the mask.
 template <class T, bool per_column, bool leaks>
 struct MaskedGrad : GradOut<T, per_column> {
   using V = Vec<acc_t<T>>;
@@ -103,11 +103,12 @@ struct RecomputedGrad {
   }
 };
 
-// Calls `use(source)` with the source of grad_z.
-template <class T, bool per_column, class Use>
+// Calls `use(source)` with the source of grad_z. `may_activate` is false in loops that never have an activation.
+template <class T, bool per_column, bool may_activate = true, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows mask, int64_t ahead, Use&& use) {
-  const acc_t<T> param = acc_t<T>(args.activation_param);
+  if constexpr (!may_activate) return use(GradOut<T, per_column>{});
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
+  const acc_t<T> param = acc_t<T>(args.activation_param);
   if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, param));
   if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, param));
   if constexpr (interleaved<T>) {
@@ -142,27 +143,63 @@ FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& tile, const 
   });
 }
 
-// Adds the gradient sums of a tile's channels to `sums`.
-template <class T, class Terms>
+// The other uses of grad_z in loops that sum it. Here there is none.
+template <class T, bool per_column>
+struct SumsOnly {
+  static constexpr bool may_activate = true;
+  FASTBN_INLINE SumsOnly(const GradArgs&, const Tile&) {}
+  template <class Lanes>
+  FASTBN_INLINE bool prepare(int64_t, Lanes) const {
+    return true;
+  }
+  template <class Lanes>
+  FASTBN_INLINE void take(bool, int64_t, const Vec<acc_t<T>>&, Lanes) const {}
+};
+
+// Writes the input gradient that frozen statistics give grad_z.
+template <class T, bool per_column>
+struct FrozenGrad {
+  using V = Vec<acc_t<T>>;
+  static constexpr bool may_activate = false;
+  GradAffineArrays arrays;
+  OutputRows<T> grad_input;
+
+  FASTBN_INLINE FrozenGrad(const GradArgs& args, const Tile& tile)
+      : arrays(args.grad_affine), grad_input(args.grad_input, tile, args.non_temporal) {}
+  template <class Lanes>
+  FASTBN_INLINE V prepare(int64_t at, Lanes lanes) const {
+    return coefficient<per_column, T>(arrays.scale, arrays.plane, at, lanes);
+  }
+  template <class Lanes>
+  FASTBN_INLINE void take(const V& scale, int64_t at, const V& grad_z, Lanes lanes) const {
+    grad_input.store(at, grad_z * scale, lanes);
+  }
+};
+
+// Adds the gradient sums of a tile's channels to `sums`. `Also` is the other use of grad_z.
+template <class T, class Terms, template <class, bool> class Also = SumsOnly>
 void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
   sum_channels<T>(tile, sums, [&](int64_t channel, int64_t first_row, const Tile& part) FASTBN_INLINE_LAMBDA {
     const int64_t ahead = part.row_stride;
     const InputRows<T> grad_out(args.grad_out, part, ahead), input(args.input, part, ahead);
+    const Also<T, false> also(args, part);
     const V pivot(static_cast<const A*>(args.pivot)[channel]);
     const int64_t mask_offset =
         mask_tile.offset + first_row * mask_tile.row_stride + channel * ((mask_tile.run + 7) / 8);
     const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_tile.row_stride};
     WideSums<A> result;
-    with_grad<T, false>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+    with_grad<T, false, Also<T, false>::may_activate>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
       const auto prepared = source.prepare(channel, AllLanes<T>{});
+      const auto scale = also.prepare(channel, AllLanes<T>{});
       result =
           sum_channel<T, Terms>(part, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * part.row_stride + column;
             // Lanes other than the row's new ones add 0 * (pivot - pivot).
             const V x = keep(lanes, load(input.at(at), lanes), pivot);
             const V grad_z = source.grad_z(prepared, row, column, lanes, x, grad_out.at(at));
+            also.take(scale, at, grad_z, lanes);
             terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
           });
     });
@@ -171,28 +208,32 @@ void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, Colu
 }
 
 // Adds the gradient sums of a tile's columns to `result`.
-template <class T, class Terms>
+template <class T, class Terms, template <class, bool> class Also = SumsOnly>
 void column_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums result) {
   using A = acc_t<T>;
   using V = Vec<A>;
   auto sum = [&](const Tile& part, MaskRows mask) FASTBN_INLINE_LAMBDA {
     const int64_t ahead = rows_ahead_of_column_sums * part.row_stride;
     const InputRows<T> grad_out(args.grad_out, part, ahead), input(args.input, part, ahead);
-    with_grad<T, true>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+    const Also<T, true> also(args, part);
+    with_grad<T, true, Also<T, true>::may_activate>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       struct Column {
         Prepared prepared;
         V pivot;
+        decltype(also.prepare(0, AllLanes<T>{})) scale;
       };
       sum_columns<T, Terms>(
           part, rows_of_column_grad_sums<T>(part), result,
           [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes)};
+            return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes),
+                          also.prepare(column, lanes)};
           },
           [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * part.row_stride + column;
             const V x = load(input.at(at), lanes);
             const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
+            also.take(at_column.scale, at, grad_z, lanes);
             terms.template add_weighted<T>(grad_z, x - at_column.pivot);
           });
     });

@@ -84,7 +84,7 @@ struct GradArgs {
   double activation_param;
   const void* pivot;             // of the sums
   AffineArrays affine;           // recomputes z if the activation needs it; has the pivot of input_grad
-  GradAffineArrays grad_affine;  // for input_grad; a null slope means that statistics are frozen
+  GradAffineArrays grad_affine;  // for the input gradient; a null slope means that statistics are frozen
   void* grad_input;
   void* grad_residual;
   bool non_temporal;        // how to store these two
@@ -159,6 +159,9 @@ struct Kernels {
   void (*column_grad_sums)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
   void (*channel_grad_sums_in_double)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
   void (*column_grad_sums_in_double)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  // Add the same sums as the fast loops, and write the input gradient that frozen statistics give grad_out.
+  void (*channel_frozen_grad)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
+  void (*column_frozen_grad)(const GradArgs& args, Tile tile, MaskTile mask, ColumnSums sums);
   void (*channel_input_grad)(const GradArgs& args, Tile tile, MaskTile mask);
   void (*column_input_grad)(const GradArgs& args, Tile tile, MaskTile mask);
 };

@@ -30,6 +30,8 @@ constexpr Kernels table{
     column_grad_sums<T, GradTerms<T>>,
     channel_grad_sums<T, DoubleTerms<T>>,
     column_grad_sums<T, DoubleTerms<T>>,
+    channel_grad_sums<T, GradTerms<T>, FrozenGrad>,
+    column_grad_sums<T, GradTerms<T>, FrozenGrad>,
     input_grad_tile<T, false>,
     input_grad_tile<T, true>,
 };

@@ -145,16 +145,33 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
   }
 }
 
+// Returns its argument, of whose origin the compiler then knows nothing. It would make one masked load of a load and a
+// selection, for which processors do not prefetch: the backward after a mask of 12544x512 float32 took 1.9 times as
+// long with masked loads, and that of 50176x64 1.7 times (EPYC 9005).
+template <class Register>
+FASTBN_INLINE Register opaque(Register x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // Loads the elements whose bits are 1, and 0 for the others.
 template <class T, template <class> class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> load_where(uint64_t bits, const T* source, Lanes<T> lanes) {
+  constexpr bool is_full = std::is_same_v<Lanes<T>, AllLanes<T>>;
 #if defined(__AVX512F__)
   if constexpr (interleaved<T>) {
-    if constexpr (!std::is_same_v<Lanes<T>, AllLanes<T>>) bits &= lanes.bits();
-    return unpack_interleaved((Words)_mm512_maskz_loadu_epi16(__mmask32(bits), source));
+    if constexpr (!is_full)
+      return unpack_interleaved((Words)_mm512_maskz_loadu_epi16(__mmask32(bits & lanes.bits()), source));
+    else
+      return unpack_interleaved((Words)_mm512_maskz_mov_epi16(__mmask32(bits), opaque(_mm512_loadu_si512(source))));
   }
 #endif
-  return select(from_bits<T>(bits), load(source, lanes), Vec<acc_t<T>>(0));
+  Vec<acc_t<T>> x = load(source, lanes);
+  if constexpr (is_full)
+    for (auto& part : x.part) part = opaque(part);
+  return select(from_bits<T>(bits), x, Vec<acc_t<T>>(0));
 }
 
 // Stores a vector, rounded to T.

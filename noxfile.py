@@ -55,6 +55,12 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
+def interpreted(session: nox.Session) -> None:
+    """Run the contract's tests on Triton's kernels in its interpreter (half an hour on two cores)."""
+    session.run(*PYTEST, "-q", "-n", "auto", "-m", "interpreted", *session.posargs)
+
+
+@nox.session
 def tools(session: nox.Session) -> None:
     """Install what docs/tools.md lists and run the tests that need it: of what fits, a missing package is an error."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Skips large tests unless asked for, and tests whose packages are missing; fills unwritten outputs with NaN; provides
+"""Skips large and interpreted tests unless asked for, and tests whose packages are missing; fills unwritten outputs with NaN; provides
 the fixture `ops`.
 """
 
@@ -20,11 +20,12 @@ INTERPRETED_SAMPLE = 41
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "large" in config.getoption("markexpr"):
-        return
-    for item in items:
-        if item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.skip(reason="large: ask for it with -m large"))
+    for name in ("large", "interpreted"):
+        if name in config.getoption("markexpr"):
+            continue
+        for item in items:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: ask for it with -m {name}"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -63,11 +63,12 @@ def pairs(table: Iterable[Case], *names: str) -> list:
 def marks(name: str) -> list[pytest.MarkDecorator]:
     """Return the marks of an implementation.
 
-    Interpreted kernels are slow. The fast tier has tests/backends/triton and some setups of the table (conftest.py).
+    Interpreting takes half an hour, so it is done where it is asked for (nox -s interpreted). The fast tier has
+    tests/backends/triton and some setups of the table (conftest.py).
     """
     if name == "cuda" or (name in TRITON_LIMITS and torch.cuda.is_available()):
         return [pytest.mark.gpu]
-    return [pytest.mark.slow] if name in TRITON_LIMITS else []
+    return [pytest.mark.interpreted] if name in TRITON_LIMITS else []
 
 
 def load(name: str) -> Implementation:

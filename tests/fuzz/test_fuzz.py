@@ -19,8 +19,13 @@ from tests.fuzz.run import run
 CASES = 500
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["cpu", *implementations.TRITON_LIMITS])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=implementations.marks(name)) for name in implementations.TRITON_LIMITS),
+    ],
+)
 def test_drawn_cases(implementation, capsys, record_property):
     seed = int(os.environ.get("FASTBN_FUZZ_SEED") or secrets.randbelow(2**32))
     record_property("FASTBN_FUZZ_SEED", seed)

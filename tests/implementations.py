@@ -49,14 +49,13 @@ def params(*names: str) -> list:
 def pairs(table: Iterable[Case], *names: str) -> list:
     """Return pairs of implementation and case for "ops, case", for tests of accuracy.
 
-    A slow one takes only the small cases. Triton's kernels, which add up vectors of eight in float32, are not held to
-    the ulp of the sum of a single channel, whose terms may cancel.
+    A slow one takes only the small cases.
     """
     return [
         pytest.param(name, case, id=f"{name}-{case}", marks=[*marks(name), *tiers.marks(case)])
         for name in names
         for case in table
-        if (case.numel <= SMALL_NUMEL or not is_slow(name)) and not (name in TRITON_LIMITS and case.channels == 1)
+        if case.numel <= SMALL_NUMEL or not is_slow(name)
     ]
 
 

@@ -31,6 +31,19 @@ def _sum(reduction: interpreter.ReduceOps, tensor: tl.tensor) -> tl.tensor:
     return reduction.to_tensor(x if x.shape else x.item(), tensor.dtype)
 
 
+def _reduce(reduction: interpreter.ReduceOps, tensors: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+    """Combine whole arrays in a tree; the interpreter combines one element at a time, in Python."""
+    axis = reduction.axis
+    with np.errstate(all="ignore"):
+        while tensors[0].handle.data.shape[axis] > 1:
+            halves = zip(*(np.split(tensor.handle.data, 2, axis=axis) for tensor in tensors), strict=True)
+            dtypes = [tensor.dtype for tensor in tensors]
+            operands = [reduction.to_tensor(x, dtype) for half in halves for x, dtype in zip(half, dtypes, strict=True)]
+            tensors = reduction.combine_fn.fn(*operands)
+    results = [(tensor.handle.data, tensor.dtype) for tensor in tensors]
+    return [reduction.to_tensor(x if reduction.keep_dims else x.squeeze(axis), dtype) for x, dtype in results]
+
+
 def repair() -> None:
     """Patch the interpreter of this process."""
     builder = interpreter.InterpreterBuilder
@@ -46,6 +59,7 @@ def repair() -> None:
 
     builder.cast_impl = cast_impl
     interpreter.ReduceOps.sum = _sum
+    interpreter.ReduceOps.generic_reduce = _reduce
     # The interpreter patches triton.language in each call of a function, which takes half of all time. Once is enough
     # if nothing is put back: no kernel is compiled in a process of the interpreter.
     interpreter._patch_lang = functools.cache(interpreter._patch_lang)

@@ -70,7 +70,8 @@ def shifted_grad_sums(
         grad_z = load_grad_z(grad_out, residual, mask, x, affine, param, place, TILE, ACTIVATION).to(SUM)
         sum += grad_z
         shifted += grad_z * tl.where(place[1], x.to(SUM) - pivot.to(SUM)[None], 0.0)
-    return sum_per_channel(sum, TILE), sum_per_channel(shifted, TILE)
+    # A lane's sums may cancel with its neighbours'.
+    return sum_per_channel(sum.to(tl.float64), TILE), sum_per_channel(shifted.to(tl.float64), TILE)
 
 
 @triton.jit

@@ -16,7 +16,15 @@ from fastbn.backends.triton.grad_sums import load_grad_z, save_grad_sums, shifte
 from fastbn.backends.triton.input_grad import write_gradients
 from fastbn.backends.triton.moments import save_statistics, shifted_sums
 from fastbn.backends.triton.normalize import write_output
-from fastbn.backends.triton.tile import channels_of, load, locate, number, rows_of, sum_per_channel
+from fastbn.backends.triton.tile import (
+    channels_of,
+    exact_sum_per_channel,
+    load,
+    locate,
+    number,
+    rows_of,
+    sum_per_channel,
+)
 
 
 @triton.jit
@@ -117,9 +125,9 @@ def resident_backward_kernel(
     x = load(input, place, TILE)
     grad_z = load_grad_z(grad_out, residual, mask, x, affine, slope, place, TILE, ACTIVATION)
 
-    sum = sum_per_channel(grad_z, TILE)
+    sum = exact_sum_per_channel(grad_z, TILE)
     pivot = pivot_of_grad_sums(center, inverse, TILE)
-    shifted = sum_per_channel(grad_z * tl.where(place[1], x - pivot[None], 0.0), TILE)
+    shifted = exact_sum_per_channel(grad_z * tl.where(place[1], x - pivot[None], 0.0), TILE)
     if not TILE.is_float64:
         if not grad_sums.is_enough(sum, shifted, inverse):
             tensors, rows = (grad_out, input, residual, mask), rows_of(WALK, TILE)

@@ -138,6 +138,29 @@ def sum_per_channel(x, TILE: tl.constexpr):
 
 
 @triton.jit
+def add_exactly(a, a_rest, b, b_rest):
+    """Return a + b as a rounded sum and the rest that rounding lost (Knuth's TwoSum); rests just add up."""
+    sum = a + b
+    of_b = sum - a
+    return sum, (a - (sum - of_b)) + (b - of_b) + (a_rest + b_rest)
+
+
+@triton.jit
+def exact_sum_per_channel(x, TILE: tl.constexpr):
+    """Return `sum_per_channel` of elements that may cancel; NaN for inf.
+
+    The eight of a vector, which are a thread's, are added up exactly in float32: to convert each of them, and on most
+    GPUs to add it in float64, would take longer.
+    """
+    if TILE.by_rows or TILE.is_float64:
+        total = sum_per_channel(x, TILE)
+    else:
+        sum, rest = tl.reduce((x, tl.zeros_like(x)), 2, add_exactly)
+        total = tl.sum(sum.to(tl.float64) + rest.to(tl.float64), axis=0, keep_dims=True)
+    return total
+
+
+@triton.jit
 def number(value, TILE: tl.constexpr):
     """Return a float argument in the type of elements. Arguments are float64, so that none loses digits on the way."""
     wide = tl.zeros([1, 1, 1], tl.float64) + value

@@ -1,5 +1,5 @@
-"""Skips large and interpreted tests unless asked for, and tests whose packages are missing; fills unwritten outputs with
-NaN; provides the fixture `ops`.
+"""Skips large and interpreted tests unless asked for, and tests whose packages are missing; fills unwritten outputs
+with NaN; provides the fixture `ops`.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def crossing(speedups: Sequence[dict[int, float]]) -> int:
 
 
 def tables(records: Sequence[dict], way: str) -> crossings.Crossings:
-    """Return the crossings of one way by operation and dtype, without those that are 0."""
+    """Return the crossings of one way by operation and dtype, without operations whose crossings are all 0."""
     result: crossings.Crossings = {}
     for operation in OPERATIONS:
         for dtype in DTYPES:
@@ -111,10 +111,20 @@ def tables(records: Sequence[dict], way: str) -> crossings.Crossings:
             for record in records:
                 if (record["way"], record["operation"], record["dtype"]) == (way, operation, str(dtype)):
                     by_layout.setdefault(record["layout"], {})[record["elements"]] = record["speedup"]
-            size = crossing(list(by_layout.values())) if by_layout else 0
-            if size:
-                result.setdefault(operation, {})[dtype] = size
-    return result
+            result.setdefault(operation, {})[dtype] = crossing(list(by_layout.values())) if by_layout else 0
+    return {operation: sizes for operation, sizes in result.items() if any(sizes.values())}
+
+
+def source(name: str, table: crossings.Crossings) -> str:
+    """Return a table as fastbn/backends/crossings.py has it."""
+    rows = (f'    "{operation}": _sizes{tuple(sizes.values())},' for operation, sizes in table.items())
+    return "\n".join([f"{name}: Crossings = {{", *rows, "}"])
+
+
+def text(machine: dict, records: Sequence[dict]) -> str:
+    """Return JSON with one record per line."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    return f'{{"machine": {json.dumps(machine)},\n"records": [\n{lines}\n]}}\n'
 
 
 def main() -> None:
@@ -129,9 +139,9 @@ def main() -> None:
             records.append(record)
             print(*record.values(), sep=", ", file=sys.stderr, flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "records": records}, indent=1) + "\n")
-    print(f"COMPILED: Crossings = {tables(records, 'compiled')}")
-    print(f"WITHOUT_NODE: Crossings = {tables(records, 'without node')}")
+        args.json.write_text(text(machine(torch.device("cpu")), records))
+    print(source("COMPILED", tables(records, "compiled")))
+    print(source("WITHOUT_NODE", tables(records, "without node")))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ class Backward {
     const bool wants_sums = params_.grad_weight.defined() || params_.grad_bias.defined();
     const bool applies = params_.grad_input || params_.grad_residual;
     const bool reduces = wants_sums || (params_.statistics == Statistics::batch && params_.grad_input);
-    writes_with_sums_ = frozen && wants_sums && writes_with_sums();
+    const bool in_double = reduces && sums_in_double();
+    writes_with_sums_ = frozen && wants_sums && writes_with_sums(in_double);
 
     auto finish_chunk = [&](Chunk& chunk) {
       const int64_t first = chunk.first, channels = chunk.channels;
@@ -77,7 +78,7 @@ class Backward {
                                                                                        mask_tile);
     };
     if (reduces)
-      reduce_then(finish, apply);
+      reduce_then(in_double, finish, apply);
     else
       run_last_phase(
           partition_, threads_,
@@ -97,7 +98,7 @@ class Backward {
         std::copy_n(chunk.sum_grad_xhat, chunk.channels, params_.sum_grad_xhat + chunk.first);
       });
     };
-    reduce_then(finish, [](const Tile&, const MaskTile&, int64_t) {});
+    reduce_then(sums_in_double(), finish, [](const Tile&, const MaskTile&, int64_t) {});
   }
 
   // The interface of a reduction.
@@ -143,26 +144,26 @@ class Backward {
 
  private:
   template <class Finish, class Apply>
-  void reduce_then(Finish&& finish, Apply&& apply) {
-    totals_.emplace(partition_, params_.dtype != DType::bfloat16 || !sums_in_float());
+  void reduce_then(bool in_double, Finish&& finish, Apply&& apply) {
+    totals_.emplace(partition_, in_double);
     run_phases(partition_, threads_, *this, finish, apply);
   }
 
-  // Returns whether bfloat16 may be summed in float.
-  bool sums_in_float() const {
-    return params_.layout.count() >= min_count_in_float &&
-           std::none_of(params_.inv_std, params_.inv_std + channels_, loses_underflowed_products);
+  // Returns whether all sums are taken in double. Only bfloat16 may be summed in float.
+  bool sums_in_double() const {
+    return params_.dtype != DType::bfloat16 || params_.layout.count() < min_count_in_float ||
+           std::any_of(params_.inv_std, params_.inv_std + channels_, loses_underflowed_products);
   }
 
   // Returns whether to write the input gradient of frozen statistics, which needs no sums, in the loop that sums: each
   // tensor is read once, and stores overlap with sums. Relative to two loops it takes 0.5 to 0.9 of the time for
   // float32 and 0.6 to 1.05 for bfloat16. Short runs of tensors out of cache, where it takes 1.0 to 1.4, are cheaper to
   // write in memory order (EPYC 9005).
-  bool writes_with_sums() const {
+  bool writes_with_sums(bool in_double) const {
     const int64_t bytes = params_.layout.numel() * element_size(params_.dtype);
     return params_.activation == Activation::none && params_.grad_input && !params_.grad_residual &&
            (partition_.in_columns() || partition_.goes_by_group() || bytes < min_out_of_cache_bytes) &&
-           (params_.dtype != DType::bfloat16 || sums_in_float());
+           (params_.dtype != DType::bfloat16 || !in_double);
   }
 
   // Returns whether to find relu's derivative by comparing x with a threshold. The comparison is wrong for NaN. Only

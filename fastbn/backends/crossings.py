@@ -14,29 +14,36 @@ import torch
 from fastbn import _torch
 from fastbn.backends.node import NODE
 from fastbn.ops import dispatch
+from fastbn.ops.contract import DTYPES
 from fastbn.ops.dispatch import Call
 
 Crossings = dict[str, dict[torch.dtype, int]]
+
+
+def _sizes(*sizes: int) -> dict[torch.dtype, int]:
+    """Return numbers of elements by dtype: of float32, float64, bfloat16 and float16, the order of DTYPES."""
+    return dict(zip(DTYPES, sizes, strict=True))
+
 
 # By what a call computes, with its backward where that is recorded; "fused" is with an activation or a residual. Below
 # a crossing torch was faster in each memory format that was timed (in compiled graphs, contiguous). 16384 compiled, and
 # 131072 without the node, are the largest sizes that were timed: torch may be faster beyond them. Without gradients the
 # compiler gets torch's evaluation whatever its size.
 COMPILED: Crossings = {
-    "train": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 16384},
-    "train, fused": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 16384},
-    "frozen": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 16384},
-    "frozen, fused": {torch.float32: 8192, torch.float64: 8192, torch.bfloat16: 16384, torch.float16: 16384},
-    "train_backward": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 16384},
-    "train_backward, fused": {torch.float32: 8192, torch.float64: 8192, torch.bfloat16: 16384, torch.float16: 16384},
+    "train": _sizes(16384, 16384, 16384, 16384),
+    "train, fused": _sizes(16384, 16384, 16384, 16384),
+    "frozen": _sizes(16384, 16384, 16384, 16384),
+    "frozen, fused": _sizes(8192, 8192, 16384, 16384),
+    "train_backward": _sizes(16384, 16384, 16384, 16384),
+    "train_backward, fused": _sizes(8192, 8192, 16384, 16384),
 }
 WITHOUT_NODE: Crossings = {
-    "eval": {torch.float32: 8192, torch.float64: 8192, torch.bfloat16: 8192, torch.float16: 32768},
-    "train": {torch.float32: 2048, torch.float64: 4096, torch.bfloat16: 4096, torch.float16: 4096},
-    "frozen": {torch.float32: 131072, torch.float64: 131072, torch.bfloat16: 65536, torch.float16: 131072},
-    "frozen, fused": {torch.float32: 65536, torch.float64: 32768, torch.bfloat16: 32768, torch.float16: 65536},
-    "train_backward": {torch.float32: 32768, torch.float64: 32768, torch.bfloat16: 32768, torch.float16: 131072},
-    "train_backward, fused": {torch.float32: 16384, torch.float64: 16384, torch.bfloat16: 16384, torch.float16: 32768},
+    "eval": _sizes(8192, 8192, 8192, 32768),
+    "train": _sizes(2048, 4096, 4096, 4096),
+    "frozen": _sizes(131072, 131072, 65536, 131072),
+    "frozen, fused": _sizes(65536, 32768, 32768, 65536),
+    "train_backward": _sizes(32768, 32768, 32768, 131072),
+    "train_backward, fused": _sizes(16384, 16384, 16384, 32768),
 }
 
 

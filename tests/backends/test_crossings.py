@@ -35,6 +35,8 @@ def _call(elements, **changed):
 def test_the_tables_are_what_was_measured(way):
     assert TABLES[way] == bench.crossings.tables(json.loads(MEASURED.read_text())["records"], way)
     assert TABLES[way]
+    name = {"compiled": "COMPILED", "without node": "WITHOUT_NODE"}[way]
+    assert bench.crossings.source(name, TABLES[way]) in Path(crossings.__file__).read_text()
 
 
 def test_small_calls_are_left_to_torch(without_node):

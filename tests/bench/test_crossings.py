@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bench import crossings
+from fastbn import functional
+from fastbn.backends import aten
 from fastbn.backends import crossings as tables
 from fastbn.ops.contract import DTYPES
 
@@ -24,7 +26,7 @@ def test_a_crossing_is_where_torch_is_no_longer_faster_in_every_format(speedups,
     assert crossings.crossing(speedups) == expected
 
 
-def test_tables_keep_each_way_and_leave_out_what_is_0():
+def test_tables_keep_each_way_and_leave_out_operations_without_a_crossing():
     def record(way, dtype, elements, speedup):
         return {
             "way": way,
@@ -41,7 +43,7 @@ def test_tables_keep_each_way_and_leave_out_what_is_0():
         record("without node", torch.float64, 1024, 1.5),
         record("compiled", torch.float32, 1024, 1.5),
     ]
-    assert crossings.tables(records, "without node") == {"eval": {torch.float32: 2048}}
+    assert crossings.tables(records, "without node") == {"eval": dict(zip(DTYPES, (2048, 0, 0, 0), strict=True))}
     assert crossings.tables(records, "compiled") == {}
 
 
@@ -53,9 +55,6 @@ def test_shapes_have_that_many_elements(elements):
 @pytest.mark.parametrize("operation", crossings.OPERATIONS)
 @pytest.mark.parametrize("table", [crossings.BY_OPS, crossings.BY_TORCH], ids=["ops", "torch"])
 def test_a_call_takes_its_way(operation, table, monkeypatch):
-    from fastbn import functional
-    from fastbn.backends import aten
-
     monkeypatch.setattr(functional, "NODE", None)
     monkeypatch.setattr(tables, "NODE", None)
     taken = []

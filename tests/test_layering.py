@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "_torch": set(),
     "_version": set(),
     "ops": {"_C", "_torch"},
-    "backends": {"_C", "_torch", "ops"},
+    "backends": {"_C", "_torch", "_version", "ops"},
     "autograd": {"_torch", "backends", "ops"},
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},

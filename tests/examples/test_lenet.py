@@ -1,6 +1,7 @@
 """examples/lenet, which `fastbn demo` runs: its data, its nets, what it prints and writes, and how it refuses."""
 
 import gzip
+import importlib
 import json
 import struct
 import sys
@@ -12,9 +13,13 @@ from examples.lenet.bn_timer import BatchNormTimer
 from examples.lenet.data import load_digits, load_idx_directory
 from examples.lenet.experiment import FASTBN, PLAIN, STOCK, lenet, variants
 from examples.lenet.idx import read_idx
+from fastbn import functional
+from fastbn.backends import native, registry
+from fastbn.backends.triton.plans import Limits
 from fastbn.cli import main
 from fastbn.cli.errors import CommandError
 from fastbn.nn import BatchNorm1d
+from tests import implementations
 
 UBYTE = 0x08
 
@@ -182,6 +187,36 @@ def test_timer_does_not_change_the_result():
     times = timer.medians()
     assert 0 < times["forward"] and 0 < times["backward"]
     assert times["forward"] + times["backward"] < times["step"]
+
+
+@pytest.fixture
+def triton_calls(monkeypatch):
+    """Let the CPU stand for a GPU that the extension has no kernels for. Returns the names of ops that Triton runs."""
+    implementations.load("triton")  # to be interpreted
+    ops = importlib.import_module("fastbn.backends.triton.ops")
+    names = []
+
+    def record(name):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *arguments: names.append(name) or op(*arguments))
+
+    for name in ("batch_norm_train", "batch_norm_backward", "batch_norm_eval"):
+        record(name)
+    monkeypatch.setattr(ops, "limits_of", lambda *call: Limits(sm_count=1))  # each program takes long
+    monkeypatch.setitem(registry._offered, "cpu", [native.CUDA, registry.get("triton")])
+    monkeypatch.setattr(functional, "NODE", None)
+    return names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the one below runs what this one stands for")
+def test_demo_where_triton_alone_serves_the_device(triton_calls, idx_directory, capsys, tmp_path):
+    """FASTBN_CUDA=0 pip install, then the demo on a GPU: it takes no other step."""
+    arguments = ["--epochs", "1", "--batch-size", "33", "--lr", "0.01", "--out", str(tmp_path)]
+    assert main(["demo", "--data", str(idx_directory), *arguments]) == 0
+    assert "Verdict: fastbn trains as torch.nn does." in capsys.readouterr().out
+    steps, layers = 2, 4
+    assert triton_calls.count("batch_norm_train") == triton_calls.count("batch_norm_backward") == steps * layers
+    assert triton_calls.count("batch_norm_eval") >= layers
 
 
 @pytest.mark.gpu

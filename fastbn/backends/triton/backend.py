@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbn._C import DeviceLimits
 from fastbn.backends import native
-from fastbn.backends.triton import plans
+from fastbn.backends.triton import plans, tuning
 from fastbn.ops import contract
 from fastbn.ops.dispatch import Call, Plan
 from fastbn.ops.layout import suggest_memory_format
@@ -73,11 +73,13 @@ class TritonBackend:
 
     def plan(self, call: Call, direction: str, reason: str, limits: DeviceLimits | None = None) -> Plan:
         input = call.input
-        sm_count = limits.sm_count if limits else _sm_count(input.device)
         layout = plans.layout_of(tuple(input.shape), suggest_memory_format(input))
-        known = plans.Limits() if sm_count is None else plans.Limits(sm_count)
-        if sm_count is None:
-            reason += f"; planned for {known.sm_count} SMs"
+        if limits:
+            known = plans.Limits(limits.sm_count)
+        else:
+            known = tuning.known_limits(input.device, layout, input.dtype, direction)
+            if input.device.type != "cuda":
+                reason += f"; planned for {known.sm_count} SMs"
         is_forward = direction == "forward"
         blocks = None
         if call.training or not is_forward:
@@ -106,7 +108,10 @@ class TritonBackend:
         if not torch.cuda.is_available():
             return "no: torch sees no GPU"
         reason = _why_not_on(torch.device("cuda", torch.cuda.current_device()))
-        return f"no: {reason}" if reason else f"yes: Triton {importlib.metadata.version('triton')}"
+        if reason:
+            return f"no: {reason}"
+        plans_are = ", plans by measurement (FASTBN_TRITON_TUNE=1)" if tuning.IS_ON else ""
+        return f"yes: Triton {importlib.metadata.version('triton')}{plans_are}"
 
 
 def _why_not_on(gpu: torch.device) -> str | None:
@@ -116,11 +121,6 @@ def _why_not_on(gpu: torch.device) -> str | None:
         needed, got = (".".join(map(str, version)) for version in (_MIN_CAPABILITY, capability))
         return f"Triton compiles for GPUs from {needed} on, and this one is {got}"
     return None
-
-
-def _sm_count(device: torch.device) -> int | None:
-    """Return the SMs (AMD: compute units) of a GPU of this machine; None for another device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
 TRITON = TritonBackend()

@@ -6,7 +6,6 @@ Everything is allocated before anything is launched, so that no buffer has moved
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from typing import Any
 
@@ -21,6 +20,7 @@ from fastbn.backends.triton.moments import count_kernel, finish_moments_kernel, 
 from fastbn.backends.triton.normalize import normalize_kernel
 from fastbn.backends.triton.plans import FINISH_CHANNELS, FINISH_SPLITS, Blocks, Layout
 from fastbn.backends.triton.resident import resident_backward_kernel, resident_forward_kernel
+from fastbn.backends.triton.tuning import limits_of
 from fastbn.ops.activations import is_piecewise_linear
 
 _FUSED = {"enable_fp_fusion": True}  # a product and a sum are rounded once, as in CUDA; Triton 3.10 will not by itself
@@ -48,7 +48,7 @@ def batch_norm_train(
             inv_std.fill_(1 / math.sqrt(eps))
             _count(counter)
             return output, mean, inv_std, mask
-        limits = limits_of(x.device)
+        limits = _limits(operands, "forward")
         blocks = plans.resident(layout, x.dtype, 1, limits)
         buffers = (running_mean, running_var, counter, momentum, eps)
         if blocks is not None:
@@ -95,7 +95,7 @@ def _frozen(
     output = operands.empty_elements()
     mean, inv_std = (operands.empty(operands.channels) if saves else None for _ in range(2))
     mask = _empty_mask(operands, activation, save_mask)
-    blocks = plans.split(operands.layout, operands.input.dtype, limits_of(operands.input.device))
+    blocks = _blocks(operands, "forward")
     with _device_of(operands.input):
         _normalize(
             operands, blocks, residual, output, mask, weight, bias, mean, inv_std, running_mean, running_var, eps,
@@ -111,7 +111,7 @@ def normalize(input, residual, weight, bias, mean, inv_std, activation, save_mas
     weight, bias = operands.vector("weight", weight), operands.vector("bias", bias)
     mean, inv_std = operands.float64("mean", mean), operands.float64("inv_std", inv_std)
     output, mask = operands.empty_elements(), _empty_mask(operands, activation, save_mask)
-    blocks = plans.split(operands.layout, operands.input.dtype, limits_of(operands.input.device))
+    blocks = _blocks(operands, "forward")
     with _device_of(operands.input):
         _normalize(operands, blocks, residual, output, mask, weight, bias, mean, inv_std, None, None, 0.0, name, param)
     return output, mask
@@ -122,7 +122,7 @@ def channel_stats(input):
     mean, var = (operands.empty(operands.channels) for _ in range(2))
     if operands.layout.numel == 0:
         return mean.zero_(), var.zero_()
-    blocks = plans.split(operands.layout, operands.input.dtype, limits_of(operands.input.device))
+    blocks = _blocks(operands, "forward")
     with _device_of(operands.input):
         _moments(operands, blocks, mean, None, var, None, None, None, 0.0, 0.0, False)
     return mean, var
@@ -148,7 +148,7 @@ def batch_norm_backward(
             grad_weight.zero_()
             grad_bias.zero_()
             return results
-        limits = limits_of(x.device)
+        limits = _limits(operands, "backward")
         blocks = plans.resident(layout, x.dtype, 2, limits)
         if blocks is not None:
             resident_backward_kernel[blocks.programs,](
@@ -175,7 +175,7 @@ def grad_sums(grad_out, input, residual, mask, weight, bias, mean, inv_std, acti
     sums = operands.empty(operands.channels), operands.empty(operands.channels)
     if operands.layout.numel == 0:
         return sums[0].zero_(), sums[1].zero_()
-    blocks = plans.split(operands.layout, operands.input.dtype, limits_of(operands.input.device))
+    blocks = _blocks(operands, "backward")
     with _device_of(operands.input):
         _grad_sums(operands, blocks, tensors, vectors, name, param, *sums, None, None)
     return sums
@@ -195,18 +195,19 @@ def input_grad(
     count = operands.float64("count", count, 1)
     grad_input = operands.empty_elements()
     grad_residual = operands.empty_elements() if need_residual else operands.empty(0, dtype=operands.input.dtype)
-    blocks = plans.split(operands.layout, operands.input.dtype, limits_of(operands.input.device))
+    blocks = _blocks(operands, "backward")
     with _device_of(operands.input):
         _input_grad(operands, blocks, tensors, vectors, *sums, count, grad_input, grad_residual, name, param)
     return grad_input, grad_residual
 
 
-@functools.cache
-def limits_of(device: torch.device) -> plans.Limits:
-    """Return the limits of a device; those of the default GPU where Triton's interpreter serves the CPU."""
-    if device.type != "cuda":
-        return plans.Limits()
-    return plans.Limits(torch.cuda.get_device_properties(device).multi_processor_count)
+def _blocks(operands: Operands, direction: str) -> Blocks:
+    """Return the plan of a pass over the operands."""
+    return plans.split(operands.layout, operands.input.dtype, _limits(operands, direction))
+
+
+def _limits(operands: Operands, direction: str) -> plans.Limits:
+    return limits_of(operands.input.device, operands.layout, operands.input.dtype, direction)
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

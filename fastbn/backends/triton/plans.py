@@ -28,14 +28,15 @@ class Limits:
     # Elements of a program at a time, where a tensor is read twice: 16 per thread, which are two to four loads of 16
     # bytes in flight, and leave registers for eight programs per SM.
     block_elements: int = 2048
+    # Programs that a pass over the tensor has per SM, at least: they come and go, so that the last ones leave few SMs
+    # idle.
+    programs_per_sm: int = 8
     max_int32: int = 2**31 - 1  # the largest offset that is computed in 32 bits
 
 
 # Blocks that a lane adds up in float32 before its sum goes on in float64: the error of so few terms is below that of
 # their products.
 MAX_STEPS = 16
-# Programs that a pass over the tensor has per SM, at least: they come and go, so that the last ones leave few SMs idle.
-PROGRAMS_PER_SM = 8
 # Bytes of a row that neighbouring threads read together: two sectors of DRAM (64 bytes each) where there is a choice.
 ROW_BYTES = 128
 MIN_ROW_BYTES = 64
@@ -164,7 +165,7 @@ def split(layout: Layout, dtype: torch.dtype, limits: Limits) -> Blocks:
     rows, tiles = _rows_and_tiles(layout, vectors)
     tile = _tile(layout, dtype, limits, block_rows, vectors)
     blocks = max(math.ceil(rows / block_rows), 1)
-    wanted = math.ceil(PROGRAMS_PER_SM * limits.sm_count / tiles)
+    wanted = math.ceil(limits.programs_per_sm * limits.sm_count / tiles)
     steps = min(max(blocks // wanted, 1), MAX_STEPS)
     splits = math.ceil(blocks / steps)
     return Blocks(tile, tiles, splits, steps * block_rows, 4, _run_units(layout, tile))

@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the Triton kernels, for GPUs that need not be here: `python -m bench.triton_kernels`.
 
-Prints a table of registers, spills, shared memory and the width of memory accesses, or with --json a list of objects.
-None of it is a measurement of time.
+Prints a table of registers, spills, shared memory, the width of memory accesses and the seconds of compiling (with an
+empty TRITON_CACHE_DIR), or with --json a list of objects. Nothing is known of the time that a kernel takes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What was compiled: registers per thread, bytes spilled and shared, and the number of accesses by their bytes."""
+    """What was compiled: registers per thread, bytes spilled and shared, and the number of accesses by their bytes.
+
+    `seconds` is what compiling took, where Triton's cache did not have it.
+    """
 
     case: str
     target: str
@@ -68,6 +72,7 @@ class Compiled:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    seconds: float
 
 
 def kernel_of(case: Case) -> Any:
@@ -127,11 +132,13 @@ def compile_case(case: Case, target: str) -> Compiled:
     """Compile a case, which takes a second or two, and read the result."""
     source, blocks = _source(case)
     warps = blocks.warps if "finish" not in case.kernel else 4
+    begin = time.perf_counter()
     result = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True})
+    seconds = time.perf_counter() - begin
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     registers, spilled, loads, stores = read(result.asm)
     shared = result.metadata.shared
-    return Compiled(str(case), target, warps, blocks.tile.elements, registers, spilled, shared, loads, stores)
+    return Compiled(str(case), target, warps, blocks.tile.elements, registers, spilled, shared, loads, stores, seconds)
 
 
 def _read_nvidia(asm: dict[str, Any]) -> tuple[int, int, dict[int, int], dict[int, int]]:
@@ -210,7 +217,7 @@ def main() -> int:
         loads, stores = (" ".join(f"{n}x{size}" for size, n in widths.items()) for widths in (r.loads, r.stores))
         print(
             f"{r.target:7} {r.case:60} {r.elements:6} elements {r.warps:2} warps {r.registers:4} registers "
-            f"{r.spilled:4} spilled {r.shared:6} shared; loads {loads}; stores {stores}"
+            f"{r.spilled:4} spilled {r.shared:6} shared; loads {loads}; stores {stores}; {r.seconds:.2f} s"
         )
     return 0
 

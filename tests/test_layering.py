@@ -67,7 +67,7 @@ MAY_IMPORT = {
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
-    "autograd": ("composite", "batch_norm", "from_output", "statistics"),
+    "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments"),
     "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),

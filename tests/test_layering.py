@@ -68,10 +68,21 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
     "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments"),
-    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "nn": (
+        "scripting",
+        "activation",
+        "epilogue",
+        "saving",
+        "batchnorm",
+        "folded",
+        "frozen",
+        "lazy",
+        "renorm",
+        "accumulated",
+    ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
-        *("calls", "pairs", "fold", "tools"),
+        *("calls", "pairs", "fold", "tools", "accumulate"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

@@ -29,6 +29,7 @@ from fastbn.transforms.compile_pass import compile_pass
 from fastbn.transforms.convert import convert, revert, reverted
 from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
+from fastbn.transforms.population import population_stats
 from fastbn.transforms.tools import register_with_tools
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "freeze",
     "functional",
     "info",
+    "population_stats",
     "register_with_tools",
     "revert",
     "reverted",

@@ -82,7 +82,7 @@ WITHIN = {
     ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
-        *("calls", "pairs", "fold", "tools", "accumulate"),
+        *("calls", "pairs", "fold", "tools", "accumulate", "population"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

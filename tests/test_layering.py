@@ -82,7 +82,7 @@ WITHIN = {
     ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
-        *("calls", "pairs", "fold", "tools", "accumulate", "population"),
+        *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

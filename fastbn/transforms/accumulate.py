@@ -35,7 +35,8 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     within the block, whose docstring says what is exact and what is approximate, and has its class back afterwards.
     The block's end moves the running statistics once, by those of the whole batch, and `num_batches_tracked` by 1; an
     exception moves nothing. Layers that are AccumulatedBatchNorms already end their step too. Parameters, hooks, fused
-    forwards and layers in evaluation mode are as ever; other classes (SyncBatchNorm, BatchRenorm) move as they do.
+    forwards and layers in evaluation mode are as ever; other classes (SyncBatchNorm, BatchRenorm, timm's
+    BatchNormAct2d) move as they do. A copy that is made within the block keeps the class.
 
     Yields `model`. Raises, before anything has changed, TypeError if it is not a torch.nn.Module, and ValueError for
     layers that `fastbn.checkpoint_safe` was called for: a recomputed forward would count twice.

@@ -230,6 +230,14 @@ def test_calls_that_are_refused():
         torch.jit.script(layer)
 
 
+def test_there_is_no_second_derivative():
+    layer, _ = _layer()
+    x = normal(*SHAPES[2]).requires_grad_()
+    layer(x.detach())
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
 def _network():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Conv2d(CHANNELS, 4, 3)]

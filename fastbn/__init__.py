@@ -6,6 +6,9 @@ from fastbn.inspect.explain import explain
 from fastbn.inspect.info import info
 from fastbn.inspect.limits import set_max_sms
 from fastbn.nn import (
+    AccumulatedBatchNorm1d,
+    AccumulatedBatchNorm2d,
+    AccumulatedBatchNorm3d,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -20,14 +23,19 @@ from fastbn.nn import (
     LazyBatchNorm3d,
 )
 from fastbn.ops.dispatch import Plan
+from fastbn.transforms.accumulate import accumulate
 from fastbn.transforms.checkpoint import checkpoint_safe
 from fastbn.transforms.compile_pass import compile_pass
 from fastbn.transforms.convert import convert, revert, reverted
 from fastbn.transforms.fold import fold
 from fastbn.transforms.freeze import freeze, unfreeze
+from fastbn.transforms.population import population_stats
 from fastbn.transforms.tools import register_with_tools
 
 __all__ = [
+    "AccumulatedBatchNorm1d",
+    "AccumulatedBatchNorm2d",
+    "AccumulatedBatchNorm3d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -42,6 +50,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Plan",
     "__version__",
+    "accumulate",
     "checkpoint_safe",
     "compile_pass",
     "convert",
@@ -50,6 +59,7 @@ __all__ = [
     "freeze",
     "functional",
     "info",
+    "population_stats",
     "register_with_tools",
     "revert",
     "reverted",

@@ -6,7 +6,9 @@ objects, since a function around one takes 0.05 us.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ __all__ = [
     "is_known_to_compiler",
     "traceable_assert",
     "unwrap_if_dead",
+    "without_compiled_code",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
 ]
 
@@ -108,6 +111,13 @@ def is_known_to_compiler(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
 
     return statically_known_true(condition)
+
+
+def without_compiled_code() -> AbstractContextManager[Any]:
+    """Return a guard under which compiled functions run eagerly: the guards of their code do not look for new hooks."""
+    if "torch._dynamo" not in sys.modules:  # a second to import, and then nothing has been compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def is_exporting() -> bool:

@@ -1,4 +1,7 @@
-"""fastbn.functional.batch_norm: torch.nn.functional.batch_norm with residual, activation and counter fused in."""
+"""fastbn.functional.batch_norm: torch.nn.functional.batch_norm with residual, activation and counter fused in.
+
+Also its parts, for statistics of more than one batch: `channel_stats`, `merge_stats` and `normalize`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from torch import Tensor
 
 from fastbn.autograd import batch_norm as fused
 from fastbn.autograd import from_output
+from fastbn.autograd.moments import channel_stats, merge_stats, normalize
+from fastbn.autograd.statistics import Moments
 from fastbn.backends import aten, registry
 from fastbn.backends.node import NODE
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual
+
+__all__ = ["Moments", "batch_norm", "channel_stats", "merge_stats", "normalize"]
 
 
 def check_save(save: str) -> None:

@@ -67,11 +67,22 @@ MAY_IMPORT = {
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
-    "autograd": ("composite", "batch_norm", "from_output", "statistics"),
-    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments"),
+    "nn": (
+        "scripting",
+        "activation",
+        "epilogue",
+        "saving",
+        "batchnorm",
+        "folded",
+        "frozen",
+        "lazy",
+        "renorm",
+        "accumulated",
+    ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
-        *("calls", "pairs", "fold", "tools"),
+        *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }

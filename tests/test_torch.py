@@ -41,6 +41,16 @@ def test_the_base_of_all_batch_norms():
     assert not issubclass(nn.LayerNorm, _torch.BatchNormBase)
 
 
+def test_compiled_code_is_left_aside_where_hooks_have_to_run():
+    seen, module = [], nn.ReLU()
+    compiled = torch.compile(module, backend="eager")
+    compiled(torch.ones(2))
+    module.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+    with _torch.without_compiled_code():
+        compiled(torch.ones(2))
+    assert seen == [1]
+
+
 def test_function_modes():
     class Mode(TorchFunctionMode):
         pass

@@ -1,11 +1,15 @@
 """The layers."""
 
+from fastbn.nn.accumulated import AccumulatedBatchNorm1d, AccumulatedBatchNorm2d, AccumulatedBatchNorm3d
 from fastbn.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from fastbn.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from fastbn.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
 
 __all__ = [
+    "AccumulatedBatchNorm1d",
+    "AccumulatedBatchNorm2d",
+    "AccumulatedBatchNorm3d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

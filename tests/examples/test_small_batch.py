@@ -1,0 +1,64 @@
+"""examples/small_batch: each method trains, and what is written says what was run."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from examples import small_batch
+from examples.lenet.data import load_digits
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_digits(seed=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Compute on one thread, as the command does: the tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", small_batch.METHODS)
+def test_each_method_trains(data, name):
+    """The loss on images that were not trained on falls to less than half of that of a guess among ten classes."""
+    keep, keep_test = data.train_labels < 2, data.test_labels < 2
+    train = data.train_images[keep], data.train_labels[keep]
+    test = data.test_images[keep_test], data.test_labels[keep_test]
+    model = small_batch.train(
+        small_batch.Dataset("two digits", *train, *test), small_batch.METHODS[name], 8, 1600, seed=0
+    )
+    assert not model.training
+    with torch.no_grad():
+        loss = F.cross_entropy(model(small_batch.pixels(test[0])), test[1])
+    assert loss < math.log(10) / 2
+
+
+def test_runs_start_from_the_same_weights_and_see_the_same_images(data):
+    nets = []
+    for name in ("BatchNorm", "LayerNorm"):
+        torch.manual_seed(3)
+        nets.append(small_batch.net(small_batch.METHODS[name], 8, 10))
+    first, second = ([p for m in net if not hasattr(m, "eps") for p in m.parameters()] for net in nets)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_command_writes_a_table_and_a_picture(monkeypatch, tmp_path, capsys):
+    command = ["small_batch", "--out", str(tmp_path), "--images", "64", "--batches", "4", "16", "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", "BatchNorm", "LayerNorm"])
+    small_batch.main()
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text())["accuracy"]
+    assert list(results) == ["BatchNorm", "LayerNorm"]
+    assert all(
+        list(by_batch) == ["4", "16"] and all(len(runs) == 2 for runs in by_batch.values())
+        for by_batch in results.values()
+    )
+    assert "| BatchNorm |" in capsys.readouterr().out

@@ -73,6 +73,7 @@ WITHIN = {
         "activation",
         "epilogue",
         "saving",
+        "running",
         "batchnorm",
         "folded",
         "frozen",

@@ -59,7 +59,12 @@ def merge_stats(*moments: Moments) -> Moments:
         shapes = {tuple(value.shape) for value in values}
         if len(shapes) > 1:
             raise ValueError(f"merge_stats: expected {name} of one shape, got {sorted(shapes)}")
-    mean, var, elements = (torch.stack(values) for values in zip(*moments, strict=True))
+    return merge_stacked(Moments(*(torch.stack(values) for values in zip(*moments, strict=True))))
+
+
+def merge_stacked(moments: Moments) -> Moments:
+    """Return `merge_stats` of parts that are stacked along a first dimension, of which the result has one less."""
+    mean, var, elements = moments
     total = elements.sum(0)
     share = elements / total.clamp(min=1)
     has_elements = elements > 0

@@ -19,6 +19,7 @@ from fastbn import _torch
 from fastbn.autograd.moments import merge_stats
 from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn.batchnorm import FastBatchNorm
+from fastbn.nn.running import move_running_stats
 from fastbn.ops import dispatch
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
@@ -86,7 +87,6 @@ class _AccumulatedBatchNorm(FastBatchNorm):
         self.moments = moments
         return output
 
-    @torch.no_grad()
     def finish(self) -> None:
         """End the step: move the running statistics, once, by the moments of all its forwards, and forget these.
 
@@ -97,15 +97,7 @@ class _AccumulatedBatchNorm(FastBatchNorm):
         self.discard()
         if moments is None or mean is None or var is None or not self.track_running_stats:
             return
-        factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if counter is not None:
-            counter.add_(1)
-            factor = 1 / counter.double() if self.momentum is None else factor
-        # None for a batch without elements, without a host sync.
-        factor = (moments.elements > 0).double() * factor
-        unbiased = moments.var * (moments.elements / (moments.elements - 1).clamp(min=1))
-        for running, batch in ((mean, moments.mean), (var, unbiased)):
-            running.copy_(running.double() * (1 - factor) + batch * factor)
+        move_running_stats(mean, var, counter, self.momentum, moments)
 
     def discard(self) -> None:
         """End the step without moving anything: what it has seen is forgotten."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
+from fastbn.nn.running import move_running_stats
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
@@ -116,13 +117,7 @@ class _BatchRenorm(FastBatchNorm):
         batches = counter.double() + 1
         bounds = tuple(bound(batches) if callable(bound) else bound for bound in (self.r_max, self.d_max))
         output, moments = normalize(call, _Renormalize(mean, var, call.eps, bounds))
-        with torch.no_grad():
-            # The update is BatchNorm's: with the unbiased variance, and none for an empty batch, without a host sync.
-            factor = (moments.elements > 0).double() * (1 / batches if self.momentum is None else self.momentum)
-            unbiased = moments.var * (moments.elements / (moments.elements - 1).clamp(min=1))
-            for running, batch in ((mean, moments.mean), (var, unbiased)):
-                running.copy_(running.double() * (1 - factor) + batch * factor)
-            counter.add_(1)
+        move_running_stats(mean, var, counter, self.momentum, moments)
         return output
 
     def __prepare_scriptable__(self) -> None:

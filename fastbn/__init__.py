@@ -18,6 +18,8 @@ from fastbn.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    WhiteningBatchNorm1d,
+    WhiteningBatchNorm2d,
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
@@ -41,6 +43,8 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Plan",
+    "WhiteningBatchNorm1d",
+    "WhiteningBatchNorm2d",
     "__version__",
     "checkpoint_safe",
     "compile_pass",

@@ -67,8 +67,11 @@ MAY_IMPORT = {
 WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
-    "autograd": ("composite", "batch_norm", "from_output", "statistics"),
-    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "autograd": ("composite", "batch_norm", "from_output", "statistics", "inverse_sqrt", "whitening"),
+    "nn": (
+        *("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+        "whitening",
+    ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools"),

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastbn
 from fastbn.autograd.whitening import METHODS, Whitening
@@ -201,6 +202,18 @@ def test_compiled_it_is_one_graph(method):
         torch.testing.assert_close(compiled(x), layer(x))
     # The operations are the same, but those of elements may be merged.
     assert_same(dict(compiled_layer.named_buffers()), dict(layer.named_buffers()))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_safe(use_reentrant):
+    layer, once = _layer(), _layer()
+    once(correlated(*SHAPES[2]))
+    fastbn.checkpoint_safe(layer)
+    assert isinstance(layer, fastbn.WhiteningBatchNorm2d)
+    x = correlated(*SHAPES[2]).requires_grad_()
+    checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert_same(dict(layer.named_buffers()), dict(once.named_buffers()), rtol=0, atol=0)
+    assert type(fastbn.checkpoint_safe(layer, enabled=False)) is fastbn.WhiteningBatchNorm2d
 
 
 def test_a_sequence_has_its_elements_in_two_dimensions():

@@ -18,6 +18,7 @@ float64 in float64.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def _composition(
     """Return (z, moments), by torch's operations, which everything can look through and differentiate."""
     layout = Layout.of(input, whitening.group_size)
     x, mean = _differentiably_centred(input, layout, None if running is None else running.mean, _dtype_of(input))
-    moments = Moments(mean, _covariance(x), layout.elements) if running is None else running
+    moments = Moments(mean, _covariance(x, layout), layout.elements) if running is None else running
     scale = _scale(whitening, moments, weight).to(x.dtype)
     z = layout.to_tensor(_product(scale, x, None if bias is None else bias.to(x.dtype), layout))
     return z.to(input.dtype).contiguous(memory_format=layout.memory_format), moments
@@ -130,41 +131,58 @@ def _scale(whitening: Whitening, moments: Moments, weight: Tensor | None) -> Ten
 
 
 class Layout(NamedTuple):
-    """The shape (N, C, *) of a tensor whose groups of channels are seen as matrices, and whether C is its last
-    dimension in memory."""
+    """The shape (N, C, *) of a tensor, and how it is seen as matrices (batches * groups, d, m) of its groups.
+
+    Where C is the last dimension in memory, and where images have fewer elements than a group has channels, batches is
+    1 and m the number of elements per channel. Otherwise batches is N and m the elements of an image: then nothing is
+    transposed, and the products of d by d, one per image, take no more memory than the input.
+    """
 
     shape: tuple[int, ...]
     memory_format: torch.memory_format
     groups: int
     is_last: bool
+    batches: int
 
     @classmethod
     def of(cls, input: Tensor, group_size: int) -> Layout:
-        memory_format = suggest_memory_format(input)
+        memory_format, shape = suggest_memory_format(input), tuple(input.shape)
         is_last = input.dim() == 2 or memory_format != torch.contiguous_format
-        return cls(tuple(input.shape), memory_format, input.shape[1] // group_size, is_last)
+        batches = shape[0] if not is_last and math.prod(shape[2:]) >= group_size else 1
+        return cls(shape, memory_format, shape[1] // group_size, is_last, batches)
 
     @property
     def elements(self) -> int:
-        """Return M, the number of elements per channel."""
-        count = self.shape[0]
-        for size in self.shape[2:]:
-            count *= size
-        return count
+        """Return the number of elements per channel."""
+        return self.shape[0] * math.prod(self.shape[2:])
 
     def to_matrices(self, x: Tensor) -> Tensor:
-        """Return (groups, d, M) of a tensor of the shape: a view where C is last, and else a copy."""
-        size = self.shape[1] // self.groups
+        """Return the matrices of a tensor of the shape: a view, or a copy where it has to be transposed."""
+        size, inner = self.shape[1] // self.groups, math.prod(self.shape[2:])
         if self.is_last:
             return x.movedim(1, -1).reshape(self.elements, self.groups, size).permute(1, 2, 0)
-        return x.transpose(0, 1).reshape(self.groups, size, self.elements)
+        if self.batches == 1:
+            return x.transpose(0, 1).reshape(self.groups, size, self.elements)
+        return x.reshape(self.batches * self.groups, size, inner)
 
     def to_tensor(self, matrices: Tensor) -> Tensor:
-        """Return the tensor of matrices (groups, d, M), a view if it can be."""
+        """Return the tensor of matrices, a view if it can be."""
         n, channels, *rest = self.shape
         if self.is_last:
             return matrices.permute(2, 0, 1).reshape(n, *rest, channels).movedim(-1, 1)
-        return matrices.reshape(channels, n, *rest).transpose(0, 1)
+        if self.batches == 1:
+            return matrices.reshape(channels, n, *rest).transpose(0, 1)
+        return matrices.reshape(self.shape)
+
+    def of_each_batch(self, per_group: Tensor) -> Tensor:
+        """Return (batches * groups, *) of a tensor (groups, *)."""
+        return per_group.expand(self.batches, *per_group.shape).flatten(0, 1) if self.batches != 1 else per_group
+
+    def over_batches(self, per_matrix: Tensor) -> Tensor:
+        """Return the sums over batches, (groups, *) in float64, of a tensor (batches * groups, *)."""
+        if self.batches == 1:
+            return per_matrix.double()
+        return per_matrix.view(self.batches, self.groups, *per_matrix.shape[1:]).sum(0, dtype=torch.float64)
 
 
 class _Covariance(torch.autograd.Function):
@@ -175,7 +193,7 @@ class _Covariance(torch.autograd.Function):
         with below_autograd():
             mean, var = backend.ops.channel_stats(input)
             x = _centred(input, mean, layout, backend)
-            cov = _covariance(x)
+            cov = _covariance(x, layout)
             cov.diagonal(dim1=-2, dim2=-1).copy_(var.view(layout.groups, -1))  # summed in float64
         ctx.save_for_backward(input, mean)
         ctx.layout, ctx.backend = layout, backend
@@ -231,15 +249,15 @@ class _Linear(torch.autograd.Function):
             grad = layout.to_matrices(grad_out.to(dtype))
             if need_scale:
                 x = _centred_in_backward(input, mean, layout, ctx.backend, ctx.is_batch)
-                grad_scale = torch.bmm(grad, x.mT).to(scale.dtype)
-            if need_bias:
-                grad_bias = grad.sum(-1).view(-1).to(ctx.bias_dtype)
+                grad_scale = layout.over_batches(torch.bmm(grad, x.mT))
+            if need_bias or ctx.is_batch:
+                sums = layout.over_batches(grad.sum(-1))
+                grad_bias = sums.view(-1).to(ctx.bias_dtype) if need_bias else None
             if need_input:
                 back = scale.to(dtype).mT
                 offset = None
                 if ctx.is_batch:
-                    sums = grad.sum(-1, dtype=torch.float64) / max(layout.elements, 1)
-                    offset = -(scale.mT @ sums[..., None]).view(-1).to(dtype)
+                    offset = (scale.mT @ sums[..., None]).to(dtype).view(-1) / -max(layout.elements, 1)
                 grad_input = layout.to_tensor(_product(back, grad, offset, layout)).to(input.dtype)
                 grad_input = grad_input.contiguous(memory_format=layout.memory_format)
         return grad_input, None, None, grad_scale, grad_bias, None, None, None
@@ -282,23 +300,29 @@ def _differentiably_centred(
 ) -> tuple[Tensor, Tensor]:
     """Return (input - mean as matrices of `dtype`, mean), by torch's operations; mean None for that of the batch."""
     x = layout.to_matrices(input.to(dtype))
-    pivot = x.detach().sum(-1) / max(layout.elements, 1) if mean is None else mean.view(layout.groups, -1).to(dtype)
-    x = x - pivot[..., None]
+    exact = _mean(x.detach(), layout) if mean is None else mean.view(layout.groups, -1)
+    pivot = exact.to(dtype)
+    x = x - layout.of_each_batch(pivot[..., None])
     # What rounding the pivot has left.
-    rest = x.sum(-1) / max(layout.elements, 1) if mean is None else (mean.view_as(pivot) - pivot).to(dtype)
-    return x - rest[..., None], (pivot.double() + rest).view(-1) if mean is None else mean
+    rest = _mean(x, layout) if mean is None else exact - pivot
+    return x - layout.of_each_batch(rest.to(dtype)[..., None]), (pivot + rest).view(-1) if mean is None else mean
 
 
-def _covariance(x: Tensor) -> Tensor:
-    """Return the biased covariance of centred matrices, float64 and symmetric."""
-    cov = torch.bmm(x, x.mT).double() / max(x.shape[-1], 1)
+def _mean(x: Tensor, layout: Layout) -> Tensor:
+    """Return the mean of matrices over their elements, float64 (groups, d)."""
+    return layout.over_batches(x.sum(-1)) / max(layout.elements, 1)
+
+
+def _covariance(x: Tensor, layout: Layout) -> Tensor:
+    """Return the biased covariance of centred matrices, float64 (groups, d, d) and symmetric."""
+    cov = layout.over_batches(torch.bmm(x, x.mT)) / max(layout.elements, 1)
     return 0.5 * (cov + cov.mT)
 
 
 def _product(scale: Tensor, x: Tensor, offset: Tensor | None, layout: Layout) -> Tensor:
-    """Return scale @ x + offset of matrices (groups, d, M) and a vector [C], in the order in memory of x."""
+    """Return scale @ x + offset of matrices x, scale (groups, d, d) and a vector [C], in the order in memory of x."""
+    scale = layout.of_each_batch(scale)
+    column = None if offset is None else layout.of_each_batch(offset.view(layout.groups, -1, 1))
     if not layout.is_last:
-        return torch.bmm(scale, x) if offset is None else torch.baddbmm(offset.view(layout.groups, -1, 1), scale, x)
-    if offset is None:
-        return torch.bmm(x.mT, scale.mT).mT
-    return torch.baddbmm(offset.view(layout.groups, 1, -1), x.mT, scale.mT).mT
+        return torch.bmm(scale, x) if column is None else torch.baddbmm(column, scale, x)
+    return (torch.bmm(x.mT, scale.mT) if column is None else torch.baddbmm(column.mT, x.mT, scale.mT)).mT

@@ -16,7 +16,8 @@ from tests.stock import normal
 
 EPS = 1e-3
 BACKENDS = ("reference", "cpu", "emulator", "triton", "torch")
-SHAPES = [(9, 4), (3, 4, 7), (2, 4, 3, 5)]
+# Rows, images with more elements than a group has channels, and images with fewer of them.
+SHAPES = [(9, 4), (3, 4, 7), (2, 4, 3, 5), (8, 4, 3)]
 GIVEN = "input", "residual", "weight", "bias"
 
 

@@ -8,12 +8,13 @@ import pickle
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastbn
 from fastbn.autograd.whitening import METHODS, Whitening
-from tests.autograd.test_whitening import correlated, definition
 from tests.stock import assert_same, normal, step
+from tests.whitening import correlated, definition
 
 CHANNELS = 4
 WHITENING = {1: fastbn.WhiteningBatchNorm1d, 2: fastbn.WhiteningBatchNorm2d}
@@ -214,6 +215,27 @@ def test_checkpoint_safe(use_reentrant):
     checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
     assert_same(dict(layer.named_buffers()), dict(once.named_buffers()), rtol=0, atol=0)
     assert type(fastbn.checkpoint_safe(layer, enabled=False)) is fastbn.WhiteningBatchNorm2d
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_reads_nothing(method, momentum):
+    layer = _layer(method=method, momentum=momentum, activation="relu")
+    x = correlated(*SHAPES[2]).requires_grad_()
+    with pytest.raises(AssertionError), _NoWaiting():
+        x.sum().item()
+    with _NoWaiting():
+        layer(x, x.detach()).sum().backward()
+        layer.eval()(x)
+    assert x.grad is not None
 
 
 def test_a_sequence_has_its_elements_in_two_dimensions():

@@ -21,6 +21,8 @@ from fastbn.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    WhiteningBatchNorm1d,
+    WhiteningBatchNorm2d,
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.accumulate import accumulate
@@ -49,6 +51,8 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Plan",
+    "WhiteningBatchNorm1d",
+    "WhiteningBatchNorm2d",
     "__version__",
     "accumulate",
     "checkpoint_safe",

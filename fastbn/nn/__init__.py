@@ -5,6 +5,7 @@ from fastbn.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from fastbn.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from fastbn.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
+from fastbn.nn.whitening import WhiteningBatchNorm1d, WhiteningBatchNorm2d
 
 __all__ = [
     "AccumulatedBatchNorm1d",
@@ -23,4 +24,6 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Ramp",
+    "WhiteningBatchNorm1d",
+    "WhiteningBatchNorm2d",
 ]

@@ -20,6 +20,7 @@ from fastbn.nn.scripting import in_place_of
 from fastbn.transforms.module import require_module
 
 _CORRECTED = (layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d)
+_NORMS = (BatchNormBase, layers.WhiteningBatchNorm1d, layers.WhiteningBatchNorm2d)
 
 
 # A CUDA graph would keep the answer of the run that was captured.
@@ -130,8 +131,9 @@ def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
     batch statistics, and leaves running_mean, running_var and num_batches_tracked alone. So it is for
     torch.utils.checkpoint with and without `use_reentrant`, with selective policies and nested, for other code that
     recomputes in backward, and under torch.compile, whether the checkpoint is inside the graph or around it; and for
-    torch.nn's and fastbn's BatchNorms, SyncBatchNorm and subclasses of them that normalise by the batch. Only classes
-    change: parameters, buffers, hooks and the state_dict stay. enabled=False: make them what they were.
+    torch.nn's and fastbn's BatchNorms, SyncBatchNorm and subclasses of them that normalise by the batch, and for
+    WhiteningBatchNorm. Only classes change: parameters, buffers, hooks and the state_dict stay. enabled=False: make
+    them what they were.
 
     `fastbn.convert` may come before or after it, and what it fuses stays fused: `convert(model, checkpoint_safe=True)`
     does both, and `fastbn.revert` undoes both. Other tables by exact type do not know the new classes.
@@ -141,7 +143,7 @@ def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
     another class with their first batch.
     """
     require_module("checkpoint_safe", model)
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BatchNormBase)]
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
     if not enabled:
         for _, module in norms:
             module.__class__ = class_without_checkpoint_safety(type(module))

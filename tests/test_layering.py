@@ -69,19 +69,8 @@ WITHIN = {
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
     "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments", "inverse_sqrt", "whitening"),
     "nn": (
-        *(
-            "scripting",
-            "activation",
-            "epilogue",
-            "saving",
-            "running",
-            "batchnorm",
-            "folded",
-            "frozen",
-            "lazy",
-            "renorm",
-        ),
-        *("accumulated", "whitening"),
+        *("scripting", "activation", "epilogue", "saving", "running"),
+        *("batchnorm", "folded", "frozen", "lazy", "renorm", "accumulated", "whitening"),
     ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),

@@ -55,7 +55,7 @@ class Whitening(NamedTuple):
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
 
 
-class Moments(NamedTuple):
+class JointMoments(NamedTuple):
     """The mean, float64 [C], and the biased covariance, float64 (groups, d, d), of `elements` elements per channel."""
 
     mean: Tensor
@@ -64,8 +64,8 @@ class Moments(NamedTuple):
 
 
 def whiten(
-    call: Call, whitening: Whitening, running: Moments | None = None, backend: str | None = None
-) -> tuple[Tensor, Moments]:
+    call: Call, whitening: Whitening, running: JointMoments | None = None, backend: str | None = None
+) -> tuple[Tensor, JointMoments]:
     """Return (output, the moments that made it) of a call. Running statistics and counter are neither read nor moved.
 
     running: the moments to whiten by, which have no gradient; None for those of the batch, through which gradients
@@ -99,32 +99,32 @@ def _by_ops(
     weight: Tensor | None,
     bias: Tensor | None,
     whitening: Whitening,
-    running: Moments | None,
+    running: JointMoments | None,
     backend: Backend,
-) -> tuple[Tensor, Moments]:
+) -> tuple[Tensor, JointMoments]:
     """Return (z, moments), by a backend's primitives and the Functions below."""
     layout = Layout.of(input, whitening.group_size)
     x, moments = None, running
     if moments is None:
         x, mean, cov = _apply_covariance(input, layout, backend)
-        moments = Moments(mean, cov, layout.elements)
+        moments = JointMoments(mean, cov, layout.elements)
     scale = _scale(whitening, moments, weight)
     return _apply_linear(input, x, moments.mean, scale, bias, layout, running is None, backend), moments
 
 
 def _composition(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, whitening: Whitening, running: Moments | None
-) -> tuple[Tensor, Moments]:
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, whitening: Whitening, running: JointMoments | None
+) -> tuple[Tensor, JointMoments]:
     """Return (z, moments), by torch's operations, which everything can look through and differentiate."""
     layout = Layout.of(input, whitening.group_size)
     x, mean = _differentiably_centred(input, layout, None if running is None else running.mean, _dtype_of(input))
-    moments = Moments(mean, _covariance(x, layout), layout.elements) if running is None else running
+    moments = JointMoments(mean, _covariance(x, layout), layout.elements) if running is None else running
     scale = _scale(whitening, moments, weight).to(x.dtype)
     z = layout.to_tensor(_product(scale, x, None if bias is None else bias.to(x.dtype), layout))
     return z.to(input.dtype).contiguous(memory_format=layout.memory_format), moments
 
 
-def _scale(whitening: Whitening, moments: Moments, weight: Tensor | None) -> Tensor:
+def _scale(whitening: Whitening, moments: JointMoments, weight: Tensor | None) -> Tensor:
     """Return T = diag(weight) W, float64 (groups, d, d)."""
     matrix = whitening.matrix(moments.cov)
     return matrix if weight is None else weight.double().view(len(matrix), -1, 1) * matrix

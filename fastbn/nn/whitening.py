@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastbn.autograd.whitening import METHODS, Moments, Whitening, whiten
+from fastbn.autograd.whitening import METHODS, JointMoments, Whitening, whiten
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 from fastbn.ops.activations import check_param
@@ -101,7 +101,7 @@ class _WhiteningBatchNorm(WithActivation, nn.Module):
             self.training,
             param,
         )
-        running = None if self.training else Moments(mean.double(), cov.double(), 0)
+        running = None if self.training else JointMoments(mean.double(), cov.double(), 0)
         whitening = Whitening(self.method, self.iterations, self.group_size, call.eps)
         output, moments = whiten(call, whitening, running)
         if self.training:
@@ -124,7 +124,7 @@ class _WhiteningBatchNorm(WithActivation, nn.Module):
         return mean, cov, counter
 
     @torch.no_grad()
-    def _track(self, moments: Moments) -> None:
+    def _track(self, moments: JointMoments) -> None:
         """Move the running statistics as batch normalisation does: not for an empty batch, and without a host sync."""
         self.num_batches_tracked.add_(1)
         count = moments.elements

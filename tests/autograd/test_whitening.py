@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbn.autograd.whitening import METHODS, Moments, Whitening, whiten
+from fastbn.autograd.whitening import METHODS, JointMoments, Whitening, whiten
 from fastbn.backends import registry
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
@@ -70,7 +70,7 @@ def test_the_definition(backend, shape, method, group_size, mode, activation):
     whitening, running = Whitening(method, 4, group_size, EPS), None
     if mode == "evaluation":
         _, mean, cov = definition(correlated(50, 4, seed=7), whitening)
-        running = Moments(mean, cov, 0)
+        running = JointMoments(mean, cov, 0)
     expected = _expected(tensors, whitening, activation, running)
     output, moments = whiten(_call(tensors, running is None, activation, running), whitening, running, backend)
     _assert_close(output, expected, "output")
@@ -91,7 +91,7 @@ def test_first_and_second_derivative(mode, method, name):
     tensors = _tensors((3, 3, 2, 2))
     whitening, running = Whitening(method, 3, 3, 0.05), None
     if mode == "evaluation":
-        running = Moments(*definition(correlated(50, 3, seed=7), whitening)[1:], 0)
+        running = JointMoments(*definition(correlated(50, 3, seed=7), whitening)[1:], 0)
 
     def function(*tensors):
         call = _call(list(tensors), running is None, "silu", running)

@@ -68,7 +68,7 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
     "autograd": ("composite", "batch_norm", "from_output", "statistics"),
-    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "ghost", "lazy", "renorm"),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools"),

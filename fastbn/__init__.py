@@ -21,6 +21,8 @@ from fastbn.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    MaskedBatchNorm1d,
+    MaskedBatchNorm2d,
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
@@ -46,6 +48,8 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "MaskedBatchNorm1d",
+    "MaskedBatchNorm2d",
     "Plan",
     "__version__",
     "checkpoint_safe",

@@ -223,7 +223,7 @@ def test_it_works_with_what_surrounds_a_layer():
     assert "virtual_batch_size=2" in repr(layer)
 
 
-@pytest.mark.parametrize("samples", [6, 7], ids="{} samples".format)
+@pytest.mark.parametrize("samples", [6, pytest.param(7, marks=pytest.mark.slow)], ids="{} samples".format)
 def test_compiled_it_is_one_graph(samples):
     layer, _ = _layer(dtype=torch.float32, activation="relu")
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")

@@ -79,7 +79,7 @@ class _GhostBatchNorm(FastBatchNorm):
             return super()._normalize(input, residual, activation, activation_param)
         weight, bias, running_mean, running_var, counter = self._tensors(self.track_running_stats)
         vectors = weight, bias, running_mean, running_var
-        if any(vector is not None and vector.shape != (channels,) for vector in vectors):
+        if any(vector is not None and vector.numel() != channels for vector in vectors):
             return super()._normalize(input, residual, activation, activation_param)  # refuses it in torch's words
         if input.numel() == input.shape[0] * channels and self.virtual_batch_size == 1:
             raise ValueError(
@@ -95,11 +95,13 @@ class _GhostBatchNorm(FastBatchNorm):
         inputs = input.split(sizes) if larger else (input,)
         residuals = residual.split(sizes) if larger and residual is not None else (residual,) * len(parts)
         memory_format = suggest_memory_format(input)
-        outputs, running = [], []
+        outputs, steps = [], []
         for x, r, (count, _) in zip(inputs, residuals, parts, strict=True):
             # A step of each virtual batch's running statistics, of which the layer's are to be the mean.
-            mean, var = (_repeated(vector, count, input.dtype) for vector in (running_mean, running_var))
-            running.append((mean, var))
+            mean, var = None, None
+            if running_mean is not None and running_var is not None:
+                steps.append(_steps_from(running_mean, running_var, count, input.dtype))
+                mean, var = steps[-1].flatten(1).unbind()
             output = functional.batch_norm(
                 group(x, count),
                 mean,
@@ -113,14 +115,14 @@ class _GhostBatchNorm(FastBatchNorm):
                 activation=activation,
                 activation_param=activation_param,
                 # Both parts are of one batch, so only the last one counts.
-                num_batches_tracked=counter if counter is None or len(running) == len(parts) else counter.clone(),
+                num_batches_tracked=counter if counter is None or x is inputs[-1] else counter.clone(),
             )
             outputs.append(ungroup(output, count, memory_format))
-        weights = [each / input.shape[0] for _, each in parts]
-        for buffer, stepped in zip((running_mean, running_var), zip(*running, strict=True), strict=True):
-            if buffer is not None:
-                with torch.no_grad():
-                    buffer.copy_(_mean_of_groups(stepped, weights, channels))
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                moved = _mean_of_groups(steps, [each / input.shape[0] for _, each in parts])
+                running_mean.copy_(moved[0])
+                running_var.copy_(moved[1])
         return torch.cat(outputs) if larger else outputs[0]
 
     def __prepare_scriptable__(self) -> None:
@@ -130,25 +132,30 @@ class _GhostBatchNorm(FastBatchNorm):
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
 
+def _wide(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a vector, in float32 where it has the half type `dtype` of the input: sums over groups round once."""
+    return vector.float() if vector.dtype == dtype and dtype in HALF_TYPES else vector
+
+
 def _repeated(vector: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor | None:
-    """Return a copy of [C] per group, [groups * C], whose gradient is the sum over the groups.
-
-    Beside an input of the same half type it is float32, so that sums over groups are rounded once.
-    """
-    if vector is None:
-        return None
-    wide = vector.float() if vector.dtype == dtype and dtype in HALF_TYPES else vector
-    return wide.repeat(groups)
+    """Return [C] once per group, [groups * C], whose gradient is the sum over the groups."""
+    return None if vector is None else _wide(vector, dtype).expand(groups, -1).reshape(-1)
 
 
-def _mean_of_groups(parts: tuple[Tensor, ...], weights: list[float], channels: int) -> Tensor:
-    """Return the mean over all groups of some [groups * C], each group by the weight of its part, float64 [C].
+def _steps_from(running_mean: Tensor, running_var: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return a copy of both per group, [2, groups, C]."""
+    both = torch.stack((_wide(running_mean, dtype), _wide(running_var, dtype))).unsqueeze(1)
+    return both.expand(2, groups, -1).clone(memory_format=torch.contiguous_format)
+
+
+def _mean_of_groups(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """Return the mean over all groups of some [2, groups, C], each group by the weight of its part, float64 [2, C].
 
     It is taken about the first group, so that groups that agree give exactly what they hold.
     """
-    pivot = parts[0][:channels].double()
-    groups = (part.view(-1, channels) for part in parts)
-    return sum((((each - pivot).sum(0) * weight) for each, weight in zip(groups, weights, strict=True)), pivot)
+    pivot = parts[0][:, :1].double()
+    differences = ((part - pivot).sum(1) * weight for part, weight in zip(parts, weights, strict=True))
+    return sum(differences, pivot.squeeze(1))
 
 
 _DOC = """Ghost batch normalisation (Hoffer, Hubara and Soudry 2017, "Train longer, generalize better") of {shape}.

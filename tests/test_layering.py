@@ -70,7 +70,7 @@ WITHIN = {
     "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments", "inverse_sqrt", "whitening"),
     "nn": (
         *("scripting", "activation", "epilogue", "saving", "running"),
-        *("batchnorm", "folded", "frozen", "lazy", "renorm", "accumulated", "whitening"),
+        *("batchnorm", "folded", "frozen", "ghost", "lazy", "renorm", "masked", "accumulated", "whitening"),
     ),
     "transforms": (
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),

@@ -42,8 +42,14 @@ class Hooks:
     once, also only then. No gradient flows through a hook, except the one that backward computes.
     """
 
+    keeps_others = False
+
     def select(self, input: Tensor) -> Tensor | None:
-        """Return which elements count, bool (N, 1, *), or None for all. The others get no gradient."""
+        """Return which elements count, bool (N, 1, *), or None for all.
+
+        The others may hold anything, NaN too. They come out as 0, and their gradient is 0; if `keeps_others` is true
+        they come out as they are in the input, and their gradient is grad_out's. That of the residual is 0 there.
+        """
         return None
 
     def replace(self) -> Moments | None:
@@ -124,16 +130,16 @@ class StatisticsFunction(torch.autograd.Function):
         hooks, eps, activation, param, backend = settings
         with below_autograd():
             selected, replacement = hooks.select(input), hooks.replace()
-            x = _cleared(input, selected)
-            own = replacement or _moments(backend.ops.channel_stats, x, selected)
+            own = replacement or _moments(backend.ops.channel_stats, input, selected)
             moments = replacement or hooks.merge(own)
             correction = hooks.correct(moments)
             inv_std = (moments.var + eps).rsqrt()
             scale, shift = _corrected(input, weight, bias, correction)
             saves_mask = residual is not None and is_piecewise_linear(activation) and backend.saves_mask(input)
             output, mask = backend.ops.normalize(
-                x, residual, scale, shift, moments.mean, inv_std, activation, saves_mask, param
+                input, residual, scale, shift, moments.mean, inv_std, activation, saves_mask, param
             )
+            _set_others(output, selected, input if hooks.keeps_others else None)
         r, d = correction or (None, None)
         saved: dict[str, Tensor | None] = dict(
             input=input, weight=weight, bias=bias, scale=scale, shift=shift, mean=moments.mean
@@ -157,10 +163,11 @@ class StatisticsFunction(torch.autograd.Function):
         need_input, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return *_differentiable_backward(ctx, saved, grad_out), None
-        selected = saved["selected"]
+        selected, grad_others = saved["selected"], grad_out if hooks.keeps_others else None
         grad_out = _cleared(grad_out, selected)
-        names = ("residual", "mask", "scale", "shift", "mean", "inv_std")
-        operands = grad_out, _cleared(saved["input"], selected), *(saved[name] for name in names)
+        residual = _cleared(saved["residual"], selected) if activation != 0 else None
+        names = ("mask", "scale", "shift", "mean", "inv_std")
+        operands = grad_out, _cleared(saved["input"], selected), residual, *(saved[name] for name in names)
         grad_input = grad_residual = grad_weight = grad_bias = None
         totals = None, None, None
         with below_autograd():
@@ -173,7 +180,7 @@ class StatisticsFunction(torch.autograd.Function):
                 grad_input, grad_residual = backend.ops.input_grad(
                     *operands, *totals, activation, need_residual and activation != 0, param
                 )
-                grad_input = _cleared(grad_input, selected)
+                _set_others(grad_input, selected, grad_others)
         return (
             grad_input if need_input else None,
             (grad_out if activation == 0 else grad_residual) if need_residual else None,
@@ -186,30 +193,59 @@ class StatisticsFunction(torch.autograd.Function):
 _apply: Any = StatisticsFunction.apply  # typed in some releases of torch
 
 
-def _cleared(x: Tensor, selected: Tensor | None) -> Tensor:
+def _cleared(x: Any, selected: Tensor | None) -> Any:
     """Return x with 0 where it is not selected: the element there, which may be NaN, must not reach a sum."""
-    return x if selected is None else torch.where(selected, x, 0.0)
+    return x if x is None or selected is None else torch.where(selected, x, 0.0)
+
+
+def _set_others(x: Tensor, selected: Tensor | None, others: Tensor | None) -> None:
+    """Set x in place to `others`, or to 0, where it is not selected."""
+    if selected is None:
+        return
+    if others is None:
+        x.masked_fill_(~selected, 0.0)
+    else:
+        torch.where(selected, x, others, out=x)
 
 
 def _moments(
     channel_stats: Callable[[Tensor], tuple[Tensor, Tensor]], input: Tensor, selected: Tensor | None
 ) -> Moments:
-    """Return the moments of the selected elements, where all others are 0, by a primitive that takes all elements."""
+    """Return the moments of the selected elements by a primitive that takes all elements."""
     total = input.numel() // input.shape[1]
-    if selected is None:
+    if selected is None or total == 0:
         mean, var = channel_stats(input)
         return Moments(mean, var, mean.new_full((1,), total))
-    count = _count(input, selected)
-    ratio = total / count.clamp(min=1)
-    # The others are set to the mean of the selected ones, rounded to the input's dtype, so that their part of the
-    # squares is small and known.
-    filling = (channel_stats(input)[0] * ratio).to(input.dtype)
+    # The others are set to one element of the channel that is among the data. So what they add to the squares is about
+    # as large as what the selected ones do, and known: nothing cancels.
+    filling, count = _sampled(input, selected)
     mean_of_all, var_of_all = channel_stats(torch.where(selected, input, wide(input, filling)))
-    filling = filling.double()
-    mean = filling + (mean_of_all - filling) * ratio
-    squares = total * var_of_all - (total - count) * (filling - mean_of_all).square()
-    var = (squares / count.clamp(min=1) - (mean - mean_of_all).square()).clamp(min=0)
+    others_per_selected = (total - count) / count.clamp(min=1)
+    shift = mean_of_all - filling.double()
+    # With n selected elements and m others, mean_of_all = (n * mean + m * filling) / (n + m), and by Chan's formula
+    # var_of_all * (n + m) = n * var + n * m / (n + m) * (mean - filling)^2. Without others these are as they come.
+    mean = mean_of_all + others_per_selected * shift
+    var = (1 + others_per_selected) * (var_of_all - others_per_selected * shift.square()).clamp(min=0)
     return Moments(torch.where(count > 0, mean, 0.0), torch.where(count > 0, var, 0.0), count)
+
+
+def _sampled(input: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (the median of five selected elements per channel, [C], the number of selected ones, float64 [1]).
+
+    The five are spread over the batch, as those of csrc/math/pivot.h are, and one that is inf or NaN counts as 0.
+    """
+    spatial = input.shape[2:]
+    flags = selected.expand(input.shape[0], 1, *spatial).reshape(-1)
+    ranks = flags.cumsum(0)
+    count = ranks[-1:]
+    wanted = 1 + (count - 1) * torch.arange(5, device=count.device) // 4
+    at = torch.searchsorted(ranks, wanted).clamp(max=flags.shape[0] - 1)
+    indices: list[Any] = []
+    for size in reversed(spatial):
+        indices.insert(0, at % size)
+        at = at // size
+    sample = input[(at, slice(None), *indices)]
+    return torch.where(sample.isfinite(), sample, 0.0).median(0).values, count.double()
 
 
 def _count(input: Tensor, selected: Tensor) -> Tensor:
@@ -261,6 +297,7 @@ def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) 
         raise RuntimeError("batch_norm: moments merged with those of other ranks cannot be differentiated twice")
     selected, input = saved["selected"], saved["input"]
     x, g = _cleared(input.double(), selected), _cleared(grad_out.double(), selected)
+    residual = _cleared(saved["residual"], selected)
     mean, inv_std, count = saved["mean"], saved["inv_std"], saved["count"]
     if not ctx.is_constant:
         mean, var, count = _differentiable_moments(x, selected)
@@ -269,11 +306,12 @@ def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) 
     scale, shift = _corrected(x, saved["weight"], saved["bias"], correction)
     upper = None if saved["mask"] is None else unpack_mask(saved["mask"], x.shape)
     epilogue = ctx.settings.activation, ctx.settings.activation_param
-    grad_z = grad_z_of(g, x, saved["residual"], upper, scale, shift, mean, inv_std, *epilogue)
+    grad_z = grad_z_of(g, x, residual, upper, scale, shift, mean, inv_std, *epilogue)
     xhat = _cleared((x - wide(x, mean)) * wide(x, inv_std), selected)
     sums = grad_z.sum(reduced_dims(x)), (grad_z * xhat).sum(reduced_dims(x))
     grad_x = input_gradient(grad_z, xhat, scale, inv_std, None if ctx.is_constant else (*sums, count))
-    grad_x = _cleared(grad_x, selected)
+    if selected is not None:
+        grad_x = torch.where(selected, grad_x, grad_out.double() if ctx.settings.hooks.keeps_others else 0.0)
     grad_weight, grad_bias = _parameter_gradients(saved, *sums)
     grad_x = grad_x.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
     grads = grad_x, grad_z.to(input.dtype), grad_weight, grad_bias
@@ -286,7 +324,7 @@ def _composition(
     """Run a call by torch's operations in float64, which everything can look through and differentiate."""
     hooks, eps, activation, param, _ = settings
     selected, moments = hooks.select(input), hooks.replace()
-    x = _cleared(input.double(), selected)
+    x, residual = _cleared(input.double(), selected), _cleared(residual, selected)
     if moments is None:
         own = _differentiable_moments(x, selected)
         moments = hooks.merge(own)
@@ -295,7 +333,8 @@ def _composition(
     constants = Moments(*(moment.detach() for moment in moments))
     scale, shift = _corrected(x, weight, bias, hooks.correct(constants))
     z = affine(x, residual, scale, shift, moments.mean, (moments.var + eps).rsqrt())
+    output = activate(z, activation, param).to(input.dtype)
     if selected is not None:
-        z = torch.where(selected, z, z.detach())
-    output = activate(z, activation, param).to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
+        output = torch.where(selected, output, input if hooks.keeps_others else 0.0)
+    output = output.contiguous(memory_format=suggest_memory_format(input))
     return output, constants

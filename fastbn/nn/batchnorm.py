@@ -16,11 +16,15 @@ from fastbn.nn.epilogue import NormalizationLayer
 from fastbn.nn.saving import SavesOutput
 
 
-def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, residual: fx.Proxy | None) -> Any:
-    """Return a call of `module` in the graph that torch.fx is tracing: modules of torch.nn are leaves of it too."""
-    arguments = (input,) if residual is None else (input, residual)
+def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, *others: Any, **named: Any) -> Any:
+    """Return a call of `module` in the graph that torch.fx is tracing: modules of torch.nn are leaves of it too.
+
+    Trailing arguments that are None are left out, as users leave them out.
+    """
+    while others and others[-1] is None:
+        others = others[:-1]
     tracer: Any = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *others), named)
 
 
 class FastBatchNorm(WithActivation, SavesOutput, NormalizationLayer, BatchNormBase):

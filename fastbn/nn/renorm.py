@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastbn.autograd.statistics import Hooks, Moments, normalize
+from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
 from fastbn.nn.running import move_running_stats
 from fastbn.ops.activations import check_param
@@ -121,10 +122,7 @@ class _BatchRenorm(FastBatchNorm):
         return output
 
     def __prepare_scriptable__(self) -> None:
-        raise TypeError(
-            f"torch.jit.script: expected layers with a form in TorchScript, got {type(self).__name__}, whose training "
-            "has none; torch.jit.trace takes it in evaluation"
-        )
+        scripting.refuse(self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import FunctionType
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,14 @@ def in_place_of(original: Any, function: Any) -> Any:
         scope = original.__globals__
         function = FunctionType(function.__code__, scope, None, function.__defaults__, function.__closure__)
     return functools.update_wrapper(function, original)
+
+
+def refuse(layer: Any) -> NoReturn:
+    """Raise TypeError: for `__prepare_scriptable__` of a layer whose training TorchScript cannot compile."""
+    raise TypeError(
+        f"torch.jit.script: expected layers with a form in TorchScript, got {type(layer).__name__}, whose training "
+        "has none; torch.jit.trace takes it in evaluation"
+    )
 
 
 def activate(z: Tensor, name: str, param: Optional[float]) -> Tensor:  # noqa: UP045

@@ -45,7 +45,7 @@ class CheckpointSafe(nn.Module):
 
     def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, fx.Proxy):
-            return leaf_of_symbolic_tracing(self, input, args[0] if args else kwargs.get("residual"))
+            return leaf_of_symbolic_tracing(self, input, *args, **kwargs)
         return self._call(self._unsafe.forward, input, *args, **kwargs)
 
     def _with_epilogue(self, input: Tensor, epilogue: Epilogue) -> Any:

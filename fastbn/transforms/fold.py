@@ -57,9 +57,10 @@ def fold(model: nn.Module, *, inplace: bool = False, verbose: bool = False) -> n
     """Return a copy of `model` for inference, in which BatchNorms are folded into the layer before them.
 
     Conv1d, 2d, 3d, ConvTranspose1d, 2d, 3d and Linear take up torch.nn's and fastbn's BatchNorms, SyncBatchNorm,
-    BatchRenorms and FrozenBatchNorms, the frozen ones of torchvision and detectron2, and timm's BatchNormAct2d. New
-    weights are computed in float64 and rounded once to the layer's dtype; a layer without bias gets one. The BatchNorm
-    becomes an nn.Identity, or the module of its activation, so that the names and indices of all other modules stay.
+    BatchRenorms, GhostBatchNorms and FrozenBatchNorms, the frozen ones of torchvision and detectron2, and timm's
+    BatchNormAct2d. New weights are computed in float64 and rounded once to the layer's dtype; a layer without bias gets
+    one. The BatchNorm becomes an nn.Identity, or the module of its activation, so that the names and indices of all
+    other modules stay.
 
     A pair is folded if the forward of the module that calls both, traced by torch.fx part by part, gives the layer's
     output to the BatchNorm and to nothing else, and calls each once, whatever values its flags have. Layers with hooks,

@@ -39,6 +39,9 @@ _NORMS: dict[type[nn.Module], bool] = {
     layers.FrozenBatchNorm1d: False,
     layers.FrozenBatchNorm2d: True,
     layers.FrozenBatchNorm3d: True,
+    layers.GhostBatchNorm1d: False,
+    layers.GhostBatchNorm2d: True,
+    layers.GhostBatchNorm3d: True,
 }
 # Layers of packages that need not be installed, and what they call after the normalisation: names of children.
 NORMS_BY_NAME: dict[str, tuple[str, ...]] = {

@@ -195,6 +195,7 @@ NORMS = {
     "nn.SyncBatchNorm": lambda _: nn.SyncBatchNorm(5),
     "BatchNorm2d": lambda _: fastbn.BatchNorm2d(5),
     "BatchRenorm2d": lambda _: fastbn.BatchRenorm2d(5),
+    "GhostBatchNorm2d": lambda _: fastbn.GhostBatchNorm2d(5, virtual_batch_size=2),
     "FrozenBatchNorm2d": lambda _: fastbn.FrozenBatchNorm2d(5, activation="relu"),
     "frozen": lambda _: fastbn.freeze(nn.BatchNorm2d(5)),
     "torchvision": lambda _: _norm_of_torchvision(),

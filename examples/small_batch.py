@@ -56,7 +56,9 @@ def _renorm(channels: int, batch: int, steps: int) -> nn.Module:
 
 METHODS = {
     "BatchNorm": Method(lambda channels, batch, steps: fastbn.BatchNorm2d(channels)),
-    "ghost, batch / 4": Method(lambda channels, batch, steps: fastbn.GhostBatchNorm2d(channels, max(batch // 4, 2))),
+    "ghost, batch / 4": Method(
+        lambda channels, batch, steps: fastbn.GhostBatchNorm2d(channels, virtual_batch_size=max(batch // 4, 2))
+    ),
     "renorm": Method(_renorm),
     "frozen after half": Method(lambda channels, batch, steps: fastbn.BatchNorm2d(channels), freezes=True),
     "IterNorm, groups of 8": Method(lambda channels, batch, steps: fastbn.WhiteningBatchNorm2d(channels, group_size=8)),

@@ -130,7 +130,7 @@ class StatisticsFunction(torch.autograd.Function):
         hooks, eps, activation, param, backend = settings
         with below_autograd():
             selected, replacement = hooks.select(input), hooks.replace()
-            own = replacement or _moments(backend.ops.channel_stats, input, selected)
+            own = replacement or selected_moments(backend.ops.channel_stats, input, selected)
             moments = replacement or hooks.merge(own)
             correction = hooks.correct(moments)
             inv_std = (moments.var + eps).rsqrt()
@@ -208,7 +208,7 @@ def _set_others(x: Tensor, selected: Tensor | None, others: Tensor | None) -> No
         torch.where(selected, x, others, out=x)
 
 
-def _moments(
+def selected_moments(
     channel_stats: Callable[[Tensor], tuple[Tensor, Tensor]], input: Tensor, selected: Tensor | None
 ) -> Moments:
     """Return the moments of the selected elements by a primitive that takes all elements."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastbn import _torch
 from fastbn.autograd.moments import merge_stats
 from fastbn.autograd.statistics import Hooks, Moments, normalize
+from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm
 from fastbn.nn.running import move_running_stats
 from fastbn.ops import dispatch
@@ -104,10 +105,7 @@ class _AccumulatedBatchNorm(FastBatchNorm):
         vars(self).pop("moments", None)
 
     def __prepare_scriptable__(self) -> None:
-        raise TypeError(
-            f"torch.jit.script: expected layers with a form in TorchScript, got {type(self).__name__}, whose training "
-            "has none; torch.jit.trace takes it in evaluation"
-        )
+        scripting.refuse(self)
 
 
 _DOC = """torch.nn.{name} for gradient accumulation: several forwards in training mode are one batch, until `finish`.

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastbn.autograd.statistics import Hooks, Moments, normalize
+from fastbn.autograd.moments import channel_stats
+from fastbn.autograd.statistics import Hooks, Moments, normalize, selected_moments
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
+from fastbn.nn.running import move_running_stats
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual
@@ -110,9 +112,19 @@ class _MaskedBatchNorm(FastBatchNorm):
         )
         output, moments = normalize(call, _Unpadded(selected, self.padding == "keep"))
         if self.training:
-            with torch.no_grad():
-                _move(call, moments)
+            move_running_stats(running_mean, running_var, counter, self.momentum, moments)
         return output
+
+    def moments_of(
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Moments:
+        """Return the moments of what counts in the arguments of a forward: fastbn.population_stats asks for them."""
+        return selected_moments(lambda x: channel_stats(x)[:2], input.detach(), _selected(input, mask, lengths))
 
     def __prepare_scriptable__(self) -> None:
         scripting.refuse(self)
@@ -153,26 +165,6 @@ def _selected(input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Ten
 def _is_transposed(x: Tensor) -> bool:
     """Return whether x is a dense (N, L, C) seen as (N, C, L)."""
     return x.dim() == 3 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-
-
-def _move(call: Call, moments: Moments) -> None:
-    """Move running statistics and counter of a call as BatchNorm does, by moments of a number of elements per channel
-    that the host does not know.
-
-    No element leaves both statistics alone, as an empty batch does, and one element the variance, of which it tells
-    nothing.
-    """
-    counter, momentum, count = call.num_batches_tracked, call.momentum, moments.elements
-    factor: Tensor | float | None = momentum
-    if factor is None:
-        factor = 0.0 if counter is None else 1 / (counter.double() + 1)
-    unbiased = moments.var * (count / (count - 1).clamp(min=1))
-    for running, batch, least in ((call.running_mean, moments.mean, 1), (call.running_var, unbiased, 2)):
-        if running is not None:
-            moved = running.double() * (1 - factor) + batch * factor
-            running.copy_(torch.where(count >= least, moved, running.double()))
-    if counter is not None:
-        counter.add_(1)
 
 
 _DOC = """fastbn.{name} of padded data: {shape}.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastbn.autograd.whitening import METHODS, JointMoments, Whitening, whiten
+from fastbn.nn import scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 from fastbn.ops.activations import check_param
@@ -136,10 +137,7 @@ class _WhiteningBatchNorm(WithActivation, nn.Module):
             running.copy_(running.double() * (1 - factor) + batch * factor)
 
     def __prepare_scriptable__(self) -> None:
-        raise TypeError(
-            f"torch.jit.script: expected layers with a form in TorchScript, got {type(self).__name__}, which has none; "
-            "torch.jit.trace takes it in evaluation"
-        )
+        scripting.refuse(self)
 
     def extra_repr(self) -> str:
         names = ("eps", "momentum", "affine", "method", *(("iterations",) if self.method == "iternorm" else ()))

@@ -195,6 +195,17 @@ def test_a_subclass_that_leaves_elements_out():
     torch.testing.assert_close(layer.running_var, x[mask].var(0))
 
 
+def test_padding_is_left_out():
+    layer, x, lengths = fastbn.MaskedBatchNorm1d(2), normal(4, 2, 7, dtype=torch.float32), torch.tensor([7, 0, 3, 1])
+    x = torch.where(torch.arange(7) < lengths.view(4, 1, 1), x, torch.nan)
+    batches = [{"input": x[:2], "lengths": lengths[:2]}, {"input": x[2:], "lengths": lengths[2:]}]
+    found = fastbn.population_stats(layer, batches, progress=False)
+    assert [moments.elements.item() for moments in found.values()] == [11]
+    torch.testing.assert_close(layer.running_mean, x.nanmean((0, 2)))
+    elements = x.movedim(1, 0).flatten(1)
+    torch.testing.assert_close(layer.running_var, torch.stack([e[~e.isnan()].var() for e in elements]))
+
+
 class _Named(nn.Module):
     def __init__(self):
         super().__init__()

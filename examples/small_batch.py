@@ -54,13 +54,19 @@ def _renorm(channels: int, batch: int, steps: int) -> nn.Module:
     return fastbn.BatchRenorm2d(channels, r_max=r_max, d_max=d_max)
 
 
+def _batch_norm(channels: int, batch: int, steps: int) -> nn.Module:
+    return fastbn.BatchNorm2d(channels)
+
+
+def _ghost(channels: int, batch: int, steps: int) -> nn.Module:
+    return fastbn.GhostBatchNorm2d(channels, virtual_batch_size=max(batch // 4, 2))
+
+
 METHODS = {
-    "BatchNorm": Method(lambda channels, batch, steps: fastbn.BatchNorm2d(channels)),
-    "ghost, batch / 4": Method(
-        lambda channels, batch, steps: fastbn.GhostBatchNorm2d(channels, virtual_batch_size=max(batch // 4, 2))
-    ),
+    "BatchNorm": Method(_batch_norm),
+    "ghost, batch / 4": Method(_ghost),
     "renorm": Method(_renorm),
-    "frozen after half": Method(lambda channels, batch, steps: fastbn.BatchNorm2d(channels), freezes=True),
+    "frozen after half": Method(_batch_norm, freezes=True),
     "IterNorm, groups of 8": Method(lambda channels, batch, steps: fastbn.WhiteningBatchNorm2d(channels, group_size=8)),
     "LayerNorm": Method(lambda channels, batch, steps: nn.GroupNorm(1, channels)),
     "none": Method(lambda channels, batch, steps: nn.Identity()),

@@ -38,9 +38,10 @@ FROZEN_FROM = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to normalise. `layer` makes it for some channels and the number of images in a batch.
+    """A way to normalise.
 
-    steps: it also gets the number of steps of the run. freezes: whether the statistics are frozen on the way.
+    layer: makes a layer of some channels, for a number of images in a batch and a number of steps of the run. freezes:
+    whether the statistics are frozen on the way.
     """
 
     layer: Callable[[int, int, int], nn.Module]

@@ -17,22 +17,21 @@ from fastbn.ops.dispatch import check_residual
 from fastbn.ops.layout import suggest_memory_format
 
 
-def group(x: Tensor, groups: int) -> Tensor:
-    """Return x (N, C, *), N = V * groups, as (V, groups * C, *): [v, g * C + c] is sample v * groups + g's channel c.
+def group(x: Tensor, samples: int, groups: int) -> Tensor:
+    """Return x (V * groups, C, *), V samples, as (V, groups * C, *): at [v, g * C + c] is [v * groups + g, c].
 
     It has the memory format of x, and is a view where x is contiguous. In channels_last, pixels lie between the samples
     and their channels, so there it is a copy, in rows of C elements.
     """
-    sizes = x.shape[0] // groups, groups
     if suggest_memory_format(x) is torch.contiguous_format:
-        return x.unflatten(0, sizes).flatten(1, 2)
+        return x.unflatten(0, (samples, groups)).flatten(1, 2)
     # Channels go last first of all, so that the gradient is copied into that order too.
-    return x.movedim(1, -1).unflatten(0, sizes).movedim(1, -2).flatten(-2).movedim(-1, 1)
+    return x.movedim(1, -1).unflatten(0, (samples, groups)).movedim(1, -2).flatten(-2).movedim(-1, 1)
 
 
-def ungroup(y: Tensor, groups: int, memory_format: torch.memory_format) -> Tensor:
+def ungroup(y: Tensor, groups: int, channels: int, memory_format: torch.memory_format) -> Tensor:
     """Return the inverse of `group`, in the memory format that y has."""
-    channels = y.shape[1] // groups
+    # The number of channels is an argument, since compilers do not simplify a quotient of symbolic sizes.
     if memory_format is torch.contiguous_format:
         return y.unflatten(1, (groups, channels)).flatten(0, 1)
     return y.movedim(1, -1).unflatten(-1, (groups, channels)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1)
@@ -96,14 +95,13 @@ class _GhostBatchNorm(FastBatchNorm):
         residuals = residual.split(sizes) if larger and residual is not None else (residual,) * len(parts)
         memory_format = suggest_memory_format(input)
         outputs, steps = [], []
-        for x, r, (count, _) in zip(inputs, residuals, parts, strict=True):
+        for x, r, (count, each) in zip(inputs, residuals, parts, strict=True):
             # A step of each virtual batch's running statistics, of which the layer's are to be the mean.
             mean, var = None, None
             if running_mean is not None and running_var is not None:
-                steps.append(_steps_from(running_mean, running_var, count, input.dtype))
-                mean, var = steps[-1].flatten(1).unbind()
+                mean, var = (_per_group(vector, count, input.dtype) for vector in (running_mean, running_var))
             output = functional.batch_norm(
-                group(x, count),
+                group(x, each, count),
                 mean,
                 var,
                 _repeated(weight, count, input.dtype),
@@ -111,13 +109,15 @@ class _GhostBatchNorm(FastBatchNorm):
                 True,
                 self.momentum,
                 vars(self)["eps"],
-                residual=None if r is None else group(r, count),
+                residual=None if r is None else group(r, each, count),
                 activation=activation,
                 activation_param=activation_param,
                 # Both parts are of one batch, so only the last one counts.
                 num_batches_tracked=counter if counter is None or x is inputs[-1] else counter.clone(),
             )
-            outputs.append(ungroup(output, count, memory_format))
+            outputs.append(ungroup(output, count, channels, memory_format))
+            if mean is not None and var is not None:
+                steps.append(torch.stack((mean, var)).unflatten(1, (count, channels)))
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 moved = _mean_of_groups(steps, [each / input.shape[0] for _, each in parts])
@@ -142,20 +142,24 @@ def _repeated(vector: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor 
     return None if vector is None else _wide(vector, dtype).expand(groups, -1).reshape(-1)
 
 
-def _steps_from(running_mean: Tensor, running_var: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Return a copy of both per group, [2, groups, C]."""
-    both = torch.stack((_wide(running_mean, dtype), _wide(running_var, dtype))).unsqueeze(1)
-    return both.expand(2, groups, -1).clone(memory_format=torch.contiguous_format)
+def _per_group(vector: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return a copy of [C] per group, [groups * C], for an op to write to.
+
+    It is no view of anything: where sizes are symbolic, Inductor fails on an op that writes to a view of a new tensor.
+    """
+    channels = torch.arange(groups * vector.shape[0], device=vector.device) % vector.shape[0]
+    return _wide(vector, dtype).index_select(0, channels)
 
 
 def _mean_of_groups(parts: list[Tensor], weights: list[float]) -> Tensor:
     """Return the mean over all groups of some [2, groups, C], each group by the weight of its part, float64 [2, C].
 
-    It is taken about the first group, so that groups that agree give exactly what they hold.
+    It is taken about the first group, so that groups that agree give exactly what they hold. (That is selected, since
+    Inductor takes a slice of 1 along a symbolic size for all of it.)
     """
-    pivot = parts[0][:, :1].double()
-    differences = ((part - pivot).sum(1) * weight for part, weight in zip(parts, weights, strict=True))
-    return sum(differences, pivot.squeeze(1))
+    pivot = parts[0][:, 0].double()
+    wide = pivot.unsqueeze(1)
+    return sum(((part - wide).sum(1) * weight for part, weight in zip(parts, weights, strict=True)), pivot)
 
 
 _DOC = """Ghost batch normalisation (Hoffer, Hubara and Soudry 2017, "Train longer, generalize better") of {shape}.

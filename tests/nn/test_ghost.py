@@ -168,15 +168,15 @@ def test_running_statistics_of_half_types_are_rounded_once(samples):
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_grouping_is_a_view_of_contiguous_memory_and_keeps_channels_last(dim):
     x = normal(*_shape(6, dim))
-    grouped = group(x, 3)
+    grouped = group(x, 2, 3)
     assert grouped.shape == (2, 3 * CHANNELS, *IMAGE[dim]) and grouped._base is x
     assert torch.equal(grouped[1, 2 * CHANNELS + 4], x[5, 4])
-    assert ungroup(grouped, 3, torch.contiguous_format).data_ptr() == x.data_ptr()
+    assert ungroup(grouped, 3, CHANNELS, torch.contiguous_format).data_ptr() == x.data_ptr()
     if dim in FORMATS:
         last = x.to(memory_format=FORMATS[dim])
-        regrouped = group(last, 3)
+        regrouped = group(last, 2, 3)
         assert torch.equal(regrouped, grouped) and regrouped.is_contiguous(memory_format=FORMATS[dim])
-        back = ungroup(regrouped, 3, FORMATS[dim])
+        back = ungroup(regrouped, 3, CHANNELS, FORMATS[dim])
         assert torch.equal(back, x) and back.is_contiguous(memory_format=FORMATS[dim])
 
 
@@ -232,6 +232,16 @@ def test_compiled_it_is_one_graph(samples):
     actual = step(compiled, x, grad_out, residual)
     assert_same({name.replace("_orig_mod.", ""): value for name, value in actual.items()}, expected)
     assert_same_buffers(compiled._orig_mod, layer)
+
+
+@pytest.mark.slow
+def test_inductor_moves_running_statistics_by_batches_of_any_size():
+    layer, _ = _layer(dtype=torch.float32)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=True)
+    for samples in (4, 6, 8, 7, 9):
+        x = normal(*_shape(samples), seed=samples, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), layer(x))
+        assert_same_buffers(compiled._orig_mod, layer)
 
 
 def test_a_module_that_is_called_twice_before_backward():

@@ -339,6 +339,23 @@ def test_compiled_it_is_one_graph(padding, transposed):
     assert_same_buffers(compiled.norm, layer)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["zero", "keep"])
+def test_inductor_takes_batches_of_any_size(padding):
+    layer, _ = _layer(dtype=torch.float32, padding=padding, activation="silu")
+    compiled = torch.compile(OfLengths(copy.deepcopy(layer)), fullgraph=True, dynamic=True)
+    for samples, length in ((4, 7), (6, 9), (3, 20)):
+        x = normal(samples, CHANNELS, length, seed=samples, dtype=torch.float32).requires_grad_()
+        grad_out = normal(samples, CHANNELS, length, seed=1, dtype=torch.float32)
+        lengths, results = torch.arange(samples) * 2, []
+        for function in (OfLengths(layer), compiled):
+            output = function(x, lengths)
+            results.append((output, *torch.autograd.grad(output, (x, function.norm.weight), grad_out)))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+        assert_same_buffers(compiled.norm, layer)
+
+
 def test_nothing_waits_for_the_data():
     """On the meta device there is none."""
     layer = fastbn.MaskedBatchNorm1d(CHANNELS, activation="relu", device="meta")

@@ -18,6 +18,7 @@ from fastbn.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
 from fastbn.ops.dispatch import Plan
 from fastbn.transforms.checkpoint import checkpoint_safe
@@ -41,6 +42,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Plan",
+    "SyncBatchNorm",
     "__version__",
     "checkpoint_safe",
     "compile_pass",

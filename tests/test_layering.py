@@ -68,9 +68,9 @@ WITHIN = {
     "ops": ("activations", "layout", "errors", "contract", "dispatch"),
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
     "autograd": ("composite", "batch_norm", "from_output", "statistics"),
-    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm"),
+    "nn": ("scripting", "activation", "epilogue", "saving", "batchnorm", "folded", "frozen", "lazy", "renorm", "sync"),
     "transforms": (
-        *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
+        *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "sync", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),

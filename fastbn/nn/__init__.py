@@ -4,6 +4,7 @@ from fastbn.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from fastbn.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from fastbn.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
+from fastbn.nn.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -19,4 +20,5 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Ramp",
+    "SyncBatchNorm",
 ]

@@ -89,9 +89,7 @@ def test_layers_that_stay_local_are_named():
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_what_is_refused_changes_nothing():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
-    with pytest.raises(
-        ValueError, match="expected layers that know their channels for sync=True, got Lazy.* at 1"
-    ):
+    with pytest.raises(ValueError, match="expected layers that know their channels for sync=True, got Lazy.* at 1"):
         fastbn.convert(model, sync=True)
     with pytest.raises(ValueError, match="expected sync=True beside a process_group, got sync=False"):
         fastbn.convert(model, process_group=object())

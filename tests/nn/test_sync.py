@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import pickle
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,10 @@ def test_it_works_with_what_surrounds_a_layer():
         torch.testing.assert_close(other.eval()(x), layer(x))
     with pytest.raises(TypeError, match="expected layers with a form in TorchScript, got SyncBatchNorm"):
         torch.jit.script(layer)
+
+
+def test_the_example_of_the_docs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "variants.md").read_text()
+    section = page[page.index("## SyncBatchNorm") :].split("\n## ")[0]
+    example = doctest.DocTestParser().get_doctest(section, {}, "variants.md", None, None)
+    assert len(example.examples) >= 4 and doctest.DocTestRunner().run(example).failed == 0

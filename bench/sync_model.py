@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastbn.nn.sync import MAX_GATHERED_RANKS
+
 GPUS_PER_NODE = 8
 # NCCL's protocols, each with (base, step within a node, step between nodes) in us for a ring and for a tree, and the
 # shares of the bandwidth that they reach. Within a node of several, NCCL takes the steps of the first to be 1.8 times
@@ -57,22 +59,28 @@ def add_up(ranks: int, size: int) -> Prediction:
     return _fastest(ranks, lambda nodes, per_node: (2 * (per_node - 1), 2 * math.log2(nodes)), 1, 2 * size)
 
 
+def add_up_twice(ranks: int, channels: int) -> Prediction:
+    """Predict the forward of large groups: the sums of means and counts, then those of squares."""
+    first, second = add_up(ranks, 8 * (channels + 1)), add_up(ranks, 8 * channels)
+    return Prediction(first.total_us + second.total_us, first.received_bytes + second.received_bytes)
+
+
 def row(ranks: int, channels: int) -> str:
-    """Return a row of the table. Sums in place of the gather are two collectives: of the means, then of the squares."""
-    forward, of_torch = (gather(ranks, width * (2 * channels + 1)) for width in (8, 4))
-    backward = add_up(ranks, 8 * 2 * channels)
-    sums = add_up(ranks, 8 * (channels + 1)).total_us + add_up(ranks, 8 * channels).total_us
-    times = forward.total_us, of_torch.total_us, backward.total_us, sums
-    cells = [ranks, channels, f"{forward.received_bytes / 1e6:.3g}", *(f"{time:.0f}" for time in times)]
-    return f"| {' | '.join(map(str, cells))} |"
+    """Return a row of the table, the way that fastbn takes in bold."""
+    gathered, of_torch = (gather(ranks, width * (2 * channels + 1)) for width in (8, 4))
+    added, backward = add_up_twice(ranks, channels), add_up(ranks, 8 * 2 * channels)
+    ways = [f"{way.received_bytes / 1e3:.0f} kB, {way.total_us:.0f} us" for way in (gathered, added)]
+    chosen = int(ranks > MAX_GATHERED_RANKS)
+    ways[chosen] = f"**{ways[chosen]}**"
+    return f"| {ranks} | {channels} | {ways[0]} | {ways[1]} | {of_torch.total_us:.0f} us | {backward.total_us:.0f} us |"
 
 
-COLUMNS = "GPUs", "channels", "MB gathered", "forward, us", "torch's forward, us", "backward, us", "two sums, us"
+COLUMNS = "GPUs", "channels", "forward: gather", "forward: two sums", "torch's gather", "backward"
 
 
 def table() -> str:
     """Return the predictions in Markdown, as docs/scaling.md has them."""
-    rows = [row(ranks, channels) for ranks in (8, 16, 64, 256, 1024) for channels in (64, 512, 2048)]
+    rows = [row(ranks, channels) for ranks in (8, 16, 32, 64, 256, 1024) for channels in (64, 512, 2048)]
     return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows])
 
 

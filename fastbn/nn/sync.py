@@ -4,7 +4,8 @@
 
 over the ranks i (Chan, Golub and LeVeque 1979, for any number of parts), in float64 and in the order of the ranks, so
 that all of them get the same bits. Forward has one collective, which gathers 2C + 1 numbers of each rank, and backward
-another, which adds up 2C. Raw sums of squares would need no gathering, but cancel where |mean| >> std.
+another, which adds up 2C. Raw sums of squares would need no gathering, but cancel where |mean| >> std. Large groups add
+up all the same: the means in one collective, and then the squares about the mean in another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from fastbn.nn.batchnorm import FastBatchNorm, signature
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
+
+# Larger groups add up. An estimate: a gather by a ring takes a time that grows with the ranks, sums by a tree one that
+# grows with their logarithm, and bench/sync_model.py predicts that the two meet between 32 and 64 GPUs.
+MAX_GATHERED_RANKS = 32
 
 
 class Group(NamedTuple):
@@ -98,7 +103,14 @@ class Synchronize(Hooks):
         self.group = group
 
     def merge(self, moments: Moments) -> Moments:
-        return merged(gather(torch.cat(moments), self.group))
+        if self.group.size <= MAX_GATHERED_RANKS:
+            return merged(gather(torch.cat(moments), self.group))
+        mean, var, count = moments
+        sums = reduce(torch.cat((mean * count, count)), self.group)
+        total = sums[-1:]
+        mean_of_all = sums[:-1] / total.clamp(min=1)
+        squares = var + (mean - mean_of_all).square()
+        return Moments(mean_of_all, reduce(squares * (count / total.clamp(min=1)), self.group), total)
 
     def merge_sums(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
         sums = reduce(torch.cat((sum_grad, sum_grad_xhat)), self.group)
@@ -107,6 +119,8 @@ class Synchronize(Hooks):
 
 class SyncBatchNorm(FastBatchNorm):
     """torch.nn.SyncBatchNorm with fused kernels, one collective a direction, no host sync, and on CPUs too.
+
+    In groups of more than 32 processes forward has two collectives, whose size does not grow with the group.
 
     Arguments, parameters, buffers and state_dict are those of the installed torch.nn.SyncBatchNorm, and activation,
     activation_param and save those of fastbn.BatchNorm2d; while statistics are synchronised the input is kept for

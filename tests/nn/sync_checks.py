@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
 from fastbn.backends.reference.formulas import reduced_dims, wide
+from fastbn.nn import sync
 from fastbn.testing import assert_close_to_reference, tolerance
 from tests.processes import gathered
 from tests.stock import CHANNELS, normal
@@ -412,6 +413,32 @@ def check_a_compiled_graph_has_no_break(rank, size):
 
 def check_inductor(rank, size):
     _compiled(rank, size, "inductor")
+    before, sync.MAX_GATHERED_RANKS = sync.MAX_GATHERED_RANKS, 1
+    _compiled(rank, size, "inductor")
+    sync.MAX_GATHERED_RANKS = before
+
+
+def check_large_groups_add_up(rank, size):
+    """Two sums in place of the gather, with the same digits."""
+    before, sync.MAX_GATHERED_RANKS = sync.MAX_GATHERED_RANKS, 1
+    try:
+        for check in (
+            check_shapes,
+            check_a_mean_far_from_zero,
+            check_a_constant_channel_gives_its_bias,
+            check_ranks_without_elements,
+            check_no_elements_at_all,
+            check_one_value_per_rank,
+            check_second_derivatives,
+        ):
+            check(rank, size)
+        x = normal(3 + rank, *SHAPES[2][1:])
+        with Recorder() as recorder:
+            layer_of()(x)
+        sums = (("all_reduce", (CHANNELS + 1,), torch.float64), ("all_reduce", (CHANNELS,), torch.float64))
+        assert recorder.seen == dict.fromkeys(sums, 1)
+    finally:
+        sync.MAX_GATHERED_RANKS = before
 
 
 class Block(nn.Module):

@@ -26,6 +26,7 @@ from fastbn.nn import (
     LazyBatchNorm3d,
     MaskedBatchNorm1d,
     MaskedBatchNorm2d,
+    SyncBatchNorm,
     WhiteningBatchNorm1d,
     WhiteningBatchNorm2d,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Plan",
     "WhiteningBatchNorm1d",
     "WhiteningBatchNorm2d",
+    "SyncBatchNorm",
     "__version__",
     "accumulate",
     "checkpoint_safe",

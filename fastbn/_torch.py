@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -26,6 +27,8 @@ __all__ = [
     "BatchNormBase",  # torch.nn's modules and SyncBatchNorm have no public base class
     "DeviceContext",  # the function mode of torch.set_default_device, which overrides nothing that fastbn calls
     "after_autograd",
+    "all_gather",
+    "all_reduce",
     "apply_below_transforms",
     "below_autograd",
     "function_mode_stack",  # torch.overrides says whether there are modes, but not which
@@ -61,6 +64,22 @@ unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _peek_interpreter_stack, _Interpreter = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.CInterpreter
+
+
+def all_gather(vector: Tensor, size: int, group: str) -> Tensor:
+    """Return the vectors of all `size` processes of the group of that name, one after the other.
+
+    torch.distributed's public functions write to their arguments and take the group as an object; a compiler can trace
+    these ops as they are. The host does not wait for a GPU: the stream does.
+    """
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(vector, size, group))
+
+
+def all_reduce(vector: Tensor, group: str) -> Tensor:
+    """Return the sum of the vectors of all processes of the group of that name."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(vector, "sum", group))
 
 
 def apply_below_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -70,10 +70,11 @@ WITHIN = {
     "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments", "inverse_sqrt", "whitening"),
     "nn": (
         *("scripting", "activation", "epilogue", "saving", "running"),
-        *("batchnorm", "folded", "frozen", "ghost", "lazy", "renorm", "masked", "accumulated", "whitening"),
+        *("batchnorm", "folded", "frozen", "ghost", "lazy", "renorm", "masked", "accumulated"),
+        *("sync", "whitening"),
     ),
     "transforms": (
-        *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "convert", "freeze"),
+        *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "sync", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
     "testing": ("cases", "tolerance", "extended", "compare"),

@@ -212,6 +212,17 @@ def test_global_module_hooks():
     assert not _torch.has_global_module_hooks()
 
 
+def test_collectives(tmp_path):
+    """In a group of one; tests/nn/sync_checks.py has larger ones."""
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        vector, group = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.distributed.group.WORLD.group_name
+        assert torch.equal(_torch.all_gather(vector, 1, group), vector)
+        assert torch.equal(_torch.all_reduce(vector, group), vector)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_functions_have_names_under_their_modules():
     modules = [importlib.import_module(name) for name in _torch.FUNCTION_MODULES]
     for function in (torch.relu, torch.flatten, F.relu, F.gelu, F.softplus, F.max_pool2d, F.adaptive_avg_pool2d):

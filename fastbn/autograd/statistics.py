@@ -40,8 +40,13 @@ class Hooks:
     Hooks compute in float64 on vectors of C elements, without a host sync. A forward calls `select`, `replace`, `merge`
     and `correct` once each, in that order, but `merge` only where `replace` returns None; a backward calls `merge_sums`
     once, also only then. No gradient flows through a hook, except the one that backward computes.
+
+    merges: whether `merge` adds the elements of other ranks, so that one value per channel may be enough here, and
+    torch's own operations cannot take the call. Then `merge` and `merge_sums` can be differentiated where gradients are
+    enabled, which they are in a backward that is to be differentiated again.
     """
 
+    merges = False
     keeps_others = False
 
     def select(self, input: Tensor) -> Tensor | None:
@@ -85,7 +90,8 @@ def batch_norm(
     """Return (output, the moments that normalised it, which have no gradient).
 
     Forward and first derivative are the backend's primitives, or compositions of torch's operations where it has none.
-    A second derivative is such a composition; RuntimeError for one through moments that `merge` changed.
+    A second derivative is such a composition; RuntimeError for one through moments that `merge` changed, unless the
+    hooks say that they can be differentiated.
     """
     if settings.backend.ops is None:
         return _composition(input, residual, weight, bias, settings)
@@ -108,10 +114,10 @@ def normalize(call: Call, hooks: Hooks, backend: str | None = None) -> tuple[Ten
     """
     if call.residual is not None:
         check_residual(call.input, call.residual)
-    reason = dispatch.why_unsupported(call)
+    reason = dispatch.why_unsupported(call, takes_one_value=hooks.merges)
     if reason is not None:
         raise ValueError(f"batch_norm: cannot take this call: {reason}")
-    chosen, _ = registry.choose(call, backend)
+    chosen = registry.choose_ops(call) if hooks.merges and backend is None else registry.choose(call, backend)[0]
     return batch_norm(*call[:4], Settings(hooks, call.eps, call.activation, call.activation_param, chosen))
 
 
@@ -293,14 +299,15 @@ def _differentiable_moments(x: Tensor, selected: Tensor | None) -> Moments:
 
 def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of input, residual, weight and bias as a differentiable composition in float64."""
-    if ctx.is_merged:
+    hooks = ctx.settings.hooks
+    if ctx.is_merged and not hooks.merges:
         raise RuntimeError("batch_norm: moments merged with those of other ranks cannot be differentiated twice")
     selected, input = saved["selected"], saved["input"]
     x, g = _cleared(input.double(), selected), _cleared(grad_out.double(), selected)
     residual = _cleared(saved["residual"], selected)
     mean, inv_std, count = saved["mean"], saved["inv_std"], saved["count"]
     if not ctx.is_constant:
-        mean, var, count = _differentiable_moments(x, selected)
+        mean, var, count = hooks.merge(_differentiable_moments(x, selected))
         inv_std = (var + ctx.settings.eps).rsqrt()
     correction = None if saved["r"] is None else (saved["r"], saved["d"])
     scale, shift = _corrected(x, saved["weight"], saved["bias"], correction)
@@ -309,9 +316,10 @@ def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) 
     grad_z = grad_z_of(g, x, residual, upper, scale, shift, mean, inv_std, *epilogue)
     xhat = _cleared((x - wide(x, mean)) * wide(x, inv_std), selected)
     sums = grad_z.sum(reduced_dims(x)), (grad_z * xhat).sum(reduced_dims(x))
-    grad_x = input_gradient(grad_z, xhat, scale, inv_std, None if ctx.is_constant else (*sums, count))
+    totals = None if ctx.is_constant else (*hooks.merge_sums(*sums), count)
+    grad_x = input_gradient(grad_z, xhat, scale, inv_std, totals)
     if selected is not None:
-        grad_x = torch.where(selected, grad_x, grad_out.double() if ctx.settings.hooks.keeps_others else 0.0)
+        grad_x = torch.where(selected, grad_x, grad_out.double() if hooks.keeps_others else 0.0)
     grad_weight, grad_bias = _parameter_gradients(saved, *sums)
     grad_x = grad_x.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
     grads = grad_x, grad_z.to(input.dtype), grad_weight, grad_bias

@@ -59,6 +59,25 @@ def choose(call: Call, name: str | None = None, *, ask_all: bool = False) -> tup
         reason = dispatch.why_left_to_torch(call) or crossings.why_torch_is_faster(call)
     if reason is not None:
         return aten.TORCH, reason
+    return _fastest(call)
+
+
+def choose_ops(call: Call) -> Backend:
+    """Return the fastest backend that has ops for a call which torch's own operations cannot serve, whatever its size.
+
+    Raises ValueError where there is none, or where torch would have to look through the call.
+    """
+    reason = dispatch.why_torch_must_see(call)
+    if reason is None:
+        backend, reason = _fastest(call)
+        if backend is not aten.TORCH:
+            return backend
+    raise ValueError(f"batch_norm: cannot take this call: {reason}")
+
+
+def _fastest(call: Call) -> tuple[Backend, str | None]:
+    """Return the first backend that is offered a call and takes it, and why none before it does."""
+    reason = None
     device_type = "cpu" if call.input.is_cpu else call.input.device.type
     for backend in _offered.get(device_type, ()):
         why_not = backend.why_not(call)

@@ -7,6 +7,7 @@ from fastbn.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from fastbn.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from fastbn.nn.masked import MaskedBatchNorm1d, MaskedBatchNorm2d
 from fastbn.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
+from fastbn.nn.sync import SyncBatchNorm
 from fastbn.nn.whitening import WhiteningBatchNorm1d, WhiteningBatchNorm2d
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "Ramp",
     "WhiteningBatchNorm1d",
     "WhiteningBatchNorm2d",
+    "SyncBatchNorm",
 ]

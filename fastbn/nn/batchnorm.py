@@ -127,9 +127,9 @@ class FastBatchNorm(WithActivation, SavesOutput, NormalizationLayer, BatchNormBa
         return text + self._describe_activation() + self._describe_save()
 
 
-def _signature() -> inspect.Signature:
+def signature(torch_class: type[nn.Module]) -> inspect.Signature:
     """Return torch's signature and the arguments more, for those who read it, as torch.nn.utils.skip_init does."""
-    inherited = inspect.signature(BatchNormBase.__init__).parameters.values()
+    inherited = inspect.signature(torch_class.__init__).parameters.values()
     more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
         for name, default in _MORE_ARGUMENTS.items()
@@ -138,7 +138,7 @@ def _signature() -> inspect.Signature:
 
 
 _MORE_ARGUMENTS = {"activation": None, "activation_param": None, "save": "input"}
-FastBatchNorm.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+FastBatchNorm.__init__.__signature__ = signature(BatchNormBase)  # type: ignore[attr-defined]
 
 
 _DOC = """torch.nn.{name} whose forward and backward are fused kernels.

@@ -158,12 +158,15 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
         raise ValueError(f"batch_norm: expected residual on {input.device}, got {residual.device}")
 
 
-def why_unsupported(call: Call) -> str | None:
-    """Return why no op can take a call that torch may still take, or will refuse in its own words; None if they can."""
-    return why_refused(call) or why_left_to_torch(call)
+def why_unsupported(call: Call, *, takes_one_value: bool = False) -> str | None:
+    """Return why no op can take a call that torch may still take, or will refuse in its own words; None if they can.
+
+    takes_one_value: whether one value per channel is enough for the caller, as it is for the ops.
+    """
+    return why_refused(call) or why_left_to_torch(call, takes_one_value=takes_one_value)
 
 
-def why_left_to_torch(call: Call) -> str | None:
+def why_left_to_torch(call: Call, *, takes_one_value: bool = False) -> str | None:
     """Return the part of `why_unsupported` that the ops do not refuse themselves."""
     input, _, _, _, running_mean, running_var, counter, momentum, eps, _, training, _ = call
     if counter is not None and not torch.compiler.is_compiling() and counter.is_inference():
@@ -187,7 +190,7 @@ def why_left_to_torch(call: Call) -> str | None:
     elif training and not torch.compiler.is_compiling() and (running_mean.is_neg() or running_var.is_neg()):
         # The dispatcher would hand the op a copy to update.
         return "running statistics are negative views"
-    if training and input.dim() > 1 and input.numel() == input.shape[1]:
+    if training and not takes_one_value and input.dim() > 1 and input.numel() == input.shape[1]:
         return "there is but one value a channel"
     return None
 

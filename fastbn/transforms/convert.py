@@ -22,6 +22,8 @@ from fastbn.transforms.fuse.layers import LAYER, LAYERS
 from fastbn.transforms.fuse.source import class_of
 from fastbn.transforms.module import require_module
 from fastbn.transforms.report import report
+from fastbn.transforms.sync import ATTRIBUTES as SYNC_ATTRIBUTES
+from fastbn.transforms.sync import desynchronize, require_no_lazy, synchronize
 
 _Classes = Mapping[type[nn.Module], type[nn.Module]]
 
@@ -32,6 +34,7 @@ _TO_FASTBN: _Classes = {
     nn.LazyBatchNorm1d: layers.LazyBatchNorm1d,
     nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
+    nn.SyncBatchNorm: layers.SyncBatchNorm,
 }
 _TO_TORCH: _Classes = {fast: stock for stock, fast in _TO_FASTBN.items()}
 # Class attributes of fastbn's layers, which an instance may have in its __dict__ too.
@@ -45,11 +48,13 @@ def convert(
     save: str | None = None,
     checkpoint_safe: bool = False,
     verbose: bool = False,
+    sync: bool = False,
+    process_group: Any = None,
 ) -> nn.Module:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
-    Only these exact types and their Lazy ones are swapped, and those that `fastbn.transforms.register` knows:
-    SyncBatchNorm, parametrised modules and users' subclasses may override what fastbn would change, and are left alone.
+    Only these exact types, their Lazy ones and SyncBatchNorm are swapped, and those that `fastbn.transforms.register`
+    knows: parametrised modules and users' subclasses may override what fastbn would change, and are left alone.
     `model` may itself be a BatchNorm. Keys, shapes and dtypes of the state_dict stay, and so does every module.
 
     fuse: also give modules whose forward calls a layer, and then an addition, an activation or both, another forward,
@@ -59,17 +64,28 @@ def convert(
     save: "input" or "output", the argument of that name of fastbn's layers; None to leave it as it is.
     checkpoint_safe: also call `fastbn.checkpoint_safe(model)`. Layers that it has been called for stay safe anyway.
     verbose: print what was fused, what not and why: `fastbn.transforms.report(model)` as text.
+    sync: make them, and fastbn's own, fastbn.SyncBatchNorm, which fuses what follows it as they do. `revert` gives back
+    the class that each had. Warns of normalisations by batch statistics that are left as they are, since they stay
+    local. process_group: the processes that share statistics, for SyncBatchNorm layers from before too; None for all,
+    and for those from before the group that they have.
 
     Returns `model`. Raises, before anything has changed, TypeError if it is not a torch.nn.Module, ValueError for
-    another `save`, and what `fastbn.checkpoint_safe` raises.
+    another `save`, for a process_group without `sync`, for Lazy layers with it, and what `fastbn.checkpoint_safe`
+    raises.
     """
     require_module("convert", model)
     if save is not None:
         check_save(save)
+    if sync:
+        require_no_lazy(model)
+    elif process_group is not None:
+        raise ValueError("convert: expected sync=True beside a process_group, got sync=False")
     if checkpoint_safe:
         checkpoint.checkpoint_safe(model)
     registry.resolve(model)
     _swap(model, _TO_FASTBN)
+    if sync:
+        synchronize(model, process_group)
     for module in model.modules():
         cls = class_without_checkpoint_safety(type(module))
         if cls in LAYERS:
@@ -91,8 +107,8 @@ def convert(
 def revert(model: nn.Module) -> nn.Module:
     """Give every module of `model` that `convert` gave another class its own again, in place.
 
-    fastbn.BatchNorm1d, 2d and 3d and the Lazy ones become torch.nn's, wherever they come from, and what
-    `fastbn.checkpoint_safe` did is undone too.
+    fastbn.BatchNorm1d, 2d and 3d, the Lazy ones and SyncBatchNorm become torch.nn's, wherever they come from, and what
+    `fastbn.checkpoint_safe` did is undone too. What `convert` has synchronised becomes the BatchNorm that it was.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
     module has an `activation` of its own: torch.nn's would silently leave it out.
@@ -108,6 +124,7 @@ def revert(model: nn.Module) -> nn.Module:
     checkpoint.checkpoint_safe(model, enabled=False)
     for module in model.modules():
         containers.unfuse(module)
+    desynchronize(model)
     return _swap(model, _TO_TORCH)
 
 
@@ -119,7 +136,7 @@ def reverted(model: nn.Module) -> Iterator[nn.Module]:
     it left them. Raises what `revert` raises.
     """
     require_module("reverted", model)
-    before = [(module, type(module), _own_attributes(module)) for module in model.modules()]
+    before = [(module, type(module), _own_attributes(module, SYNC_ATTRIBUTES)) for module in model.modules()]
     revert(model)
     changed = [(module, type(module), cls, own) for module, cls, own in before if type(module) is not cls]
     try:
@@ -131,9 +148,9 @@ def reverted(model: nn.Module) -> Iterator[nn.Module]:
                 vars(module).update(own)
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes in a module's __dict__ that torch.nn's modules do not have."""
-    return {name: vars(module)[name] for name in _ATTRIBUTES if name in vars(module)}
+def _own_attributes(module: nn.Module, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the attributes in a module's __dict__ that torch.nn's modules do not have, and `more`."""
+    return {name: vars(module)[name] for name in (*_ATTRIBUTES, *more) if name in vars(module)}
 
 
 def _swap(model: nn.Module, classes: _Classes) -> nn.Module:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fastbn import nn as layers
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety
 from fastbn.transforms.module import require_module
+from fastbn.transforms.sync import class_before_sync
 
 _FROZEN = {
     nn.BatchNorm1d: layers.FrozenBatchNorm1d,
@@ -26,17 +29,21 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     From then on the running statistics normalise, whatever mode the model is in, and nothing moves them. affine: also
     stop training weight and bias (`requires_grad`). Only classes and that flag change: parameters, buffers, hooks and
     the state_dict stay, so optimisers built before and checkpoints written before or after keep working. Exact types
-    only, as in `fastbn.convert`.
+    only, as in `fastbn.convert`, and what it has synchronised.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
-    layer has no running statistics.
+    layer has no running statistics, or is a fastbn.SyncBatchNorm that was no BatchNorm1d, 2d or 3d before.
     """
     require_module("freeze", model)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if class_without_checkpoint_safety(type(module)) in _FROZEN
+        if _class_to_freeze(module) in (*_FROZEN, layers.SyncBatchNorm)
     ]
+    unknown = [name or "(the model itself)" for name, module in found if _class_to_freeze(module) not in _FROZEN]
+    if unknown:
+        got = ", ".join(unknown)
+        raise ValueError(f"freeze: expected layers of known dimensions, got fastbn.SyncBatchNorm at {got}")
     without = [name or "(the model itself)" for name, module in found if module.running_mean is None]
     if without:
         raise ValueError(f"freeze: expected layers with running statistics, got none in {', '.join(without)}")
@@ -45,8 +52,13 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
         setattr(module, _BEFORE, (type(module), trained if affine else []))
         if affine:
             module.requires_grad_(False)
-        module.__class__ = _FROZEN[class_without_checkpoint_safety(type(module))]
+        module.__class__ = _FROZEN[_class_to_freeze(module)]
     return model
+
+
+def _class_to_freeze(module: nn.Module) -> Any:
+    """Return the class of a layer without what `checkpoint_safe` and `convert(sync=True)` made of it."""
+    return class_before_sync(module) or class_without_checkpoint_safety(type(module))
 
 
 def unfreeze(model: nn.Module) -> nn.Module:

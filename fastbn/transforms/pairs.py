@@ -37,6 +37,7 @@ _NORMS: dict[type[nn.Module], bool] = {
     layers.BatchRenorm2d: True,
     layers.BatchRenorm3d: True,
     layers.FrozenBatchNorm1d: False,
+    layers.SyncBatchNorm: False,
     layers.FrozenBatchNorm2d: True,
     layers.FrozenBatchNorm3d: True,
     layers.GhostBatchNorm1d: False,

@@ -94,6 +94,7 @@ def report(model: nn.Module) -> Report:
 _OF_TORCH = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+    nn.SyncBatchNorm,
 )
 
 

@@ -124,3 +124,15 @@ def test_inference_tensors_are_torchs_to_refuse():
 def test_devices_without_a_backend():
     backend, reason = registry.choose(_call(torch.zeros(3, 4, device="meta")))
     assert backend is aten.TORCH and reason == "fastbn has no kernels for meta tensors"
+
+
+def test_calls_that_torch_cannot_serve_get_kernels_whatever_their_size(added, monkeypatch):
+    small = _call(torch.zeros(2, 3, 4, 4))
+    monkeypatch.setattr(registry.crossings, "why_torch_is_faster", lambda call: "it is small")
+    assert registry.choose(small)[0] is aten.TORCH
+    assert registry.choose_ops(small) is native.CPU
+    assert registry.choose_ops(_call(torch.zeros(2, 4, 4, 4))) is added
+    with pytest.raises(ValueError, match="fastbn has no kernels for meta tensors"):
+        registry.choose_ops(_call(torch.zeros(2, 3, device="meta")))
+    with pytest.raises(ValueError, match="functorch transforms differentiate"):
+        torch.func.vmap(lambda x: registry.choose_ops(_call(x)))(torch.zeros(2, 2, 3))

@@ -43,14 +43,14 @@ def test_of_each_layer():
         "0.downsample.1": "fused with addition and relu",
         "1.bn": "converted",
         "2": "left",
-        "3": "left",
+        "3": "converted",
         "5.layer.0.bn": "fused with relu",
         "5.layer.1.bn": "fused with addition and relu",
         "6.conv.1": "fused with silu",
     }
     found = report(model)
     assert found.calls == (("4", "Direct"),)
-    assert (found.count("fused"), found.count("converted"), found.count("left")) == (5, 2, 2)
+    assert (found.count("fused"), found.count("converted"), found.count("left")) == (5, 3, 1)
     by_path = {layer.path: layer for layer in found.layers}
     assert by_path["5.layer.1.bn"].container == "5" and by_path["0.downsample.1"].container == "0"
     assert by_path["2"].reason == "Mine is not known: fastbn.transforms.register"
@@ -88,7 +88,7 @@ def test_the_reason_of_a_container_that_cannot_be_traced():
 def test_as_text():
     text = str(report(fastbn.convert(net())))
     first, *others = text.splitlines()
-    assert first == "9 layers: 5 fused, 2 converted, 2 left"
+    assert first == "9 layers: 5 fused, 3 converted, 1 left"
     assert "    2 fused with addition and relu (0.downsample.1, 5.layer.1.bn)" in others
     assert others[-1] == "      Direct (4) calls batch_norm itself, which stays"
     assert "(the model itself)" in str(report(nn.BatchNorm2d(3)))

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastbn import _torch
+from fastbn.autograd.moments import merge_stacked
 from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn.batchnorm import FastBatchNorm, signature
+from fastbn.nn.running import move_running_stats
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
@@ -79,19 +81,9 @@ def reduce(tensor: Tensor, group: Group) -> Tensor:
 
 
 def merged(gathered: Tensor) -> Moments:
-    """Return the moments of all ranks from [ranks, 2C + 1]: mean, biased variance and number of elements of each.
-
-    Shares of the whole instead of sums of squares, which would overflow where float64 variances do not. The mean is
-    that of the largest rank and a correction, so that the mean of a constant channel is exactly that constant. Ranks
-    without elements weigh nothing; without any, all is 0.
-    """
-    means, variances, counts = gathered.tensor_split((gathered.shape[1] // 2, gathered.shape[1] - 1), dim=1)
-    total = counts.sum(0)
-    share = counts / total.clamp(min=1)
-    pivot = means.index_select(0, counts.argmax(0))
-    mean = pivot + (share * (means - pivot)).sum(0, keepdim=True)
-    var = (share * (variances + (means - mean).square())).sum(0)
-    return Moments(mean[0], var, total)
+    """Return the moments of all ranks from [ranks, 2C + 1]: mean, biased variance and number of elements of each."""
+    channels = gathered.shape[1] // 2
+    return merge_stacked(Moments(*gathered.split((channels, channels, 1), dim=1)))
 
 
 class Synchronize(Hooks):
@@ -190,8 +182,7 @@ class SyncBatchNorm(FastBatchNorm):
             check_param(index, activation_param),
         )
         output, moments = normalize(call, Synchronize(group))
-        if running_mean is not None and running_var is not None:
-            _move(running_mean, running_var, counter, self.momentum, moments)
+        move_running_stats(running_mean, running_var, counter, self.momentum, moments)
         return output
 
     def _group(self) -> Group | None:
@@ -232,20 +223,3 @@ class SyncBatchNorm(FastBatchNorm):
 
 SyncBatchNorm._epilogue_owner = SyncBatchNorm
 SyncBatchNorm.__init__.__signature__ = signature(nn.SyncBatchNorm)  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def _move(
-    running_mean: Tensor, running_var: Tensor, counter: Tensor | None, momentum: float | None, moments: Moments
-) -> None:
-    """Move running statistics as BatchNorm does, without a host sync: an empty batch only counts."""
-    mean, var, elements = moments
-    if counter is not None:
-        counter.add_(1)
-    factor: Any = momentum
-    if momentum is None:
-        factor = 0.0 if counter is None else 1 / counter.double()
-    unbiased = var * (elements / (elements - 1).clamp(min=1))
-    for running, batch, least in ((running_mean, mean, 1), (running_var, unbiased, 2)):
-        moved = running.double() * (1 - factor) + batch * factor
-        running.copy_(torch.where(elements >= least, moved, running.double()))

@@ -92,11 +92,13 @@ def test_merged_moments_are_those_of_all_elements(counts, mean, std):
         assert not moments.mean.any() and not moments.var.any()
 
 
-def test_the_mean_of_a_constant_channel_is_the_constant():
-    for value in (0.1, 1e4 / 3, 1e30):
-        vectors = torch.tensor([[0.0, 0.0, 0.0], [value, 0.0, 3.0], [value, 0.0, 4.0]], dtype=torch.float64)
-        mean, var, elements = merged(vectors)
-        assert mean.item() == value and var.item() == 0 and elements.item() == 7
+@pytest.mark.parametrize("counts", [(0, 3, 4), (1, 4, 0), (2, 8, 0), (1, 5, 1), (3, 9, 5)], ids=str)
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e4 / 3, 1e30])
+def test_the_mean_of_a_constant_channel_is_the_constant(value, counts):
+    """The sum of shares of the constant is not, for 0.1 and most of these counts."""
+    vectors = [[value if count else 0.0, 0.0, float(count)] for count in counts]
+    mean, var, elements = merged(torch.tensor(vectors, dtype=torch.float64))
+    assert mean.item() == value and var.item() == 0 and elements.item() == sum(counts)
 
 
 @pytest.fixture(params=[pytest.param(name, marks=implementations.marks(name)) for name in BACKENDS])

@@ -22,9 +22,6 @@ from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm
 from fastbn.nn.running import move_running_stats
 from fastbn.ops import dispatch
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
-from fastbn.ops.dispatch import Call
 
 
 class _MicroBatch(Hooks):
@@ -75,12 +72,7 @@ class _AccumulatedBatchNorm(FastBatchNorm):
                 "AccumulatedBatchNorm: expected no forward within a backward, as activation checkpointing runs it: its "
                 "micro-batch would count twice"
             )
-        weight, bias, mean, var, _ = self._tensors(self.track_running_stats)
-        index = activation_index(activation)
-        param = None if activation_param is None else check_param(index, activation_param)
-        call = Call(
-            input, residual, weight, bias, mean, var, None, self.momentum, vars(self)["eps"], index, True, param
-        )
+        call = self._call_by_batch(input, residual, activation, activation_param)
         # torch's operations, which are faster for few elements, have no gradient of merged moments.
         backend = "cpu" if input.is_cpu and dispatch.why_torch_must_see(call) is None else None
         hooks = _MicroBatch(self.moments, input.numel() // max(input.shape[1], 1), call.eps)

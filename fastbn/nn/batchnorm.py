@@ -14,6 +14,9 @@ from fastbn.nn import saving, scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.epilogue import NormalizationLayer
 from fastbn.nn.saving import SavesOutput
+from fastbn.ops.activations import check_param
+from fastbn.ops.activations import index as activation_index
+from fastbn.ops.dispatch import Call
 
 
 def leaf_of_symbolic_tracing(module: nn.Module, input: fx.Proxy, *others: Any, **named: Any) -> Any:
@@ -120,6 +123,27 @@ class FastBatchNorm(WithActivation, SavesOutput, NormalizationLayer, BatchNormBa
             self.running_mean if uses_buffers else None,
             self.running_var if uses_buffers else None,
             self.num_batches_tracked if tracks else None,
+        )
+
+    def _call_by_batch(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Call:
+        """Return the call that normalises by the batch, for layers whose statistics are not just the batch's."""
+        weight, bias, running_mean, running_var, counter = self._tensors(self.training and self.track_running_stats)
+        index = activation_index(activation)
+        return Call(
+            input,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            counter,
+            self.momentum,
+            vars(self)["eps"],
+            index,
+            True,
+            check_param(index, activation_param),
         )
 
     def extra_repr(self) -> str:

@@ -12,9 +12,7 @@ from fastbn.autograd.statistics import Hooks, Moments, normalize, selected_momen
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
 from fastbn.nn.running import move_running_stats
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
-from fastbn.ops.dispatch import Call, check_residual
+from fastbn.ops.dispatch import check_residual
 
 
 class _Unpadded(Hooks):
@@ -94,25 +92,10 @@ class _MaskedBatchNorm(FastBatchNorm):
         return torch.where(selected, self._normalize(input, residual, self.activation, self.activation_param), others)
 
     def _by_batch(self, input: Tensor, selected: Tensor, residual: Tensor | None) -> Tensor:
-        weight, bias, running_mean, running_var, counter = self._tensors(self.training and self.track_running_stats)
-        index = activation_index(self.activation)
-        call = Call(
-            input,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            counter,
-            self.momentum,
-            vars(self)["eps"],
-            index,
-            True,
-            check_param(index, self.activation_param),
-        )
+        call = self._call_by_batch(input, residual, self.activation, self.activation_param)
         output, moments = normalize(call, _Unpadded(selected, self.padding == "keep"))
         if self.training:
-            move_running_stats(running_mean, running_var, counter, self.momentum, moments)
+            move_running_stats(*call[4:8], moments)
         return output
 
     def moments_of(

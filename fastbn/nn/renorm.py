@@ -20,9 +20,6 @@ from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
 from fastbn.nn.running import move_running_stats
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
-from fastbn.ops.dispatch import Call
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -100,25 +97,11 @@ class _BatchRenorm(FastBatchNorm):
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or counter is None:
             raise ValueError("BatchRenorm: expected running_mean, running_var and num_batches_tracked, got None")
-        index = activation_index(self.activation)
-        call = Call(
-            input,
-            residual,
-            self.weight,
-            self.bias,
-            mean,
-            var,
-            counter,
-            self.momentum,
-            vars(self)["eps"],
-            index,
-            True,
-            check_param(index, self.activation_param),
-        )
+        call = self._call_by_batch(input, residual, self.activation, self.activation_param)
         batches = counter.double() + 1
         bounds = tuple(bound(batches) if callable(bound) else bound for bound in (self.r_max, self.d_max))
         output, moments = normalize(call, _Renormalize(mean, var, call.eps, bounds))
-        move_running_stats(mean, var, counter, self.momentum, moments)
+        move_running_stats(*call[4:8], moments)
         return output
 
     def __prepare_scriptable__(self) -> None:

@@ -21,9 +21,6 @@ from fastbn.autograd.moments import merge_stacked
 from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn.batchnorm import FastBatchNorm, signature
 from fastbn.nn.running import move_running_stats
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
-from fastbn.ops.dispatch import Call
 
 # Larger groups add up. An estimate: a gather by a ring takes a time that grows with the ranks, sums by a tree one that
 # grows with their logarithm, and bench/sync_model.py predicts that the two meet between 32 and 64 GPUs.
@@ -165,24 +162,9 @@ class SyncBatchNorm(FastBatchNorm):
         group = self._group() if self.training else None
         if group is None:
             return super()._normalize(input, residual, activation, activation_param)
-        weight, bias, running_mean, running_var, counter = self._tensors(self.track_running_stats)
-        index = activation_index(activation)
-        call = Call(
-            input,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            counter,
-            self.momentum,
-            vars(self)["eps"],
-            index,
-            True,
-            check_param(index, activation_param),
-        )
+        call = self._call_by_batch(input, residual, activation, activation_param)
         output, moments = normalize(call, Synchronize(group))
-        move_running_stats(running_mean, running_var, counter, self.momentum, moments)
+        move_running_stats(*call[4:8], moments)
         return output
 
     def _group(self) -> Group | None:

@@ -41,11 +41,14 @@ class Hooks:
     and `correct` once each, in that order, but `merge` only where `replace` returns None; a backward calls `merge_sums`
     once, also only then. No gradient flows through a hook, except the one that backward computes.
 
-    merges: whether `merge` adds the elements of other ranks, so that one value per channel may be enough here, and
-    torch's own operations cannot take the call. Then `merge` and `merge_sums` can be differentiated where gradients are
-    enabled, which they are in a backward that is to be differentiated again.
+    needs_ops: whether torch's own operations cannot take a call, since they have no gradient of merged moments.
+    merges: whether `merge` adds the elements of other ranks, so that one value per channel may be enough here. Then
+    `merge` and `merge_sums` can be differentiated where gradients are enabled, which they are in a backward that is to
+    be differentiated again.
+    keeps_others: see `select`.
     """
 
+    needs_ops = False
     merges = False
     keeps_others = False
 
@@ -117,7 +120,7 @@ def normalize(call: Call, hooks: Hooks, backend: str | None = None) -> tuple[Ten
     reason = dispatch.why_unsupported(call, takes_one_value=hooks.merges)
     if reason is not None:
         raise ValueError(f"batch_norm: cannot take this call: {reason}")
-    chosen = registry.choose_ops(call) if hooks.merges and backend is None else registry.choose(call, backend)[0]
+    chosen = registry.choose_ops(call) if hooks.needs_ops and backend is None else registry.choose(call, backend)[0]
     return batch_norm(*call[:4], Settings(hooks, call.eps, call.activation, call.activation_param, chosen))
 
 
@@ -251,7 +254,8 @@ def _sampled(input: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         indices.insert(0, at % size)
         at = at // size
     sample = input[(at, slice(None), *indices)]
-    return torch.where(sample.isfinite(), sample, 0.0).median(0).values, count.double()
+    # The median by a sort: on a GPU that of torch is not deterministic, as it also returns where it found it.
+    return torch.where(sample.isfinite(), sample, 0.0).sort(0).values[2], count.double()
 
 
 def _count(input: Tensor, selected: Tensor) -> Tensor:
@@ -301,7 +305,7 @@ def _differentiable_backward(ctx: Any, saved: dict[str, Any], grad_out: Tensor) 
     """Return the gradients of input, residual, weight and bias as a differentiable composition in float64."""
     hooks = ctx.settings.hooks
     if ctx.is_merged and not hooks.merges:
-        raise RuntimeError("batch_norm: moments merged with those of other ranks cannot be differentiated twice")
+        raise RuntimeError("batch_norm: merged moments cannot be differentiated twice")
     selected, input = saved["selected"], saved["input"]
     x, g = _cleared(input.double(), selected), _cleared(grad_out.double(), selected)
     residual = _cleared(saved["residual"], selected)
@@ -337,7 +341,7 @@ def _composition(
         own = _differentiable_moments(x, selected)
         moments = hooks.merge(own)
         if moments is not own:
-            raise RuntimeError("batch_norm: torch's operations cannot differentiate moments merged with other ranks'")
+            raise RuntimeError("batch_norm: torch's operations cannot differentiate merged moments")
     constants = Moments(*(moment.detach() for moment in moments))
     scale, shift = _corrected(x, weight, bias, hooks.correct(constants))
     z = affine(x, residual, scale, shift, moments.mean, (moments.var + eps).rsqrt())

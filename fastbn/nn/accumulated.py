@@ -21,7 +21,6 @@ from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm
 from fastbn.nn.running import move_running_stats
-from fastbn.ops import dispatch
 
 
 class _MicroBatch(Hooks):
@@ -29,6 +28,8 @@ class _MicroBatch(Hooks):
 
     elements: how many per channel this micro-batch has.
     """
+
+    needs_ops = True
 
     def __init__(self, before: Moments | None, elements: int, eps: float) -> None:
         self.before, self.elements, self.eps = before, elements, eps
@@ -73,10 +74,8 @@ class _AccumulatedBatchNorm(FastBatchNorm):
                 "micro-batch would count twice"
             )
         call = self._call_by_batch(input, residual, activation, activation_param)
-        # torch's operations, which are faster for few elements, have no gradient of merged moments.
-        backend = "cpu" if input.is_cpu and dispatch.why_torch_must_see(call) is None else None
         hooks = _MicroBatch(self.moments, input.numel() // max(input.shape[1], 1), call.eps)
-        output, moments = normalize(call, hooks, backend)
+        output, moments = normalize(call, hooks)
         self.moments = moments
         return output
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastbn import functional
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm
+from fastbn.nn.running import set_running
 from fastbn.ops.contract import HALF_TYPES
 from fastbn.ops.dispatch import check_residual
 from fastbn.ops.layout import suggest_memory_format
@@ -54,7 +55,7 @@ class _GhostBatchNorm(FastBatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+        if type(virtual_batch_size) is not int or virtual_batch_size < 1:
             raise ValueError(f"virtual_batch_size: expected an int from 1 on, got {virtual_batch_size!r}")
         super().__init__(
             num_features,
@@ -119,10 +120,9 @@ class _GhostBatchNorm(FastBatchNorm):
             if mean is not None and var is not None:
                 steps.append(torch.stack((mean, var)).unflatten(1, (count, channels)))
         if running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                moved = _mean_of_groups(steps, [each / input.shape[0] for _, each in parts])
-                running_mean.copy_(moved[0])
-                running_var.copy_(moved[1])
+            moved = _mean_of_groups(steps, [each / input.shape[0] for _, each in parts])
+            set_running(running_mean, moved[0])
+            set_running(running_var, moved[1])
         return torch.cat(outputs) if larger else outputs[0]
 
     def __prepare_scriptable__(self) -> None:

@@ -95,7 +95,7 @@ class _MaskedBatchNorm(FastBatchNorm):
         call = self._call_by_batch(input, residual, self.activation, self.activation_param)
         output, moments = normalize(call, _Unpadded(selected, self.padding == "keep"))
         if self.training:
-            move_running_stats(*call[4:8], moments)
+            move_running_stats(call.running_mean, call.running_var, call.num_batches_tracked, call.momentum, moments)
         return output
 
     def moments_of(

@@ -97,11 +97,13 @@ class _BatchRenorm(FastBatchNorm):
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or counter is None:
             raise ValueError("BatchRenorm: expected running_mean, running_var and num_batches_tracked, got None")
-        call = self._call_by_batch(input, residual, self.activation, self.activation_param)
+        call = self._call_by_batch(input, residual, self.activation, self.activation_param)._replace(
+            running_mean=mean, running_var=var, num_batches_tracked=counter
+        )
         batches = counter.double() + 1
         bounds = tuple(bound(batches) if callable(bound) else bound for bound in (self.r_max, self.d_max))
         output, moments = normalize(call, _Renormalize(mean, var, call.eps, bounds))
-        move_running_stats(*call[4:8], moments)
+        move_running_stats(mean, var, counter, self.momentum, moments)
         return output
 
     def __prepare_scriptable__(self) -> None:

@@ -86,7 +86,7 @@ def merged(gathered: Tensor) -> Moments:
 class Synchronize(Hooks):
     """Moments and sums of all ranks of a group."""
 
-    merges = True
+    needs_ops = merges = True
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -164,7 +164,7 @@ class SyncBatchNorm(FastBatchNorm):
             return super()._normalize(input, residual, activation, activation_param)
         call = self._call_by_batch(input, residual, activation, activation_param)
         output, moments = normalize(call, Synchronize(group))
-        move_running_stats(*call[4:8], moments)
+        move_running_stats(call.running_mean, call.running_var, call.num_batches_tracked, call.momentum, moments)
         return output
 
     def _group(self) -> Group | None:

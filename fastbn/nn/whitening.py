@@ -15,6 +15,7 @@ from fastbn.autograd.whitening import METHODS, JointMoments, Whitening, whiten
 from fastbn.nn import scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
+from fastbn.nn.running import averaging_factor, set_running
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
@@ -127,14 +128,12 @@ class _WhiteningBatchNorm(WithActivation, nn.Module):
     @torch.no_grad()
     def _track(self, moments: JointMoments) -> None:
         """Move the running statistics as batch normalisation does: not for an empty batch, and without a host sync."""
-        self.num_batches_tracked.add_(1)
-        count = moments.elements
+        factor, count = averaging_factor(self.num_batches_tracked, self.momentum), moments.elements
         if count == 0:
             return
-        factor = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
         unbiased = moments.cov * (count / (count - 1))
         for running, batch in ((self.running_mean, moments.mean), (self.running_cov, unbiased)):
-            running.copy_(running.double() * (1 - factor) + batch * factor)
+            set_running(running, running.double() * (1 - factor) + batch * factor)
 
     def __prepare_scriptable__(self) -> None:
         scripting.refuse(self)

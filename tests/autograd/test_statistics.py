@@ -287,7 +287,7 @@ def test_merged_moments_have_no_second_derivative():
     zeros = torch.zeros(3).double()
     hooks = OfTwoRanks(Moments(zeros, zeros, torch.ones(1).double()), (zeros, zeros))
     output, _ = statistics.batch_norm(*tensors, Settings(hooks, EPS, 0, None, registry.get("cpu")))
-    with pytest.raises(RuntimeError, match="merged with those of other ranks cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match="merged moments cannot be differentiated twice"):
         torch.autograd.grad(output.sum(), tensors[0], create_graph=True)
 
 

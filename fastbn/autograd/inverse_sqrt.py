@@ -56,7 +56,7 @@ def pca(cov: Tensor, eps: float) -> Tensor:
     """Return diag(l + eps)^(-1/2) V^T, the rows by falling eigenvalues. cov: float64 (groups, d, d), symmetric.
 
     The largest element of each eigenvector is positive. Neither this choice nor the order is a continuous function of
-    S, and the derivative has 1 / (l_i - l_j): eigenvalues that are equal but for rounding are taken to keep their
+    S, and the derivative has 1 / (l_i - l_j): eigenvalues that are equal except for rounding are taken to keep their
     eigenvectors, which keeps it finite.
     """
     return _apply_pca(cov, eps)[0]
@@ -132,7 +132,7 @@ def _principal(cov: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _gaps(roots: Tensor) -> Tensor:
-    """Return 1 / (l_j - l_i) in row i and column j, and 0 where the two are equal but for the rounding of `eigh`."""
+    """Return 1 / (l_j - l_i) in row i and column j, and 0 where the two are equal except for the rounding of `eigh`."""
     values = roots.square()
     gaps = values[..., None, :] - values[..., :, None]
     rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values.amax(-1)[..., None, None]

@@ -1,6 +1,6 @@
 """Moments as values: those of a tensor, those of several parts together, and normalisation by given ones.
 
-Chan, Golub and LeVeque 1983 for parts of n_k elements, mean m_k and biased variance v_k:
+Chan, Golub and LeVeque 1979 for parts of n_k elements, mean m_k and biased variance v_k:
 
     n = sum(n_k),   mean = sum(n_k m_k) / n,   var = sum(n_k (v_k + (m_k - mean)^2)) / n
 """
@@ -44,7 +44,7 @@ def channel_stats(input: Tensor, *, backend: str | None = None) -> Moments:
 
 
 def merge_stats(*moments: Moments) -> Moments:
-    """Return the moments of all parts together, from those of each part (Chan et al. 1983).
+    """Return the moments of all parts together, from those of each part (Chan et al. 1979).
 
     Each part's `mean` and `var` are (*, C), and `elements` (*, 1), or (*, C) where channels differ in it; the result
     has the same shapes and the dtype of the parts. What a part without elements holds does not matter, and parts

@@ -164,8 +164,8 @@ _DOC = """fastbn.{name} of padded data: {shape}.
     padding="zero": it comes out as 0, and its gradient is 0.
     padding="keep": it comes out as it went in, with neither residual nor activation, and its gradient is grad_out's.
 
-    The other arguments, parameters, buffers and state_dict are those of fastbn.{name}. Output and gradient have the
-    input's memory format{strides}
+    The other arguments but `save`, parameters, buffers and state_dict are those of fastbn.{name}. Output and gradient
+    have the input's memory format{strides}
     Raises ValueError for a mask{or_lengths} of another shape, dtype or device, for an input of other dimensions, in
     training for one element per channel in all, padding included, and for what the ops cannot take.
     """

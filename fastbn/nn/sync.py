@@ -107,7 +107,7 @@ class Synchronize(Hooks):
 
 
 class SyncBatchNorm(FastBatchNorm):
-    """torch.nn.SyncBatchNorm with fused kernels, one collective a direction, no host sync, and on CPUs too.
+    """torch.nn.SyncBatchNorm with fused kernels, one collective per direction, no host sync, and on CPUs too.
 
     In groups of more than 32 processes forward has two collectives, whose size does not grow with the group.
 

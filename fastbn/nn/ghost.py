@@ -170,9 +170,9 @@ _DOC = """Ghost batch normalisation (Hoffer, Hubara and Soudry 2017, "Train long
     virtual batch has at least virtual_batch_size samples, unless the batch has fewer, and less than twice as many.
 
     virtual_batch_size: an int from 1 on, and from 2 on for (N, C). The other arguments but `save`, parameters, buffers,
-    state_dict and evaluation are those of fastbn.{name}. A batch moves running statistics and counter once: by the mean over the
-    virtual batches of their means and unbiased variances, each weighted by its samples. With G = 1 the layer is
-    fastbn.{name}, bit for bit.
+    state_dict and evaluation are those of fastbn.{name}. A batch moves running statistics and counter once: by the mean
+    over the virtual batches of their means and unbiased variances, each weighted by its samples. With G = 1 the layer
+    is fastbn.{name}, bit for bit.
 
     forward(input, residual=None): as fastbn.{name}'s. Output and gradient have the input's memory format; a contiguous
     input is normalised where it lies, one in channels_last is copied, and so are residual, output and gradients.

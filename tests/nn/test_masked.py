@@ -114,6 +114,7 @@ def test_every_backend(every_backend, dim, padding):
         # A gradient of a parameter adds up `count` terms, of at most 4 * 4 each; no other term is larger than 4 * 4.
         assert_close_to_reference(grad, right, tolerance.sum_tolerance(torch.float32, count, 16.0 * terms), "gradient")
     for name in ("running_mean", "running_var"):
+        # Sums of float32 terms about a pivot, and a float32 buffer: some eight roundings.
         torch.testing.assert_close(getattr(layer, name).double(), getattr(reference, name), rtol=1e-6, atol=0)
 
 
@@ -157,7 +158,7 @@ def test_it_is_fastbns_batch_norm_of_the_data_put_together(share):
     total = tolerance.sum_tolerance(torch.float32, count, 20.0 * count).item()
     for value, right, allowed in zip(actual, expected.values(), (element, element, total, total), strict=True):
         torch.testing.assert_close(value, right, rtol=0, atol=2 * allowed)
-    assert_same_buffers(layer, plain, rtol=1e-6, atol=0)
+    assert_same_buffers(layer, plain, rtol=1e-6, atol=0)  # some eight roundings of float32, as above
 
 
 @pytest.mark.parametrize("padding", ["zero", "keep"])

@@ -109,6 +109,7 @@ def revert(model: nn.Module) -> nn.Module:
 
     fastbn.BatchNorm1d, 2d and 3d, the Lazy ones and SyncBatchNorm become torch.nn's, wherever they come from, and what
     `fastbn.checkpoint_safe` did is undone too. What `convert` has synchronised becomes the BatchNorm that it was.
+    Frozen layers stay frozen: `fastbn.unfreeze` comes first.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
     module has an `activation` of its own: torch.nn's would silently leave it out.

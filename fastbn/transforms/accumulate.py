@@ -9,7 +9,7 @@ from torch import nn
 
 from fastbn import nn as layers
 from fastbn.transforms.checkpoint import CheckpointSafe
-from fastbn.transforms.module import require_module
+from fastbn.transforms.module import ACCUMULATING, require_module, require_not_accumulating
 
 _ACCUMULATED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.AccumulatedBatchNorm1d,
@@ -33,15 +33,18 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
 
     Every torch.nn and fastbn BatchNorm1d, 2d and 3d (exact types, as in `fastbn.convert`) is an AccumulatedBatchNorm
     within the block, whose docstring says what is exact and what is approximate, and has its class back afterwards.
-    The block's end moves the running statistics once, by those of the whole batch, and `num_batches_tracked` by 1; an
-    exception moves nothing. Layers that are AccumulatedBatchNorms already end their step too. Parameters, hooks, fused
-    forwards and layers in evaluation mode are as ever; other classes (SyncBatchNorm, BatchRenorm, timm's
-    BatchNormAct2d) move as they do. A copy that is made within the block keeps the class.
+    The block's end moves the running statistics once, by those of the whole batch, and `num_batches_tracked` by 1;
+    after an exception in the block nothing moves. Layers that are AccumulatedBatchNorms already end their step too.
+    Parameters, hooks, fused forwards and layers in evaluation mode are as ever; other classes (SyncBatchNorm,
+    BatchRenorm, timm's BatchNormAct2d) move as they do. A copy that is made within the block keeps the class, and a
+    layer that is given another class there keeps that one.
 
     Yields `model`. Raises, before anything has changed, TypeError if it is not a torch.nn.Module, and ValueError for
-    layers that `fastbn.checkpoint_safe` was called for: a recomputed forward would count twice.
+    layers that `fastbn.checkpoint_safe` was called for: a recomputed forward would count twice, and for layers that are
+    in such a block already. `fastbn.convert`, `revert` and `freeze` raise ValueError for these too.
     """
     require_module("accumulate", model)
+    require_not_accumulating("accumulate", model)
     for name, module in model.named_modules():
         if isinstance(module, CheckpointSafe):
             raise ValueError(
@@ -51,12 +54,16 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     for module, cls in before:
         module.__class__ = _ACCUMULATED[cls]
     steps = [module for module in model.modules() if isinstance(module, _CLASSES)]
+    ACCUMULATING.update(steps)
     try:
         yield model
         for step in steps:
-            step.finish()
+            if isinstance(step, _CLASSES):  # still: the block may have given it another class
+                step.finish()
     finally:
         for step in steps:
-            step.discard()
+            vars(step).pop("moments", None)
+            ACCUMULATING.discard(step)
         for module, cls in before:
-            module.__class__ = cls
+            if type(module) is _ACCUMULATED[cls]:
+                module.__class__ = cls

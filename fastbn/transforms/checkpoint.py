@@ -19,7 +19,10 @@ from fastbn.nn.epilogue import Epilogue
 from fastbn.nn.scripting import in_place_of
 from fastbn.transforms.module import require_module
 
-_CORRECTED = (layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d)
+_REFUSED = (
+    *(layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d),
+    *(layers.AccumulatedBatchNorm1d, layers.AccumulatedBatchNorm2d, layers.AccumulatedBatchNorm3d),
+)
 _NORMS = (BatchNormBase, layers.WhiteningBatchNorm1d, layers.WhiteningBatchNorm2d)
 
 
@@ -139,8 +142,8 @@ def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
     does both, and `fastbn.revert` undoes both. Other tables by exact type do not know the new classes.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, for
-    BatchRenorm, whose training depends on running statistics that have moved by then, and for Lazy layers, which take
-    another class with their first batch.
+    BatchRenorm, whose training depends on running statistics that have moved by then, for AccumulatedBatchNorm, whose
+    depends on the micro-batches before, and for Lazy layers, which take another class with their first batch.
     """
     require_module("checkpoint_safe", model)
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
@@ -149,7 +152,7 @@ def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
             module.__class__ = class_without_checkpoint_safety(type(module))
         return model
     for name, module in norms:
-        if isinstance(module, _CORRECTED) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        if isinstance(module, _REFUSED) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
             got = f"{type(module).__name__} at {name or '(the model itself)'}"
             raise ValueError(f"checkpoint_safe: expected layers that normalise by the batch alone, got {got}")
     for _, module in norms:

@@ -8,6 +8,7 @@ The variance of a batch in that average is divided by n elements (biased) in som
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def batch_norm_state(
 
     arrays: by path, as "block/bn/gamma", "block/bn/gamma:0", "block.bn.gamma" or ("block", "bn", "gamma"); flax's
     "params" and "batch_stats" at the beginning of a path are left out. A layer is what has both moving averages; other
-    arrays are ignored. Its tensors, of the dtypes of the arrays, are named "block.bn.weight", "block.bn.bias",
+    arrays are ignored. Its tensors, copies with the dtypes of the arrays, are named "block.bn.weight", "block.bn.bias",
     "block.bn.running_mean" and "block.bn.running_var", or without a path "weight" and so on: weight is 1 and bias is 0
     where the library's layer has none. No library but torch counts batches, and `load_state_dict` leaves the counter of
     a layer alone where a state without a version has none.
@@ -79,7 +80,8 @@ def batch_norm_state(
     their names. Where the library averages biased variances, each is made unbiased by n / (n - 1), as a training in
     torch would have it. None leaves them, so that evaluation gives what it gave there.
 
-    Raises ValueError for an unknown convention, if there is no layer among the arrays, and for fewer than two elements.
+    Raises ValueError for an unknown convention, if there is no layer among the arrays, and for fewer than two elements
+    or a layer that `elements` leaves out, and TypeError for elements that are not whole numbers.
     """
     known = _known(convention)
     found: dict[str, dict[str, Any]] = {}
@@ -93,16 +95,28 @@ def batch_norm_state(
     for name, of in layers.items():
         mean, var = torch.as_tensor(of[known.mean]), torch.as_tensor(of[known.var])
         if elements is not None and known.is_biased:
-            n = elements if isinstance(elements, int) else elements[name]
-            if n < 2:
-                raise ValueError(f"elements: expected at least 2 per channel, got {n} for {name or 'the layer'}")
+            n = _number_of(elements, name)
             var = var * (n / (n - 1))
         weight = torch.as_tensor(of.get(known.weight, torch.ones_like(mean)))
         bias = torch.as_tensor(of.get(known.bias, torch.zeros_like(mean)))
         prefix = f"{name}." if name else ""
         for key, value in {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}.items():
-            state[prefix + key] = value
+            state[prefix + key] = value.detach().clone()
     return state
+
+
+def _number_of(elements: Any, name: str) -> int:
+    """Return the number of elements per channel for the layer of that name."""
+    layer = name or "the layer"
+    if isinstance(elements, Mapping):
+        if name not in elements:
+            raise ValueError(f"elements: expected a number for every layer, got none for {layer}")
+        elements = elements[name]
+    if not isinstance(elements, numbers.Integral):
+        raise TypeError(f"elements: expected whole numbers, got {type(elements).__name__} for {layer}")
+    if elements < 2:
+        raise ValueError(f"elements: expected at least 2 per channel, got {elements} for {layer}")
+    return int(elements)
 
 
 def _known(convention: str | Convention) -> Convention:

@@ -20,7 +20,7 @@ from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_cl
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYER, LAYERS
 from fastbn.transforms.fuse.source import class_of
-from fastbn.transforms.module import require_module
+from fastbn.transforms.module import require_module, require_not_accumulating
 from fastbn.transforms.report import report
 from fastbn.transforms.sync import ATTRIBUTES as SYNC_ATTRIBUTES
 from fastbn.transforms.sync import desynchronize, require_no_lazy, synchronize
@@ -70,10 +70,11 @@ def convert(
     and for those from before the group that they have.
 
     Returns `model`. Raises, before anything has changed, TypeError if it is not a torch.nn.Module, ValueError for
-    another `save`, for a process_group without `sync`, for Lazy layers with it, and what `fastbn.checkpoint_safe`
-    raises.
+    another `save`, for a process_group without `sync`, for Lazy layers with it, for layers within `fastbn.accumulate`,
+    and what `fastbn.checkpoint_safe` raises.
     """
     require_module("convert", model)
+    require_not_accumulating("convert", model)
     if save is not None:
         check_save(save)
     if sync:
@@ -109,11 +110,13 @@ def revert(model: nn.Module) -> nn.Module:
 
     fastbn.BatchNorm1d, 2d and 3d, the Lazy ones and SyncBatchNorm become torch.nn's, wherever they come from, and what
     `fastbn.checkpoint_safe` did is undone too. What `convert` has synchronised becomes the BatchNorm that it was.
+    Frozen layers stay frozen: `fastbn.unfreeze` comes first.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
-    module has an `activation` of its own: torch.nn's would silently leave it out.
+    module has an `activation` of its own, which torch.nn's would silently leave out, or is within `fastbn.accumulate`.
     """
     require_module("revert", model)
+    require_not_accumulating("revert", model)
     fused = [
         f"{name or '(the model itself)'}: {module.activation}"
         for name, module in model.named_modules()

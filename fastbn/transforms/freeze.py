@@ -8,7 +8,7 @@ from torch import nn
 
 from fastbn import nn as layers
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety
-from fastbn.transforms.module import require_module
+from fastbn.transforms.module import require_module, require_not_accumulating
 from fastbn.transforms.sync import class_before_sync
 
 _FROZEN = {
@@ -32,9 +32,11 @@ def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
     only, as in `fastbn.convert`, and what it has synchronised.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
-    layer has no running statistics, or is a fastbn.SyncBatchNorm that was no BatchNorm1d, 2d or 3d before.
+    layer has no running statistics, is a fastbn.SyncBatchNorm that was no BatchNorm1d, 2d or 3d before, or is within
+    `fastbn.accumulate`.
     """
     require_module("freeze", model)
+    require_not_accumulating("freeze", model)
     found = [
         (name, module)
         for name, module in model.named_modules()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -65,15 +66,16 @@ def population_stats(
     process_group: where torch.distributed is initialised, the group (None for the default one) whose ranks each call
     this with their part of the data, as many batches as they have; their moments are gathered once, at the end. A
     SyncBatchNorm's own collectives still need equally many batches on each rank. The module inside a
-    DistributedDataParallel is run without it.
+    DistributedDataParallel is run without it. A rank that raises in its pass leaves the others waiting for its moments
+    until the group's timeout.
 
     Returns a mapping from the name of each layer that was called to its moments (fastbn.functional.Moments: mean and
     biased variance, float64 (C,), and the number of elements per channel), on all ranks the same. A model without
     such layers returns {}, and the loader is not read.
 
     Raises TypeError if `model` is not a torch.nn.Module, or for batches that need `forward`; ValueError for a Lazy
-    layer without its first input, and if no layer got two elements per channel, as with an empty loader; and what the
-    model raises, as for a batch with one value per channel.
+    layer without its first input, for a process_group that this rank is not in, and if no layer got two elements per
+    channel, as with an empty loader; and what the model raises, as for a batch with one value per channel.
     """
     require_module("population_stats", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -121,7 +123,7 @@ def _observed(model: nn.Module, norms: list[Any], seen: dict[nn.Module, Moments]
         if hasattr(norm, "moments_of"):  # of a layer whose statistics leave out elements, as padding
             own = norm.moments_of(*args, **kwargs)
         else:
-            own = channel_stats((*args, *kwargs.values())[0])
+            own = channel_stats(_input_of(norm, args, kwargs))
         seen[norm] = merge_stats(seen[norm], own) if norm in seen else own
 
     gpus = {buffer.device.index for buffer, _ in buffers if buffer.is_cuda}
@@ -149,6 +151,17 @@ def _observed(model: nn.Module, norms: list[Any], seen: dict[nn.Module, Moments]
                     buffer.copy_(value)
 
 
+def _input_of(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of a call of a layer, which a subclass may have given another name."""
+    if args:
+        return args[0]
+    for name in (next(iter(inspect.signature(norm.forward).parameters), "input"), "input"):
+        if name in kwargs:
+            return kwargs[name]
+    got = ", ".join(kwargs) or "no arguments"
+    raise TypeError(f"population_stats: expected calls of layers with an input, got {got}")
+
+
 class _Group:
     """The ranks whose moments are merged: those of a process group, or this process alone."""
 
@@ -157,6 +170,11 @@ class _Group:
         self.process_group = process_group
         self.size = torch.distributed.get_world_size(process_group) if is_initialized else 1
         self.rank = torch.distributed.get_rank(process_group) if is_initialized else 0
+        if self.rank < 0:
+            raise ValueError(
+                f"population_stats: expected a process_group that this rank is in, got {process_group!r} on rank "
+                f"{torch.distributed.get_rank()}"
+            )
 
     def merge(self, norms: list[Any], seen: Mapping[nn.Module, Moments]) -> list[Moments]:
         """Return the moments of each layer over all ranks; those of a layer that got nothing are 0."""

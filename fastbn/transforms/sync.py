@@ -46,14 +46,19 @@ def synchronize(model: nn.Module, process_group: Any) -> None:
 
 
 def class_before_sync(module: nn.Module) -> Any:
-    """Return the class that a layer had before `synchronize`, or None for others."""
-    return vars(module).get(_BEFORE)
+    """Return the class that a layer had before `synchronize`, or None for others.
+
+    A layer that has another class by now, as a frozen one, is one of the others, although it remembers it.
+    """
+    is_synchronised = class_without_checkpoint_safety(type(module)) is layers.SyncBatchNorm
+    return vars(module).get(_BEFORE) if is_synchronised else None
 
 
 def desynchronize(model: nn.Module) -> None:
-    """Give every layer that `synchronize` changed its own class again."""
+    """Give every SyncBatchNorm that `synchronize` made its own class again."""
     for module in model.modules():
-        cls = vars(module).pop(_BEFORE, None)
+        cls = class_before_sync(module)
         if cls is not None:
             set_class(module, cls)
-            vars(module).pop("process_group", None)
+            for name in ATTRIBUTES:
+                vars(module).pop(name, None)

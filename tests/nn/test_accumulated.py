@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import runpy
@@ -352,3 +353,39 @@ def test_models_that_accumulate_refuses():
     with pytest.raises(TypeError, match="accumulate: expected a torch.nn.Module, got str"):
         with fastbn.accumulate("model"):
             pass
+
+
+def test_a_class_that_is_given_within_accumulate_stays():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    with fastbn.accumulate(model):
+        model(normal(4, 2, dtype=torch.float32))
+        model[0].__class__ = fastbn.FrozenBatchNorm1d
+    assert [type(module) for module in model] == [fastbn.FrozenBatchNorm1d, nn.BatchNorm1d]
+    assert [module.num_batches_tracked.item() for module in model] == [0, 1]
+    assert not any("moments" in vars(module) for module in model)
+
+
+@pytest.mark.parametrize("transform", [fastbn.convert, fastbn.revert, fastbn.freeze, fastbn.accumulate])
+def test_what_is_refused_within_accumulate(transform):
+    model = _network()
+    x = normal(6, 3, 8, 8)
+    with fastbn.accumulate(model):
+        model(x)
+        for part, name in ((model, "1"), (model[1], r"\(the model itself\)")):
+            with pytest.raises(
+                ValueError, match=f"expected layers outside of fastbn.accumulate, got one in it at {name}"
+            ):
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(transform(part))
+    assert model[1].num_batches_tracked == 1 and type(model[1]) is nn.BatchNorm2d and model[1].weight.requires_grad
+    fastbn.freeze(fastbn.convert(model))  # they are free again
+    assert type(model[1]) is fastbn.FrozenBatchNorm2d
+
+
+def test_a_copy_made_within_accumulate_is_free():
+    model = _network()
+    with fastbn.accumulate(model):
+        copied = copy.deepcopy(model)
+        with fastbn.accumulate(copied):
+            copied(normal(6, 3, 8, 8))
+    assert (model[1].num_batches_tracked, copied[1].num_batches_tracked) == (0, 1)

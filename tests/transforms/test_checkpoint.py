@@ -481,7 +481,11 @@ def test_data_parallel_gets_copies():
     assert type(twin) is type(model[1])
 
 
-@pytest.mark.parametrize("layer", [fastbn.BatchRenorm2d(3), nn.LazyBatchNorm2d()], ids=["BatchRenorm2d", "Lazy"])
+@pytest.mark.parametrize(
+    "layer",
+    [fastbn.BatchRenorm2d(3), fastbn.AccumulatedBatchNorm2d(3), nn.LazyBatchNorm2d()],
+    ids=lambda layer: type(layer).__name__,
+)
 def test_layers_that_are_refused(layer):
     model = nn.Sequential(fastbn.BatchNorm2d(3), layer)
     message = f"^checkpoint_safe: expected layers that normalise by the batch alone, got {type(layer).__name__} at 1$"

@@ -137,3 +137,28 @@ def test_arguments_outside():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_numbers_of_elements():
+    arrays = {"bn/moving_mean": np.zeros(1), "bn/moving_variance": np.ones(1)}
+    for elements in (np.int64(5), {"bn": np.int32(5), "other": 3}):
+        assert batch_norm_state(arrays, "keras", elements=elements)["bn.running_var"].item() == 1.25
+    for elements, error, message in (
+        ({}, ValueError, "elements: expected a number for every layer, got none for bn"),
+        (8.0, TypeError, "elements: expected whole numbers, got float for bn"),
+        ({"bn": "8"}, TypeError, "elements: expected whole numbers, got str for bn"),
+        ({"bn": np.int64(1)}, ValueError, "elements: expected at least 2 per channel, got 1 for bn"),
+    ):
+        with pytest.raises(error, match=message):
+            batch_norm_state(arrays, "keras", elements=elements)
+
+
+@pytest.mark.parametrize("make", [np.ones, lambda n: nn.Parameter(torch.ones(n))], ids=["numpy", "torch"])
+def test_the_state_is_a_copy(make):
+    names = "gamma", "beta", "moving_mean", "moving_variance"
+    arrays = {name: make(2) for name in names}
+    state = batch_norm_state(arrays, "keras")
+    for value in state.values():
+        assert not value.requires_grad
+        value.add_(1)
+    assert [array.tolist() for array in arrays.values()] == [[1, 1]] * 4

@@ -355,3 +355,40 @@ def test_ranks_with_uneven_parts_of_the_data(tmp_path):
         with torch.no_grad():
             _check(model, result, batches)
         assert "got none" in empty
+
+
+class _Renamed(fastbn.BatchNorm2d):
+    def forward(self, x, residual=None):
+        return super().forward(x, residual)
+
+
+@pytest.mark.parametrize(
+    "layer, name",
+    [(fastbn.BatchNorm2d(3), "input"), (fastbn.checkpoint_safe(fastbn.BatchNorm2d(3)), "input"), (_Renamed(3), "x")],
+    ids=["fastbn", "checkpoint_safe", "renamed"],
+)
+def test_the_input_by_its_name(layer, name):
+    x = normal(4, 3, 2, 2, dtype=torch.float32)
+    call = lambda layer, batch: layer(residual=batch + 7, **{name: batch})  # noqa: E731
+    fastbn.population_stats(layer, x.split(2), forward=call, progress=False)
+    torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+
+
+def test_a_call_without_an_input():
+    layer = fastbn.BatchNorm2d(3)
+    with pytest.raises(TypeError, match="expected calls of layers with an input, got residual$"):
+        fastbn.population_stats(
+            layer, [torch.ones(2, 3, 2, 2)], forward=lambda layer, x: layer(residual=x), progress=False
+        )
+
+
+def test_a_rank_outside_of_the_group(tmp_path):
+    unread = iter([torch.rand(3, 2)])
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="population_stats: expected a process_group that this rank is in, got"):
+            outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+            fastbn.population_stats(nn.BatchNorm1d(2), unread, process_group=outside)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert next(unread) is not None

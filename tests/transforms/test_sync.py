@@ -122,3 +122,59 @@ def test_checkpoint_safety_and_fusion_stay():
     copied = copy.deepcopy(model)
     assert type(copied[0]) is type(model[0])
     assert _types(fastbn.revert(model)) == [nn.BatchNorm2d, nn.ReLU]
+
+
+SAFE = pytest.mark.parametrize("safe", [False, True], ids=["", "checkpoint_safe"])
+
+
+def _frozen(safe):
+    """Return a frozen model that was synchronised, what its layer was, and a function that checks that it is frozen."""
+    model = fastbn.convert(nn.Sequential(nn.BatchNorm2d(3)), sync=True, process_group=7, checkpoint_safe=safe)
+    was = type(model[0])
+    fastbn.freeze(model)
+
+    def check():
+        before = copy.deepcopy(model.state_dict())
+        model.train()(normal(4, 3, 2, 2, dtype=torch.float32))
+        assert type(model[0]) is fastbn.FrozenBatchNorm2d and not model[0].weight.requires_grad
+        assert_same(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+    return model, was, check
+
+
+def _assert_unfrozen(model, was):
+    fastbn.unfreeze(model)
+    assert type(model[0]) is was and model[0].process_group == 7 and model[0].weight.requires_grad
+    fastbn.revert(model)
+    assert type(model[0]) is nn.BatchNorm2d and set(vars(model[0])) == set(vars(nn.BatchNorm2d(3)))
+
+
+@SAFE
+def test_frozen_layers_stay_frozen_when_it_is_reverted(safe):
+    model, was, check = _frozen(safe)
+    fastbn.revert(model)
+    check()
+    _assert_unfrozen(model, was)
+
+
+@SAFE
+def test_freezing_twice_is_freezing_once(safe):
+    model, was, check = _frozen(safe)
+    fastbn.freeze(model)
+    check()
+    _assert_unfrozen(model, was)
+
+
+@SAFE
+def test_frozen_layers_are_frozen_for_a_tool(safe):
+    model, was, check = _frozen(safe)
+    with fastbn.reverted(model):
+        check()
+    check()
+    _assert_unfrozen(model, was)
+
+
+def test_a_layer_with_another_class_keeps_it():
+    model = fastbn.convert(nn.Sequential(nn.BatchNorm2d(3)), sync=True)
+    model[0].__class__ = fastbn.BatchRenorm2d
+    assert _types(fastbn.freeze(fastbn.revert(model))) == [fastbn.BatchRenorm2d]

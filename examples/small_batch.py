@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import MultipleLocator, NullLocator, PercentFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -123,7 +123,7 @@ def pixels(images: Tensor) -> Tensor:
 
 def draw(path: Path, results: dict[str, dict[str, list[float]]], title: str) -> None:
     """Draw the mean accuracy over the seeds by batch, and its range."""
-    figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, by_batch in results.items():
         color, marker = _STYLES[name]
@@ -137,12 +137,13 @@ def draw(path: Path, results: dict[str, dict[str, list[float]]], title: str) -> 
     axes.set(xscale="log", xlabel="images per batch", ylabel="test accuracy, evaluation mode")
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(MultipleLocator(0.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title(title, parse_math=False, fontsize=11)
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path)
 
 

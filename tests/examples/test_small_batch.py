@@ -1,7 +1,9 @@
 """examples/small_batch: each method trains, and what is written says what was run."""
 
 import json
+import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +55,13 @@ def test_the_command_writes_a_table_and_a_picture(monkeypatch, tmp_path, capsys)
         for by_batch in results.values()
     )
     assert "| BatchNorm |" in capsys.readouterr().out
+
+
+def test_the_page_has_the_results_that_are_kept():
+    docs = Path(small_batch.__file__).parents[1] / "docs"
+    results = json.loads((docs / "small_batch.json").read_text())["accuracy"]
+    assert list(results) == list(small_batch.METHODS)
+    page = (docs / "variants.md").read_text()
+    for name, by_batch in results.items():
+        row = " | ".join(f"{statistics.mean(runs):.1%}" for runs in by_batch.values())
+        assert f"| {name} | {row} |" in page

@@ -34,7 +34,7 @@ def test_bytes():
 
 
 def test_the_page_has_the_measured_times():
-    results = json.loads((ROOT / "bench" / "results" / "sync.json").read_text())
+    results = json.loads((ROOT / "bench" / "sync.json").read_text())
     assert sync.table(results["records"]) in PAGE and results["note"]
 
 

@@ -43,7 +43,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def test_fast(session: nox.Session) -> None:
-    """Run the tests of two minutes, before each commit."""
+    """Run the tests of four minutes, before each commit."""
     session.run(*PYTEST, "-q", "-n", "auto", "-m", "not slow", *session.posargs)
 
 

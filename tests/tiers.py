@@ -1,7 +1,7 @@
 """The fast tier, `pytest -m "not slow"`, to be run before each commit: what it takes of a table of cases.
 
-It takes four minutes on two idle cores, beside builds, and is to take no more. A test is marked slow where it stands, by
-what `--durations=0` says of it; every file keeps some test in the fast tier (tests/test_tiers.py).
+It takes four minutes on two idle cores, beside builds, and is to take no more. A test is marked slow where it stands,
+by what `--durations=0` says of it; every file keeps some test in the fast tier (tests/test_tiers.py).
 """
 
 from __future__ import annotations

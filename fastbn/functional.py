@@ -14,6 +14,7 @@ from fastbn.autograd.moments import channel_stats, merge_stats, normalize
 from fastbn.autograd.statistics import Moments
 from fastbn.backends import aten, registry
 from fastbn.backends.node import NODE
+from fastbn.ops.activations import Name as ActivationName
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual
@@ -38,7 +39,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | str | None = None,
     activation_param: float | None = None,
     num_batches_tracked: Tensor | None = None,
     save: str = "input",

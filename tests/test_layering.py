@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "inspect": {"_C", "_version", "backends", "ops"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
-    "cli": {"__init__", "inspect", "testing"},
+    "cli": {"__init__", "_version", "inspect", "testing"},
     "__main__": {"cli"},
 }
 # The order within a layer that has one.
@@ -69,7 +69,7 @@ WITHIN = {
     "backends": ("reference", "aten", "native", "triton", "node", "crossings", "registry"),
     "autograd": ("composite", "batch_norm", "from_output", "statistics", "moments", "inverse_sqrt", "whitening"),
     "nn": (
-        *("scripting", "activation", "epilogue", "saving", "running"),
+        *("scripting", "torch_activations", "activation", "epilogue", "saving", "running"),
         *("batchnorm", "folded", "frozen", "ghost", "lazy", "renorm", "masked", "accumulated"),
         *("sync", "whitening"),
     ),

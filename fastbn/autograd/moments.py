@@ -15,6 +15,7 @@ from fastbn.autograd.statistics import Hooks, Moments, Settings
 from fastbn.backends import registry
 from fastbn.backends.reference import formulas
 from fastbn.ops import dispatch, errors
+from fastbn.ops.activations import Name as ActivationName
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call, check_residual
@@ -98,7 +99,7 @@ def normalize(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | str | None = None,
     activation_param: float | None = None,
     backend: str | None = None,
 ) -> Tensor:

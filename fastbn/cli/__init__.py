@@ -7,6 +7,7 @@ import os
 import sys
 from typing import IO
 
+from fastbn._version import __version__
 from fastbn.cli import bench, demo, info, verify
 from fastbn.cli.errors import CommandError, reason
 
@@ -22,7 +23,14 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line. The parsed arguments hold the subcommand's function as `run`."""
     parser = _Parser(prog="fastbn", description="BatchNorm for PyTorch with fused kernels.")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"fastbn {__version__}")
+
+    def show_help(args: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=show_help)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, command in _COMMANDS.items():
         sub = commands.add_parser(name, help=command.SUMMARY, description=command.__doc__)
         command.add_arguments(sub)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastbn import _C
 from fastbn.backends import aten, native, registry
 from fastbn.ops import dispatch
+from fastbn.ops.activations import Name as ActivationName
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Backend, Call, Plan
@@ -19,7 +20,7 @@ def explain(
     input: Tensor,
     direction: str = "forward",
     *,
-    activation: str | None = None,
+    activation: ActivationName | str | None = None,
     activation_param: float | None = None,
     residual: bool = False,
     training: bool = True,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbn.ops.activations import check_param
-from fastbn.ops.activations import index as activation_index
+from fastbn.nn.torch_activations import read_activation
 
 
 def _guarded(name: str) -> Any:
@@ -58,13 +57,13 @@ class WithActivation:
             if name not in vars(cls):
                 setattr(cls, name, vars(WithActivation)[name])
 
-    def _set_activation(self, activation: str | None, activation_param: float | None) -> None:
-        """Set both attributes. Raises ValueError for an unknown activation, or a parameter that it does not take."""
-        check_param(activation_index(activation), activation_param)
-        if activation is not None:
-            self.activation = activation
-        if activation_param is not None:
-            self.activation_param = activation_param
+    def _set_activation(self, activation: Any, activation_param: float | None) -> None:
+        """Set both attributes as `read_activation` reads them. Raises what it raises."""
+        name, param = read_activation(activation, activation_param)
+        if name is not None:
+            self.activation = name
+        if param is not None:
+            self.activation_param = param
 
     def _has_activation(self) -> bool:
         return self.activation not in (None, "none")

@@ -14,6 +14,7 @@ from fastbn.nn import saving, scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.epilogue import NormalizationLayer
 from fastbn.nn.saving import SavesOutput
+from fastbn.nn.torch_activations import ActivationLike
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
@@ -39,7 +40,7 @@ class FastBatchNorm(WithActivation, SavesOutput, NormalizationLayer, BatchNormBa
     def __init__(
         self,
         *args: Any,
-        activation: str | None = None,
+        activation: ActivationLike = None,
         activation_param: float | None = None,
         save: str = "input",
         **kwargs: Any,

@@ -7,16 +7,14 @@ them. So hooks, and whatever replaces or freezes a module, stay right.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbn import _torch
+from fastbn.nn.torch_activations import ACTIVATIONS, FUNCTIONS, METHODS, Known
 from fastbn.ops.layout import suggest_memory_format
-
-Known: TypeAlias = "tuple[str, float | None] | None"  # name and parameter of an activation of the ops; None: not known
 
 
 class Function(NamedTuple):
@@ -253,111 +251,6 @@ def known_activation(step: Any) -> Known:
     cls = type(step)
     reads = ACTIVATIONS.get(cls)
     return reads(step) if reads is not None and FORWARDS[cls] is cls.forward and is_plain(step) else None
-
-
-def _not_negative(name: str, param: Any) -> Known:
-    """Return (name, param) if it is a number that torch takes in place too."""
-    return (name, float(param)) if isinstance(param, (float, int)) and param >= 0 else None
-
-
-def _relu(inplace: bool = False) -> Known:
-    return ("relu", None)
-
-
-def _relu6(inplace: bool = False) -> Known:
-    return ("relu6", None)
-
-
-def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Known:
-    return _not_negative("leaky_relu", negative_slope)
-
-
-def _elu(alpha: float = 1.0, inplace: bool = False) -> Known:
-    return _not_negative("elu", alpha)
-
-
-def _silu(inplace: bool = False) -> Known:
-    return ("silu", None)
-
-
-def _gelu(approximate: str = "none") -> Known:
-    return ("gelu", None) if approximate == "none" else None
-
-
-def _hardswish(inplace: bool = False) -> Known:
-    return ("hardswish", None)
-
-
-def _hardsigmoid(inplace: bool = False) -> Known:
-    return ("hardsigmoid", None)
-
-
-def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Known:
-    return ("relu6", None) if min_val == 0 and max_val == 6 else None
-
-
-def _mish(inplace: bool = False) -> Known:
-    return ("mish", None)
-
-
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Known:
-    return ("softplus", None) if beta == 1 and threshold == 20 else None
-
-
-def _sigmoid() -> Known:
-    return ("sigmoid", None)
-
-
-def _tanh() -> Known:
-    return ("tanh", None)
-
-
-FUNCTIONS: dict[Any, Callable[..., Known]] = {
-    F.relu: _relu,
-    F.relu_: _relu,
-    torch.relu: _relu,
-    torch.relu_: _relu,
-    F.relu6: _relu6,
-    F.leaky_relu: _leaky_relu,
-    F.leaky_relu_: _leaky_relu,
-    F.elu: _elu,
-    F.elu_: _elu,
-    F.silu: _silu,
-    F.gelu: _gelu,
-    F.hardswish: _hardswish,
-    F.hardsigmoid: _hardsigmoid,
-    F.hardtanh: _hardtanh,
-    F.mish: _mish,
-    F.softplus: _softplus,
-    F.sigmoid: _sigmoid,
-    torch.sigmoid: _sigmoid,
-    F.tanh: _tanh,
-    torch.tanh: _tanh,
-}
-METHODS: dict[str, Callable[..., Known]] = {
-    "relu": _relu,
-    "relu_": _relu,
-    "sigmoid": _sigmoid,
-    "sigmoid_": _sigmoid,
-    "tanh": _tanh,
-    "tanh_": _tanh,
-}
-# What an activation module of exactly this type is. `fastbn.transforms.register` adds others.
-ACTIVATIONS: dict[type, Callable[[Any], Known]] = {
-    nn.ReLU: lambda m: ("relu", None),
-    nn.ReLU6: lambda m: ("relu6", None) if m.min_val == 0 and m.max_val == 6 else None,
-    nn.Hardtanh: lambda m: _hardtanh(m.min_val, m.max_val),
-    nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
-    nn.ELU: lambda m: _elu(m.alpha),
-    nn.SiLU: lambda m: ("silu", None),
-    nn.GELU: lambda m: _gelu(m.approximate),
-    nn.Hardswish: lambda m: ("hardswish", None),
-    nn.Hardsigmoid: lambda m: ("hardsigmoid", None),
-    nn.Mish: lambda m: ("mish", None),
-    nn.Softplus: lambda m: _softplus(m.beta, m.threshold),
-    nn.Sigmoid: lambda m: ("sigmoid", None),
-    nn.Tanh: lambda m: ("tanh", None),
-}
 
 
 def _is_idle_dropout(module: Any) -> bool:

@@ -16,6 +16,7 @@ from fastbn.nn import scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 from fastbn.nn.epilogue import NormalizationLayer
+from fastbn.nn.torch_activations import ActivationLike
 
 _COUNTER = "num_batches_tracked"
 
@@ -37,7 +38,7 @@ class _FrozenBatchNorm(WithActivation, NormalizationLayer, nn.Module):
         num_features: int,
         eps: float = 1e-5,
         *,
-        activation: str | None = None,
+        activation: ActivationLike = None,
         activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

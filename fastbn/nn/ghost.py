@@ -13,6 +13,7 @@ from fastbn import functional
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm
 from fastbn.nn.running import set_running
+from fastbn.nn.torch_activations import ActivationLike
 from fastbn.ops.contract import HALF_TYPES
 from fastbn.ops.dispatch import check_residual
 from fastbn.ops.layout import suggest_memory_format
@@ -50,7 +51,7 @@ class _GhostBatchNorm(FastBatchNorm):
         track_running_stats: bool = True,
         *,
         virtual_batch_size: int,
-        activation: str | None = None,
+        activation: ActivationLike = None,
         activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

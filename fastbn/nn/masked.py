@@ -12,6 +12,7 @@ from fastbn.autograd.statistics import Hooks, Moments, normalize, selected_momen
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
 from fastbn.nn.running import move_running_stats
+from fastbn.nn.torch_activations import ActivationLike
 from fastbn.ops.dispatch import check_residual
 
 
@@ -37,7 +38,7 @@ class _MaskedBatchNorm(FastBatchNorm):
         track_running_stats: bool = True,
         *,
         padding: str = "zero",
-        activation: str | None = None,
+        activation: ActivationLike = None,
         activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -20,6 +20,7 @@ from fastbn.autograd.statistics import Hooks, Moments, normalize
 from fastbn.nn import scripting
 from fastbn.nn.batchnorm import FastBatchNorm, leaf_of_symbolic_tracing
 from fastbn.nn.running import move_running_stats
+from fastbn.nn.torch_activations import ActivationLike
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -68,7 +69,7 @@ class _BatchRenorm(FastBatchNorm):
         *,
         r_max: float | Schedule = 3.0,
         d_max: float | Schedule = 5.0,
-        activation: str | None = None,
+        activation: ActivationLike = None,
         activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

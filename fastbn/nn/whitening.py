@@ -16,6 +16,7 @@ from fastbn.nn import scripting
 from fastbn.nn.activation import WithActivation
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 from fastbn.nn.running import averaging_factor, set_running
+from fastbn.nn.torch_activations import ActivationLike
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
@@ -42,7 +43,7 @@ class _WhiteningBatchNorm(WithActivation, nn.Module):
         method: str = "iternorm",
         iterations: int = 5,
         group_size: int | None = None,
-        activation: str | None = None,
+        activation: ActivationLike = None,
         activation_param: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,25 @@ ROWS = (
     Activation("tanh", forward=F.tanh, backward=_tanh_backward),
 )
 ACTIVATIONS = tuple(row.name for row in ROWS)
+# For editors, which complete it.
+Name: TypeAlias = Literal[
+    "none", "relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "hardswish", "hardsigmoid", "mish", "softplus",
+    "sigmoid", "tanh",
+]  # fmt: skip
+
+
+def _letters(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+# The name for each spelling of it, in lower case and without what joins words.
+_SPELLINGS = {_letters(name): name for name in ACTIVATIONS} | {
+    "swish": "silu",
+    "hswish": "hardswish",
+    "hsigmoid": "hardsigmoid",
+    "identity": "none",
+    "linear": "none",
+}
 
 # Activations whose derivative is known from one bit per element, which the mask holds.
 PIECEWISE_LINEAR = frozenset(row.name for row in ROWS if row.is_piecewise_linear)
@@ -135,13 +154,19 @@ def check_build(built: Sequence[dict[str, Any]]) -> None:
 
 
 def index(name: str | None) -> int:
-    """Return the number of an activation in the ops; None is "none". Raises ValueError for an unknown name."""
+    """Return the number of an activation in the ops; None is "none".
+
+    Names of torch's modules ("LeakyReLU") and other spellings ("swish", "hard_swish") do too. Raises ValueError for an
+    unknown name.
+    """
     if name is None:
         return 0
-    try:
+    if name in ACTIVATIONS:
         return ACTIVATIONS.index(name)
-    except ValueError:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}") from None
+    letters = _letters(name) if isinstance(name, str) else None
+    if letters not in _SPELLINGS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS.index(_SPELLINGS[letters])
 
 
 def check_param(activation: int, param: float | None) -> float | None:

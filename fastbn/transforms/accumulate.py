@@ -9,7 +9,7 @@ from torch import nn
 
 from fastbn import nn as layers
 from fastbn.transforms.checkpoint import CheckpointSafe
-from fastbn.transforms.module import ACCUMULATING, require_module, require_not_accumulating
+from fastbn.transforms.module import ACCUMULATING, Model, require_module, require_not_accumulating
 
 _ACCUMULATED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.AccumulatedBatchNorm1d,
@@ -23,7 +23,7 @@ _CLASSES = layers.AccumulatedBatchNorm1d, layers.AccumulatedBatchNorm2d, layers.
 
 
 @contextmanager
-def accumulate(model: nn.Module) -> Iterator[nn.Module]:
+def accumulate(model: Model) -> Iterator[Model]:
     """Within the block, all forwards of `model` in training mode are micro-batches of one batch.
 
         with fastbn.accumulate(model):

@@ -17,7 +17,7 @@ from fastbn._torch import BatchNormBase, is_exporting, is_in_backward, without_d
 from fastbn.nn.batchnorm import leaf_of_symbolic_tracing
 from fastbn.nn.epilogue import Epilogue
 from fastbn.nn.scripting import in_place_of
-from fastbn.transforms.module import require_module
+from fastbn.transforms.module import Model, require_module
 
 _REFUSED = (
     *(layers.BatchRenorm1d, layers.BatchRenorm2d, layers.BatchRenorm3d),
@@ -127,7 +127,7 @@ def set_class(module: nn.Module, cls: Any) -> None:
     module.__class__ = _safe_class(cls) if isinstance(module, CheckpointSafe) else cls
 
 
-def checkpoint_safe(model: nn.Module, *, enabled: bool = True) -> nn.Module:
+def checkpoint_safe(model: Model, *, enabled: bool = True) -> Model:
     """Make the BatchNorms of `model` move running statistics once a step under activation checkpointing, in place.
 
     A forward in training mode that runs within a backward is taken for a recomputation: it normalises by the same

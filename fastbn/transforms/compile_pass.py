@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from fastbn import _torch, functional
 from fastbn.backends import aten, registry
-from fastbn.nn.epilogue import FUNCTIONS, METHODS, Known, gives_strides_of
+from fastbn.nn.epilogue import gives_strides_of
+from fastbn.nn.torch_activations import FUNCTIONS, METHODS, Known
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Call
 

@@ -20,7 +20,7 @@ from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_cl
 from fastbn.transforms.fuse import containers
 from fastbn.transforms.fuse.layers import LAYER, LAYERS
 from fastbn.transforms.fuse.source import class_of
-from fastbn.transforms.module import require_module, require_not_accumulating
+from fastbn.transforms.module import Model, require_module, require_not_accumulating
 from fastbn.transforms.report import report
 from fastbn.transforms.sync import ATTRIBUTES as SYNC_ATTRIBUTES
 from fastbn.transforms.sync import desynchronize, require_no_lazy, synchronize
@@ -42,7 +42,7 @@ _ATTRIBUTES = "activation", "activation_param", "save_for_backward"
 
 
 def convert(
-    model: nn.Module,
+    model: Model,
     *,
     fuse: bool = True,
     save: str | None = None,
@@ -50,7 +50,7 @@ def convert(
     verbose: bool = False,
     sync: bool = False,
     process_group: Any = None,
-) -> nn.Module:
+) -> Model:
     """Make every torch.nn.BatchNorm1d, 2d and 3d of `model` a fastbn one, and fuse what follows it, in place.
 
     Only these exact types, their Lazy ones and SyncBatchNorm are swapped, and those that `fastbn.transforms.register`
@@ -105,7 +105,7 @@ def convert(
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Give every module of `model` that `convert` gave another class its own again, in place.
 
     fastbn.BatchNorm1d, 2d and 3d, the Lazy ones and SyncBatchNorm become torch.nn's, wherever they come from, and what
@@ -132,7 +132,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def reverted(model: nn.Module) -> Iterator[nn.Module]:
+def reverted(model: Model) -> Iterator[Model]:
     """Within the block, `model` is as `revert` leaves it; afterwards its modules have the classes that they had.
 
     For tools that know layers by their exact type. Modules that the tool has replaced, or given another class, stay as
@@ -156,7 +156,7 @@ def _own_attributes(module: nn.Module, more: tuple[str, ...] = ()) -> dict[str, 
     return {name: vars(module)[name] for name in (*_ATTRIBUTES, *more) if name in vars(module)}
 
 
-def _swap(model: nn.Module, classes: _Classes) -> nn.Module:
+def _swap(model: Model, classes: _Classes) -> Model:
     for module in model.modules():
         target = classes.get(class_without_checkpoint_safety(type(module)))
         if target is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastbn.nn.folded import FoldedBatchNorm, activation_module
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety
-from fastbn.transforms.module import require_module
+from fastbn.transforms.module import Model, require_module
 from fastbn.transforms.pairs import DIMS, NORMS_BY_NAME, Pair, find_pairs, full_name, kind_of, takes_one_number_of_dims
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -53,7 +53,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
-def fold(model: nn.Module, *, inplace: bool = False, verbose: bool = False) -> nn.Module:
+def fold(model: Model, *, inplace: bool = False, verbose: bool = False) -> Model:
     """Return a copy of `model` for inference, in which BatchNorms are folded into the layer before them.
 
     Conv1d, 2d, 3d, ConvTranspose1d, 2d, 3d and Linear take up torch.nn's and fastbn's BatchNorms, SyncBatchNorm,

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastbn import nn as layers
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety
-from fastbn.transforms.module import require_module, require_not_accumulating
+from fastbn.transforms.module import Model, require_module, require_not_accumulating
 from fastbn.transforms.sync import class_before_sync
 
 _FROZEN = {
@@ -23,7 +23,7 @@ _FROZEN = {
 _BEFORE = "_before_freezing"
 
 
-def freeze(model: nn.Module, *, affine: bool = True) -> nn.Module:
+def freeze(model: Model, *, affine: bool = True) -> Model:
     """Make every torch.nn and fastbn BatchNorm1d, 2d and 3d of `model` a FrozenBatchNorm, in place.
 
     From then on the running statistics normalise, whatever mode the model is in, and nothing moves them. affine: also
@@ -63,7 +63,7 @@ def _class_to_freeze(module: nn.Module) -> Any:
     return class_before_sync(module) or class_without_checkpoint_safety(type(module))
 
 
-def unfreeze(model: nn.Module) -> nn.Module:
+def unfreeze(model: Model) -> Model:
     """Make every layer of `model` that `freeze` froze what it was, in place; others are left alone.
 
     Weight and bias that `freeze` stopped training are trained again. Returns `model`. Raises TypeError if it is not a

@@ -1,8 +1,12 @@
 """The checks that transforms make of the model that they get."""
 
+from typing import TypeVar
 from weakref import WeakSet
 
 from torch import nn
+
+# What a function changes in place, and returns as the type that it is.
+Model = TypeVar("Model", bound=nn.Module)
 
 # The layers of models within a block of `fastbn.accumulate`, which have their classes for that block alone.
 ACCUMULATING: WeakSet[nn.Module] = WeakSet()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastbn.nn import epilogue
+from fastbn.nn import epilogue, torch_activations
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety
 from fastbn.transforms.fuse.layers import LAYERS, Layer
 from fastbn.transforms.fuse.trace import LEAF_FUNCTIONS
@@ -63,10 +63,10 @@ def _enter(cls: type, facts: dict[str, Any]) -> None:
     activation, layer, steps = facts["activation"], facts["layer"], facts["steps"]
     if activation is not None:
         name = activation
-        epilogue.ACTIVATIONS[cls] = activation if callable(activation) else lambda module: (name, None)
+        torch_activations.ACTIVATIONS[cls] = activation if callable(activation) else lambda module: (name, None)
     if facts["identity"] is not None:
         epilogue.IDENTITIES[cls] = facts["identity"]
-    if cls in epilogue.ACTIVATIONS or cls in epilogue.IDENTITIES:
+    if cls in torch_activations.ACTIVATIONS or cls in epilogue.IDENTITIES:
         epilogue.FORWARDS.setdefault(cls, getattr(cls, "forward", None))
     if layer is not None:
         LAYERS[cls] = Layer(layer, steps or (lambda module: ()))

@@ -1,5 +1,6 @@
 """The command line: what each command prints, writes and returns, and how it refuses."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,6 @@ def test_help(arguments, words, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["unknown"],
         ["demo", "--epochs", "0"],
         ["demo", "--lr", "-1"],
@@ -95,6 +95,24 @@ def test_usage_errors(arguments, capsys):
         main(arguments)
     assert end.value.code == 2
     assert "usage: fastbn" in capsys.readouterr().err
+
+
+def test_the_bare_command_shows_its_help(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert "usage: fastbn" in printed.out and "verify" in printed.out and not printed.err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fastbn {fastbn.__version__}\n"
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == fastbn.info()
 
 
 @pytest.mark.parametrize("command, folder", [("bench", "bench"), ("demo", "examples")])

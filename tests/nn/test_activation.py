@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastbn
+from fastbn.ops import activations
 from tests.stock import CHANNELS, SHAPES, normal, pair
 
 KINDS = [fastbn.BatchNorm2d, fastbn.FrozenBatchNorm2d, fastbn.BatchRenorm2d]
@@ -75,3 +78,63 @@ def test_classes_that_are_swapped_keep_the_values(activation):
     torch.testing.assert_close(fastbn.freeze(layer)(normal(*SHAPES[2])), expected)
     fastbn.unfreeze(layer).activation = None
     assert fastbn.revert(layer).eps == 0.1 and layer.num_features == CHANNELS
+
+
+SPELLINGS = [
+    ("ReLU", "relu", None),
+    ("swish", "silu", None),
+    ("hard_swish", "hardswish", None),
+    ("LeakyReLU", "leaky_relu", None),
+    ("none", None, None),
+    ("Identity", None, None),
+    (nn.ReLU(), "relu", None),
+    (nn.ReLU, "relu", None),
+    (nn.LeakyReLU(0.2), "leaky_relu", 0.2),
+    (nn.LeakyReLU(), "leaky_relu", None),
+    (nn.ELU(0.5), "elu", 0.5),
+    (nn.Hardtanh(0, 6), "relu6", None),
+    (nn.GELU(), "gelu", None),
+    (nn.Identity(), None, None),
+    (F.silu, "silu", None),
+    (torch.relu, "relu", None),
+    (None, None, None),
+]
+
+
+@pytest.mark.parametrize("given, name, param", SPELLINGS, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, fastbn.MaskedBatchNorm2d, fastbn.WhiteningBatchNorm2d, fastbn.SyncBatchNorm])
+def test_an_activation_may_be_written_in_many_ways(kind, given, name, param):
+    layer = kind(3, activation=given)
+    assert (layer.activation, layer.activation_param) == (name, param)
+    assert repr(layer) == repr(kind(3, activation=name, activation_param=param))
+
+
+def test_the_function_takes_other_spellings():
+    x = normal(*SHAPES[2], dtype=torch.float32)
+    for given, name in (("ReLU", "relu"), ("swish", "silu"), ("hard-swish", "hardswish"), ("none", None)):
+        outputs = (fastbn.functional.batch_norm(x, None, None, training=True, activation=a) for a in (given, name))
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "given, param, message",
+    [
+        ("relu7", None, "activation: expected one of none, relu.* got 'relu7'"),
+        (nn.PReLU(), None, "activation: expected one of none, relu.* or torch's module of it, got PReLU"),
+        (nn.GELU("tanh"), None, "got GELU"),
+        (nn.Softplus(2.0), None, "got Softplus"),
+        (torch.sin, None, "got <built-in method sin"),
+        (7, None, "got 7"),
+        (nn.LeakyReLU(0.2), 0.3, r"activation_param: expected None beside LeakyReLU\(negative_slope=0.2\)"),
+        (nn.ReLU(), 0.3, "activation_param: expected None, since relu has no parameter, got 0.3"),
+        (nn.Identity(), 0.3, "activation_param: expected None, since none has no parameter, got 0.3"),
+    ],
+    ids=str,
+)
+def test_activations_that_the_ops_do_not_have(given, param, message):
+    with pytest.raises(ValueError, match=message):
+        fastbn.BatchNorm2d(3, activation=given, activation_param=param)
+
+
+def test_editors_know_all_names():
+    assert get_args(activations.Name) == activations.ACTIVATIONS

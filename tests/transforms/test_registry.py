@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastbn
-from fastbn.nn import epilogue
+from fastbn.nn import epilogue, torch_activations
 from fastbn.transforms import register
 from fastbn.transforms.fuse import layers, trace
 from fastbn.transforms.registry import INPUT_TYPES
@@ -21,7 +21,7 @@ X = inputs(4, 3, 5, 5)
 
 @pytest.fixture(autouse=True)
 def _registry_as_before():
-    tables = [epilogue.ACTIVATIONS, epilogue.IDENTITIES, layers.LAYERS, INPUT_TYPES]
+    tables = [torch_activations.ACTIVATIONS, epilogue.IDENTITIES, layers.LAYERS, INPUT_TYPES]
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastbn.nn import epilogue
+from fastbn.nn import epilogue, torch_activations
 from fastbn.transforms.fuse.trace import Refused, Trace
 
 
@@ -166,8 +166,10 @@ def _is_step(node: fx.Node, module: nn.Module, table: dict[type, Any]) -> bool:
 
 def _is_activation(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
-        return _is_step(node, module, epilogue.ACTIVATIONS)
-    table: Any = {"call_function": epilogue.FUNCTIONS, "call_method": epilogue.METHODS}.get(node.op, {})
+        return _is_step(node, module, torch_activations.ACTIVATIONS)
+    table: Any = {"call_function": torch_activations.FUNCTIONS, "call_method": torch_activations.METHODS}.get(
+        node.op, {}
+    )
     if node.target not in table or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     try:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from fastbn.nn.epilogue import (
-    ACTIVATIONS,
     IDENTITIES,
     NOTHING,
     Epilogue,
@@ -18,6 +17,7 @@ from fastbn.nn.epilogue import (
     run,
     takes_epilogue,
 )
+from fastbn.nn.torch_activations import ACTIVATIONS
 from fastbn.transforms.fuse.source import MAKERS, subclass
 
 SEQUENTIAL = "sequential"

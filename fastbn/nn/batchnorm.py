@@ -170,7 +170,8 @@ _DOC = """torch.nn.{name} whose forward and backward are fused kernels.
 
     Arguments, parameters, buffers and state_dict are those of the installed torch.nn.{name}; also
     activation: None or one of "relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "hardswish", "hardsigmoid",
-    "mish", "softplus", "sigmoid", "tanh", applied last.
+    "mish", "softplus", "sigmoid", "tanh", applied last; or another spelling ("ReLU", "swish"), or torch's module, its
+    class or its function (nn.ReLU(), nn.ReLU, F.relu). The attribute `activation` has the name, or None.
     activation_param: the slope of leaky_relu below 0, or the alpha of elu; None for torch's default.
     save: "input", or "output" to keep the output for backward where the input or a mask can be spared for it, as
     fastbn.functional.batch_norm says; while a weight is too small for that, the input. Where the next layer keeps its

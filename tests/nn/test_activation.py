@@ -80,6 +80,11 @@ def test_classes_that_are_swapped_keep_the_values(activation):
     assert fastbn.revert(layer).eps == 0.1 and layer.num_features == CHANNELS
 
 
+def _id(value):
+    """Return an id that is the same in every process: a function's repr has its address."""
+    return getattr(value, "__name__", str(value))
+
+
 SPELLINGS = [
     ("ReLU", "relu", None),
     ("swish", "silu", None),
@@ -101,7 +106,7 @@ SPELLINGS = [
 ]
 
 
-@pytest.mark.parametrize("given, name, param", SPELLINGS, ids=str)
+@pytest.mark.parametrize("given, name, param", SPELLINGS, ids=_id)
 @pytest.mark.parametrize("kind", [*KINDS, fastbn.MaskedBatchNorm2d, fastbn.WhiteningBatchNorm2d, fastbn.SyncBatchNorm])
 def test_an_activation_may_be_written_in_many_ways(kind, given, name, param):
     layer = kind(3, activation=given)
@@ -129,7 +134,7 @@ def test_the_function_takes_other_spellings():
         (nn.ReLU(), 0.3, "activation_param: expected None, since relu has no parameter, got 0.3"),
         (nn.Identity(), 0.3, "activation_param: expected None, since none has no parameter, got 0.3"),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_activations_that_the_ops_do_not_have(given, param, message):
     with pytest.raises(ValueError, match=message):

@@ -76,19 +76,23 @@ def _symmetric(x: Tensor) -> Tensor:
     return 0.5 * (x + x.mT)
 
 
-class _Zca(torch.autograd.Function):
-    generate_vmap_rule = True
+class _OfEigenvectors(torch.autograd.Function):
+    """A matrix of a covariance, with the roots and eigenvectors that its derivative needs."""
 
-    @staticmethod
-    def forward(cov: Tensor, eps: float) -> tuple[Tensor, ...]:
-        roots, vectors = _eigen(cov, eps)
-        return (vectors / roots[:, None]) @ vectors.mT, roots, vectors
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         cov, ctx.eps = inputs
         ctx.save_for_backward(cov, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
+
+
+class _Zca(_OfEigenvectors):
+    @staticmethod
+    def forward(cov: Tensor, eps: float) -> tuple[Tensor, ...]:
+        roots, vectors = _eigen(cov, eps)
+        return (vectors / roots[:, None]) @ vectors.mT, roots, vectors
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
@@ -100,19 +104,11 @@ class _Zca(torch.autograd.Function):
         return vectors @ (turned / -(row * column * (row + column))) @ vectors.mT, None
 
 
-class _Pca(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Pca(_OfEigenvectors):
     @staticmethod
     def forward(cov: Tensor, eps: float) -> tuple[Tensor, ...]:
         roots, vectors = _principal(cov, eps)
         return vectors.mT / roots[..., None], roots, vectors
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cov, ctx.eps = inputs
-        ctx.save_for_backward(cov, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:

@@ -32,7 +32,7 @@ __all__ = [
     "MaskedBatchNorm1d",
     "MaskedBatchNorm2d",
     "Ramp",
+    "SyncBatchNorm",
     "WhiteningBatchNorm1d",
     "WhiteningBatchNorm2d",
-    "SyncBatchNorm",
 ]

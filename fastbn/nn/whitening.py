@@ -149,8 +149,8 @@ _DOC = """Batch normalisation of {shape} that whitens: its output has no correla
 
     num_features: C. eps: added to the diagonal of the covariance, above 0. momentum: the weight of the new statistics,
     as torch.nn.{name} has it; None for the average over all batches. affine: whether there are weight and bias, (C,).
-    method: "iternorm" for iterations of Newton (Huang et al. 2019), the inverse square root of the covariance but for
-    what the iterations leave of its small eigenvalues; "zca" for that root by an eigendecomposition (Huang et al.
+    method: "iternorm" for iterations of Newton (Huang et al. 2019), the inverse square root of the covariance except
+    for what the iterations leave of small eigenvalues; "zca" for that root by an eigendecomposition (Huang et al.
     2018); "pca" for the principal components, each of unit variance, whose axes jump from batch to batch.
     iterations: of "iternorm". group_size: the channels d that are whitened together, a divisor of C; None for all.
     Training takes two products of (d, d) with the input forward and three backward, and a multiple of C d^2 operations

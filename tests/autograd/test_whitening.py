@@ -112,7 +112,7 @@ def test_far_from_zero(backend, layout):
     expected, mean, cov = definition(exact, whitening)
     (expected_grad,) = torch.autograd.grad(expected, exact, grad_out)
     (grad,) = torch.autograd.grad(output, x, grad_out.float())
-    # Elements less their mean are exact but for a rounding of float32, and 120 of them are added up in float32 with
+    # Elements less their mean are exact except for a rounding of float32, and 120 of them are added up in float32 with
     # errors of some 4 spacings. Whitening multiplies that by the condition number of the covariance.
     unit = torch.finfo(torch.float32).eps
     condition = torch.linalg.cond(cov[0].detach()).item()

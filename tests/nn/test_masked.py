@@ -121,7 +121,7 @@ def test_every_backend(every_backend, dim, padding):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dim", SHAPES)
 def test_a_full_mask_is_batch_norm_bit_for_bit(dim, dtype):
-    """In float64 but for the last bits: the fused op has the rest of the rounded mean, and other roundings of var."""
+    """In float64 except for the last bits: the fused op has the rest of the rounded mean, and rounds var otherwise."""
     exactly = {"rtol": 1e-14, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 0, "atol": 0}
     mask = torch.ones_like(_mask(dim))
     for training in (True, False):

@@ -1,25 +1,32 @@
-"""Builds fastbn._C, and fastbn._node_* for the installed torch, with torch's cpp_extension.
+"""Builds three kinds of binaries with ninja: fastbn/libfastbn.so, which has the ops and serves every Python and every
+torch from 2.10 on; fastbn/_C, a module for one version of Python; and fastbn/_node_*, for exactly one torch.
 
 FASTBN_CUDA=0|1|auto   builds without CUDA, with CUDA, or (default) with CUDA if nvcc is found, GPU or not
 TORCH_CUDA_ARCH_LIST   as in torch; default: those of sm_80, sm_90 and sm_100 that nvcc knows, and PTX of the last for
                        newer GPUs
+MAX_JOBS               how many compilers run at once (default: one for each core)
+FASTBN_PYTHONS         interpreters separated by os.pathsep: for each, _C is built too, and the node if it has torch
+CXX, CXXFLAGS          the compiler, which may be "ccache g++", and flags that come last
 """
 
 import glob
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 OLDEST_TORCH = (2, 10)
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
+VERSION = re.search(r'"(.+)"', Path("fastbn/_version.py").read_text().rpartition("=")[2])[1]
 
 
 def fail(message: str) -> None:
@@ -28,7 +35,6 @@ def fail(message: str) -> None:
 
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError:
     fail("building needs PyTorch 2.10 or newer: pip install torch, then pip install --no-build-isolation .")
 
@@ -36,10 +42,12 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
     fail(f"building needs PyTorch 2.10 or newer, got {torch.__version__}")
 try:
     import pybind11
-except ImportError:
-    fail("building needs pybind11: pip install pybind11")
+    from ninja import BIN_DIR, ninja_syntax
+except ImportError as error:
+    fail(f"building needs {error.name}: pip install {error.name}")
 
-if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+CXX = os.environ.get("CXX", "c++")
+if shutil.which(CXX.split()[0]) is None:
     fail("building needs a C++20 compiler, got none: install g++ 11 or clang 14 or newer, or set CXX")
 
 
@@ -70,109 +78,205 @@ def default_architectures(cuda: str) -> str:
     return ";".join(chosen) + "+PTX"
 
 
+def architecture_flags(architectures: str) -> list[str]:
+    """Translate TORCH_CUDA_ARCH_LIST, as in "8.0;9.0+PTX", for nvcc."""
+    flags = []
+    for name in architectures.replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+        if match is None:
+            fail(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0 or 9.0+PTX, got '{name}'")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+ASK = """
+import json, sys, sysconfig
+about = {"tag": f"cp{sys.version_info[0]}{sys.version_info[1]}", "suffix": sysconfig.get_config_var("EXT_SUFFIX")}
+about |= {"headers": sysconfig.get_path("include"), "torch": None}
+try:
+    import torch
+    from torch.utils import cpp_extension
+    about |= {"torch": torch.__version__, "torch_headers": cpp_extension.include_paths()}
+    about |= {"torch_libraries": cpp_extension.library_paths()}
+except ImportError:
+    pass
+print(json.dumps(about))
+"""
+
+
+def describe(interpreter: str) -> dict:
+    """Ask a Python for what extensions of its version, and of its torch, are built with."""
+    return json.loads(subprocess.run([interpreter, "-c", ASK], check=True, capture_output=True, text=True).stdout)
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(path for pattern in patterns for path in glob.glob(pattern, recursive=True))
 
 
+THIS = describe(sys.executable)
+others = filter(None, os.environ.get("FASTBN_PYTHONS", "").split(os.pathsep))
+PYTHONS = [THIS, *map(describe, others)]
 CUDA = find_cuda()
-if CUDA:
-    cpp_extension.CUDA_HOME = CUDA
-    # The extension takes nothing of CUDA from torch, so torch's CUDA version and nvcc's need not match.
-    cpp_extension._check_cuda_version = lambda *args: None
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(CUDA)
-architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if CUDA else ""
+architectures = (os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(CUDA)) if CUDA else ""
 
-macros = [
-    ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-    ("FASTBN_TORCH_VERSION", f'"{torch.__version__}"'),
-    ("FASTBN_CUDA_ARCHITECTURES", f'"{architectures}"'),
+# Leaf loops for more than the baseline instruction set, which run only where dispatch.cpp detects support. g++ 12 warns
+# about its own intrinsics header, with a warning that clang does not know.
+avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+instruction_sets = {
+    "csrc/cpu/kernels/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "csrc/cpu/kernels/kernels_avx512.cpp": avx512,
+    "csrc/cpu/kernels/kernels_avx512_bf16.cpp": f"{avx512} -mavx512bf16",
+}
+quiet = "-Wno-maybe-uninitialized -Wno-unknown-warning-option"
+per_file = {path: f"{flags} {quiet}" for path, flags in instruction_sets.items()}
+library_sources = sources("csrc/bindings/*.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/**/*.cu")
+if not CUDA:
+    library_sources = [path for path in library_sources if "cuda" not in path]
+if platform.machine() not in ("x86_64", "AMD64"):
+    library_sources = [path for path in library_sources if path not in instruction_sets]
+
+common = [
+    *("-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden"),
+    "-fstack-protector-strong -D_FORTIFY_SOURCE=2",
+    *(f'-DFASTBN_VERSION=\\"{VERSION}\\"', f'-DFASTBN_TORCH_VERSION=\\"{torch.__version__}\\"'),
+    f'-DFASTBN_CUDA_ARCHITECTURES=\\"{architectures}\\"',
 ]
 if CUDA:
-    macros.append(("FASTBN_WITH_CUDA", None))
-host_flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# A switch over an enum names every case, so that forgetting one that is added later is an error.
-host_flags += ["-Werror=switch"]
+    common += ["-DFASTBN_WITH_CUDA", f"-isystem {CUDA}/include"]
+# A switch over an enum names every case, so that forgetting one that is added later is an error. g++ 12 warns of
+# std::string (its bug 105651).
+warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-restrict", "-Werror=switch"]
 # Without these flags, compilers do not vectorise square roots, which may set errno, nor conditional arithmetic, which
 # may raise floating-point exceptions.
-host_flags += ["-fno-math-errno", "-fno-trapping-math"]
-common = {
-    "name": "fastbn._C",
-    "include_dirs": [os.path.abspath("csrc"), pybind11.get_include()],
-    "define_macros": macros,
-}
-# Leaf loops for more than the baseline instruction set, which run only where dispatch.cpp detects support.
-avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-instruction_sets = {
-    "csrc/cpu/kernels/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/kernels/kernels_avx512.cpp": avx512,
-    "csrc/cpu/kernels/kernels_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
-}
-cpu_sources = [path for path in sources("csrc/bindings/*.cpp", "csrc/cpu/**/*.cpp") if path not in instruction_sets]
-if platform.machine() not in ("x86_64", "AMD64"):
-    instruction_sets = {}
+vectorised = ["-fno-math-errno", "-fno-trapping-math"]
+link_flags = ["-shared", "-Wl,-z,relro,-z,now,-z,noexecstack"]
+if platform.system() != "Linux":
+    link_flags = ["-shared", "-undefined dynamic_lookup"]
 
 
-class BuildExtension(cpp_extension.BuildExtension):
-    """torch's BuildExtension, which first compiles the files with their own flags: torch's ninja file has one set."""
+class Binary(Extension):
+    """One file of the package, with flags of the compiler and the linker; `optional` as setuptools means it."""
+
+    def __init__(self, filename: str, sources: list[str], flags: list[str], link_flags: list[str], optional=False):
+        super().__init__("fastbn." + re.sub(r"\W", "_", filename), sources, optional=optional)
+        self.filename, self.flags, self.link_flags = filename, " ".join(flags), " ".join(link_flags)
+
+
+def headers(*packages: list[str]) -> list[str]:
+    """Flags for the headers of packages, whose checks would put the paths of this machine into the binaries."""
+    paths = [path for package in packages for path in package]
+    outside = {path.partition("site-packages")[0] for path in paths}
+    return [*(f"-isystem {path}" for path in paths), *(f"-ffile-prefix-map={path}=" for path in sorted(outside))]
+
+
+def library() -> Binary:
+    """The ops. Of torch's libraries it links only the one with the stable ABI."""
+    flags = [
+        "-O3 -Icsrc -DTORCH_TARGET_VERSION=0x020a000000000000",
+        *vectorised,
+        *warnings,
+        *headers(THIS["torch_headers"]),
+    ]
+    links = [*(f"-L{path}" for path in THIS["torch_libraries"]), "-ltorch_cpu"]
+    if platform.system() == "Linux":
+        links.append("-Wl,-z,defs")
+    if CUDA:
+        links += [f"-L{CUDA}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return Binary("libfastbn.so", library_sources, flags, links)
+
+
+def module(python: dict) -> Binary:
+    """fastbn._C for one version of Python, which links nothing of torch."""
+    flags = ["-O2 -Icsrc", *warnings, *headers([python["headers"]], [pybind11.get_include()])]
+    return Binary("_C" + python["suffix"], sources("csrc/python/*.cpp"), flags, ["-ldl"])
+
+
+def node(python: dict) -> Binary:
+    """The autograd node, which uses more of torch than its stable ABI and so serves the version that is in its name."""
+    name = "_node_" + re.sub(r"\W", "_", python["torch"])
+    # This order makes bindings/tensor.h that of csrc/node/aten.
+    flags = ["-O2 -Icsrc/node/aten -Icsrc", *headers(python["torch_headers"], [python["headers"]])]
+    flags += [f"-DTORCH_EXTENSION_NAME={name}"]
+    links = [*(f"-L{path}" for path in python["torch_libraries"]), "-lc10", "-ltorch_cpu", "-ltorch_python"]
+    return Binary(name + python["suffix"], sources("csrc/node/*.cpp"), flags, links, optional=True)
+
+
+modules = [module(python) for python in {python["suffix"]: python for python in PYTHONS}.values()]
+nodes = [node(python) for python in PYTHONS if python["torch"]]
+BINARIES = {binary.name: binary for binary in [library(), *modules, *nodes]}
+
+
+class BuildWithNinja(build_ext):
+    """Writes the commands as a file for ninja, which runs them side by side and shows each file."""
+
+    def get_ext_filename(self, name: str) -> str:
+        *package, last = name.split(".")
+        return os.path.join(*package, BINARIES[f"fastbn.{last}"].filename)
 
     def build_extensions(self) -> None:
-        with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            self.extensions[0].extra_objects += pool.map(self.compile_leaf_loops, instruction_sets)
-        super().build_extensions()
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = {ext.name: os.path.abspath(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
+        with open(folder / "build.ninja", "w") as file:
+            writer = ninja_syntax.Writer(file, width=120)
+            writer.variable("builddir", str(folder))  # ninja's own notes
+            self.write_rules(writer)
+            for binary in self.extensions:
+                self.write_binary(writer, folder / binary.name, binary, targets[binary.name])
+        if self.ninja(folder, *(targets[binary.name] for binary in self.extensions if not binary.optional)) != 0:
+            raise CompileError("fastbn: the compiler's messages are above")
+        if self.ninja(folder) != 0:
+            self.warn("fastbn works without fastbn._node_*, with more time per call")
 
-    def build_extension(self, extension):
-        """Build an extension; that of the node, which fastbn works without, may fail."""
-        try:
-            super().build_extension(extension)
-        except Exception as error:
-            if not extension.optional:
-                raise
-            # distutils warns of this one where an extension is optional.
-            raise CompileError(f"fastbn works without it, with more time per call: {error}") from error
+    def ninja(self, folder: Path, *targets: str) -> int:
+        """Build the targets, or all there are. Returns ninja's exit status."""
+        command = [os.path.join(BIN_DIR, "ninja"), "-f", str(folder / "build.ninja"), *targets]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        return subprocess.run(command, env=os.environ | {"NINJA_STATUS": "[%f/%t, %e s] "}).returncode
 
-    def compile_leaf_loops(self, source: str) -> str:
-        target = Path(self.build_temp).resolve() / Path(source).with_suffix(".o").name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        inputs = [Path(source), *map(Path, sources("csrc/cpu/**/*.h", "csrc/cpu/**/*.inl", "csrc/math/*.h"))]
-        if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
-            compiler = os.environ.get("CXX", "c++").split()
-            # g++ 12 warns about its own intrinsics header, with a warning that clang does not know.
-            quiet = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-            flags = [*host_flags, *instruction_sets[source], *quiet, "-fPIC", "-Icsrc"]
-            subprocess.run([*compiler, *flags, "-c", source, "-o", str(target)], check=True)
-        return str(target)
+    def write_rules(self, writer: ninja_syntax.Writer) -> None:
+        last = os.environ.get("CXXFLAGS", "")
+        writer.rule(
+            "compile",
+            f"{CXX} {' '.join(common)} $flags {last} -MMD -MF $out.d -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="$in",
+        )
+        if CUDA:
+            host = "-Xcompiler=-fPIC,-fvisibility=hidden,-fstack-protector-strong"
+            flags = ["-std=c++20 -O3 -lineinfo -Icsrc", host, *architecture_flags(architectures)]
+            nvcc = f"{CUDA}/bin/nvcc -ccbin '{CXX.split()[-1]}' {' '.join(flags)}"
+            writer.rule(
+                "nvcc",
+                f"{nvcc} -MMD -MF $out.d -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+                description=f"$in ({architectures})",
+            )
+        writer.rule("link", f"{CXX} {' '.join(link_flags)} $in $flags -o $out", description="$out")
+
+    def write_binary(self, writer: ninja_syntax.Writer, folder: Path, binary: Binary, target: str) -> None:
+        objects = []
+        # The files that take longest come first.
+        for source in sorted(binary.sources, key=lambda path: (path not in per_file, not path.endswith(".cu"))):
+            built = str(folder / Path(source).with_suffix(".o").name)
+            rule = "nvcc" if source.endswith(".cu") else "compile"
+            flags = f"{binary.flags} {per_file.get(source, '')}"
+            objects += writer.build(built, rule, source, variables={"flags": flags} if rule == "compile" else {})
+        writer.build(target, "link", objects, variables={"flags": binary.link_flags})
 
 
-if CUDA:
-    extension = cpp_extension.CUDAExtension(
-        sources=cpu_sources + sources("csrc/cuda/**/*.cu"),
-        extra_compile_args={"cxx": host_flags, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
-        **common,
-    )
-    extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-else:
-    extension = cpp_extension.CppExtension(
-        sources=[path for path in cpu_sources if not path.endswith("/cuda.cpp")],
-        extra_compile_args={"cxx": host_flags},
-        **common,
-    )
+class TaggedWheel(bdist_wheel):
+    """A wheel for every Python that it has a module for."""
 
-# One binary serves every torch from 2.10 on, with or without CUDA: of torch's libraries it links only the one with the
-# stable ABI.
-extension.libraries = [
-    name for name in extension.libraries if name not in ("cudart", "c10_cuda", "torch_cuda", "torch_python", "torch")
-]
+    def get_tag(self) -> tuple[str, str, str]:
+        tags = ".".join(sorted({python["tag"] for python in PYTHONS}))
+        return tags, tags, super().get_tag()[2]
 
-# The autograd node uses more of torch than its stable ABI, so it serves one version of it, which is in its name.
-node = cpp_extension.CppExtension(
-    name="fastbn._node_" + re.sub(r"\W", "_", torch.__version__),
-    sources=sources("csrc/node/*.cpp"),
-    depends=sources("csrc/node/**/*.h", "csrc/bindings/*", "csrc/math/*.h"),
-    # This order makes bindings/tensor.h that of csrc/node/aten.
-    include_dirs=[os.path.abspath("csrc/node/aten"), os.path.abspath("csrc")],
-    extra_compile_args={"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"]},
-    optional=True,
-)
 
-setup(ext_modules=[extension, node], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=list(BINARIES.values()), cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": TaggedWheel})

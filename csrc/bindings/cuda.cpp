@@ -46,7 +46,7 @@ class TorchContext {
  public:
   explicit TorchContext(int32_t device) : device_(device), guard_(device) {}
   cudaStream_t stream() const { return current_stream(device_); }
-  Plan plan(const Request& request) const { return choose_plan(request, within_max_sms(limits_of(device_))); }
+  Plan plan(const Request& request) const { return choose_plan(request, within_max_sms(limits_of(device_), max_sms)); }
 
  private:
   int32_t device_;

@@ -5,15 +5,8 @@
 #include <atomic>
 #include <limits>
 
-#include "plan/device.h"
-
 namespace fastbn {
 
 inline std::atomic<int> max_sms = std::numeric_limits<int>::max();
-
-inline DeviceLimits within_max_sms(DeviceLimits limits) {
-  if (max_sms < limits.sm_count) limits.grid_sms = max_sms;
-  return limits;
-}
 
 }  // namespace fastbn

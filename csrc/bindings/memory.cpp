@@ -1,12 +1,10 @@
 #include "bindings/memory.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
-#include <vector>
 
+#include "bindings/allocate_in_python.h"
 #include "math/layout.h"
 
 // Returns the text of the last error that the C interface caught in this thread. The symbol is null before torch 2.13,
@@ -26,19 +24,6 @@ int32_t shim_type(ScalarType type) { return torch::stable::detail::to<int32_t>(t
   throw std::runtime_error(text.empty() ? error.what() : text);
 }
 
-// Repeats an allocation from Python, where torch raises its own exception, which fastbn.ops.errors keeps for the caller
-// of the op. Returns the text of that exception, or an empty string if the allocation now succeeds.
-std::string allocate_in_python(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
-  const pybind11::gil_scoped_acquire gil;
-  try {
-    const auto allocate = pybind11::module_::import("fastbn.ops.errors").attr("allocate");
-    const std::vector<int64_t> shape(sizes, sizes + dim);
-    return allocate(shape, torch::headeronly::toString(type), device_name(like)).cast<std::string>();
-  } catch (const pybind11::error_already_set& error) {
-    return error.what();
-  }
-}
-
 // Calls `allocate`. If that fails, throws with the text of torch's error.
 template <class Allocate>
 Tensor allocate_as_torch(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type, Allocate allocate) {
@@ -47,8 +32,10 @@ Tensor allocate_as_torch(const Tensor& like, const int64_t* sizes, int64_t dim, 
   } catch (const std::runtime_error&) {
   }
   // Everything that the op has allocated so far is still held, so torch meets the same conditions.
-  const std::string error = allocate_in_python(like, sizes, dim, type);
-  if (!error.empty()) throw std::runtime_error(error);
+  if (const AllocateInPython repeat = allocate_in_python) {
+    const std::string error = repeat(sizes, dim, torch::headeronly::toString(type), device_name(like));
+    if (!error.empty()) throw std::runtime_error(error);
+  }
   try {
     return allocate();
   } catch (const std::runtime_error& again) {
@@ -73,6 +60,8 @@ Tensor in_channels_last(const Tensor& fresh) {
 }
 
 }  // namespace
+
+std::atomic<AllocateInPython> allocate_in_python = nullptr;
 
 std::string device_name(const Tensor& tensor) {
   const auto device = tensor.device();

@@ -30,4 +30,10 @@ inline constexpr DeviceLimits known_devices[] = {
 // Shared memory per block that the system reserves on top of what the block asks for, in bytes.
 constexpr int64_t reserved_shared_bytes = 1024;
 
+// Returns the limits with at most `cap` SMs for the blocks of stream plans.
+inline DeviceLimits within_max_sms(DeviceLimits limits, int cap) {
+  if (cap < limits.sm_count) limits.grid_sms = cap;
+  return limits;
+}
+
 }  // namespace fastbn

@@ -103,15 +103,19 @@ struct RecomputedGrad {
   }
 };
 
-// Calls `use(source)` with the source of grad_z. `may_activate` is false in loops that never have an activation.
-template <class T, bool per_column, bool may_activate = true, class Use>
+// The sources that a loop is compiled for: all; few in a loop that runs rarely, where all activations but relu share
+// one; or GradOut alone, in a loop that never has an activation.
+enum class Sources { all, few, grad_out };
+
+// Calls `use(source)` with the source of grad_z.
+template <class T, bool per_column, Sources sources, class Use>
 FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows mask, int64_t ahead, Use&& use) {
-  if constexpr (!may_activate) return use(GradOut<T, per_column>{});
+  if constexpr (sources == Sources::grad_out) return use(GradOut<T, per_column>{});
   if (args.activation == Activation::none) return use(GradOut<T, per_column>{});
   const acc_t<T> param = acc_t<T>(args.activation_param);
   if (mask.bits && leaks(args.activation)) return use(MaskedGrad<T, per_column, true>(mask, param));
   if (mask.bits) return use(MaskedGrad<T, per_column, false>(mask, param));
-  if constexpr (interleaved<T>) {
+  if constexpr (interleaved<T> && sources == Sources::all) {
     if (args.relu.first) {
       const T* input = static_cast<const T*>(args.input) + tile.offset;
       return use(IntervalGrad<T, per_column>{args.relu, input, tile.row_stride});
@@ -121,8 +125,13 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows ma
   auto recompute = [&]<EpilogueKind kind>() FASTBN_INLINE_LAMBDA {
     use(RecomputedGrad<T, per_column, kind>{args.affine, residual, tile.row_stride, args.activation, param});
   };
+  if constexpr (sources == Sources::few) {
+    if (args.activation == Activation::relu) return recompute.template operator()<EpilogueKind::relu>();
+    return recompute.template operator()<EpilogueKind::any>();
+  }
   switch (kind_of(args.activation)) {
-    case EpilogueKind::none: return;
+    case EpilogueKind::none:
+    case EpilogueKind::any: return;
     case EpilogueKind::relu: return recompute.template operator()<EpilogueKind::relu>();
     case EpilogueKind::silu: return recompute.template operator()<EpilogueKind::silu>();
     case EpilogueKind::short_formula: return recompute.template operator()<EpilogueKind::short_formula>();
@@ -130,7 +139,8 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows ma
   }
 }
 
-// Calls `call(tile, its mask)` once or, if the mask has gaps, for a few rows at a time.
+// Calls `call(tile, its mask)` once or, if the mask has gaps, for a few rows at a time. Only tiles of columns have
+// gaps. `call` is no FASTBN_INLINE function, for its loops would be compiled twice.
 template <class Call>
 FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& tile, const MaskTile& mask_tile, Call&& call) {
   const uint8_t* mask = args.mask ? args.mask + mask_tile.offset : nullptr;
@@ -146,7 +156,8 @@ FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& tile, const 
 // The other uses of grad_z in loops that sum it. Here there is none.
 template <class T, bool per_column>
 struct SumsOnly {
-  static constexpr bool may_activate = true;
+  template <class Terms>
+  static constexpr Sources sources = std::is_same_v<Terms, GradTerms<T>> ? Sources::all : Sources::few;
   FASTBN_INLINE SumsOnly(const GradArgs&, const Tile&) {}
   template <class Lanes>
   FASTBN_INLINE bool prepare(int64_t, Lanes) const {
@@ -160,7 +171,8 @@ struct SumsOnly {
 template <class T, bool per_column>
 struct FrozenGrad {
   using V = Vec<acc_t<T>>;
-  static constexpr bool may_activate = false;
+  template <class>
+  static constexpr Sources sources = Sources::grad_out;
   GradAffineArrays arrays;
   OutputRows<T> grad_input;
 
@@ -190,55 +202,61 @@ void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, Colu
         mask_tile.offset + first_row * mask_tile.row_stride + channel * ((mask_tile.run + 7) / 8);
     const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_tile.row_stride};
     WideSums<A> result;
-    with_grad<T, false, Also<T, false>::may_activate>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
-      const auto prepared = source.prepare(channel, AllLanes<T>{});
-      const auto scale = also.prepare(channel, AllLanes<T>{});
-      result =
-          sum_channel<T, Terms>(part, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            const int64_t at = row * part.row_stride + column;
-            // Lanes other than the row's new ones add 0 * (pivot - pivot).
-            const V x = keep(lanes, load(input.at(at), lanes), pivot);
-            const V grad_z = source.grad_z(prepared, row, column, lanes, x, grad_out.at(at));
-            also.take(scale, at, grad_z, lanes);
-            terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
-          });
-    });
+    with_grad<T, false, Also<T, false>::template sources<Terms>>(
+        args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+          const auto prepared = source.prepare(channel, AllLanes<T>{});
+          const auto scale = also.prepare(channel, AllLanes<T>{});
+          result = sum_channel<T, Terms>(
+              part, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+                const int64_t at = row * part.row_stride + column;
+                // Lanes other than the row's new ones add 0 * (pivot - pivot).
+                const V x = keep(lanes, load(input.at(at), lanes), pivot);
+                const V grad_z = source.grad_z(prepared, row, column, lanes, x, grad_out.at(at));
+                also.take(scale, at, grad_z, lanes);
+                terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
+              });
+        });
     return result;
   });
+}
+
+// Adds the gradient sums of the columns of a tile whose mask has no gaps.
+template <class T, class Terms, template <class, bool> class Also>
+void sum_column_grads(const GradArgs& args, const Tile& tile, MaskRows mask, ColumnSums result) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const int64_t ahead = rows_ahead_of_column_sums * tile.row_stride;
+  const InputRows<T> grad_out(args.grad_out, tile, ahead), input(args.input, tile, ahead);
+  const Also<T, true> also(args, tile);
+  with_grad<T, true, Also<T, true>::template sources<Terms>>(
+      args, tile, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
+        using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
+        struct Column {
+          Prepared prepared;
+          V pivot;
+          decltype(also.prepare(0, AllLanes<T>{})) scale;
+        };
+        sum_columns<T, Terms>(
+            tile, rows_of_column_grad_sums<T>(tile), result,
+            [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+              return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes),
+                            also.prepare(column, lanes)};
+            },
+            [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+              const int64_t at = row * tile.row_stride + column;
+              const V x = load(input.at(at), lanes);
+              const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
+              also.take(at_column.scale, at, grad_z, lanes);
+              terms.template add_weighted<T>(grad_z, x - at_column.pivot);
+            });
+      });
 }
 
 // Adds the gradient sums of a tile's columns to `result`.
 template <class T, class Terms, template <class, bool> class Also = SumsOnly>
 void column_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums result) {
-  using A = acc_t<T>;
-  using V = Vec<A>;
-  auto sum = [&](const Tile& part, MaskRows mask) FASTBN_INLINE_LAMBDA {
-    const int64_t ahead = rows_ahead_of_column_sums * part.row_stride;
-    const InputRows<T> grad_out(args.grad_out, part, ahead), input(args.input, part, ahead);
-    const Also<T, true> also(args, part);
-    with_grad<T, true, Also<T, true>::may_activate>(args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
-      using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
-      struct Column {
-        Prepared prepared;
-        V pivot;
-        decltype(also.prepare(0, AllLanes<T>{})) scale;
-      };
-      sum_columns<T, Terms>(
-          part, rows_of_column_grad_sums<T>(part), result,
-          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            return Column{source.prepare(column, lanes), load(static_cast<const A*>(args.pivot) + column, lanes),
-                          also.prepare(column, lanes)};
-          },
-          [&](Terms& terms, const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-            const int64_t at = row * part.row_stride + column;
-            const V x = load(input.at(at), lanes);
-            const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
-            also.take(at_column.scale, at, grad_z, lanes);
-            terms.template add_weighted<T>(grad_z, x - at_column.pivot);
-          });
-    });
-  };
-  with_mask_rows(args, tile, mask_tile, sum);
+  with_mask_rows(args, tile, mask_tile,
+                 [&](const Tile& part, MaskRows mask) { sum_column_grads<T, Terms, Also>(args, part, mask, result); });
 }
 
 // Loads the coefficients of GradAffine. The pivot is that of `args.affine`, which recomputes z, so that the difference
@@ -254,7 +272,7 @@ FASTBN_INLINE GradAffine<Vec<acc_t<T>>> grad_affine_at(const GradArgs& args, int
 
 // Writes grad_input and grad_residual of a tile whose mask has no gaps.
 template <class T, bool per_column>
-FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& tile, MaskRows mask) {
+void input_grad(const GradArgs& args, const Tile& tile, MaskRows mask) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const InputRows<T> grad_out(args.grad_out, tile), input(args.input, tile);
@@ -262,8 +280,9 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& tile, MaskRows m
   const OutputRows<T> grad_residual(args.grad_residual, tile, args.non_temporal);
   const GradAffineArrays& arrays = args.grad_affine;
 
-  with_grad<T, per_column>(args, tile, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
-    auto loop = [&](auto needs_input, auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
+  // `coefficients(column, lanes)` are those of `gradient(coefficients, grad_z, x)`.
+  auto loop = [&]<Sources sources, bool needs_input>(auto coefficients, auto gradient) FASTBN_INLINE_LAMBDA {
+    with_grad<T, per_column, sources>(args, tile, mask, 0, [&](auto source) FASTBN_INLINE_LAMBDA {
       using Prepared = decltype(source.prepare(0, AllLanes<T>{}));
       using Coefficients = decltype(coefficients(0, AllLanes<T>{}));
       struct Column {
@@ -277,35 +296,38 @@ FASTBN_INLINE void input_grad(const GradArgs& args, const Tile& tile, MaskRows m
           [&](const Column& at_column, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
             const int64_t at = row * tile.row_stride + column;
             V x(0);
-            if constexpr (needs_input || source.needs_input) x = load(input.at(at), lanes);
+            if constexpr (needs_input || decltype(source)::needs_input) x = load(input.at(at), lanes);
             const V grad_z = source.grad_z(at_column.prepared, row, column, lanes, x, grad_out.at(at));
             if (grad_residual) grad_residual.store(at, grad_z, lanes);
             if (grad_input) grad_input.store(at, gradient(at_column.coefficients, grad_z, x), lanes);
           });
-    };
-    auto coefficients = [&](int64_t column, auto lanes)
-                            FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(args, column, lanes); };
-    if (grad_input && arrays.slope && args.is_far && sizeof(A) < sizeof(double))
-      loop(std::true_type{}, coefficients,
-           [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply_far(grad_z, x); });
-    else if (grad_input && arrays.slope)
-      loop(std::true_type{}, coefficients,
-           [](const GradAffine<V>& affine, V grad_z, V x) FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
-    else  // frozen statistics
-      loop(
-          std::false_type{},
-          [&](int64_t column, auto lanes)
-              FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(arrays.scale, arrays.plane, column, lanes); },
-          [](V scale, V grad_z, V) FASTBN_INLINE_LAMBDA { return grad_z * scale; });
-  });
+    });
+  };
+  auto grad_affine = [&](int64_t column, auto lanes)
+                         FASTBN_INLINE_LAMBDA { return grad_affine_at<per_column, T>(args, column, lanes); };
+  if (grad_input && arrays.slope && args.is_far && sizeof(A) < sizeof(double))
+    loop.template operator()<Sources::few, true>(grad_affine,
+                                                 [](const GradAffine<V>& affine, V grad_z, V x)
+                                                     FASTBN_INLINE_LAMBDA { return affine.apply_far(grad_z, x); });
+  else if (grad_input && arrays.slope)
+    loop.template operator()<Sources::all, true>(grad_affine,
+                                                 [](const GradAffine<V>& affine, V grad_z, V x)
+                                                     FASTBN_INLINE_LAMBDA { return affine.apply(grad_z, x); });
+  else  // frozen statistics
+    loop.template operator()<Sources::all, false>(
+        [&](int64_t column, auto lanes)
+            FASTBN_INLINE_LAMBDA { return coefficient<per_column, T>(arrays.scale, arrays.plane, column, lanes); },
+        [](V scale, V grad_z, V) FASTBN_INLINE_LAMBDA { return grad_z * scale; });
 }
 
 // Writes grad_input and grad_residual of a tile.
 template <class T, bool per_column>
 void input_grad_tile(const GradArgs& args, Tile tile, MaskTile mask) {
-  with_mask_rows(args, tile, mask, [&](const Tile& part, MaskRows rows) FASTBN_INLINE_LAMBDA {
-    input_grad<T, per_column>(args, part, rows);
-  });
+  if constexpr (per_column)
+    with_mask_rows(args, tile, mask,
+                   [&](const Tile& part, MaskRows rows) { input_grad<T, per_column>(args, part, rows); });
+  else
+    input_grad<T, per_column>(args, tile, {args.mask ? args.mask + mask.offset : nullptr, mask.row_stride});
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -51,7 +51,7 @@ FASTBN_INLINE void for_each_prepared(const Tile& tile, Prepare&& prepare, Visit&
 
 // Writes the output of a tile, and its mask unless `mask` is null, without gaps in its rows.
 template <class T, bool per_column>
-FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64_t mask_stride) {
+void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64_t mask_stride) {
   using V = Vec<acc_t<T>>;
   const acc_t<T> param = acc_t<T>(args.activation_param);
   const InputRows<T> input(args.input, tile), residual(args.residual, tile);
@@ -86,6 +86,7 @@ FASTBN_INLINE void normalize(const NormalizeArgs& args, const Tile& tile, uint8_
     case EpilogueKind::short_formula: return loop.template operator()<EpilogueKind::short_formula, false>();
     case EpilogueKind::silu: return loop.template operator()<EpilogueKind::silu, false>();
     case EpilogueKind::out_of_line: return loop.template operator()<EpilogueKind::out_of_line, false>();
+    case EpilogueKind::any: return;
   }
 }
 

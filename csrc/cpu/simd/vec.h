@@ -28,6 +28,15 @@ constexpr int register_bytes = 32, register_count = 16, parts = 2;
 constexpr int register_bytes = 16, register_count = 16, parts = 1;
 #endif
 
+// Calls `function(i)` for each part. A loop over the parts would be unrolled only when all of it has been inlined,
+// which takes g++ 12 several times as long to compile.
+template <class Function>
+FASTBN_INLINE void for_each_part(Function&& function) {
+  static_assert(parts <= 2);
+  function(std::integral_constant<int, 0>{});
+  if constexpr (parts == 2) function(std::integral_constant<int, 1>{});
+}
+
 // Specialised rather than written with a dependent vector_size, which g++ compares without its attribute.
 template <class A>
 struct NativeVectors;
@@ -78,14 +87,14 @@ struct Vec {
 
   Vec() = default;
   FASTBN_INLINE explicit Vec(A value) {
-    for (Native& values : part) values = value - Native{};
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { part[i] = value - Native{}; });
   }
   template <class Other>
     requires std::is_arithmetic_v<Other> && (!std::is_same_v<Other, A>)
   FASTBN_INLINE explicit Vec(Other value) : Vec(A(value)) {}
 
   FASTBN_INLINE Vec& operator+=(const Vec& other) {
-    for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { part[i] += other.part[i]; });
     return *this;
   }
 };
@@ -94,7 +103,7 @@ struct Vec {
 template <class Result, class Function, class... Arguments>
 FASTBN_INLINE Result by_parts(Function&& function, const Arguments&... arguments) {
   Result result;
-  for (int i = 0; i < parts; ++i) result.part[i] = function(arguments.part[i]...);
+  for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { result.part[i] = function(arguments.part[i]...); });
   return result;
 }
 
@@ -105,20 +114,20 @@ FASTBN_INLINE Vec<To> bit_cast_lanes(const Vec<From>& x) {
 }
 
 // clang-format off
-template <class A> FASTBN_INLINE Vec<A> operator+(Vec<A> a, const Vec<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] += b.part[i]; return a; }
-template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a, const Vec<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] -= b.part[i]; return a; }
-template <class A> FASTBN_INLINE Vec<A> operator*(Vec<A> a, const Vec<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] *= b.part[i]; return a; }
-template <class A> FASTBN_INLINE Vec<A> operator/(Vec<A> a, const Vec<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] /= b.part[i]; return a; }
-template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a) { for (auto& values : a.part) values = -values; return a; }
-template <class A> FASTBN_INLINE Vec<A> operator<<(Vec<A> a, int bits) { for (auto& values : a.part) values = values << bits; return a; }
-template <class A> FASTBN_INLINE Vec<A> operator>>(Vec<A> a, int bits) { for (auto& values : a.part) values = values >> bits; return a; }
-template <class A> FASTBN_INLINE Mask<A> operator&(Mask<A> a, const Mask<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] &= b.part[i]; return a; }
-template <class A> FASTBN_INLINE Mask<A> operator^(Mask<A> a, const Mask<A>& b) { for (int i = 0; i < parts; ++i) a.part[i] ^= b.part[i]; return a; }
-template <class A> FASTBN_INLINE Mask<A> operator!(Mask<A> a) { for (auto& lanes : a.part) lanes = typename Mask<A>::Native(~lanes); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator+(Vec<A> a, const Vec<A>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] += b.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a, const Vec<A>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] -= b.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator*(Vec<A> a, const Vec<A>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] *= b.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator/(Vec<A> a, const Vec<A>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] /= b.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator-(Vec<A> a) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] = -a.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator<<(Vec<A> a, int bits) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] = a.part[i] << bits; }); return a; }
+template <class A> FASTBN_INLINE Vec<A> operator>>(Vec<A> a, int bits) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] = a.part[i] >> bits; }); return a; }
+template <class A> FASTBN_INLINE Mask<A> operator&(Mask<A> a, const Mask<A>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] &= b.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Mask<A> operator^(Mask<A> a, const Mask<A>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] ^= b.part[i]; }); return a; }
+template <class A> FASTBN_INLINE Mask<A> operator!(Mask<A> a) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] = typename Mask<A>::Native(~a.part[i]); }); return a; }
 #if defined(__AVX512F__)
 template <int predicate> FASTBN_INLINE uint16_t compare(Floats a, Floats b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, predicate); }
 template <int predicate> FASTBN_INLINE uint8_t compare(Doubles a, Doubles b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, predicate); }
-template <int predicate, class A> FASTBN_INLINE Mask<A> compare(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for (int i = 0; i < parts; ++i) m.part[i] = compare<predicate>(a.part[i], b.part[i]); return m; }
+template <int predicate, class A> FASTBN_INLINE Mask<A> compare(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { m.part[i] = compare<predicate>(a.part[i], b.part[i]); }); return m; }
 template <class A> FASTBN_INLINE Mask<A> operator<=(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_LE_OQ>(a, b); }
 template <class A> FASTBN_INLINE Mask<A> operator>=(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_GE_OQ>(a, b); }
 template <class A> FASTBN_INLINE Mask<A> operator<(const Vec<A>& a, const Vec<A>& b) { return compare<_CMP_LT_OQ>(a, b); }
@@ -126,10 +135,10 @@ template <class A> FASTBN_INLINE Mask<A> operator>(const Vec<A>& a, const Vec<A>
 FASTBN_INLINE Floats select_lanes(uint16_t mask, Floats yes, Floats no) { return (Floats)_mm512_mask_blend_ps(mask, (__m512)no, (__m512)yes); }
 FASTBN_INLINE Doubles select_lanes(uint8_t mask, Doubles yes, Doubles no) { return (Doubles)_mm512_mask_blend_pd(mask, (__m512d)no, (__m512d)yes); }
 #else
-template <class A> FASTBN_INLINE Mask<A> operator<=(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for (int i = 0; i < parts; ++i) m.part[i] = a.part[i] <= b.part[i]; return m; }
-template <class A> FASTBN_INLINE Mask<A> operator>=(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for (int i = 0; i < parts; ++i) m.part[i] = a.part[i] >= b.part[i]; return m; }
-template <class A> FASTBN_INLINE Mask<A> operator<(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for (int i = 0; i < parts; ++i) m.part[i] = a.part[i] < b.part[i]; return m; }
-template <class A> FASTBN_INLINE Mask<A> operator>(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for (int i = 0; i < parts; ++i) m.part[i] = a.part[i] > b.part[i]; return m; }
+template <class A> FASTBN_INLINE Mask<A> operator<=(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { m.part[i] = a.part[i] <= b.part[i]; }); return m; }
+template <class A> FASTBN_INLINE Mask<A> operator>=(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { m.part[i] = a.part[i] >= b.part[i]; }); return m; }
+template <class A> FASTBN_INLINE Mask<A> operator<(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { m.part[i] = a.part[i] < b.part[i]; }); return m; }
+template <class A> FASTBN_INLINE Mask<A> operator>(const Vec<A>& a, const Vec<A>& b) { Mask<A> m; for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { m.part[i] = a.part[i] > b.part[i]; }); return m; }
 #endif
 // clang-format on
 
@@ -161,8 +170,8 @@ FASTBN_INLINE Floats max_lanes(Floats a, Floats b) { return (Floats)_mm512_max_p
 FASTBN_INLINE Floats min_lanes(Floats a, Floats b) { return select_lanes(a < b, a, b); }
 FASTBN_INLINE Floats max_lanes(Floats a, Floats b) { return select_lanes(a > b, a, b); }
 #endif
-FASTBN_INLINE Vec<float> min(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = min_lanes(a.part[i], b.part[i]); return a; }
-FASTBN_INLINE Vec<float> max(Vec<float> a, const Vec<float>& b) { for (int i = 0; i < parts; ++i) a.part[i] = max_lanes(a.part[i], b.part[i]); return a; }
+FASTBN_INLINE Vec<float> min(Vec<float> a, const Vec<float>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] = min_lanes(a.part[i], b.part[i]); }); return a; }
+FASTBN_INLINE Vec<float> max(Vec<float> a, const Vec<float>& b) { for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { a.part[i] = max_lanes(a.part[i], b.part[i]); }); return a; }
 // clang-format on
 
 }  // namespace fastbn::cpu::FASTBN_ISA

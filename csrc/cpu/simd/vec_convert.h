@@ -42,21 +42,21 @@ FASTBN_INLINE Doubles widen_half(Floats x, int half) {
 // Converts the first (0) or second (1) half of a vector's lanes to double.
 FASTBN_INLINE Vec<double> widen(const Vec<float>& x, int half) {
   Vec<double> wide;
-  for (int i = 0; i < parts; ++i) {
+  for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
     const int at = half * parts + i;
     wide.part[i] = widen_half(x.part[at / 2], at % 2);
-  }
+  });
   return wide;
 }
 
 // Loads a vector of double from floats.
 FASTBN_INLINE Vec<double> load_as_double(const float* source) {
   Vec<double> wide;
-  for (int i = 0; i < parts; ++i) {
+  for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
     HalfFloats half;
     std::memcpy(&half, source + i * Vec<double>::part_lanes, sizeof(half));
     wide.part[i] = to_double(half);
-  }
+  });
   return wide;
 }
 
@@ -76,8 +76,9 @@ constexpr int element_at(int part, int lane) {
 // Permutes the lanes of a vector of two registers; `from` has the source lane, counted through both, of each lane.
 FASTBN_INLINE Vec<float> permute(const Vec<float>& x, const __m512i (&from)[2]) {
   Vec<float> permuted;
-  for (int i = 0; i < parts; ++i)
+  for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
     permuted.part[i] = (Floats)_mm512_permutex2var_ps((__m512)x.part[0], from[i], (__m512)x.part[parts - 1]);
+  });
   return permuted;
 }
 #endif
@@ -130,7 +131,8 @@ FASTBN_INLINE uint64_t to_bits(const Mask<acc_t<T>>& mask) {
     return _mm512_movepi16_mask(_mm512_mask_or_epi32(even, mask.part[1], even, _mm512_set1_epi32(int(0x80000000))));
   } else {
     uint64_t bits = 0;
-    for (int i = 0; i < parts; ++i) bits |= uint64_t(mask.part[i]) << i * Vec<acc_t<T>>::part_lanes;
+    for_each_part([&](auto i)
+                      FASTBN_INLINE_LAMBDA { bits |= uint64_t(mask.part[i]) << i * Vec<acc_t<T>>::part_lanes; });
     return bits;
   }
 #elif defined(__AVX2__)
@@ -161,7 +163,7 @@ FASTBN_INLINE Mask<acc_t<T>> from_bits(uint64_t bits) {
     mask.part[0] = _mm512_test_epi32_mask(words, _mm512_set1_epi32(1));
     mask.part[1] = _mm512_movepi32_mask(words);
   } else {
-    for (int i = 0; i < parts; ++i) mask.part[i] = Native(bits >> i * Vec<acc_t<T>>::part_lanes);
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { mask.part[i] = Native(bits >> i * Vec<acc_t<T>>::part_lanes); });
   }
 #else
   using Lane = std::conditional_t<sizeof(acc_t<T>) == 4, int32_t, int64_t>;
@@ -180,6 +182,17 @@ FASTBN_INLINE Mask<acc_t<T>> from_bits(uint64_t bits) {
 
 // The half-type elements for one register of float, in memory order.
 typedef uint16_t Halves __attribute__((vector_size(register_bytes / 2)));
+
+// Without instructions for float16, its conversions are out of line: inlined, they were half of the portable loops'
+// code.
+#if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__F16C__))
+__attribute__((noinline)) inline void unpack_float16(const Halves& stored, Floats& x) {
+  for (int i = 0; i < Vec<float>::part_lanes; ++i) x[i] = to_acc(float16{stored[i]});
+}
+__attribute__((noinline)) inline void pack_float16(const Floats& x, Halves& half) {
+  for (int i = 0; i < Vec<float>::part_lanes; ++i) half[i] = from_acc<float16>(float(x[i])).bits;
+}
+#endif
 
 // Converts half types to float.
 template <class T>
@@ -200,7 +213,7 @@ FASTBN_INLINE Floats unpack(Halves stored) {
     return __builtin_bit_cast(Floats, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, stored)));
 #else
     Floats x;
-    for (int i = 0; i < Vec<float>::part_lanes; ++i) x[i] = to_acc(float16{stored[i]});
+    unpack_float16(stored, x);
     return x;
 #endif
   }
@@ -240,7 +253,7 @@ FASTBN_INLINE Halves pack(Floats x) {
     return __builtin_bit_cast(Halves, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
     Halves half;
-    for (int i = 0; i < Vec<float>::part_lanes; ++i) half[i] = from_acc<float16>(float(x[i])).bits;
+    pack_float16(x, half);
     return half;
 #endif
   }

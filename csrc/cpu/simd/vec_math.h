@@ -115,7 +115,8 @@ FASTBN_INLINE Vec<float> erf(Vec<float> x) {
 // How the loops specialise on the activation. Long formulas are out of line, one call per vector: inlined, each would
 // be longer than all the rest of a loop, and every loop would have all of them. silu is the exception: without the call
 // a loop keeps its coefficients in registers, which makes loops with silu 1.3 to 2 times as fast (EPYC 9004).
-enum class EpilogueKind { none, relu, silu, short_formula, out_of_line };
+// `any` is for loops that run rarely: one call per vector, whatever the activation.
+enum class EpilogueKind { none, relu, silu, short_formula, out_of_line, any };
 
 constexpr EpilogueKind kind_of(Activation activation) {
   if (activation == Activation::relu) return EpilogueKind::relu;
@@ -129,11 +130,11 @@ constexpr EpilogueKind kind_of(Activation activation) {
   __builtin_unreachable();
 }
 
-// Calls `use(struct of the activation)` if the activation is of that kind.
+// Calls `use(struct of the activation)` if the activation is of that kind, or the kind is `any`.
 template <EpilogueKind kind, class Use>
 FASTBN_INLINE void with_activation_of(Activation activation, Use&& use) {
   with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
-    if constexpr (kind_of(a.id) == kind) use(a);
+    if constexpr (kind_of(a.id) == kind || kind == EpilogueKind::any) use(a);
   });
 }
 
@@ -142,11 +143,11 @@ __attribute__((noinline)) void activate_out_of_line(Activation activation, A par
   with_activation_of<EpilogueKind::out_of_line>(
       activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z, param); });
 }
-template <class A>
+template <EpilogueKind kind, class A>
 __attribute__((noinline)) void differentiate_out_of_line(Activation activation, A param, const Vec<A>& z,
                                                          Vec<A>& grad) {
-  with_activation_of<EpilogueKind::out_of_line>(
-      activation, [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad, param); });
+  with_activation_of<kind>(activation,
+                           [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad, param); });
 }
 
 // Return activation(z), and grad * activation'(z), for an activation of that kind.
@@ -162,8 +163,8 @@ FASTBN_INLINE Vec<A> activate(Activation activation, A param, Vec<A> z) {
 }
 template <EpilogueKind kind, class A>
 FASTBN_INLINE Vec<A> differentiate(Activation activation, A param, const Vec<A>& z, Vec<A> grad) {
-  if constexpr (kind == EpilogueKind::out_of_line)
-    differentiate_out_of_line(activation, param, z, grad);
+  if constexpr (kind == EpilogueKind::out_of_line || kind == EpilogueKind::any)
+    differentiate_out_of_line<kind>(activation, param, z, grad);
   else
     with_activation_of<kind>(activation,
                              [&](auto a) FASTBN_INLINE_LAMBDA { grad = activation_backward(a, z, grad, param); });

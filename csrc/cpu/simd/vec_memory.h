@@ -90,16 +90,17 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
   using V = Vec<acc_t<T>>;
   V x;
   if constexpr (std::is_same_v<Source, acc_t<T>>) {
-    for (int i = 0; i < parts; ++i) std::memcpy(&x.part[i], source + i * V::part_lanes, register_bytes);
+    for_each_part([&](auto i)
+                      FASTBN_INLINE_LAMBDA { std::memcpy(&x.part[i], source + i * V::part_lanes, register_bytes); });
     return to_order_of<T>(x);
   } else if constexpr (interleaved<T>) {
     return unpack_interleaved(load_register(source, AllLanes<T>{}));
   } else {
-    for (int i = 0; i < parts; ++i) {
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
       Halves stored;
       std::memcpy(&stored, source + i * V::part_lanes, sizeof(stored));
       x.part[i] = unpack<T>(stored);
-    }
+    });
     return x;
   }
 }
@@ -109,8 +110,9 @@ template <class T, class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, int64_t at, Lanes lanes) {
   if constexpr (interleaved<T>) {
     Vec<float> x;
-    for (int i = 0; i < parts; ++i)
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
       std::memcpy(&x.part[i], table + (at + i) % 2 * plane + (at + i) / 2, register_bytes);
+    });
     return x;
   } else {
     return load(table + at, lanes);
@@ -125,7 +127,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
   } else {
 #if defined(__AVX512F__)
     V x;
-    for (int i = 0; i < parts; ++i) {
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
       const uint32_t part_bits = lanes.bits() >> i * V::part_lanes;
       const Source* part = source + i * V::part_lanes;
       if constexpr (sizeof(Source) == 2)
@@ -134,7 +136,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
         x.part[i] = (Floats)_mm512_maskz_loadu_ps(__mmask16(part_bits), part);
       else
         x.part[i] = (Doubles)_mm512_maskz_loadu_pd(__mmask8(part_bits), part);
-    }
+    });
     return to_order_of<T>(x);
 #else
     if (lanes.overlaps()) return load(source, AllLanes<T>{});
@@ -169,8 +171,7 @@ FASTBN_INLINE Vec<acc_t<T>> load_where(uint64_t bits, const T* source, Lanes<T> 
   }
 #endif
   Vec<acc_t<T>> x = load(source, lanes);
-  if constexpr (is_full)
-    for (auto& part : x.part) part = opaque(part);
+  if constexpr (is_full) for_each_part([&](auto i) FASTBN_INLINE_LAMBDA { x.part[i] = opaque(x.part[i]); });
   return select(from_bits<T>(bits), x, Vec<acc_t<T>>(0));
 }
 
@@ -178,15 +179,16 @@ FASTBN_INLINE Vec<acc_t<T>> load_where(uint64_t bits, const T* source, Lanes<T> 
 template <class T>
 FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
-    for (int i = 0; i < parts; ++i) std::memcpy(target + i * Vec<T>::part_lanes, &x.part[i], register_bytes);
+    for_each_part(
+        [&](auto i) FASTBN_INLINE_LAMBDA { std::memcpy(target + i * Vec<T>::part_lanes, &x.part[i], register_bytes); });
   } else if constexpr (interleaved<T>) {
     const Words stored = pack_interleaved(x);
     std::memcpy(target, &stored, sizeof(stored));
   } else {
-    for (int i = 0; i < parts; ++i) {
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
       const Halves stored = pack<T>(x.part[i]);
       std::memcpy(target + i * Vec<float>::part_lanes, &stored, sizeof(stored));
-    }
+    });
   }
 }
 template <class T>
@@ -224,13 +226,13 @@ FASTBN_INLINE void stream([[maybe_unused]] T* target, [[maybe_unused]] const Vec
     _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)pack_interleaved(x));
 #endif
   } else if constexpr (fills_line<T>) {
-    for (int i = 0; i < parts; ++i) {
+    for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
 #if defined(__AVX512F__)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(target) + i, (__m512i)x.part[i]);
 #elif defined(__AVX2__)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i, (__m256i)x.part[i]);
 #endif
-    }
+    });
   }
 }
 

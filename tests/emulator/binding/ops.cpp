@@ -6,10 +6,12 @@
 #include <string>
 #include <utility>
 
+#include "bindings/allocate_in_python.h"
 #include "bindings/cuda_backend.h"
 #include "bindings/stable.h"
 #include "emulator.h"
 #include "plan/planner.h"
+#include "python/allocate.h"
 
 namespace fastbn {
 namespace {
@@ -67,6 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastbn_emulator, CPU, m) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  fastbn::allocate_in_python = fastbn::call_allocate;
   m.def("set_limits", &fastbn::set_limits, "Set the limits of the emulated GPU that the planner sees.",
         pybind11::kw_only(), pybind11::arg("sm_count"), pybind11::arg("shared_bytes_per_block"),
         pybind11::arg("stream_splits"));

@@ -1,4 +1,6 @@
-// The module fastbn._C. Importing it registers the ops; its own functions are build information and the planner.
+// The module fastbn._C, built for each version of Python. Importing it loads libfastbn.so, which lies beside it and
+// registers the ops; its own functions are build information and the planner.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,23 +12,11 @@
 #include <string>
 #include <vector>
 
-#include "bindings/launchers.h"
-#include "bindings/max_sms.h"
-#include "cpu/kernels/kernels.h"
+#include "bindings/library.h"
 #include "math/activation.h"
+#include "plan/device.h"
 #include "plan/planner.h"
-#ifdef FASTBN_WITH_CUDA
-#include "bindings/cuda_backend.h"
-#endif
-
-#ifndef FASTBN_CUDA_ARCHITECTURES
-#define FASTBN_CUDA_ARCHITECTURES ""
-#endif
-#ifdef __clang__
-#define FASTBN_COMPILER "clang " __clang_version__
-#else
-#define FASTBN_COMPILER "g++ " __VERSION__
-#endif
+#include "python/allocate.h"
 
 namespace py = pybind11;
 
@@ -34,20 +24,35 @@ namespace {
 
 using namespace fastbn;
 
+// Loads libfastbn.so from the folder of this module. The path is absolute, so that no search path is involved.
+const Library& load_library() {
+  Dl_info module;
+  dladdr(reinterpret_cast<const void*>(&load_library), &module);
+  const std::string folder(module.dli_fname, std::string(module.dli_fname).rfind('/') + 1);
+  void* const handle = dlopen((folder + "libfastbn.so").c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!handle) throw py::import_error(dlerror());
+  const auto describe = reinterpret_cast<decltype(&fastbn_library)>(dlsym(handle, "fastbn_library"));
+  const Library* const library = describe ? describe() : nullptr;
+  if (!library || library->bytes != sizeof(Library) || std::string(library->version) != FASTBN_VERSION)
+    throw py::import_error("libfastbn.so: expected that of fastbn " FASTBN_VERSION ", got another one; install again");
+  return *library;
+}
+
+const Library& library() {
+  static const Library& loaded = load_library();
+  return loaded;
+}
+
 py::dict build_info() {
   std::vector<std::string> sets;
-  for (const char* const* name = cpu::instruction_sets(); *name; ++name) sets.emplace_back(*name);
+  for (const char* const* name = library().cpu_instruction_sets; *name; ++name) sets.emplace_back(*name);
   py::dict info;
-  info["compiler"] = FASTBN_COMPILER;
-  info["built_with_torch"] = FASTBN_TORCH_VERSION;
-  info["cuda_architectures"] = FASTBN_CUDA_ARCHITECTURES;
-#ifdef FASTBN_WITH_CUDA
-  info["finds_cuda_stream"] = finds_cuda_stream();
-#else
-  info["finds_cuda_stream"] = false;
-#endif
+  info["compiler"] = library().compiler;
+  info["built_with_torch"] = library().built_with_torch;
+  info["cuda_architectures"] = library().cuda_architectures;
+  info["finds_cuda_stream"] = library().finds_cuda_stream && library().finds_cuda_stream();
   info["cpu_instruction_sets"] = sets;
-  info["cpu_instruction_set"] = cpu::instruction_set();
+  info["cpu_instruction_set"] = library().cpu_instruction_set;
   info["dtypes"] = std::vector<std::string>(std::begin(dtype_names), std::end(dtype_names));
   return info;
 }
@@ -77,11 +82,8 @@ DeviceLimits named_device(const std::string& name) {
 }
 
 DeviceLimits device_limits(int device) {
-#ifdef FASTBN_WITH_CUDA
-  return limits_of_device(device);
-#else
+  if (library().limits_of_device) return library().limits_of_device(device);
   throw std::invalid_argument("device_limits: fastbn was built without CUDA, got device " + std::to_string(device));
-#endif
 }
 
 Direction direction_named(const std::string& name) {
@@ -94,14 +96,7 @@ Direction direction_named(const std::string& name) {
 }
 
 // Returns the addresses that csrc/node calls.
-py::capsule launchers() {
-  static LauncherTable table;
-  table.cpu = cpu_launchers;
-#ifdef FASTBN_WITH_CUDA
-  table.cuda = cuda_launchers;
-#endif
-  return py::capsule(&table, "fastbn launchers");
-}
+py::capsule launchers() { return py::capsule(&library().launchers, "fastbn launchers"); }
 
 py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int dtype,
               const std::string& direction, int activation, bool residual, bool aligned, const DeviceLimits& limits) {
@@ -115,7 +110,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   // The rule is that of CudaBackend.saves_mask in fastbn/backends/native.py.
   request.masked = residual && is_piecewise_linear(request.activation) && request.layout.run() % 8 == 0;
   request.aligned = aligned;
-  const Plan chosen = choose_plan(request, within_max_sms(limits));
+  const Plan chosen = choose_plan(request, within_max_sms(limits, *library().max_sms));
   const StreamPlan& stream = chosen.stream;
   const bool streams = chosen.schedule == Schedule::stream;
   py::dict result;
@@ -149,6 +144,7 @@ py::dict plan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  *library().allocate_in_python = call_allocate;
   m.doc() = "Build information and the planner of fastbn; importing it registers torch.ops.fastbn.";
   py::class_<DeviceLimits>(m, "DeviceLimits", "The properties of a GPU that the planner uses.")
       .def(py::init([](int sm_count, int64_t shared_bytes_per_block, int64_t l2_bytes) {
@@ -167,7 +163,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("named_device", &named_device, "Return the limits of a100, h100, h200 or b200.");
   m.def("device_limits", &device_limits, "Return the limits of a CUDA device of this machine, by its index.");
   m.def(
-      "set_max_sms", [](std::optional<int> count) { max_sms = count.value_or(std::numeric_limits<int>::max()); },
+      "set_max_sms",
+      [](std::optional<int> count) { *library().max_sms = count.value_or(std::numeric_limits<int>::max()); },
       "Let stream plans occupy at most `count` SMs; None allows all.", py::arg("count").none(true));
   m.def("launchers", &launchers, "Return the addresses of the launchers, for the fastbn._node_* of the same build.");
   m.def("plan", &plan,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -31,11 +32,13 @@ __all__ = [
     "all_reduce",
     "apply_below_transforms",
     "below_autograd",
+    "fake_tensors",
     "function_mode_stack",  # torch.overrides says whether there are modes, but not which
     "graph_pass",
     "has_functorch_transforms",
     "has_global_module_hooks",
     "is_exporting",
+    "is_fake",
     "is_in_forward_ad",
     "is_in_functorch_transform",
     "is_legacy_batched",
@@ -161,3 +164,16 @@ def has_global_module_hooks() -> bool:
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
     )
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a context in which tensors have shape, strides, dtype and device, and no values: models run on them.
+
+    Tensors on the meta device say nothing of the device for which they stand.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor was made in `fake_tensors`, and so has no address."""
+    return isinstance(tensor, FakeTensor)

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
     "transforms": {"_torch", "backends", "functional", "nn", "ops"},
-    "inspect": {"_C", "_version", "backends", "ops"},
+    "inspect": {"_C", "_torch", "_version", "backends", "nn", "ops", "transforms"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
     "cli": {"__init__", "_version", "inspect", "testing"},
@@ -77,6 +77,7 @@ WITHIN = {
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "sync", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
+    "inspect": ("model", "explain", "info", "limits"),
     "testing": ("cases", "tolerance", "extended", "compare"),
 }
 

@@ -233,3 +233,11 @@ def test_operators_say_whether_they_write():
     assert _torch.may_write(torch.ops.aten.relu_) and _torch.may_write(torch.ops.aten.relu_.default)
     assert not _torch.may_write(torch.ops.aten.relu) and not _torch.may_write(torch.relu_)
     assert _torch.may_write(torch.ops.higher_order.cond)
+
+
+def test_fake_tensors_have_a_device_and_no_values():
+    with _torch.fake_tensors() as mode:
+        x = torch.empty(2**40, 3)
+        y = mode.from_tensor(torch.ones(3)) + x
+    assert _torch.is_fake(y) and y.shape == (2**40, 3) and y.device.type == "cpu"
+    assert not _torch.is_fake(torch.empty(1)) and not _torch.is_fake(torch.empty(1, device="meta"))

@@ -13,15 +13,15 @@ import torch
 
 from bench import calls
 from bench.bandwidth import measure_copies
-from bench.gate import expect, why_wrong
-from bench.implementations import Implementation, Prepared
-from bench.inputs import Inputs, make_inputs
 from bench.network import measure
 from bench.network_cases import NetworkCase
 from bench.network_models import COMPILED, Models
 from bench.results import Call, Measurement, Refusal, Results
-from bench.timer import Budget, IdleClock, clock_of, speedup, summarize, time_in_turns
-from bench.workloads import Workload, dtype_name
+from fastbn.measure.gate import expect, why_wrong
+from fastbn.measure.implementations import Implementation, Prepared
+from fastbn.measure.inputs import Inputs, make_inputs
+from fastbn.measure.timer import Budget, IdleClock, clock_of, speedup, summarize, time_in_turns
+from fastbn.measure.workload import Workload, dtype_name
 
 COMPILE_SECONDS = 8.0
 # Those of a network, which has a hundred layers.

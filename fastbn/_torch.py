@@ -46,8 +46,10 @@ __all__ = [
     "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
     "may_write",
     "is_known_to_compiler",
+    "spin",
     "traceable_assert",
     "unwrap_if_dead",
+    "which_batch_norm",
     "without_compiled_code",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
 ]
@@ -57,6 +59,10 @@ __all__ = [
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 # The dispatch keys below autograd, for an op that has its own autograd kernel.
 after_autograd = torch._C._after_autograd_keyset
+# Keeps the current CUDA stream busy for a number of cycles, so that the host can enqueue what is to be timed after it.
+spin: Callable[[int], None] = torch.cuda._sleep
+# Returns the kernels that torch's own batch_norm takes for its operands: cuDNN's, MIOpen's or its native ones.
+which_batch_norm: Callable[..., Any] = torch._C._select_batch_norm_backend
 # Returns whether torch.func transforms are active.
 has_functorch_transforms = torch._C._are_functorch_transforms_active
 # Asserts a condition on a tensor's metadata that is traced as a call, where `assert` and `raise` are branches.

@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "inspect": {"_C", "_torch", "_version", "backends", "nn", "ops", "transforms"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
-    "cli": {"__init__", "_version", "inspect", "testing"},
+    "measure": {"__init__", "_torch", "backends", "ops", "testing"},
+    "cli": {"__init__", "_version", "inspect", "measure", "testing"},
     "__main__": {"cli"},
 }
 # The order within a layer that has one.
@@ -79,6 +80,7 @@ WITHIN = {
     ),
     "inspect": ("model", "explain", "info", "limits"),
     "testing": ("cases", "tolerance", "extended", "compare"),
+    "measure": (*("timer", "operations", "workload", "inputs", "implementations", "gate", "copies", "machine"),),
 }
 
 
@@ -269,6 +271,8 @@ def test_imports(path):
         ("__init__.py", "from fastbn.testing import cases"),
         ("testing/cases.py", "from fastbn.testing.tolerance import ulp"),
         ("testing/compare.py", "from fastbn.cli.text import table"),
+        ("measure/timer.py", "from fastbn.measure.operations import Operation"),
+        ("measure/gate.py", "from fastbn.cli.text import table"),
         ("cli/verify.py", "from fastbn.functional import batch_norm"),
     ],
     ids=str,

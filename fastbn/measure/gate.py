@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.implementations import Prepared
-from bench.inputs import EPS, MOMENTUM, Inputs
-from bench.operations import Operation
 from fastbn.backends import reference
+from fastbn.backends.reference.formulas import reduced_dims
+from fastbn.measure.implementations import Prepared
+from fastbn.measure.inputs import EPS, MOMENTUM, Inputs
+from fastbn.measure.operations import Operation
 from fastbn.ops.activations import index as activation_index
 from fastbn.testing import tolerance
 
@@ -125,7 +126,7 @@ def _sum_error(count: int) -> float:
 
 def _element_tolerance(exact: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Bound the error of elements at the scale of the channel's largest: terms are of that size and may cancel."""
-    dims = reference.reduced_dims(exact)
+    dims = reduced_dims(exact)
     scale = exact.abs().amax(dims, keepdim=True)
     return ROUNDINGS * tolerance.ulp(dtype, scale) + _sum_error(count) * scale
 
@@ -134,6 +135,6 @@ def _sum_tolerance(terms: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Bound the error of a sum of rounded terms, which err independently: six standard deviations, from the root of the
     sum of squares.
     """
-    dims = reference.reduced_dims(terms)
+    dims = reduced_dims(terms)
     rounding = ROUNDINGS * torch.finfo(dtype).eps * terms.square().sum(dims).sqrt()
     return 6 * rounding / 12**0.5 + _sum_error(count) * terms.abs().sum(dims)

@@ -80,7 +80,9 @@ WITHIN = {
     ),
     "inspect": ("model", "explain", "info", "limits"),
     "testing": ("cases", "tolerance", "extended", "compare"),
-    "measure": (*("timer", "operations", "workload", "inputs", "implementations", "gate", "copies", "machine"),),
+    "measure": (
+        *("timer", "operations", "workload", "inputs", "implementations", "gate", "copies", "machine", "one_shape"),
+    ),
 }
 
 

@@ -7,7 +7,7 @@ the same code on other data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastbn.backends import reference
 from fastbn.backends.reference.formulas import reduced_dims
-from fastbn.measure.implementations import Prepared
+from fastbn.measure.implementations import Implementation, Prepared
 from fastbn.measure.inputs import EPS, MOMENTUM, Inputs
 from fastbn.measure.operations import Operation
+from fastbn.measure.workload import Workload
 from fastbn.ops.activations import index as activation_index
 from fastbn.testing import tolerance
 
@@ -35,6 +36,34 @@ class Expected:
 
     channels: Tensor
     results: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether a rival may be timed: its prepared call, or None and the reason; `wrong` where a result was wrong."""
+
+    name: str
+    prepared: Prepared | None
+    wrong: bool
+    reason: str
+
+
+def admit(rivals: Iterable[Implementation], workload: Workload, inputs: Inputs) -> Iterator[Admission]:
+    """Prepare each rival that takes the workload, and compare its results with float64."""
+    # Otherwise earlier shapes count towards torch.compile's limit of recompilations, above which it runs eagerly.
+    torch.compiler.reset()
+    expected = None
+    for rival in rivals:
+        reason, wrong, prepared = rival.why_not(workload), False, None
+        if reason is None:
+            try:
+                prepared = rival.prepare(workload.operation, inputs)
+                expected = expected or expect(workload.operation, inputs)
+                reason = why_wrong(prepared, inputs, expected)
+                wrong = reason is not None
+            except Exception as error:  # any error of a rival's library is the reason why it is not timed
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield Admission(rival.name, prepared if reason is None else None, wrong, reason or "")
 
 
 def expect(operation: Operation, inputs: Inputs) -> Expected:

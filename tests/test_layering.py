@@ -79,7 +79,7 @@ WITHIN = {
         *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
     "inspect": ("model", "explain", "info", "limits"),
-    "testing": ("cases", "tolerance", "extended", "compare"),
+    "testing": ("cases", "tolerance", "extended", "compare", "parity", "fixtures"),
     "measure": (
         *("timer", "operations", "workload", "inputs", "implementations", "gate", "copies", "machine", "one_shape"),
     ),

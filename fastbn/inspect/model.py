@@ -34,9 +34,12 @@ _WHITENING = (WhiteningBatchNorm1d, WhiteningBatchNorm2d)
 
 
 class Seen(NamedTuple):
-    """One call of a layer. `is_whole_model`: whether the layer is all that was asked about."""
+    """One call of a layer of class `kind`. `is_one_call`: whether it is one call of the fused op, by its class.
+    `is_whole_model`: whether the layer is all that was asked about."""
 
     layer: nn.Module
+    kind: type[nn.Module]
+    is_one_call: bool
     input: Tensor
     residual: bool
     activation: str | None
@@ -74,12 +77,12 @@ def explain_module(
 
 
 def _plan_of(seen: Seen, plan: Callable[[Seen, str | None], Plan]) -> Plan:
-    cls = class_without_checkpoint_safety(type(seen.layer))
-    if cls in _ONE_CALL or cls in _FROZEN or containers.is_layer(seen.layer):
+    cls = seen.kind
+    if seen.is_one_call:
         return plan(seen, None)
-    if isinstance(seen.layer, (NormalizationLayer, *_WHITENING)):
+    if issubclass(cls, (NormalizationLayer, *_WHITENING)):
         reason = f"{cls.__name__} is more than one call of the fused op: its traffic is not counted"
-        backend = "torch" if isinstance(seen.layer, _WHITENING) else plan(seen, None).backend
+        backend = "torch" if issubclass(cls, _WHITENING) else plan(seen, None).backend
         fused = describe_fused(index(seen.activation), seen.residual)
         return Plan(backend, cls.__name__, 0, math.nan, math.nan, 0, 0, 0, reason, fused)
     reason = f"{cls.__module__.partition('.')[0]}'s {cls.__name__}, which fastbn.convert has not replaced"
@@ -98,11 +101,12 @@ def _calls(
         raise ValueError("explain: expected a module whose lazy layers have seen an input, got one that has not")
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     device = torch.get_default_device() if first is None else first.device
-    with fake_tensors() as mode, torch.no_grad():
-        try:
-            twin = copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
-        except Exception as error:  # whatever a module's own __deepcopy__ raises
-            raise _cannot("be copied", module, error) from error
+    mode = fake_tensors()
+    try:
+        twin = copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+    except Exception as error:  # whatever a module's own __deepcopy__ raises
+        raise _cannot("be copied", module, error) from error
+    with mode, torch.no_grad():
         calls: list[tuple[str, Seen]] = []
         for name, layer in list(twin.named_modules()):
             if is_layer(layer):
@@ -131,12 +135,15 @@ def _cannot(what: str, module: nn.Module, error: Exception) -> ValueError:
 
 def _listen(layer: Any, tell: Callable[[Seen], None], is_whole_model: bool) -> None:
     """Make a layer of the copy tell of its calls."""
+    kind = class_without_checkpoint_safety(type(layer))
+    is_one_call = kind in (*_ONE_CALL, *_FROZEN) or containers.is_layer(layer)
 
     def heard(input: Tensor, residual: Any, activation: str | None, param: float | None) -> Tensor:
         training = layer.training and not isinstance(layer, _FROZEN)
         if isinstance(layer, BatchNormBase) and layer.running_mean is None and layer.running_var is None:
             training = True
-        tell(Seen(layer, input, residual is not None, activation, param, training, is_whole_model))
+        fused = residual is not None, activation, param
+        tell(Seen(layer, kind, is_one_call, input, *fused, training, is_whole_model))
         return torch.empty_like(input)
 
     if containers.is_layer(layer):
@@ -150,7 +157,7 @@ def _listen(layer: Any, tell: Callable[[Seen], None], is_whole_model: bool) -> N
             return heard(input, *rest)
 
         vars(layer)["_normalize"] = _normalize
-        if class_without_checkpoint_safety(type(layer)) not in (*_ONE_CALL, *_FROZEN):
+        if not is_one_call:
             # Its forward may call something else.
             vars(layer)["forward"] = lambda input, *args, **kwargs: _normalize(
                 input, kwargs.get("residual"), layer.activation, vars(layer).get("activation_param")

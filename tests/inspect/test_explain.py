@@ -342,6 +342,12 @@ def test_what_fuses_into_a_layer_of_another_library_shows():
 
     plans = fastbn.explain(fastbn.convert(Block()), (4, 8, 5, 5))
     assert {name: plan.fused for name, plan in plans.items()} == {"first": "relu", "last": "addition and relu"}
+    assert plans["last"] == fastbn.explain((4, 8, 5, 5), activation="relu", residual=True)
+    unconverted = fastbn.explain(Block(), (4, 8, 5, 5))["first"]
+    assert unconverted.reason == "timm's BatchNormAct2d, which fastbn.convert has not replaced"
+    with torch.device("meta"):
+        alone = fastbn.convert(layers.BatchNormAct2d(8))
+    assert fastbn.explain(alone, (4, 8, 5, 5), device="h200").fused == "relu"
 
 
 def test_several_inputs():
@@ -389,3 +395,30 @@ def test_the_names_for_editors_are_those_that_are_known():
     )
     assert len(typing.get_args(registry.Name)) == 5
     assert typing.get_args(explain.GpuName) == DEVICES == explain._GPUS
+
+
+def test_a_model_may_hold_tensors_that_it_has_not_registered():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.shift = fastbn.BatchNorm1d(3), torch.ones(3)
+
+        def forward(self, x):
+            return self.bn(x + self.shift)
+
+    model = Shift()
+    assert fastbn.explain(model, (5, 3)) == {"bn": fastbn.explain((5, 3))}
+    assert type(model.shift) is torch.Tensor
+
+
+def test_a_model_whose_shapes_depend_on_values_says_so():
+    class Choose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = fastbn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn(x[x.sum(1) > 0])
+
+    with pytest.raises(ValueError, match=r"explain: Choose cannot run on tensors of shape \(5, 3\) without values: "):
+        fastbn.explain(Choose(), (5, 3))

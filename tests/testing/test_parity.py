@@ -43,8 +43,9 @@ def test_torch_and_fastbn_pass(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", sampled(PARITY_CASES))
 def test_torch_and_fastbn_pass_on_a_gpu(case):
-    for subject in (STOCK[dim_of(case)], FAST[dim_of(case)]):
-        assert_parity(subject, case, "cuda")
+    assert_parity(FAST[dim_of(case)], case, "cuda")
+    if "unaligned" not in case.tags:  # which cuDNN reads as if it were aligned
+        assert_parity(STOCK[dim_of(case)], case, "cuda")
 
 
 def test_names_and_tags():
@@ -59,6 +60,15 @@ def test_names_and_tags():
     assert {case.momentum for case in parity_cases("momentum")} == {None, 1.0}
     assert all(case.parameter_dtype == torch.bfloat16 for case in parity_cases("half_parameters"))
     assert all(parity_cases(tag) for tag in parity.TAGS)
+
+
+def test_the_page_names_every_tag_and_the_numbers_of_cases():
+    page = (ROOT / "docs" / "parity.md").read_text()
+    assert [tag for tag in parity.TAGS if f"`{tag}`" not in page] == []
+    assert f"from {len(PARITY_CASES)} cases" in page
+    assert f"passes its {len(parity_cases('small', 'bn2d'))} cases" in page
+    of_float64 = len(parity_cases("float64"))
+    assert f"{len(PARITY_CASES) - of_float64} cases of float32" in page and f"the {of_float64} of float64" in page
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastbn._torch import BatchNormBase, fake_tensors
-from fastbn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from fastbn.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    SyncBatchNorm,
+)
 from fastbn.nn.epilogue import NOTHING, Epilogue, NormalizationLayer, join, read
 from fastbn.nn.whitening import WhiteningBatchNorm1d, WhiteningBatchNorm2d
 from fastbn.ops.activations import describe_fused, index
@@ -96,6 +104,10 @@ def _calls(
     memory_format: torch.memory_format | None,
 ) -> list[tuple[str, Seen]]:
     """Run a copy of a module and return the calls of its layers by name."""
+    if hasattr(module, "_orig_mod"):
+        raise ValueError(
+            "explain: expected a model that is not compiled, since the compiler chooses differently, got one"
+        )
     tensors = [*module.parameters(), *module.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
         raise ValueError("explain: expected a module whose lazy layers have seen an input, got one that has not")
@@ -137,6 +149,8 @@ def _listen(layer: Any, tell: Callable[[Seen], None], is_whole_model: bool) -> N
     """Make a layer of the copy tell of its calls."""
     kind = class_without_checkpoint_safety(type(layer))
     is_one_call = kind in (*_ONE_CALL, *_FROZEN) or containers.is_layer(layer)
+    if kind is SyncBatchNorm:  # a BatchNorm where there are no other processes
+        is_one_call = not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
     def heard(input: Tensor, residual: Any, activation: str | None, param: float | None) -> Tensor:
         training = layer.training and not isinstance(layer, _FROZEN)

@@ -236,6 +236,7 @@ def test_a_layer_has_its_own_activation_and_mode():
     assert backward == fastbn.explain(x, "backward", activation="silu", training=False)
     frozen = fastbn.FrozenBatchNorm2d(8).train()
     assert fastbn.explain(frozen, (4, 8, 7, 7)) == fastbn.explain(x, training=False)
+    assert fastbn.explain(fastbn.SyncBatchNorm(8), (4, 8, 7, 7)) == fastbn.explain(x)  # there is no other process
     no_statistics = fastbn.BatchNorm2d(8, track_running_stats=False).eval()
     assert fastbn.explain(no_statistics, (4, 8, 7, 7)) == fastbn.explain(x)
 
@@ -422,3 +423,8 @@ def test_a_model_whose_shapes_depend_on_values_says_so():
 
     with pytest.raises(ValueError, match=r"explain: Choose cannot run on tensors of shape \(5, 3\) without values: "):
         fastbn.explain(Choose(), (5, 3))
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(ValueError, match="explain: expected a model that is not compiled"):
+        fastbn.explain(torch.compile(nn.Linear(3, 3)), (4, 3))

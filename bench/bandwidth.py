@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from bench.results import CopyPoint
-from bench.timer import Budget, Clock, summarize, time_in_turns
+from fastbn.measure.copies import time_copy
+from fastbn.measure.timer import Budget, Clock
 
 _LADDER = tuple(2**exponent for exponent in range(12, 31))
 _LARGEST = {"cpu": 2**28, "cuda": 2**30}
@@ -17,9 +18,6 @@ def measure_copies(device: torch.device, clock: Clock, budget: Budget) -> list[C
     for size in _LADDER:
         if size > _LARGEST[device.type]:
             break
-        source = torch.ones(size // 4, dtype=torch.float32, device=device).normal_()
-        target = torch.empty_like(source)
-        (samples,) = time_in_turns([lambda: target.copy_(source)], clock, budget)
-        median_us = summarize(samples).median_us
+        median_us = time_copy(size, device, clock, budget)
         points.append(CopyPoint(size, median_us, 2 * size / median_us / 1e3))
     return points

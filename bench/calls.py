@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.implementations import Prepared
-from bench.timer import Call
+from fastbn.measure.implementations import Prepared
+from fastbn.measure.timer import Call
 
 
 def count_launches(call: Call, device: torch.device) -> tuple[int | None, list[str]]:

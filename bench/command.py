@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 
 from bench import compare, network_tables, tables
-from bench.implementations import AGAIN, FASTBN, Implementation, implementations
 from bench.machine import describe, machine
 from bench.network_cases import NetworkCase, why_absent
 from bench.network_cases import suite as network_suite
 from bench.network_models import NAMES, TORCH, is_ours, names_of
 from bench.results import Measurement, NetworkStep, Refusal, Results, load, partial_path
 from bench.runner import Runner, Step
-from bench.timer import Budget
-from bench.workloads import SUITES, Workload, call_suite, dtype_name, suite
+from bench.workloads import SUITES, call_suite, suite
 from fastbn.cli.arguments import check_directory, check_file
 from fastbn.cli.errors import CommandError, RunError, device, reason, require
+from fastbn.measure.implementations import AGAIN, FASTBN, Implementation, implementations
+from fastbn.measure.timer import Budget
+from fastbn.measure.workload import Workload, dtype_name
 
 # Seconds per implementation. The CPU suite has to end within a quarter of an hour, and that of networks on one thread,
 # at the price of noisier ratios.

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from bench.implementations import FASTBN, STOCK
 from bench.network_models import is_ours
 from bench.results import Measurement, NetworkStep, Results
 from fastbn.cli.text import table
+from fastbn.measure.implementations import FASTBN, STOCK
 
 TOLERANCE = 0.10
 _Record = TypeVar("_Record", Measurement, NetworkStep)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
-from bench.timer import Budget, HostClock, speedup, time_in_turns
 from fastbn import functional
 from fastbn.backends import crossings
+from fastbn.measure.timer import Budget, HostClock, speedup, time_in_turns
 from fastbn.ops.contract import DTYPES, HALF_TYPES
 
 SIZES = tuple(2**exponent for exponent in range(10, 18))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import fastbn
+from fastbn.measure.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # NVIDIA's datasheets, in GB/s, by a part of the device's name. The first match counts.
@@ -32,8 +33,8 @@ def machine(device: torch.device) -> dict:
     gpu = _gpu() if device.type == "cuda" else None
     return {
         "device": device.type,
-        "name": gpu["name"] if gpu else _cpu_name(),
-        "cpu": _cpu_name(),
+        "name": gpu["name"] if gpu else cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -73,15 +74,6 @@ def _gpu() -> dict:
 
 def _datasheet(name: str) -> int | None:
     return next((speed for part, speed in _DATASHEET_GB_PER_S.items() if part in name), None)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _triton() -> str | None:

@@ -10,14 +10,14 @@ from dataclasses import asdict
 
 import torch
 
-from bench.implementations import AGAIN
 from bench.network_cases import TRAIN, NetworkCase
 from bench.network_gate import float64_disagreements, gate
 from bench.network_models import COMPILED_PASS, Models, Work, works
 from bench.norm_share import norm_share
 from bench.results import NetworkStep, Refusal
-from bench.timer import Budget, IdleClock, speedup, summarize, time_in_turns
-from bench.workloads import dtype_name
+from fastbn.measure.implementations import AGAIN
+from fastbn.measure.timer import Budget, IdleClock, speedup, summarize, time_in_turns
+from fastbn.measure.workload import dtype_name
 
 
 def measure(

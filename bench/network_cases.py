@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import architectures
 from bench.results import case_name
-from bench.workloads import dtype_name
+from fastbn.measure.workload import dtype_name
 
 TRAIN, EVAL = "train_backward", "eval"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bench.implementations import serving
 from bench.network_cases import NETWORKS, NetworkCase
 from bench.network_models import TORCH, Models, Work, is_ours, model_of
 from bench.results import Refusal
-from bench.workloads import dtype_name
+from fastbn.measure.implementations import serving
+from fastbn.measure.workload import dtype_name
 
 # The fraction of the norm of all gradients below which one may be rounding errors alone.
 CANCELLED = 1e-12

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastbn
-from bench.implementations import AGAIN, STOCK
 from bench.network_cases import FORMATS, NETWORKS, TRAIN, USUAL, NetworkCase, build, make_input
-from bench.timer import Call
+from fastbn.measure.implementations import AGAIN, STOCK
+from fastbn.measure.timer import Call
 
 TORCH, CONVERT, FUSED = STOCK, "convert", "fused"
 EAGER = (TORCH, CONVERT, FUSED)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import network_tables, tables
-from bench.implementations import FASTBN
 from bench.plots import CAPTIONS
 from bench.results import Results
 from bench.tables import Table, size
+from fastbn.measure.implementations import FASTBN
 
 _ABSENT = "Not measured here."
 _SPECIAL = re.compile(r"([\\`*\[\]<>|~&]|(?<!\w)_|_(?!\w))")

@@ -1,7 +1,7 @@
 """Records of a run as dataclasses, and the JSON file of them, whose schema is results.schema.json.
 
 Times are in microseconds per call, statistics over the rounds of a measurement. `implementation` names a row of
-bench/implementations.py, `kernel` the kernels that ran: cudnn or native for torch, a plan's name for fastbn.
+fastbn/measure/implementations.py, `kernel` the kernels that ran: cudnn or native for torch, a plan's name for fastbn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastbn.measure.timer import Times
+
 FORMAT = "fastbn bench 1"
 SCHEMA = Path(__file__).with_name("results.schema.json")
 # The largest file that is read: a hundred times the largest run.
@@ -25,16 +27,6 @@ Share = typing.NewType("Share", float)
 # One of DTYPES, since files are named after it.
 Dtype = typing.NewType("Dtype", str)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclass(frozen=True)
-class Times:
-    """Microseconds per call over `rounds` samples: median, 20th and 80th percentile."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
-    rounds: int
 
 
 @dataclass(frozen=True)

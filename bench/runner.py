@@ -13,15 +13,15 @@ import torch
 
 from bench import calls
 from bench.bandwidth import measure_copies
-from bench.gate import expect, why_wrong
-from bench.implementations import Implementation, Prepared
-from bench.inputs import Inputs, make_inputs
 from bench.network import measure
 from bench.network_cases import NetworkCase
 from bench.network_models import COMPILED, Models
 from bench.results import Call, Measurement, Refusal, Results
-from bench.timer import Budget, IdleClock, clock_of, speedup, summarize, time_in_turns
-from bench.workloads import Workload, dtype_name
+from fastbn.measure.gate import admit
+from fastbn.measure.implementations import Implementation, Prepared
+from fastbn.measure.inputs import Inputs, make_inputs
+from fastbn.measure.timer import Budget, IdleClock, clock_of, speedup, summarize, time_in_turns
+from fastbn.measure.workload import Workload, dtype_name
 
 COMPILE_SECONDS = 8.0
 # Those of a network, which has a hundred layers.
@@ -116,25 +116,13 @@ class Runner:
     def _prepare(self, workload: Workload) -> dict[str, Prepared]:
         """Return the implementations that take the workload and pass the gate, by name; record the others."""
         self._make_inputs(workload)
-        # Otherwise earlier shapes count towards torch.compile's limit of recompilations, above which it runs eagerly.
-        torch.compiler.reset()
-        prepared, expected = {}, None
-        for rival in self.rivals:
-            if rival.compiles and not workload.compiled:
-                continue
-            reason, wrong = rival.why_not(workload), False
-            if reason is None:
-                try:
-                    candidate = rival.prepare(workload.operation, self._inputs)
-                    expected = expected or expect(workload.operation, self._inputs)
-                    reason = why_wrong(candidate, self._inputs, expected)
-                    wrong = reason is not None
-                except Exception as error:  # any error of a rival's library is the reason why it is not timed
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if reason is None:
-                prepared[rival.name] = candidate
+        rivals = [rival for rival in self.rivals if workload.compiled or not rival.compiles]
+        prepared = {}
+        for each in admit(rivals, workload, self._inputs):
+            if each.prepared is None:
+                self._refuse(workload, each.name, each.wrong, each.reason)
             else:
-                self._refuse(workload, rival.name, wrong, reason)
+                prepared[each.name] = each.prepared
         return prepared
 
     def _refuse(self, workload: Workload, name: str, wrong: bool, reason: str) -> None:

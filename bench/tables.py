@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.implementations import AGAIN, FASTBN, STOCK
-from bench.operations import MODES
 from bench.results import DTYPES, Call, Measurement, NetworkStep, Results
 from fastbn.cli.text import table
+from fastbn.measure.implementations import AGAIN, FASTBN, STOCK
+from fastbn.measure.operations import MODES
 
 # A case counts as slower below this speed-up: nearer to 1 the noise of a run decides.
 SLOWER = 0.97

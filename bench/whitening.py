@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fastbn
 from bench.machine import machine
-from bench.timer import Budget, HostClock, time_in_turns
 from fastbn.cli.errors import require
+from fastbn.measure.timer import Budget, HostClock, time_in_turns
 
 METHODS = ("iternorm", "zca", "pca")
 SHAPES = ((32, 64, 28, 28), (32, 256, 14, 14), (32, 512, 7, 7))

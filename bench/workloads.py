@@ -5,11 +5,10 @@ They are cases of fastbn/testing/cases.py, dense and with normal data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from bench.operations import OPERATIONS, Operation
+from fastbn.measure.operations import OPERATIONS, Operation
+from fastbn.measure.workload import Workload
 from fastbn.testing.cases import Case, make_case
 
 # (C, H = W) of the inputs of ResNet-50's BatchNorms for images of 224 x 224.
@@ -32,28 +31,6 @@ MOBILENETV3 = ((16, 112), (72, 56), (40, 28), (184, 14), (480, 14), (672, 7), (9
 # Inputs of the four BatchNorms of LeNet on 28 x 28 images, after the channel.
 LENET = ((6, 24, 24), (16, 8, 8), (120,), (84,))
 _DECADES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A unit of timing: an operation on a case in a dtype, by all implementations in turns."""
-
-    group: str
-    case: Case
-    dtype: torch.dtype
-    operation: Operation
-    compiled: bool = False  # torch.compile is a rival too; it takes seconds to compile
-
-    def __str__(self) -> str:
-        return f"{self.case} {dtype_name(self.dtype)} {self.operation}"
-
-    @property
-    def tensor_bytes(self) -> int:
-        return self.case.numel * self.dtype.itemsize
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def suite(name: str) -> list[Workload]:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastbn
-from bench import timer
 from bench.machine import machine
-from bench.timer import Budget
 from fastbn import functional
+from fastbn.measure import timer
+from fastbn.measure.timer import Budget
 
 BUDGET = Budget(seconds=3.0, warm_up_seconds=0.3, min_rounds=7)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -31,11 +32,13 @@ __all__ = [
     "all_reduce",
     "apply_below_transforms",
     "below_autograd",
+    "fake_tensors",
     "function_mode_stack",  # torch.overrides says whether there are modes, but not which
     "graph_pass",
     "has_functorch_transforms",
     "has_global_module_hooks",
     "is_exporting",
+    "is_fake",
     "is_in_forward_ad",
     "is_in_functorch_transform",
     "is_legacy_batched",
@@ -43,8 +46,10 @@ __all__ = [
     "is_traceable_wrapper_subclass",  # DTensor and its like, which give aten::batch_norm a meaning of their own
     "may_write",
     "is_known_to_compiler",
+    "spin",
     "traceable_assert",
     "unwrap_if_dead",
+    "which_batch_norm",
     "without_compiled_code",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
 ]
@@ -54,6 +59,10 @@ __all__ = [
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 # The dispatch keys below autograd, for an op that has its own autograd kernel.
 after_autograd = torch._C._after_autograd_keyset
+# Keeps the current CUDA stream busy for a number of cycles, so that the host can enqueue what is to be timed after it.
+spin: Callable[[int], None] = torch.cuda._sleep
+# Returns the kernels that torch's own batch_norm takes for its operands: cuDNN's, MIOpen's or its native ones.
+which_batch_norm: Callable[..., Any] = torch._C._select_batch_norm_backend
 # Returns whether torch.func transforms are active.
 has_functorch_transforms = torch._C._are_functorch_transforms_active
 # Asserts a condition on a tensor's metadata that is traced as a call, where `assert` and `raise` are branches.
@@ -161,3 +170,16 @@ def has_global_module_hooks() -> bool:
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
     )
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Return a context in which tensors have shape, strides, dtype and device, and no values: models run on them.
+
+    Tensors on the meta device say nothing of the device for which they stand.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor was made in `fake_tensors`, and so has no address."""
+    return isinstance(tensor, FakeTensor)

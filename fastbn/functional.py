@@ -14,6 +14,7 @@ from fastbn.autograd.moments import channel_stats, merge_stats, normalize
 from fastbn.autograd.statistics import Moments
 from fastbn.backends import aten, registry
 from fastbn.backends.node import NODE
+from fastbn.backends.registry import Name as BackendName
 from fastbn.ops.activations import Name as ActivationName
 from fastbn.ops.activations import check_param
 from fastbn.ops.activations import index as activation_index
@@ -43,7 +44,7 @@ def batch_norm(
     activation_param: float | None = None,
     num_batches_tracked: Tensor | None = None,
     save: str = "input",
-    backend: str | None = None,
+    backend: BackendName | str | None = None,
 ) -> Tensor:
     """Return activation(batch_norm(input) + residual) in one op; otherwise as `torch.nn.functional.batch_norm`.
 

@@ -60,10 +60,11 @@ MAY_IMPORT = {
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
     "transforms": {"_torch", "backends", "functional", "nn", "ops"},
-    "inspect": {"_C", "_version", "backends", "ops"},
+    "inspect": {"_C", "_torch", "_version", "backends", "nn", "ops", "transforms"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
-    "cli": {"__init__", "_version", "inspect", "testing"},
+    "measure": {"__init__", "_torch", "backends", "ops", "testing"},
+    "cli": {"__init__", "_version", "inspect", "measure", "testing"},
     "__main__": {"cli"},
 }
 # The order within a layer that has one.
@@ -80,7 +81,11 @@ WITHIN = {
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "sync", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
-    "testing": ("cases", "tolerance", "extended", "compare"),
+    "inspect": ("model", "explain", "info", "limits"),
+    "testing": ("cases", "tolerance", "extended", "compare", "parity", "fixtures"),
+    "measure": (
+        *("timer", "operations", "workload", "inputs", "implementations", "gate", "copies", "machine", "one_shape"),
+    ),
 }
 
 
@@ -277,6 +282,8 @@ def test_imports(path):
         ("__init__.py", "from fastbn.testing import cases"),
         ("testing/cases.py", "from fastbn.testing.tolerance import ulp"),
         ("testing/compare.py", "from fastbn.cli.text import table"),
+        ("measure/timer.py", "from fastbn.measure.operations import Operation"),
+        ("measure/gate.py", "from fastbn.cli.text import table"),
         ("cli/verify.py", "from fastbn.functional import batch_norm"),
     ],
     ids=str,

@@ -233,3 +233,23 @@ def test_operators_say_whether_they_write():
     assert _torch.may_write(torch.ops.aten.relu_) and _torch.may_write(torch.ops.aten.relu_.default)
     assert not _torch.may_write(torch.ops.aten.relu) and not _torch.may_write(torch.relu_)
     assert _torch.may_write(torch.ops.higher_order.cond)
+
+
+def test_fake_tensors_have_a_device_and_no_values():
+    with _torch.fake_tensors() as mode:
+        x = torch.empty(2**40, 3)
+        y = mode.from_tensor(torch.ones(3)) + x
+    assert _torch.is_fake(y) and y.shape == (2**40, 3) and y.device.type == "cpu"
+    assert not _torch.is_fake(torch.empty(1)) and not _torch.is_fake(torch.empty(1, device="meta"))
+
+
+def test_which_batch_norm_torch_takes():
+    x, vector = torch.ones(4, 3), torch.ones(3)
+    assert _torch.which_batch_norm(x, vector, vector, vector, vector, True, 1e-5).name.lower() == "native"
+
+
+@pytest.mark.gpu
+def test_spinning_keeps_a_stream_busy():
+    _torch.spin(10**8)
+    assert not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()

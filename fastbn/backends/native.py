@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbn import _C
+from fastbn import _C, _torch
 from fastbn.ops import contract
 from fastbn.ops.activations import is_piecewise_linear
 from fastbn.ops.dispatch import Call, Plan
@@ -71,7 +71,7 @@ class CudaBackend:
             direction=wanted.get((direction, call.training), "frozen_backward"),
             activation=call.activation,
             residual=call.residual is not None,
-            aligned=input.device.type == "meta" or input.data_ptr() % 16 == 0,
+            aligned=input.device.type == "meta" or _torch.is_fake(input) or input.data_ptr() % 16 == 0,
             limits=limits,
         )
         if plan["kernel"].startswith("stream"):

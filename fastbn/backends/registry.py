@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from fastbn.backends.reference.backend import REFERENCE
 from fastbn.backends.triton.backend import TRITON
 from fastbn.ops import dispatch
 from fastbn.ops.dispatch import Backend, Call
+
+# For editors, which complete it.
+Name: TypeAlias = Literal["cpu", "cuda", "triton", "reference", "torch"]
 
 _backends: dict[str, Backend] = {}
 # The backends for each type of device, the fastest first.

@@ -10,37 +10,37 @@ import torch
 from fastbn.cli.errors import device
 from fastbn.cli.text import table
 from fastbn.testing import extended
-from fastbn.testing.compare import Comparison, ParityCase, compare_case
+from fastbn.testing.compare import Comparison, VerifyCase, compare_case
 from fastbn.testing.tolerance import ACCEPTED_ULPS, ACCEPTED_ULPS_FLOAT64
 
 SUMMARY = "compare fastbn and torch.nn with float64 on this machine"
 
 _BF16, _F16, _F64 = torch.bfloat16, torch.float16, torch.float64
 _QUICK = [
-    ParityCase((64, 96)),
-    ParityCase((8, 32, 14, 14)),
-    ParityCase((8, 32, 14, 14), relu=True, residual=True, layout="channels_last"),
-    ParityCase((8, 32, 14, 14), _BF16, relu=True, layout="channels_last"),
-    ParityCase((8, 32, 14, 14), relu=True, training=False),
-    ParityCase((8, 16, 28, 28), mean=1e4, std=1e-2),
-    ParityCase((8, 32, 14, 14), _F64, relu=True, residual=True, parameter_dtype=_F64),
+    VerifyCase((64, 96)),
+    VerifyCase((8, 32, 14, 14)),
+    VerifyCase((8, 32, 14, 14), relu=True, residual=True, layout="channels_last"),
+    VerifyCase((8, 32, 14, 14), _BF16, relu=True, layout="channels_last"),
+    VerifyCase((8, 32, 14, 14), relu=True, training=False),
+    VerifyCase((8, 16, 28, 28), mean=1e4, std=1e-2),
+    VerifyCase((8, 32, 14, 14), _F64, relu=True, residual=True, parameter_dtype=_F64),
 ]
 _FULL = _QUICK + [
-    ParityCase((256, 120), relu=True),
-    ParityCase((8, 13, 31)),
-    ParityCase((16, 64, 56, 56), _BF16, relu=True, residual=True),
-    ParityCase((16, 64, 56, 56), _BF16, relu=True, residual=True, layout="channels_last"),
-    ParityCase((16, 6, 24, 24), _F16, layout="channels_last"),
-    ParityCase((32, 256, 7, 7), _F16, relu=True),
-    ParityCase((32, 256, 7, 7), _BF16, parameter_dtype=_BF16),
-    ParityCase((256, 120), _F64, parameter_dtype=_F64),
-    ParityCase((16, 24, 20, 20), _F64, layout="channels_last", parameter_dtype=_F64),
-    ParityCase((16, 24, 20, 20), _F64, relu=True, training=False, parameter_dtype=_F64),
-    ParityCase((4, 16, 8, 14, 14), relu=True, layout="channels_last_3d"),
-    ParityCase((8, 17, 13, 11), relu=True, layout="sliced"),
-    ParityCase((16, 64, 28, 28), _BF16, relu=True, residual=True, training=False, layout="channels_last"),
-    ParityCase((8, 16, 28, 28), mean=1e4, std=1e-2, layout="channels_last"),
-    ParityCase((8, 16, 28, 28), mean=1e4, std=1e-2, relu=True, training=False),
+    VerifyCase((256, 120), relu=True),
+    VerifyCase((8, 13, 31)),
+    VerifyCase((16, 64, 56, 56), _BF16, relu=True, residual=True),
+    VerifyCase((16, 64, 56, 56), _BF16, relu=True, residual=True, layout="channels_last"),
+    VerifyCase((16, 6, 24, 24), _F16, layout="channels_last"),
+    VerifyCase((32, 256, 7, 7), _F16, relu=True),
+    VerifyCase((32, 256, 7, 7), _BF16, parameter_dtype=_BF16),
+    VerifyCase((256, 120), _F64, parameter_dtype=_F64),
+    VerifyCase((16, 24, 20, 20), _F64, layout="channels_last", parameter_dtype=_F64),
+    VerifyCase((16, 24, 20, 20), _F64, relu=True, training=False, parameter_dtype=_F64),
+    VerifyCase((4, 16, 8, 14, 14), relu=True, layout="channels_last_3d"),
+    VerifyCase((8, 17, 13, 11), relu=True, layout="sliced"),
+    VerifyCase((16, 64, 28, 28), _BF16, relu=True, residual=True, training=False, layout="channels_last"),
+    VerifyCase((8, 16, 28, 28), mean=1e4, std=1e-2, layout="channels_last"),
+    VerifyCase((8, 16, 28, 28), mean=1e4, std=1e-2, relu=True, training=False),
 ]
 
 _HEADER = ["mode", "operation", "shape", "layout", "dtype", "data", "quantity", "fastbn", "stock", "bound", ""]
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     left_out = extended.why_unavailable()
     if left_out:
         cases = [case for case in cases if case.dtype != _F64]
-    rows, failures, quantities = [_HEADER], list[tuple[ParityCase, Comparison]](), 0
+    rows, failures, quantities = [_HEADER], list[tuple[VerifyCase, Comparison]](), 0
     for case in cases:
         comparisons = list(compare_case(case, where))
         quantities += len(comparisons)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _rows(case: ParityCase, comparisons: Sequence[Comparison]) -> Iterator[list[str]]:
+def _rows(case: VerifyCase, comparisons: Sequence[Comparison]) -> Iterator[list[str]]:
     about = [
         "train" if case.training else "eval",
         case.operation,

@@ -183,3 +183,8 @@ def check_param(activation: int, param: float | None) -> float | None:
 
 def is_piecewise_linear(activation: int) -> bool:
     return ROWS[activation].is_piecewise_linear
+
+
+def describe_fused(activation: int, residual: bool) -> str:
+    """Write what follows a normalisation: "addition and relu", or "" for nothing."""
+    return " and ".join(["addition"] * residual + [ACTIVATIONS[activation]] * (activation != 0))

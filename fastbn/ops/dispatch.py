@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +40,7 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """The way one call runs. Traffic is predicted, not measured, in units of S, the bytes of one activation tensor; NaN
-    where it was not counted."""
+    where it was not counted. fused: "", or what follows the normalisation, such as "addition and relu"."""
 
     backend: str
     kernel: str
@@ -50,15 +51,18 @@ class Plan:
     threads: int
     shared_bytes: int
     reason: str
+    fused: str = ""
 
     def __str__(self) -> str:
-        parts = [f"{self.backend}: {self.kernel}"]
+        parts = [f"{self.backend}: {self.kernel}" + f" with {self.fused}" * bool(self.fused)]
         if self.launches:
             parts.append(f"{self.launches} launch{'es' if self.launches > 1 else ''}")
         if self.threads:
             parts.append(f"{self.blocks} blocks of " * (self.blocks > 0) + f"{self.threads} threads")
-        traffic = f"reads {self.tensor_reads:g} S, writes {self.tensor_writes:g} S"
-        return "; ".join([", ".join(parts), traffic, self.reason])
+        traffic = [f"reads {self.tensor_reads:g} S, writes {self.tensor_writes:g} S"]
+        if math.isnan(self.tensor_reads):
+            traffic = []
+        return "; ".join([", ".join(parts), *traffic, self.reason])
 
 
 class Backend(Protocol):

@@ -6,6 +6,7 @@ Arguments are longdouble arrays (`wide`), (N, C, *) or [C], and so are results.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,6 +30,11 @@ def why_unavailable() -> str | None:
     if bits < 63:
         return f"numpy.longdouble has {bits} bits of mantissa here, and float64 needs 63 or more to be measured"
     return None
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Return a context in which numpy says nothing of the inf and NaN that it computes with."""
+    return np.errstate(all="ignore")
 
 
 def wide(tensor: Tensor) -> Array:

@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 import fastbn
-from bench import bandwidth, calls, command, compare, implementations, operations, results, runner, timer, workloads
-from bench.gate import expect, why_wrong
-from bench.implementations import Implementation, Prepared
-from bench.inputs import make_inputs
+from bench import bandwidth, calls, command, compare, results, runner, workloads
 from bench.machine import machine
 from bench.results import Measurement, Results
-from bench.timer import Budget
 from fastbn.cli import main
+from fastbn.measure import implementations, operations, timer
+from fastbn.measure.gate import expect, why_wrong
+from fastbn.measure.implementations import Implementation, Prepared
+from fastbn.measure.inputs import make_inputs
+from fastbn.measure.timer import Budget
+from fastbn.measure.workload import Workload
 from fastbn.testing.cases import make_case
 from tests.implementations import require_gpu
 
@@ -108,7 +110,7 @@ def test_the_gate_passes_what_is_right(case, dtype):
     inputs = make_inputs(case, dtype, CPU)
     passed = set()
     for op in operations.OPERATIONS:
-        workload = workloads.Workload("gated", case, dtype, op)
+        workload = Workload("gated", case, dtype, op)
         for rival in implementations.implementations(CPU):
             if rival.compiles or rival.why_not(workload) or (rival.name, dtype) == ("onednn", torch.float16):
                 continue
@@ -178,7 +180,7 @@ def test_the_gate_sees_running_statistics_that_are_biased_or_left_alone():
 
 
 def test_the_gate_compares_the_first_and_the_last_of_many_channels(monkeypatch):
-    monkeypatch.setattr("bench.gate.MAX_COMPARED", 10)
+    monkeypatch.setattr("fastbn.measure.gate.MAX_COMPARED", 10)
     inputs, op = make_inputs(make_case("gated", 7, 50, 3), torch.float32, CPU), operation("train")
     right = prepare("torch", "train", inputs)
     assert why_wrong(right, inputs, expect(op, inputs)) is None
@@ -264,7 +266,7 @@ def _brief_runner(*rivals):
 
 
 def _workload(op="train", case=GATED[0]):
-    return workloads.Workload("gated", case, torch.float32, operation(op))
+    return Workload("gated", case, torch.float32, operation(op))
 
 
 def test_a_wrong_implementation_is_not_timed():

@@ -15,14 +15,14 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import fastbn
 from bench import architectures, command, network, network_cases, network_gate, network_models, norm_share, results
-from bench.implementations import AGAIN
 from bench.network_cases import EVAL, NETWORKS, OWN_SOURCE, SMALL, TRAIN, USUAL, Network, NetworkCase
 from bench.network_models import COMPILED, CONVERT, EAGER, FUSED, NAMES, TORCH, Models, Work
 from bench.norm_share import Profile
 from bench.runner import Runner
-from bench.timer import Budget
-from bench.workloads import dtype_name
 from fastbn.cli import main
+from fastbn.measure.implementations import AGAIN
+from fastbn.measure.timer import Budget
+from fastbn.measure.workload import dtype_name
 
 CPU = torch.device("cpu")
 BRIEF = Budget(seconds=0, warm_up_seconds=0, min_rounds=3, max_rounds=3)

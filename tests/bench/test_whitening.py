@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import whitening
-from bench.timer import Budget
+from fastbn.measure.timer import Budget
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "whitening.json"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
+import typing
 
 import pytest
 import torch
+from torch import nn
 
 import fastbn
 from fastbn import _C
-from fastbn.backends import native
+from fastbn.backends import native, registry
+from fastbn.inspect import explain
 from fastbn.ops.activations import ACTIVATIONS
 
 DEVICES = ("a100", "h100", "h200", "b200")
@@ -90,7 +94,7 @@ def test_a_plan_is_frozen_and_made_of_plain_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.backend = "cpu"
     names = ["backend", "kernel", "launches", "tensor_reads", "tensor_writes", "blocks", "threads"]
-    assert [field.name for field in dataclasses.fields(plan)] == [*names, "shared_bytes", "reason"]
+    assert [field.name for field in dataclasses.fields(plan)] == [*names, "shared_bytes", "reason", "fused"]
     assert json.loads(json.dumps(dataclasses.asdict(plan))) == dataclasses.asdict(plan)
 
 
@@ -203,3 +207,224 @@ def test_explain_names_the_largest_shared_memory_of_the_launches():
     assert plan.kernel == "channel_tiles"
     # Two totals per thread, a vote per warp, the number of elements, and four numbers for the channel.
     assert plan.shared_bytes == 2 * 256 * 8 + 8 * 4 + 8 + 32
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_shape_is_planned_as_the_tensor_would_be(dtype, memory_format):
+    shape, options = (6, 8, 5, 7), {"activation": "relu", "residual": True}
+    x = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    for direction in ("forward", "backward"):
+        given = {"dtype": dtype, "memory_format": memory_format, **options}
+        assert fastbn.explain(shape, direction, **given) == fastbn.explain(x, direction, **options)
+        on_gpu = fastbn.explain(torch.Size(shape), direction=direction, device="h200", **given)
+        assert on_gpu == fastbn.explain(x.to("meta"), direction, device="h200", **options)
+    assert on_gpu.fused == "addition and relu" and f"{on_gpu.kernel} with addition and relu" in str(on_gpu)
+
+
+def test_a_shape_takes_no_memory():
+    """It has 64 TB."""
+    assert fastbn.explain((2**20, 2**12, 64, 64), device="cpu").backend == "cpu"
+
+
+def test_a_layer_has_its_own_activation_and_mode():
+    layer = fastbn.BatchNorm2d(8, activation="silu")
+    x = torch.empty(4, 8, 7, 7)
+    assert fastbn.explain(layer, (4, 8, 7, 7)) == fastbn.explain(x, activation="silu")
+    assert fastbn.explain(layer, x.shape, residual=True).fused == "addition and silu"
+    backward = fastbn.explain(layer.eval(), input_shape=[4, 8, 7, 7], direction="backward")
+    assert backward == fastbn.explain(x, "backward", activation="silu", training=False)
+    frozen = fastbn.FrozenBatchNorm2d(8).train()
+    assert fastbn.explain(frozen, (4, 8, 7, 7)) == fastbn.explain(x, training=False)
+    assert fastbn.explain(fastbn.SyncBatchNorm(8), (4, 8, 7, 7)) == fastbn.explain(x)  # there is no other process
+    no_statistics = fastbn.BatchNorm2d(8, track_running_stats=False).eval()
+    assert fastbn.explain(no_statistics, (4, 8, 7, 7)) == fastbn.explain(x)
+
+
+def test_a_layer_of_torch_is_torchs():
+    plan = fastbn.explain(nn.BatchNorm2d(8), (4, 8, 7, 7))
+    assert (plan.backend, plan.reason) == ("torch", "torch's BatchNorm2d, which fastbn.convert has not replaced")
+    assert plan == dataclasses.replace(fastbn.explain((4, 8, 7, 7), backend="torch"), reason=plan.reason)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fastbn.GhostBatchNorm2d(8, virtual_batch_size=2),
+        fastbn.BatchRenorm2d(8),
+        fastbn.MaskedBatchNorm2d(8, activation="relu"),
+        fastbn.WhiteningBatchNorm2d(8),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_the_traffic_of_a_variant_is_not_counted(layer):
+    plan = fastbn.explain(layer, (4, 8, 7, 7))
+    assert plan.kernel == type(layer).__name__ and plan.tensor_reads != plan.tensor_reads
+    assert "nan" not in str(plan) and plan.fused == (getattr(layer, "activation", None) or "")
+
+
+class _Net(nn.Module):
+    """A convolution, a block with an addition, a layer that is called twice, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.pool, self.drop, self.shared = nn.MaxPool2d(2), nn.Dropout(0.5), nn.BatchNorm2d(8)
+        self.never = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.relu(self.bn(self.conv(x)) + x)
+        return self.shared(self.pool(self.shared(self.drop(x))))
+
+
+class _Counting(nn.Module):
+    """A net in a module that keeps something in Python at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = _Net(), []
+
+    def forward(self, x):
+        self.calls.append(tuple(x.shape))
+        return self.net(x)
+
+
+def test_a_model_has_a_plan_for_each_call_of_a_layer():
+    model = fastbn.convert(_Net())
+    plans = fastbn.explain(model, (4, 3, 8, 8), memory_format=torch.channels_last)
+    assert {name: plan.fused for name, plan in plans.items()} == {
+        "stem.1": "relu", "bn": "addition and relu", "shared": "", "shared#2": ""
+    }  # fmt: skip
+    x = torch.empty(4, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert plans["bn"] == fastbn.explain(x, activation="relu", residual=True)
+    on_gpu = fastbn.explain(model, (4, 3, 8, 8), direction="backward", device="h200")
+    assert on_gpu["shared#2"] == fastbn.explain(torch.empty(4, 8, 4, 4), "backward", device="h200")
+    assert fastbn.explain(nn.Linear(3, 3), (4, 3)) == {}
+    assert {plan.backend for plan in fastbn.explain(_Net(), (4, 3, 8, 8)).values()} == {"torch"}
+
+
+def test_a_model_that_is_explained_stays_as_it_is():
+    model = fastbn.convert(_Counting())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    classes, random = [type(module) for module in model.modules()], torch.get_rng_state()
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    fastbn.explain(model, (4, 3, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [type(module) for module in model.modules()] == classes and model.calls == []
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert torch.equal(torch.get_rng_state(), random)
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert model.calls == [(4, 3, 8, 8)] and model.net.bn.num_batches_tracked == 1
+
+
+def test_a_model_runs_where_its_parameters_are_and_in_their_dtype():
+    with torch.device("meta"):
+        model = fastbn.convert(_Net()).bfloat16()
+    plans = fastbn.explain(model, (64, 3, 32, 32), device="h200")
+    assert plans["bn"] == fastbn.explain(
+        (64, 8, 32, 32), dtype=torch.bfloat16, activation="relu", residual=True, device="h200"
+    )
+    assert "meta" in fastbn.explain(model, (64, 3, 32, 32))["bn"].reason
+
+
+@pytest.mark.needs("timm")
+def test_what_fuses_into_a_layer_of_another_library_shows():
+    layers = importlib.import_module("timm.layers")
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = layers.BatchNormAct2d(8), layers.BatchNormAct2d(8, apply_act=False)
+
+        def forward(self, x):
+            return torch.relu(self.last(self.first(x)) + x)
+
+    plans = fastbn.explain(fastbn.convert(Block()), (4, 8, 5, 5))
+    assert {name: plan.fused for name, plan in plans.items()} == {"first": "relu", "last": "addition and relu"}
+    assert plans["last"] == fastbn.explain((4, 8, 5, 5), activation="relu", residual=True)
+    unconverted = fastbn.explain(Block(), (4, 8, 5, 5))["first"]
+    assert unconverted.reason == "timm's BatchNormAct2d, which fastbn.convert has not replaced"
+    with torch.device("meta"):
+        alone = fastbn.convert(layers.BatchNormAct2d(8))
+    assert fastbn.explain(alone, (4, 8, 5, 5), device="h200").fused == "relu"
+
+
+def test_several_inputs():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = fastbn.BatchNorm1d(3)
+
+        def forward(self, x, y):
+            return self.bn(x + y)
+
+    assert fastbn.explain(Sum(), ((5, 3), (1, 3))) == {"bn": fastbn.explain(torch.empty(5, 3))}
+
+
+@pytest.mark.parametrize(
+    "arguments,options,error,message",
+    [
+        (("x",), {}, TypeError, r"explain: expected a shape, such as .*, got 'x'"),
+        (((4, 3.0),), {}, TypeError, r"explain: expected a shape, .*, got \(4, 3.0\)"),
+        (((4, -3),), {}, ValueError, r"explain: expected a shape, .*, got \(4, -3\)"),
+        (((4, 3),), {"device": "p100"}, ValueError, "device: expected one of a100, .* got 'p100'"),
+        (((4, 3), "forward"), {"direction": "backward"}, ValueError, "expected one direction"),
+        (((4, 3),), {"input_shape": (4, 3)}, ValueError, "input_shape: expected none beside a tuple"),
+        ((torch.empty(4, 3),), {"dtype": torch.float32}, ValueError, "a tensor has its own"),
+        ((_Net(), (4, 3, 8, 8)), {"activation": "relu"}, ValueError, "activation: expected none beside a module"),
+        ((_Net(), (4, 3, 8, 8)), {"training": True}, ValueError, "training: expected none beside a module"),
+        ((_Net(), (4, 3, 8, 8)), {"residual": True}, ValueError, "residual: expected False for a model"),
+        ((_Net(), (4, 3, 8, 8)), {"device": "cpu"}, ValueError, "device: expected one of a100, .*, got 'cpu'"),
+        ((_Net(), (4, 3, 8, 8)), {"input_shape": (4, 3, 8, 8)}, ValueError, "expected one input_shape"),
+        ((_Net(),), {}, TypeError, "input_shape: expected a shape, .*, got None"),
+        ((_Net(), (4, 5, 8, 8)), {}, ValueError, r"_Net cannot run on tensors of shape \(4, 5, 8, 8\)"),
+        ((nn.BatchNorm2d(3), (4, 3)), {}, ValueError, "BatchNorm2d cannot run .*: ValueError: expected 4D input"),
+        ((fastbn.LazyBatchNorm2d(), (4, 3, 2, 2)), {}, ValueError, "lazy layers have seen an input"),
+    ],
+    ids=range(16),
+)
+def test_misuse_of_shapes_and_modules(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        fastbn.explain(*arguments, **options)
+
+
+def test_the_names_for_editors_are_those_that_are_known():
+    assert typing.get_args(registry.Name) == tuple(
+        name for name in registry.names() if name in typing.get_args(registry.Name)
+    )
+    assert len(typing.get_args(registry.Name)) == 5
+    assert typing.get_args(explain.GpuName) == DEVICES == explain._GPUS
+
+
+def test_a_model_may_hold_tensors_that_it_has_not_registered():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.shift = fastbn.BatchNorm1d(3), torch.ones(3)
+
+        def forward(self, x):
+            return self.bn(x + self.shift)
+
+    model = Shift()
+    assert fastbn.explain(model, (5, 3)) == {"bn": fastbn.explain((5, 3))}
+    assert type(model.shift) is torch.Tensor
+
+
+def test_a_model_whose_shapes_depend_on_values_says_so():
+    class Choose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = fastbn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn(x[x.sum(1) > 0])
+
+    with pytest.raises(ValueError, match=r"explain: Choose cannot run on tensors of shape \(5, 3\) without values: "):
+        fastbn.explain(Choose(), (5, 3))
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(ValueError, match="explain: expected a model that is not compiled"):
+        fastbn.explain(torch.compile(nn.Linear(3, 3)), (4, 3))

@@ -1,23 +1,25 @@
 """The rivals, each called as a layer of a user's model: torch.nn's is followed by addition and activation in place.
 
-`prepare` returns a call without arguments, which `bench.gate` checks and `bench.timer` times.
+`prepare` returns a call without arguments, which `gate` checks and `timer` times.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastbn
-from bench.inputs import EPS, MOMENTUM, Inputs
-from bench.operations import Operation
-from bench.workloads import Workload
+from fastbn._torch import which_batch_norm
 from fastbn.backends import registry
+from fastbn.measure.inputs import EPS, MOMENTUM, Inputs
+from fastbn.measure.operations import Operation
+from fastbn.measure.workload import Workload
 
 AGAIN = " (again)"
 STOCK, FASTBN = "torch", "fastbn"
@@ -37,7 +39,7 @@ class Prepared:
 
     call: Callable[[], tuple[Tensor, ...]]
     forward: Callable[[], Tensor]
-    module: nn.Module
+    module: Any
     kernel: str
 
 
@@ -91,7 +93,7 @@ def implementations(device: torch.device) -> list[Implementation]:
     ]
 
 
-def _module(classes: dict[int, type], operation: Operation, inputs: Inputs, **options) -> nn.Module:
+def _module(classes: Mapping[int, Any], operation: Operation, inputs: Inputs, **options: Any) -> Any:
     x = inputs.input
     module = classes[x.dim()](x.size(1), EPS, MOMENTUM, device=x.device, **options)
     with torch.no_grad():
@@ -102,7 +104,7 @@ def _module(classes: dict[int, type], operation: Operation, inputs: Inputs, **op
 
 def _prepared(
     operation: Operation,
-    module: nn.Module,
+    module: Any,
     forward: Callable[..., Tensor],
     x: Tensor,
     residual: Tensor,
@@ -111,7 +113,7 @@ def _prepared(
 ) -> Prepared:
     """Prepare an operation: `forward` takes x, and the residual where the operation has one."""
     gradients = operation.mode != "eval"
-    arguments = (x, residual) if operation.residual else (x,)
+    arguments: tuple[Tensor, ...] = (x, residual) if operation.residual else (x,)
     if gradients:
         arguments = tuple(tensor.detach().requires_grad_() for tensor in arguments)
     leaves = (arguments[0], module.weight, module.bias, *arguments[1:])
@@ -146,7 +148,7 @@ def _stock_forward(operation: Operation, module: nn.Module) -> Callable[..., Ten
 def _prepare_stock(operation: Operation, inputs: Inputs) -> Prepared:
     module = _module(_STOCK_MODULES, operation, inputs)
     vectors = (module.weight, module.bias, module.running_mean, module.running_var)
-    kernel = torch._C._select_batch_norm_backend(inputs.input, *vectors, module.training, EPS).name.lower()
+    kernel = which_batch_norm(inputs.input, *vectors, module.training, EPS).name.lower()
     forward = _stock_forward(operation, module)
     return _prepared(operation, module, forward, inputs.input, inputs.residual, inputs.grad_out, kernel)
 
@@ -161,8 +163,8 @@ def _prepare_compiled(mode: str, operation: Operation, inputs: Inputs) -> Prepar
 
 def _prepare_onednn(operation: Operation, inputs: Inputs) -> Prepared:
     module = _module(_STOCK_MODULES, operation, inputs)
-    blocked = [tensor.to_mkldnn() for tensor in (inputs.input, inputs.residual, inputs.grad_out)]
-    return _prepared(operation, module, _stock_forward(operation, module), *blocked, "onednn")
+    x, residual, grad_out = (tensor.to_mkldnn() for tensor in (inputs.input, inputs.residual, inputs.grad_out))
+    return _prepared(operation, module, _stock_forward(operation, module), x, residual, grad_out, "onednn")
 
 
 def _why_not_onednn(workload: Workload) -> str | None:

@@ -13,6 +13,8 @@ from fastbn.ops.activations import index as activation_index
 from fastbn.ops.activations import is_piecewise_linear
 
 MODES = ("train", "train_backward", "eval", "frozen")
+# Those whose derivative has no jump, or one at 0, from which the inputs keep their gradients away.
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "mish", "softplus", "sigmoid", "tanh")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Operation:
     residual: bool = False
 
     def __str__(self) -> str:
-        return "+".join([self.mode, *["add"] * self.residual, *[self.activation] * (self.activation is not None)])
+        return "+".join([self.mode, *["add"] * self.residual, *([self.activation] if self.activation else [])])
 
     @property
     def training(self) -> bool:
@@ -59,3 +61,17 @@ OPERATIONS = (
     *_operations("eval", fused=(_PLAIN, _RELU)),
     *_operations("frozen", fused=(_PLAIN,)),
 )
+
+
+def parse(name: str) -> Operation:
+    """Return the operation of that name: a mode, then perhaps +add, then perhaps + and an activation of ACTIVATIONS.
+
+    Raises ValueError for another name.
+    """
+    mode, *fused = name.split("+")
+    residual = fused[:1] == ["add"]
+    rest = fused[residual:]
+    if mode not in MODES or len(rest) > 1 or any(each not in ACTIVATIONS for each in rest):
+        expected = f"one of {', '.join(MODES)}, then perhaps +add, then perhaps + and one of {', '.join(ACTIVATIONS)}"
+        raise ValueError(f"expected {expected}, got {name!r}")
+    return Operation(mode, rest[0] if rest else None, residual)

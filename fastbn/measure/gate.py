@@ -7,16 +7,18 @@ the same code on other data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.implementations import Prepared
-from bench.inputs import EPS, MOMENTUM, Inputs
-from bench.operations import Operation
 from fastbn.backends import reference
+from fastbn.backends.reference.formulas import reduced_dims
+from fastbn.measure.implementations import Implementation, Prepared
+from fastbn.measure.inputs import EPS, MOMENTUM, Inputs
+from fastbn.measure.operations import Operation
+from fastbn.measure.workload import Workload
 from fastbn.ops.activations import index as activation_index
 from fastbn.testing import tolerance
 
@@ -34,6 +36,34 @@ class Expected:
 
     channels: Tensor
     results: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether a rival may be timed: its prepared call, or None and the reason; `wrong` where a result was wrong."""
+
+    name: str
+    prepared: Prepared | None
+    wrong: bool
+    reason: str
+
+
+def admit(rivals: Iterable[Implementation], workload: Workload, inputs: Inputs) -> Iterator[Admission]:
+    """Prepare each rival that takes the workload, and compare its results with float64."""
+    # Otherwise earlier shapes count towards torch.compile's limit of recompilations, above which it runs eagerly.
+    torch.compiler.reset()
+    expected = None
+    for rival in rivals:
+        reason, wrong, prepared = rival.why_not(workload), False, None
+        if reason is None:
+            try:
+                prepared = rival.prepare(workload.operation, inputs)
+                expected = expected or expect(workload.operation, inputs)
+                reason = why_wrong(prepared, inputs, expected)
+                wrong = reason is not None
+            except Exception as error:  # any error of a rival's library is the reason why it is not timed
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield Admission(rival.name, prepared if reason is None else None, wrong, reason or "")
 
 
 def expect(operation: Operation, inputs: Inputs) -> Expected:
@@ -125,7 +155,7 @@ def _sum_error(count: int) -> float:
 
 def _element_tolerance(exact: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Bound the error of elements at the scale of the channel's largest: terms are of that size and may cancel."""
-    dims = reference.reduced_dims(exact)
+    dims = reduced_dims(exact)
     scale = exact.abs().amax(dims, keepdim=True)
     return ROUNDINGS * tolerance.ulp(dtype, scale) + _sum_error(count) * scale
 
@@ -134,6 +164,6 @@ def _sum_tolerance(terms: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Bound the error of a sum of rounded terms, which err independently: six standard deviations, from the root of the
     sum of squares.
     """
-    dims = reference.reduced_dims(terms)
+    dims = reduced_dims(terms)
     rounding = ROUNDINGS * torch.finfo(dtype).eps * terms.square().sum(dims).sqrt()
     return 6 * rounding / 12**0.5 + _sum_error(count) * terms.abs().sum(dims)

@@ -44,8 +44,16 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     return Inputs(case, x, residual, grad_out, weight, bias, running_mean, running_var)
 
 
-def _away_from_kinks(x, residual, grad_out, weight, bias, running_mean, running_var) -> None:
-    """Zero the gradient where rounding decides on which side of relu's kink an element lies.
+def _away_from_kinks(
+    x: Tensor,
+    residual: Tensor,
+    grad_out: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+) -> None:
+    """Zero the gradient where rounding decides on which side of a kink at 0 an element lies.
 
     Either answer is right: an implementation that rounds the sum before the activation gives another than one that does
     not.

@@ -15,9 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.results import Times
+from fastbn._torch import spin
 
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds per call over `rounds` samples: median, 20th and 80th percentile."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class CudaClock:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(self.tries):
             self._flush.sum()
-            torch.cuda._sleep(self._spin_cycles)
+            spin(self._spin_cycles)
             start.record()
             call()
             end.record()
@@ -156,12 +166,19 @@ def time_in_turns(calls: Sequence[Call], clock: Clock, budget: Budget = Budget()
 def summarize(samples: Sequence[float]) -> Times:
     """Return median and percentiles (linear between samples) of seconds per call."""
     p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-    return Times(*(1e6 * seconds for seconds in (statistics.median(samples), p20, p80)), len(samples))
+    return Times(1e6 * statistics.median(samples), 1e6 * p20, 1e6 * p80, len(samples))
 
 
 def speedup(samples: Sequence[float], rival: Sequence[float]) -> float:
     """Return the median over the rounds of the rival's time over this one's: drift from round to round cancels."""
-    return statistics.median(theirs / ours for ours, theirs in zip(samples, rival, strict=True))
+    return speedup_and_spread(samples, rival)[0]
+
+
+def speedup_and_spread(samples: Sequence[float], rival: Sequence[float]) -> tuple[float, float, float]:
+    """Return `speedup` and the 20th and 80th percentile of the ratios of which it is the median."""
+    ratios = [theirs / ours for ours, theirs in zip(samples, rival, strict=True)]
+    p20, _, _, p80 = statistics.quantiles(ratios, n=5, method="inclusive")
+    return statistics.median(ratios), p20, p80
 
 
 def _orders(number: int) -> Iterator[list[int]]:

@@ -68,17 +68,34 @@ def layers_of(model: nn.Sequential, images: Tensor) -> dict[str, list]:
     return {"histogram": histograms, "std": stds}
 
 
+@torch.no_grad()
+def between_images(model: nn.Sequential, images: Tensor) -> list[float]:
+    """Return of each layer how much what enters its ReLU varies between images: its mean standard deviation there.
+
+    It is taken at each position of each channel. `std` also has what differs between positions, such as the effect of
+    padding at an image's edge.
+    """
+    stds = []
+    x = images
+    for layer in model:
+        if isinstance(layer, nn.ReLU):
+            stds.append(x.std(0).mean().item())
+        x = layer(x)
+    return stds
+
+
 def compute(data: Dataset, settings: dict) -> dict:
     images = training.Images(data, settings["images"])
     small = [F.avg_pool2d(part, 2) for part in (images.train, images.test)]
     images.train, images.test = small
     seen = images.test[: settings["probe"]]
-    runs: dict = {variant: {"accuracy": [], "start": [], "trained": []} for variant in (PLAIN, HE, BN)}
+    runs: dict = {variant: {"accuracy": [], "between": [], "start": [], "trained": []} for variant in (PLAIN, HE, BN)}
     for variant, numbers in runs.items():
         for seed in range(settings["seeds"]):
             torch.manual_seed(seed)
             model = net(variant, settings["layers"], settings["channels"])
             numbers["start"].append(layers_of(model, seen))
+            numbers["between"].append(between_images(model, seen))
             optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"])
             for batch in images.batches(settings["batch"], settings["steps"], seed):
                 training.step(model, optimizer, *batch)

@@ -29,11 +29,11 @@ SETTINGS = {
     "multiples": [0.5, 1.0, 2.0, 3.0, 4.0],
     "seeds": 3,
 }
-# What a probe gives, and the titles of the panels.
+# What a probe gives, by the label of its axis and the words of the table.
 _TITLES = {
-    "loss": "loss along the gradient",
-    "distance": "change of the gradient",
-    "smoothness": "change per distance, largest",
+    "loss": ("loss along the gradient", "range of the loss"),
+    "distance": ("change of the gradient", "change of the gradient"),
+    "smoothness": ("change per distance, largest", "change of the gradient per distance"),
 }
 
 
@@ -105,12 +105,12 @@ def widest(results: dict, lr: float, variant: str, measure: str) -> list[float]:
 def facts(results: dict) -> list[str]:
     lines = []
     for lr, variants in results["runs"].items():
-        for measure in _TITLES:
+        for measure, (_, words) in _TITLES.items():
             cells = []
             for variant in variants:
                 values = widest(results, float(lr), variant, measure)
                 cells.append(f"{statistics.mean(values):.2g} ({min(values):.2g} to {max(values):.2g})")
-            lines.append(f"| {lr} | {measure} | {' | '.join(cells)} |")
+            lines.append(f"| {lr} | {words} | {' | '.join(cells)} |")
         accuracies = [statistics.mean(run["accuracy"] for run in runs) for runs in variants.values()]
         lines.append(f"| {lr} | test accuracy | {' | '.join(f'{value:.1%}' for value in accuracies)} |")
     return lines
@@ -122,8 +122,9 @@ def draw(results: dict) -> Figure:
     panels = made.subplots(len(_TITLES), len(settings["lrs"]), sharex=True, sharey="row", squeeze=False)
     at = range(0, settings["steps"], settings["every"])
     for column, (lr, variants) in enumerate(results["runs"].items()):
-        for row, (measure, title) in enumerate(_TITLES.items()):
+        for row, (measure, (label, _)) in enumerate(_TITLES.items()):
             axes = panels[row, column]
+            panels[row, 0].set_ylabel(label, fontsize=10)
             for variant, runs in variants.items():
                 ranges = list(zip(*(run[measure] for run in runs), strict=True))
                 low = [statistics.mean(seed[0] for seed in seeds) for seeds in ranges]
@@ -133,9 +134,11 @@ def draw(results: dict) -> Figure:
                 if measure != "smoothness":
                     axes.plot(at, low, color=colour, linewidth=1.4)
                     axes.fill_between(at, low, high, color=colour, alpha=0.35, linewidth=0)
-            axes.set_yscale("log")
             axes.grid()
-            panels[row, 0].set_ylabel(title, fontsize=10)
+            if measure == "smoothness":
+                axes.set_ylim(0, None)
+            else:
+                axes.set_yscale("log")
         panels[0, column].set_title(f"learning rate {lr}")
         panels[-1, column].set_xlabel("step of training")
     legend_below(made, panels[0, 0], 2)

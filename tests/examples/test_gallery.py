@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from examples.gallery.__main__ import compute, digest, draw, main, picture, writ
 from examples.gallery.style import BN, NOISY, PLAIN
 from examples.lenet.data import load_digits
 
+KEPT = [name for name in PICTURES if name != "learning_rate"]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Settings with which a picture takes less than a second.
 TINY = {
     "activations": {"images": 16, "batch": 8, "steps": 3, "layers": 3, "seeds": 2, "probe": 16},
@@ -272,3 +275,106 @@ def test_adam_and_fixed_statistics_give_such_biases_something_to_do(data):
         training.step(model, optimizer, *batch)
     assert all(layer.bias.abs().max() > 1e-4 for layer in conv_bias.convolutions(model))
     assert min(conv_bias.gradients(model.eval(), images.train, images.train_labels)) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (DOCS / "gallery.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return {name: json.loads((DOCS / "gallery" / f"{name}.json").read_text()) for name in KEPT}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_page_has_the_numbers_that_are_kept(page, kept, name):
+    assert kept[name]["settings"] == picture(name).SETTINGS
+    assert kept[name]["made"]["data"] == "fashion-mnist"
+    for row in picture(name).facts(kept[name]):
+        assert row.removesuffix(" |") in page
+    assert f"](gallery/{name}.png)" in page and f"python -m examples.gallery {name} " in page
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_picture_was_drawn_from_the_numbers_beside_it(kept, name):
+    with Image.open(DOCS / "gallery" / f"{name}.png") as drawn:
+        assert drawn.width == 960 and drawn.text["Source"] == digest(kept[name])
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_the_page_on_batch_sizes(kept):
+    """Train mode is the worst at every size, the gap shrinks, and population statistics help most at 2."""
+    runs = {name: [mean(seeds) for seeds in run["accuracy"]] for name, run in kept["batch_size"]["runs"].items()}
+    by_batch, running, population = (runs[name] for name in batch_size._STYLES)
+    gaps = [after - before for before, after in zip(by_batch, running, strict=True)]
+    assert min(gaps) > 0 and gaps == sorted(gaps, reverse=True)
+    assert gaps[0] == pytest.approx(0.066, abs=5e-4) and 0.004 < gaps[-1] < 0.006
+    gains = [after - before for before, after in zip(running, population, strict=True)]
+    assert 0.008 < gains[0] < 0.011 and all(0 < gain < gains[0] for gain in gains[1:])
+    assert running[3] - running[0] == pytest.approx(0.062, abs=5e-4) and max(running) == running[3]
+
+
+def test_the_page_on_running_means(kept):
+    """`None` is best where the mean stays, at each step; where it drifts 0.1 is, and has the error of the theory."""
+    results = kept["running_mean"]
+    stays = results["error"][running_mean.STAYS]
+    others = [errors for momentum, errors in stays.items() if momentum != "None"]
+    assert all(own < min(rest) for own, *rest in zip(stays["None"], *others, strict=True))
+    assert running_mean.steady_error(0.01, 0) < running_mean.steady_error(0.1, 0) < stays["0.01"][-1]
+    drifts = {momentum: running_mean.final(results, running_mean.DRIFTS, momentum) for momentum in stays}
+    assert min(drifts, key=drifts.get) == "0.1"
+    # 512 streams of 100 steps, of which some ten are independent, give an error within 1 / sqrt(2 * 5000) of it.
+    assert drifts["0.1"] == pytest.approx(running_mean.steady_error(0.1, results["ratio"]), rel=0.03)
+    assert running_mean.steady_gain(results["ratio"]) == pytest.approx(0.1, rel=1e-4)
+    late = results["error"][running_mean.DRIFTS]["None"]
+    assert late[-1] > late[150] > late[50]
+
+
+def test_the_page_on_biases(kept):
+    results = kept["conv_bias"]
+    assert max(results["ratios"][BN]["float64"]) < 1e-14
+    assert max(results["ratios"][BN]["float32"]) == results["ratios"][BN]["float32"][0]
+    assert results["outputs"][PLAIN][-1] > 100 and max(results["outputs"][BN]) < 1e-3
+    absorbed = results["absorbed"]
+    assert absorbed["running_mean"] == pytest.approx(absorbed["bias"], abs=4 * 0.9**100)
+    assert absorbed["losses"][0] < 1e-12 and absorbed["moved"][0] < 1e-15
+
+
+def test_the_page_on_predictiveness(kept):
+    """At 0.03 every seed's range and change are smaller with BN; at 0.1 the change is, and the range is not."""
+    results = kept["predictiveness"]
+
+    def of(lr, measure):
+        return [predictiveness.widest(results, lr, variant, measure) for variant in (PLAIN, BN)]
+
+    for lr in (0.03, 0.1):
+        for measure in ("distance", "smoothness"):
+            plain, normalised = of(lr, measure)
+            assert max(normalised) < min(plain)
+    plain, normalised = of(0.03, "loss")
+    assert mean(normalised) / mean(plain) == pytest.approx(0.1, abs=0.02) and max(normalised) < min(plain)
+    plain, normalised = of(0.03, "distance")
+    assert mean(normalised) / mean(plain) == pytest.approx(0.25, abs=0.05)
+    plain, normalised = of(0.1, "loss")
+    assert max(normalised) > min(plain)
+
+
+def test_the_page_on_activations(kept):
+    """Without BN torch's initialisation fades and does not train, He's trains and grows. With BN all are near 1."""
+    runs = kept["activations"]["runs"]
+    plain, he, normalised = (runs[variant] for variant in (PLAIN, activations.HE, BN))
+    for stds, between in zip(plain["start"]["std"], plain["between"], strict=True):
+        assert (between[-1] / between[0]) ** (1 / 9) == pytest.approx(0.37, abs=0.01)
+        assert max(stds[5:]) < 0.01
+    assert mean([between[-1] for between in plain["between"]]) == pytest.approx(4e-5, abs=0.5e-5)
+    assert max(plain["accuracy"]) < 0.11 and min(he["accuracy"]) > 0.25
+    factors = sorted(stds[-1] / stds[0] for stds in he["start"]["std"])
+    assert factors[0] < 0.25 and 0.75 < factors[-1] < 1.25
+    assert all(stds[-1] > 8 for stds in he["trained"]["std"])
+    assert min(normalised["accuracy"]) > max(he["accuracy"])
+    for when, most in (("start", 1.001), ("trained", 1.2)):
+        assert all(0.95 < value < most for stds in normalised[when]["std"] for value in stds)

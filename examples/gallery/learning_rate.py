@@ -38,6 +38,8 @@ SETTINGS = {
 # The mean loss of the last steps is the final one, and a net has trained if it classifies as many test images.
 _LAST_STEPS = 20
 TRAINED = 0.5
+# Where the marks of divergence stand on the axis of learning rates, so that none hides another.
+_BESIDE = {PLAIN: 0.75, BN: 1.0, NOISY: 1.33}
 
 
 class Noise(nn.Module):
@@ -87,10 +89,14 @@ class Watch:
         self._moments: list[tuple[Tensor, Tensor]] = []
         model[activations[len(activations) // 2] - 1].register_forward_hook(self._after)
 
-    def shift(self) -> float:
-        """Return how far the means moved in the second half: their standard deviation over that of the elements."""
+    def shift(self) -> float | None:
+        """Return how far the means moved in the second half: their standard deviation over that of the elements.
+
+        It is None where nothing varies, in a net that is dead.
+        """
         means, variances = (torch.stack(list(part)) for part in zip(*self._moments[len(self._moments) // 2 :]))
-        return (means.std(0).mean() / variances.mean(0).sqrt().mean()).item()
+        spread = variances.mean(0).sqrt().mean().item()
+        return means.std(0).mean().item() / spread if spread > 0 else None
 
     def _after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if module.training:
@@ -151,9 +157,15 @@ def facts(results: dict) -> list[str]:
         for variant, runs in variants.items():
             lrs = trained(results, name, variant)
             best = max(statistics.mean(seeds) for seeds in runs["accuracy"])
-            cells = [f"{lrs[0]:g} to {lrs[-1]:g}", f"{shift(results, name, variant):.3f}"] if lrs else ["none", "-"]
+            cells = [_span(lrs, results), f"{shift(results, name, variant):.3f}"] if lrs else ["none", "-"]
             rows.append(f"| {name} | {variant} | {cells[0]} | {best:.1%} | {cells[1]} |")
     return rows
+
+
+def _span(lrs: list[float], results: dict) -> str:
+    """Return the ends of the learning rates, and those of the settings between them that are missing."""
+    missing = [f"{lr:g}" for lr in results["settings"]["lrs"] if lrs[0] < lr < lrs[-1] and lr not in lrs]
+    return f"{lrs[0]:g} to {lrs[-1]:g}" + (f", not {' and '.join(missing)}" if missing else "")
 
 
 def draw(results: dict) -> Figure:
@@ -164,11 +176,12 @@ def draw(results: dict) -> Figure:
         losses, accuracies = panels[:, column]
         for variant, measures in variants.items():
             style = {"color": COLOURS[variant], "marker": MARKERS[variant], "label": variant}
-            finite = [[loss for loss in seeds if loss is not None] for seeds in measures["loss"]]
-            _line(losses, lrs, finite, style)
-            diverged = [lr for lr, seeds in zip(lrs, measures["loss"], strict=True) if None in seeds]
+            small = [[loss for loss in seeds if loss is not None and loss < ceiling] for seeds in measures["loss"]]
+            _line(losses, lrs, small, style)
+            diverged = [lr for lr, seeds in zip(lrs, small, strict=True) if len(seeds) < results["settings"]["seeds"]]
             if diverged:
-                losses.plot(diverged, [ceiling] * len(diverged), "x", color=style["color"], markersize=9, clip_on=False)
+                beside = [lr * _BESIDE[variant] for lr in diverged]
+                losses.plot(beside, [ceiling] * len(beside), "x", color=style["color"], markersize=8, clip_on=False)
             _line(accuracies, lrs, measures["accuracy"], style)
         losses.set(title=name, xscale="log", ylim=(0, ceiling))
         accuracies.set(xlabel="learning rate", ylim=(0, 1))
@@ -177,7 +190,7 @@ def draw(results: dict) -> Figure:
     panels[0, 0].set_ylabel("training loss at the end")
     panels[1, 0].set_ylabel("test accuracy")
     panels[1, 0].yaxis.set_major_formatter(PercentFormatter(1))
-    made.suptitle("How large a learning rate can be (x: diverged)")
+    made.suptitle("How large a learning rate can be (x: a seed diverged)")
     legend_below(made, panels[0, 0], 3)
     return made
 

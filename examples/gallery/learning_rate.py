@@ -1,8 +1,8 @@
 """Which learning rates train LeNet and a small VGG: without BatchNorm, with it, and with noise after it.
 
-The noise is the experiment of Santurkar, Tsipras, Ilyas and Madry, "How Does Batch Normalization Help Optimization?"
-(2018), section 2.1: it moves the mean and the variance of every channel at every step, which is the internal covariate
-shift that BatchNorm was said to remove.
+The noise follows Santurkar, Tsipras, Ilyas and Madry, "How Does Batch Normalization Help Optimization?" (2018), section
+2: it moves the mean and the variance of every channel at every step, which is the internal covariate shift that
+BatchNorm was said to remove.
 """
 
 from __future__ import annotations

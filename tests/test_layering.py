@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "functional": {"autograd", "backends", "ops"},
     "nn": {"_torch", "autograd", "functional", "ops"},
     "transforms": {"_torch", "backends", "functional", "nn", "ops"},
-    "inspect": {"_C", "_version", "backends", "ops"},
+    "inspect": {"_C", "_torch", "_version", "backends", "nn", "ops", "transforms"},
     "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
     "cli": {"__init__", "_version", "inspect", "testing"},

@@ -1,0 +1,68 @@
+"""The normalisations of a model as `fastbn.doctor` sees them, and copies of models to look at."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbn._torch import BatchNormBase
+from fastbn.nn import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+
+_FROZEN = (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
+
+
+def norms_of(model: nn.Module) -> dict[str, Any]:
+    """Return the BatchNorms of `model` by their paths, those of other libraries among them."""
+    return {name: module for name, module in model.named_modules() if is_norm(module)}
+
+
+def is_norm(module: nn.Module) -> bool:
+    if isinstance(module, (BatchNormBase, *_FROZEN)):
+        return True
+    return "BatchNorm" in type(module).__name__ and all(hasattr(module, f"running_{name}") for name in ("mean", "var"))
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Return whether a BatchNorm normalises by constants in every mode."""
+    return isinstance(norm, _FROZEN) or "Frozen" in type(norm).__name__
+
+
+def uses_batch(norm: Any) -> bool:
+    """Return whether a BatchNorm, as it is now, normalises by statistics of its batch."""
+    return not is_frozen(norm) and (norm.training or norm.running_mean is None)
+
+
+def readable(tensor: Any) -> bool:
+    """Return whether a tensor has values that can be read, unlike those on the meta device and of Lazy layers."""
+    return isinstance(tensor, Tensor) and not tensor.is_meta and not nn.parameter.is_lazy(tensor)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model` whose parameters are other objects in the same memory. Its buffers are copies."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            vars(twin).update(vars(parameter))
+            memo[id(parameter)] = twin
+    with torch.no_grad():
+        return copy.deepcopy(model, memo)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the first parameter or buffer of a model is, the CPU for a model without any."""
+    return next(_tensors(model), torch.empty(0)).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first floating-point parameter or buffer of a model, float32 for a model without any."""
+    return next((t.dtype for t in _tensors(model) if t.is_floating_point()), torch.float32)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

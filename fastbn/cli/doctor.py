@@ -97,7 +97,8 @@ def _make(target: str) -> nn.Module:
             made = getattr(made, part)
         model = made if isinstance(made, nn.Module) else made()
     except Exception as error:  # whatever the user's code raises
-        raise CommandError(f"expected a model from {target}, got {type(error).__name__}: {_first_line(error)}") from None
+        got = f"{type(error).__name__}: {_first_line(error)}"
+        raise CommandError(f"expected a model from {target}, got {got}") from None
     if not isinstance(model, nn.Module):
         raise CommandError(f"expected a torch.nn.Module from {target}, got {type(model).__name__}")
     return model

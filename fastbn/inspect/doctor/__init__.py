@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastbn import _C
@@ -12,10 +15,13 @@ from fastbn.inspect.doctor import checkpoint, observed, order, settings
 from fastbn.inspect.doctor.conversion import Conversion, Traffic, predict
 from fastbn.inspect.doctor.diagnosis import Diagnosis, in_order
 from fastbn.inspect.doctor.faults import FAULTS, SEVERITIES, Finding
-from fastbn.inspect.doctor.layers import device_of, is_frozen, norms_of, readable, twin_of
+from fastbn.inspect.doctor.layers import device_of, is_frozen, norms_of, readable, setting, twin_of
 from fastbn.inspect.doctor.values import check_counter, check_values, values_of
 
 __all__ = ["FAULTS", "SEVERITIES", "Conversion", "Diagnosis", "Finding", "Traffic", "doctor"]
+
+
+_OF_MODULES = ("settings, modes, order, batches and conversion, which take the module",)
 
 
 def doctor(
@@ -52,7 +58,7 @@ def doctor(
     layers = checkpoint.layers_in(model)
     if not layers:
         raise ValueError("doctor: expected a state_dict with running_mean and running_var, got none in this one")
-    return Diagnosis("state_dict", len(layers), in_order(list(checkpoint.check_state(layers))))
+    return Diagnosis("state_dict", len(layers), in_order(list(checkpoint.check_state(layers))), _OF_MODULES)
 
 
 def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | None) -> Diagnosis:
@@ -64,24 +70,41 @@ def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | No
     for name, norm in norms.items():
         findings += settings.check_settings(name, norm)
     findings += _values(norms, mode)
+    if not all(readable(norm.running_var) for norm in norms.values() if norm.running_var is not None):
+        left_out.append("values of tensors that are on the meta device, or not initialised yet")
     conversion = None
-    try:
-        twin_of(model)
-    except Exception as error:  # whatever a module raises that cannot be copied
-        left_out.append(f"modes, order, batches and conversion, since the model cannot be copied ({error})")
-    else:
-        examined = _Twins(model, training)
-        findings += settings.check_modes(examined.make(), examined.modes, examined.modes_after_train)
-        findings += order.check_order(examined.make())
-        seen: dict[str, list[observed.Seen]] = {}
-        if input is not None:
-            twin = examined.make()
-            seen = observed.observe(twin, observed.arguments_of(input, model))
-            findings += observed.check_calls(twin, seen)
-        conversion = predict(examined.make(), seen, device_of(model), gpu)
-    if norms and not all(readable(norm.running_var) for norm in norms.values() if norm.running_var is not None):
-        left_out.append("values of layers whose tensors are on the meta device, or not initialised yet")
+    where = device_of(model)
+    with _generators_kept(where):
+        try:
+            twin_of(model)
+        except Exception as error:  # whatever a module raises that cannot be copied
+            left_out.append(f"modes, order, batches and conversion, since the model cannot be copied: {error}")
+        else:
+            examined = _Twins(model, training)
+            findings += settings.check_modes(examined.make(), examined.modes, examined.modes_after_train)
+            findings += order.check_order(examined.make())
+            seen: dict[str, list[observed.Seen]] = {}
+            if input is None:
+                left_out.append("batches and traffic, which take an input")
+            else:
+                twin = examined.make()
+                seen = observed.observe(twin, observed.arguments_of(input, model))
+                findings += observed.check_calls(twin, seen)
+                if where.type == "meta" and gpu is None:
+                    left_out.append("traffic, which takes a device for a model on the meta device")
+            conversion = predict(examined.make(), seen, where, gpu)
     return Diagnosis(subject, len(norms), in_order(findings), tuple(left_out), conversion)
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """Leave the random generators of Python and torch as they are, whatever forwards draw within the block."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(state)
 
 
 class _Twins:
@@ -105,16 +128,16 @@ def _values(norms: dict[str, Any], mode: bool) -> Iterator[Finding]:
     found = {}
     for name, norm in norms.items():
         tensors = dict(norm.named_parameters(recurse=False)) | dict(norm.named_buffers(recurse=False))
-        found[name] = values_of(name, tensors, getattr(norm, "eps", 1e-5))
+        found[name] = values_of(name, tensors, setting(norm, "eps") or 0.0)
     others_moved = any(values.count for values in found.values())
     for name, values in found.items():
         norm = norms[name]
         yield from check_values(values)
-        if getattr(norm, "momentum", None) == 0 and not is_frozen(norm):
+        if setting(norm, "momentum") == 0 and not is_frozen(norm):
             continue  # zero-momentum says why they are as they were
         yield from check_counter(
             values,
             is_used=not mode or not norm.training or is_frozen(norm),
             others_moved=others_moved,
-            cumulative=not is_frozen(norm) and norm.momentum is None,
+            cumulative=not is_frozen(norm) and setting(norm, "momentum") is None,
         )

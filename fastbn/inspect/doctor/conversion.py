@@ -60,7 +60,7 @@ def predict(twin: nn.Module, seen: dict[str, list[Seen]], device: torch.device, 
     made = report(convert(twin))
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for layer in made.layers:
-        if layer.status == "left":
+        if layer.status == "left" or (device.type == "meta" and gpu is None):
             continue
         for call in seen.get(layer.path, ()):
             backend, before, after = _traffic_of(layer, call, is_training, device, gpu)

@@ -37,7 +37,7 @@ class Diagnosis:
         return tuple(f for f in self.findings if SEVERITIES.index(f.severity) <= SEVERITIES.index(severity))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return dicts, lists, strings, numbers and None, ready to dump as JSON."""
+        """Return dicts, lists, strings, numbers and None, ready to dump as JSON. docs/doctor.md describes them."""
         return {
             "subject": self.subject,
             "layers": self.layers,
@@ -103,21 +103,21 @@ def _conversion_dict(conversion: Conversion) -> dict[str, Any]:
         "device": conversion.device,
         "layers": {status: made.count(status) for status in ("fused", "converted", "left")},
         "reasons": {layer.path: layer.reason for layer in made.layers if layer.reason},
-        "traffic": [dataclasses.asdict(row) for row in conversion.traffic],
-        "torch_bytes": conversion.torch_bytes,
-        "fastbn_bytes": conversion.fastbn_bytes,
+        "traffic": [
+            dataclasses.asdict(row) | {"torch_bytes": _whole(row.torch_bytes), "fastbn_bytes": _whole(row.fastbn_bytes)}
+            for row in conversion.traffic
+        ],
     }
 
 
 def _conversion_text(conversion: Conversion) -> Iterator[str]:
     made = conversion.report
-    counts = ", ".join(f"{made.count(status)} {status}" for status in ("fused", "converted", "left"))
-    yield f"fastbn.convert(model) would leave {counts}."
+    fused, converted, left = (made.count(status) for status in ("fused", "converted", "left"))
+    yield f"fastbn.convert(model) would fuse {fused} with what follows, convert {converted} alone and leave {left}."
     for reason, layers in groupby(sorted(made.layers, key=lambda layer: layer.reason), key=lambda layer: layer.reason):
         if reason:
             yield from _wrapped(f"{_listed([layer.path or _ROOT for layer in layers])}: {reason}", "    ", "  ")
     if not conversion.traffic:
-        yield "  Give an input to see what memory traffic that saves."
         return
     total = conversion.torch_bytes, conversion.fastbn_bytes
     yield f"Traffic of these layers on {conversion.device}, predicted from the tensors that are read and written:"
@@ -134,5 +134,10 @@ def _conversion_text(conversion: Conversion) -> Iterator[str]:
         yield f"  {name:{width}}  {_mib(before):>12}  {_mib(after):>12}  {saved}".rstrip()
 
 
+def _whole(count: float) -> int | None:
+    """Return a number of bytes, None for NaN, which stands for what was not counted and is not JSON."""
+    return round(count) if count == count else None
+
+
 def _mib(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**20:.1f} MiB" if count == count else "not counted"

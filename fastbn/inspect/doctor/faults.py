@@ -122,8 +122,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "activation-before-norm": Fault(
         "warning",
-        "Most layers of this model are followed by their activation; after the activation, the layer gets inputs "
-        "of one sign, and its outputs reach the next layer without one.",
+        "Most layers of this model come before their activation. After it, the statistics are those of what the "
+        "activation has cut, and the block ends without one.",
         "Swap the two, unless it is meant.",
     ),
     "dropout-before-norm": Fault(

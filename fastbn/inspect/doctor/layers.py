@@ -36,6 +36,15 @@ def uses_batch(norm: Any) -> bool:
     return not is_frozen(norm) and (norm.training or norm.running_mean is None)
 
 
+def setting(norm: nn.Module, name: str) -> Any:
+    """Return a setting of a layer (eps, momentum, num_features), None where it has none.
+
+    Some are not attributes of fastbn's layers with an activation, so that no tool takes those for plain ones.
+    """
+    own = vars(norm)
+    return own[name] if name in own else getattr(norm, name, None)
+
+
 def readable(tensor: Any) -> bool:
     """Return whether a tensor has values that can be read, unlike those on the meta device and of Lazy layers."""
     return isinstance(tensor, Tensor) and not tensor.is_meta and not nn.parameter.is_lazy(tensor)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.layers import is_frozen, is_norm
+from fastbn.inspect.doctor.layers import is_frozen, is_norm, setting, uses_batch
 from fastbn.nn.torch_activations import ACTIVATIONS, FUNCTIONS, METHODS
 from fastbn.transforms.calls import Calls, Site, find_calls
 from fastbn.transforms.fuse import containers
@@ -49,7 +49,7 @@ def check_order(twin: nn.Module) -> Iterator[Finding]:
         return
     calls = find_calls(twin)
     sites = {module: list(_calls_of(module, calls)) for module in names if module in calls.callers}
-    yield from _biases(names, calls, sites)
+    yield from _biases(twin, names, calls, sites)
     called = {norm: sites[norm] for norm in norms if norm in sites}
     yield from _activations(names, called)
     for norm, its_calls in called.items():
@@ -75,7 +75,9 @@ def _same_graph(a: _Call, b: _Call) -> bool:
     return a.graph is b.graph
 
 
-def _biases(names: dict[nn.Module, str], calls: Calls, sites: dict[nn.Module, list[_Call]]) -> Iterator[Finding]:
+def _biases(
+    twin: nn.Module, names: dict[nn.Module, str], calls: Calls, sites: dict[nn.Module, list[_Call]]
+) -> Iterator[Finding]:
     """Yield the convolutions and Linears whose bias every reader of their output subtracts with the mean."""
     for module, its_calls in sites.items():
         if kind_of(type(module), DIMS) is None or getattr(module, "bias", None) is None:
@@ -85,17 +87,17 @@ def _biases(names: dict[nn.Module, str], calls: Calls, sites: dict[nn.Module, li
         if any(call.site.owner in calls.opened for call in its_calls):
             continue  # a forward that cannot be traced may call it by itself
         readers = [call.module_of(user) for call in its_calls for user in call.node.users]
-        if readers and all(_subtracts_mean(reader, module) for reader in readers):
+        if readers and all(_subtracts_mean(reader, module, twin.training) for reader in readers):
             after = ", ".join(sorted({names[reader] for reader in readers if reader is not None}))
             yield finding("bias-before-norm", names[module], f"its bias is subtracted again by {after}")
 
 
-def _subtracts_mean(reader: Any, source: Any) -> bool:
+def _subtracts_mean(reader: Any, source: Any, is_training: bool) -> bool:
     """Return whether a module removes what `source` adds to each channel, in training."""
-    if reader is None or not is_norm(reader) or is_frozen(reader):
+    if reader is None or not is_norm(reader) or is_frozen(reader) or (is_training and not uses_batch(reader)):
         return False
     features = source.out_features if isinstance(source, nn.Linear) else source.out_channels
-    return bool(getattr(reader, "num_features", None) == features)
+    return bool(setting(reader, "num_features") == features)
 
 
 def _activations(names: dict[nn.Module, str], called: dict[Any, list[_Call]]) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.layers import is_frozen, norms_of
+from fastbn.inspect.doctor.layers import is_frozen, norms_of, setting
 
 # From here on a momentum is taken for that of a framework in which it weights the old value.
 LARGE_MOMENTUM = 0.9
@@ -16,7 +16,7 @@ LARGE_MOMENTUM = 0.9
 
 def check_settings(name: str, norm: Any) -> Iterator[Finding]:
     """Yield what is wrong with eps, momentum and tracking of one BatchNorm."""
-    eps, momentum = getattr(norm, "eps", None), getattr(norm, "momentum", None)
+    eps, momentum = setting(norm, "eps"), setting(norm, "momentum")
     if isinstance(eps, (int, float)) and not eps > 0:
         yield finding("zero-eps", name, f"eps is {eps:g}")
     if is_frozen(norm):

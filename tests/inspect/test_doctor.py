@@ -327,13 +327,14 @@ def test_arguments_instead_of_a_shape():
     "arguments, error, said",
     [
         ((3,), TypeError, "expected a torch.nn.Module or a state_dict, got int"),
+        ((torch.jit.script(nn.BatchNorm2d(8)),), TypeError, "expected a torch.nn.Module in Python .*, got TorchScript"),
         (({},), ValueError, "expected a state_dict with running_mean"),
         (({"bn.running_mean": torch.zeros(2)}, (1, 2)), ValueError, "expected a torch.nn.Module beside an input"),
         ((nn.BatchNorm2d(8), "1,8"), TypeError, "expected a shape, a tensor or a tuple of arguments, got str"),
         ((nn.BatchNorm2d(8), (2, -1)), ValueError, r"expected a shape of sizes of at least 0, got \[2, -1\]"),
         ((nn.Conv2d(8, 8, 1), (2, 3, 4, 4)), ValueError, "the model's forward raised RuntimeError"),
     ],
-    ids=["no model", "no layers", "state_dict and input", "text", "negative", "forward"],
+    ids=["no model", "TorchScript", "no layers", "state_dict and input", "text", "negative", "forward"],
 )
 def test_misuse(arguments, error, said):
     with pytest.raises(error, match=f"doctor: .*{said}"):

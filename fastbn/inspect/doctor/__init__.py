@@ -49,6 +49,8 @@ def doctor(
     """
     if device is not None:
         _C.named_device(device)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("doctor: expected a torch.nn.Module in Python or a state_dict, got TorchScript")
     if isinstance(model, nn.Module):
         return _of_model(getattr(model, "_orig_mod", model), input, training, device)
     if not isinstance(model, Mapping):
@@ -78,7 +80,8 @@ def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | No
         try:
             twin_of(model)
         except Exception as error:  # whatever a module raises that cannot be copied
-            left_out.append(f"modes, order, batches and conversion, since the model cannot be copied: {error}")
+            why = str(error).partition(". ")[0]
+            left_out.append(f"modes, order, batches and conversion, since the model cannot be copied: {why}")
         else:
             examined = _Twins(model, training)
             findings += settings.check_modes(examined.make(), examined.modes, examined.modes_after_train)

@@ -51,7 +51,12 @@ def readable(tensor: Any) -> bool:
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """Return a deep copy of `model` whose parameters are other objects in the same memory. Its buffers are copies."""
+    """Return a deep copy of `model` whose parameters are other objects in the same memory. Its buffers are copies.
+
+    Raises TypeError for TorchScript, and what `copy.deepcopy` raises.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("it is compiled by TorchScript")  # its copies share their methods
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:

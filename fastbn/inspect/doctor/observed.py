@@ -49,7 +49,7 @@ def arguments_of(example: Any, model: nn.Module) -> tuple[Any, ...]:
     device = device_of(model)
     if device.type == "meta":
         return (torch.empty(example, dtype=dtype_of(model), device=device),)
-    drawn = torch.randn(example, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(example, generator=torch.Generator().manual_seed(0), device="cpu")
     return (drawn.to(device, dtype_of(model)),)
 
 

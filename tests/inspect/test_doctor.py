@@ -267,6 +267,9 @@ def test_modes_can_be_asked_for():
     model.eval()
     assert not fastbn.doctor(model).findings
     assert {f.code for f in fastbn.doctor(model, (1, 8, 8, 8), training=True).findings} == {"small-batch"}
+    fresh = _tail().eval()
+    assert {f.code for f in fastbn.doctor(fresh).findings} == {"never-updated"}
+    assert not fastbn.doctor(fresh, training=True).findings
     model[1].requires_grad_(False)
     assert codes(fastbn.doctor(model, training=True)) == {("half-frozen", "1"): 1}
     model.train()

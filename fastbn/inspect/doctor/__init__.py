@@ -15,11 +15,11 @@ from fastbn.inspect.doctor import checkpoint, observed, order, settings
 from fastbn.inspect.doctor.conversion import Conversion, Traffic, predict
 from fastbn.inspect.doctor.diagnosis import Diagnosis, in_order
 from fastbn.inspect.doctor.faults import FAULTS, SEVERITIES, Finding
-from fastbn.inspect.doctor.layers import device_of, is_frozen, norms_of, readable, setting, twin_of
+from fastbn.inspect.doctor.layers import is_frozen, norms_of, readable, setting
+from fastbn.inspect.doctor.twins import Twins, device_of, modes_of
 from fastbn.inspect.doctor.values import check_counter, check_values, values_of
 
 __all__ = ["FAULTS", "SEVERITIES", "Conversion", "Diagnosis", "Finding", "Traffic", "doctor"]
-
 
 _OF_MODULES = ("settings, modes, order, batches and conversion, which take the module",)
 
@@ -64,38 +64,36 @@ def doctor(
 
 
 def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | None) -> Diagnosis:
+    norms, where, left_out = norms_of(model), device_of(model), []
+    twins: Twins | None = None
+    conversion: Conversion | None = None
     findings: list[Finding] = []
-    left_out = []
-    norms = norms_of(model)
-    mode = model.training if training is None else training
-    subject = f"{type(model).__name__} in {'training' if mode else 'evaluation'} mode"
-    for name, norm in norms.items():
-        findings += settings.check_settings(name, norm)
-    findings += _values(norms, mode)
-    if not all(readable(norm.running_var) for norm in norms.values() if norm.running_var is not None):
-        left_out.append("values of tensors that are on the meta device, or not initialised yet")
-    conversion = None
-    where = device_of(model)
     with _generators_kept(where):
         try:
-            twin_of(model)
+            twins = Twins(model, training)
         except Exception as error:  # whatever a module raises that cannot be copied
             why = str(error).partition(". ")[0]
             left_out.append(f"modes, order, batches and conversion, since the model cannot be copied: {why}")
-        else:
-            examined = _Twins(model, training)
-            findings += settings.check_modes(examined.make(), examined.modes, examined.modes_after_train)
-            findings += order.check_order(examined.make())
+        modes = modes_of(model) if twins is None else twins.examined
+        for name, norm in norms.items():
+            findings += settings.check_settings(name, norm)
+        findings += _values(norms, modes)
+        if not all(readable(norm.running_var) for norm in norms.values() if norm.running_var is not None):
+            left_out.append("values of tensors that are on the meta device, or not initialised yet")
+        if twins is not None:
+            findings += settings.check_modes(twins)
+            findings += order.check_order(twins.make())
             seen: dict[str, list[observed.Seen]] = {}
-            if input is None:
-                left_out.append("batches and traffic, which take an input")
-            else:
-                twin = examined.make()
+            if input is not None:
+                twin = twins.make()
                 seen = observed.observe(twin, observed.arguments_of(input, model))
                 findings += observed.check_calls(twin, seen)
-                if where.type == "meta" and gpu is None:
-                    left_out.append("traffic, which takes a device for a model on the meta device")
-            conversion = predict(examined.make(), seen, where, gpu)
+            conversion = predict(twins.make(), seen, where, gpu)
+            if input is None:
+                left_out.append("batches and traffic, which take an input")
+            elif where.type == "meta" and gpu is None:
+                left_out.append("traffic, which takes a device for a model on the meta device")
+    subject = f"{type(model).__name__} in {'training' if modes[''] else 'evaluation'} mode"
     return Diagnosis(subject, len(norms), in_order(findings), tuple(left_out), conversion)
 
 
@@ -110,24 +108,8 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         random.setstate(state)
 
 
-class _Twins:
-    """Copies of a model in the mode that is examined, and the modes of its layers before and after `.train()`."""
-
-    def __init__(self, model: nn.Module, training: bool | None) -> None:
-        self._model, self._training = model, training
-        self.modes = _modes(model)
-        self.modes_after_train = _modes(twin_of(model).train())
-
-    def make(self) -> nn.Module:
-        twin = twin_of(self._model)
-        return twin if self._training is None else twin.train(self._training)
-
-
-def _modes(model: nn.Module) -> dict[str, bool]:
-    return {name: module.training for name, module in model.named_modules()}
-
-
-def _values(norms: dict[str, Any], mode: bool) -> Iterator[Finding]:
+def _values(norms: dict[str, Any], modes: dict[str, bool]) -> Iterator[Finding]:
+    """Yield what is wrong with the numbers in layers. modes: whether each module is in training mode."""
     found = {}
     for name, norm in norms.items():
         tensors = dict(norm.named_parameters(recurse=False)) | dict(norm.named_buffers(recurse=False))
@@ -136,11 +118,8 @@ def _values(norms: dict[str, Any], mode: bool) -> Iterator[Finding]:
     for name, values in found.items():
         norm = norms[name]
         yield from check_values(values)
-        if setting(norm, "momentum") == 0 and not is_frozen(norm):
-            continue  # zero-momentum says why they are as they were
-        yield from check_counter(
-            values,
-            is_used=not mode or not norm.training or is_frozen(norm),
-            others_moved=others_moved,
-            cumulative=not is_frozen(norm) and setting(norm, "momentum") is None,
-        )
+        if is_frozen(norm):
+            yield from check_counter(values, is_used=True, others_moved=others_moved, cumulative=False)
+        elif setting(norm, "momentum") != 0:  # zero-momentum says why statistics are as they were
+            cumulative = setting(norm, "momentum") is None
+            yield from check_counter(values, is_used=not modes[name], others_moved=others_moved, cumulative=cumulative)

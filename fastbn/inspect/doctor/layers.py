@@ -1,12 +1,9 @@
-"""The normalisations of a model as `fastbn.doctor` sees them, and copies of models to look at."""
+"""The BatchNorms of a model as `fastbn.doctor` sees them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbn._torch import BatchNormBase
@@ -48,35 +45,3 @@ def setting(norm: nn.Module, name: str) -> Any:
 def readable(tensor: Any) -> bool:
     """Return whether a tensor has values that can be read, unlike those on the meta device and of Lazy layers."""
     return isinstance(tensor, Tensor) and not tensor.is_meta and not nn.parameter.is_lazy(tensor)
-
-
-def twin_of(model: nn.Module) -> nn.Module:
-    """Return a deep copy of `model` whose parameters are other objects in the same memory. Its buffers are copies.
-
-    Raises TypeError for TorchScript, and what `copy.deepcopy` raises.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError("it is compiled by TorchScript")  # its copies share their methods
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
-            twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
-            vars(twin).update(vars(parameter))
-            memo[id(parameter)] = twin
-    with torch.no_grad():
-        return copy.deepcopy(model, memo)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where the first parameter or buffer of a model is, the CPU for a model without any."""
-    return next(_tensors(model), torch.empty(0)).device
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the first floating-point parameter or buffer of a model, float32 for a model without any."""
-    return next((t.dtype for t in _tensors(model) if t.is_floating_point()), torch.float32)
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

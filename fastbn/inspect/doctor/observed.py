@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.layers import device_of, dtype_of, is_frozen, norms_of, uses_batch
+from fastbn.inspect.doctor.layers import is_frozen, norms_of, uses_batch
+from fastbn.inspect.doctor.twins import device_of, dtype_of
 
 # With fewer values per channel the variance of a batch has a relative error above a third: sqrt(2 / (n - 1)).
 MIN_VALUES = 16

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
 from fastbn.inspect.doctor.layers import is_frozen, norms_of, setting
+from fastbn.inspect.doctor.twins import Twins
 
 # From here on a momentum is taken for that of a framework in which it weights the old value.
 LARGE_MOMENTUM = 0.9
@@ -30,20 +31,16 @@ def check_settings(name: str, norm: Any) -> Iterator[Finding]:
             yield finding("large-momentum", name, f"momentum is {momentum:g}")
 
 
-def check_modes(model: nn.Module, as_given: dict[str, bool], retrained: dict[str, bool]) -> Iterator[Finding]:
-    """Yield layers whose mode is not that of `model`, or that train half.
-
-    as_given: the mode of each layer before the doctor set any, "" that of the model. retrained: whether each layer
-    trains after `model.train()`, which the class of a module may prevent.
-    """
-    for name, norm in norms_of(model).items():
+def check_modes(twins: Twins) -> Iterator[Finding]:
+    """Yield layers whose mode is not that of the model, or that train half."""
+    for name, norm in norms_of(twins.make()).items():
         if is_frozen(norm) or norm.running_mean is None:
             continue
-        if as_given[""] and not as_given[name] and retrained[name]:
+        if twins.as_given[""] and not twins.as_given[name] and twins.after_train[name]:
             yield finding("frozen-by-eval", name, "the layer is in evaluation mode, the model in training mode")
-        elif norm.training and not model.training:
+        elif twins.examined[name] and not twins.examined[""]:
             yield finding("training-in-eval", name, "the layer is in training mode, the model in evaluation mode")
-        elif norm.training and _has_constant_parameters(norm):
+        elif twins.examined[name] and _has_constant_parameters(norm):
             yield finding("half-frozen", name, "weight and bias are not trained, but the running statistics move")
 
 

@@ -58,6 +58,19 @@ def test_faults_are_found_in_converted_models_too():
     assert codes(fastbn.doctor(model, planted.SHAPE)) == Counter(planted.FINDINGS)
 
 
+def test_what_two_checks_see_of_a_layer_is_one_finding_and_two_bad_tensors_are_two():
+    norm = _with_running(running_mean=torch.nan, weight=torch.inf)
+    assert codes(fastbn.doctor(norm)) == {("not-finite", ""): 2}
+    layers = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    twice = nn.Sequential(layers[0], layers[1], layers[0], nn.BatchNorm2d(8))
+    (found,) = fastbn.doctor(twice, (4, 8, 4, 4)).findings
+    assert (found.code, found.layer, found.message) == (
+        "shared-layer",
+        "0",
+        "the layer is called 2 times in one forward",
+    )
+
+
 def test_faults_are_in_order_and_say_what_to_do():
     diagnosis = fastbn.doctor(planted.Faulty(), planted.SHAPE)
     order = [SEVERITIES.index(found.severity) for found in diagnosis.findings]
@@ -330,18 +343,23 @@ def test_arguments_instead_of_a_shape():
     "arguments, error, said",
     [
         ((3,), TypeError, "expected a torch.nn.Module or a state_dict, got int"),
-        ((torch.jit.script(nn.BatchNorm2d(8)),), TypeError, "expected a torch.nn.Module in Python .*, got TorchScript"),
         (({},), ValueError, "expected a state_dict with running_mean"),
         (({"bn.running_mean": torch.zeros(2)}, (1, 2)), ValueError, "expected a torch.nn.Module beside an input"),
         ((nn.BatchNorm2d(8), "1,8"), TypeError, "expected a shape, a tensor or a tuple of arguments, got str"),
         ((nn.BatchNorm2d(8), (2, -1)), ValueError, r"expected a shape of sizes of at least 0, got \[2, -1\]"),
         ((nn.Conv2d(8, 8, 1), (2, 3, 4, 4)), ValueError, "the model's forward raised RuntimeError"),
     ],
-    ids=["no model", "TorchScript", "no layers", "state_dict and input", "text", "negative", "forward"],
+    ids=["no model", "no layers", "state_dict and input", "text", "negative", "forward"],
 )
 def test_misuse(arguments, error, said):
     with pytest.raises(error, match=f"doctor: .*{said}"):
         fastbn.doctor(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(TypeError, match="expected a torch.nn.Module in Python or a state_dict, got TorchScript"):
+        fastbn.doctor(torch.jit.script(nn.BatchNorm2d(8)))
 
 
 def test_an_unknown_gpu():

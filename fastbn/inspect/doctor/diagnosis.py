@@ -62,8 +62,10 @@ class Diagnosis:
 def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
     """Return findings in the order of FAULTS, and of one fault in that of the layers, none of them twice."""
     codes = list(FAULTS)
-    kept = {(f.code, f.layer, f.message if f.code in _SEVERAL else ""): f for f in reversed(findings)}
-    return tuple(sorted(reversed(kept.values()), key=lambda f: codes.index(f.code)))
+    kept: dict[tuple[str, str, str], Finding] = {}
+    for found in findings:
+        kept.setdefault((found.code, found.layer, found.message if found.code in _SEVERAL else ""), found)
+    return tuple(sorted(kept.values(), key=lambda found: codes.index(found.code)))
 
 
 # Faults that one layer may have in several of its tensors; of others, what two checks saw of a layer is one finding.

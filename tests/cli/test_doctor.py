@@ -15,6 +15,7 @@ from torch import nn
 import fastbn
 from fastbn.cli import main
 from tests.inspect import planted
+from tests.packages import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "doctor.md").read_text()
@@ -97,12 +98,11 @@ def test_a_checkpoint(folder, capsys):
     assert content["conversion"] is None
 
 
-def _safetensors(folder):
-    pytest.importorskip("safetensors.torch").save_file(nn.BatchNorm2d(8).state_dict(), folder / "saved.safetensors")
-
-
+@needs("safetensors")
 def test_a_file_of_safetensors(folder, capsys):
-    _safetensors(folder)
+    from safetensors.torch import save_file
+
+    save_file(nn.BatchNorm2d(8).state_dict(), folder / "saved.safetensors")
     assert main(["doctor", "saved.safetensors"]) == 1
     assert "never-updated" in capsys.readouterr().out
 

@@ -39,7 +39,7 @@ def moved(norm, batches=100):
 def test_every_planted_fault_is_found_once():
     diagnosis = fastbn.doctor(planted.Faulty(), planted.SHAPE)
     assert codes(diagnosis) == Counter(planted.FINDINGS)
-    assert diagnosis.layers == 25
+    assert diagnosis.layers == 25 and not diagnosis.left_out
 
 
 @pytest.mark.parametrize("make", [planted.evaluated, planted.checkpoint], ids=["evaluated", "checkpoint"])
@@ -198,6 +198,7 @@ NEAR_MISSES = {
     "no affine, and parameters that are not trained": lambda: nn.Sequential(
         nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 8, 1).requires_grad_(False)
     ),
+    "a bias that is trained beside a constant weight": lambda: _constant_weight(),
     "a small weight": lambda: _with_running(weight=1e-3),
     "a fresh weight of 0": lambda: _zero_initialised(),
     "frozen by fastbn": lambda: fastbn.freeze(_tail(moved(nn.BatchNorm2d(8)))[:1]).train(),
@@ -207,6 +208,12 @@ NEAR_MISSES = {
     "an activation of its own": lambda: _tail(fastbn.BatchNorm2d(8, activation="relu"), nn.Dropout(0.5)),
     "InstanceNorm": lambda: nn.Sequential(_conv(bias=True), nn.InstanceNorm2d(8), nn.ReLU()),
 }
+
+
+def _constant_weight():
+    model = _tail()
+    model[1].weight.requires_grad_(False)
+    return model
 
 
 def _zero_initialised():
@@ -267,7 +274,9 @@ def test_a_layer_that_an_untraceable_forward_shares_is_found_by_its_calls():
                 x = x[..., ::2, ::2]
             return levels
 
-    assert not fastbn.doctor(Pyramid()).findings
+    unseen = fastbn.doctor(Pyramid())
+    assert not unseen.findings
+    assert unseen.left_out[0] == "order of bn: torch.fx can trace no forward that calls these"
     (found,) = fastbn.doctor(Pyramid(), (4, 8, 16, 16)).findings
     assert (found.code, found.layer) == ("shared-layer", "bn") and "3 times" in found.message
 

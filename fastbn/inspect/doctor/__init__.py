@@ -13,7 +13,7 @@ from torch import nn
 from fastbn import _C
 from fastbn.inspect.doctor import checkpoint, observed, order, settings
 from fastbn.inspect.doctor.conversion import Conversion, Traffic, predict
-from fastbn.inspect.doctor.diagnosis import Diagnosis, in_order
+from fastbn.inspect.doctor.diagnosis import Diagnosis, in_order, listed
 from fastbn.inspect.doctor.faults import FAULTS, SEVERITIES, Finding
 from fastbn.inspect.doctor.layers import is_frozen, norms_of, readable, setting
 from fastbn.inspect.doctor.twins import Twins, device_of, modes_of
@@ -82,7 +82,10 @@ def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | No
             left_out.append("values of tensors that are on the meta device, or not initialised yet")
         if twins is not None:
             findings += settings.check_modes(twins)
-            findings += order.check_order(twins.make())
+            found, unplaced = order.check_order(twins.make())
+            findings += found
+            if unplaced:
+                left_out.append(f"order of {listed(unplaced)}: torch.fx can trace no forward that calls these")
             seen: dict[str, list[observed.Seen]] = {}
             if input is not None:
                 twin = twins.make()

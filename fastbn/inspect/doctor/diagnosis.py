@@ -76,7 +76,8 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return up to three names, or two and how many more there are."""
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
@@ -90,7 +91,7 @@ def _fault(code: str, findings: list[Finding]) -> Iterator[str]:
     layers: dict[str, list[str]] = {}
     for found in findings:
         layers.setdefault(found.message, []).append(found.layer or _ROOT)
-    rows = [(_listed(names), message) for message, names in layers.items()]
+    rows = [(listed(names), message) for message, names in layers.items()]
     width = max(len(names) for names, _ in rows[:_MAX_ROWS])
     yield from (f"  {names:{width}}  {message}" for names, message in rows[:_MAX_ROWS])
     if len(rows) > _MAX_ROWS:
@@ -118,7 +119,7 @@ def _conversion_text(conversion: Conversion) -> Iterator[str]:
     yield f"fastbn.convert(model) would fuse {fused} with what follows, convert {converted} alone and leave {left}."
     for reason, layers in groupby(sorted(made.layers, key=lambda layer: layer.reason), key=lambda layer: layer.reason):
         if reason:
-            yield from _wrapped(f"{_listed([layer.path or _ROOT for layer in layers])}: {reason}", "    ", "  ")
+            yield from _wrapped(f"{listed([layer.path or _ROOT for layer in layers])}: {reason}", "    ", "  ")
     if not conversion.traffic:
         return
     total = conversion.torch_bytes, conversion.fastbn_bytes

@@ -39,19 +39,24 @@ class _Call(NamedTuple):
         return first if isinstance(first, fx.Node) else None
 
 
-def check_order(twin: nn.Module) -> Iterator[Finding]:
-    """Yield what is wrong with the order of calls in a copy of a model, whose fused forwards are undone."""
+def check_order(twin: nn.Module) -> tuple[list[Finding], list[str]]:
+    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms of which no call was seen.
+
+    Fused forwards of the copy are undone.
+    """
     for module in twin.modules():
         containers.unfuse(module)
     names = {module: name for name, module in twin.named_modules()}
     norms = [module for module in names if is_norm(module)]
-    if not norms:
-        return
-    calls = find_calls(twin)
+    calls = find_calls(twin) if norms else Calls()
     sites = {module: list(_calls_of(module, calls)) for module in names if module in calls.callers}
-    yield from _biases(twin, names, calls, sites)
     called = {norm: sites[norm] for norm in norms if norm in sites}
-    yield from _activations(names, called)
+    findings = [*_biases(twin, names, calls, sites), *_activations(names, called), *_neighbours(names, calls, called)]
+    return findings, [names[norm] for norm in norms if norm not in called and norm is not twin]
+
+
+def _neighbours(names: dict[nn.Module, str], calls: Calls, called: dict[nn.Module, list[_Call]]) -> Iterator[Finding]:
+    """Yield the layers that come after a dropout, and those that are called in several places."""
     for norm, its_calls in called.items():
         if any(_is_dropout(call, call.source) for call in its_calls):
             yield finding("dropout-before-norm", names[norm], "its input is that of a dropout")

@@ -53,9 +53,23 @@ def test_every_fault_is_planted():
     assert known == set(FAULTS)
 
 
+class _Residual(nn.Module):
+    """What `convert` gives another forward, with a bias that does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = _conv(bias=True), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)) + x)
+
+
 def test_faults_are_found_in_converted_models_too():
     model = fastbn.convert(planted.Faulty())
     assert codes(fastbn.doctor(model, planted.SHAPE)) == Counter(planted.FINDINGS)
+    model = fastbn.convert(_Residual())
+    assert type(model) is not _Residual
+    assert codes(fastbn.doctor(model, (4, 8, 4, 4))) == {("bias-before-norm", "conv"): 1}
 
 
 def test_what_two_checks_see_of_a_layer_is_one_finding_and_two_bad_tensors_are_two():
@@ -177,6 +191,9 @@ NEAR_MISSES = {
     "fresh in both modes": lambda: nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm1d(8)]),
     "a bias that something else reads": _TwoReaders,
     "a bias before a frozen layer": lambda: _tail(_conv(bias=True), fastbn.FrozenBatchNorm2d(8), nn.ReLU()),
+    "a bias before a frozen layer in evaluation": lambda: nn.Sequential(
+        _conv(bias=True), fastbn.FrozenBatchNorm2d(8), nn.ReLU()
+    ).eval(),
     "a bias before a layer in evaluation mode": lambda: _StaysFrozen(
         _conv(bias=True), moved(nn.BatchNorm2d(8))
     ).train(),

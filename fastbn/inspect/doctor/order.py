@@ -12,7 +12,6 @@ from fastbn.inspect.doctor.faults import Finding, finding
 from fastbn.inspect.doctor.layers import is_frozen, is_norm, setting, uses_batch
 from fastbn.nn.torch_activations import ACTIVATIONS, FUNCTIONS, METHODS
 from fastbn.transforms.calls import Calls, Site, find_calls
-from fastbn.transforms.fuse import containers
 from fastbn.transforms.pairs import DIMS, kind_of
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -40,12 +39,7 @@ class _Call(NamedTuple):
 
 
 def check_order(twin: nn.Module) -> tuple[list[Finding], list[str]]:
-    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms of which no call was seen.
-
-    Fused forwards of the copy are undone.
-    """
-    for module in twin.modules():
-        containers.unfuse(module)
+    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms of which no call was seen."""
     names = {module: name for name, module in twin.named_modules()}
     norms = [module for module in names if is_norm(module)]
     calls = find_calls(twin) if norms else Calls()

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastbn
 from fastbn.inspect.doctor import FAULTS, SEVERITIES
+from fastbn.inspect.doctor.twins import twin_of
 from tests.inspect import planted
 from tests.packages import needs
 
@@ -296,6 +297,24 @@ def test_a_layer_that_an_untraceable_forward_shares_is_found_by_its_calls():
     assert unseen.left_out[0] == "order of bn: torch.fx can trace no forward that calls these"
     (found,) = fastbn.doctor(Pyramid(), (4, 8, 16, 16)).findings
     assert (found.code, found.layer) == ("shared-layer", "bn") and "3 times" in found.message
+
+
+def test_a_layer_that_two_modules_call():
+    shared = nn.BatchNorm2d(8)
+    model = nn.Sequential(*(nn.Sequential(_conv(), shared, nn.ReLU()) for _ in range(2)))
+    (found,) = fastbn.doctor(model).findings
+    assert (found.code, found.layer, found.message) == ("shared-layer", "0.1", "the layer is called by 2 modules")
+
+
+def test_copies_share_the_memory_of_parameters_alone():
+    model = nn.Sequential(_conv(), moved(nn.BatchNorm2d(8)))
+    model[0].weight.tag = "kept"
+    twin = twin_of(model)
+    assert twin[0].weight.tag == "kept" and twin[0].weight is not model[0].weight
+    for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        assert parameter.data_ptr() == copied.data_ptr() and parameter.requires_grad == copied.requires_grad
+    for buffer, copied in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, copied) and buffer.data_ptr() != copied.data_ptr()
 
 
 def test_modes_can_be_asked_for():

@@ -39,7 +39,7 @@ class _Call(NamedTuple):
 
 
 def check_order(twin: nn.Module) -> tuple[list[Finding], list[str]]:
-    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms of which no call was seen."""
+    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms whose calls nobody saw."""
     names = {module: name for name, module in twin.named_modules()}
     norms = [module for module in names if is_norm(module)]
     calls = find_calls(twin) if norms else Calls()

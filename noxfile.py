@@ -125,7 +125,7 @@ def sphinx(session: nox.Session, builder: str, folder: str) -> None:
     """Install the extra `docs` and run Sphinx; every warning, and every reference that leads nowhere, is an error."""
     packages = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"]
     session.run("python", "-m", "pip", "install", "--quiet", *packages)
-    options = ("--nitpicky", "--fail-on-warning", "--keep-going", "--quiet")
+    options = ("--fresh-env", "--nitpicky", "--fail-on-warning", "--keep-going", "--quiet")
     session.run("python", "-m", "sphinx", "--builder", builder, *options, *session.posargs, "docs", folder)
 
 

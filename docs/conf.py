@@ -37,8 +37,8 @@ smartquotes = False
 nitpicky = True
 # Types of Python and torch, and names inside of fastbn that have no page.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|types|fx|nn|Any|Schedule|Iterator|Iterable|Callable|Collection|Mapping|optional).*"),
-    ("py:.*", r"(Tensor|Model|Name|ActivationName|ActivationLike|str|int|float|bool|None|dict|list|tuple|type).*"),
+    ("py:.*", r"(torch|collections|typing|types|fx|nn|Any|Iterator|Iterable|Callable|Collection|Mapping).*"),
+    ("py:.*", r"(Tensor|Model|Schedule|Activation|str|int|float|bool|None|dict|list|tuple|type).*"),
     ("py:.*", r"fastbn\.(nn|ops|autograd|transforms|testing)\..*"),
 ]
 
@@ -60,3 +60,4 @@ html_theme_options = {
 
 def setup(app):
     app.connect("autodoc-process-docstring", docstrings.process)
+    app.connect("autodoc-process-signature", docstrings.signature)

@@ -23,6 +23,11 @@ def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     lines[:] = shortened(name) or marked_up(lines, names_of(obj))
 
 
+def signature(app: Any, what: str, name: str, obj: Any, options: Any, given: str, returns: str) -> Any:
+    """Leave the signature of a shortened class out; a handler of Sphinx's event `autodoc-process-signature`."""
+    return ("", None) if shortened(name) else None
+
+
 def shortened(name: str) -> list[str] | None:
     """Return the short text of a class that is another one for inputs of other dimensions, or None."""
     family, end = name[:-2], name[-2:]

@@ -22,7 +22,7 @@ WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Pages whose pictures are kept; all are checked.
-PICTURED = ("index", "quickstart", "numerics", "migration", "models", "api/modules", "api/functional", "variants", "design")
+PICTURED = ("index", "quickstart", "fuse", "numerics", "migration", "models", "api/modules", "variants", "design")
 PICTURE_HEIGHT = 2400
 # A page with each fault, which has to be found wherever the others are looked at.
 PLANTED = """<article><p style="width: 2000px; color: #999">pale and wide</p></article>
@@ -85,7 +85,8 @@ def looked_at(site: Path, out: Path | None = None) -> Iterator[str]:
                 tab.on("requestfailed", lambda request: failed.append(request.url))
                 for name in pages_of(site):
                     asked.clear(), failed.clear()
-                    yield from (f"{name}, {device}, {scheme}: {wrong}" for wrong in _wrong(tab, site, name, asked, failed))
+                    for wrong in _wrong(tab, site, name, asked, failed):
+                        yield f"{name}, {device}, {scheme}: {wrong}"
                     if out is not None and name in PICTURED:
                         picture = out / f"{name.replace('/', '-')}-{device}-{scheme}.png"
                         height = min(tab.evaluate("document.documentElement.scrollHeight"), PICTURE_HEIGHT)

@@ -54,7 +54,9 @@ and {ACCEPTED_ULPS:g} ulp. float64 itself is compared with numpy.longdouble, to 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fastbn verify`."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both run (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help=f"only the {len(QUICK_CASES)} smallest of {len(FULL_CASES)} cases")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only the {len(QUICK_CASES)} smallest of {len(FULL_CASES)} cases"
+    )
     parser.epilog = _NOTE
 
 

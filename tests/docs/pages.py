@@ -1,12 +1,12 @@
 """Blocks of code in the Markdown of this tree, and what a page says of each.
 
-    <!-- setup            runs before the blocks that follow, and is not shown: what a reader has already
-    model = ...
-    -->
+<!-- setup            runs before the blocks that follow, and is not shown: what a reader has already
+model = ...
+-->
 
-    *Not run by the tests of this page: the reason.*       stands before a block that cannot run, for readers too
-    *Needs the packages `onnx` and `onnxscript`.*          before one that runs where they are installed
-    <!-- module.name -->                                   before one that docs/triton_code.py writes from the sources
+*Not run by the tests of this page: the reason.*       stands before a block that cannot run, for readers too
+*Needs the packages `onnx` and `onnxscript`.*          before one that runs where they are installed
+<!-- module.name -->                                   before one that docs/triton_code.py writes from the sources
 """
 
 from __future__ import annotations

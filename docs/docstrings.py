@@ -54,7 +54,7 @@ def marked_up(lines: list[str], names: set[str]) -> list[str]:
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or r"(?!)"
     item = re.compile(rf"(?:^|(?<=\. ))((?:{known})(?:, (?:{known}))*): (?=\S)", re.MULTILINE)
-    sentence = re.compile(r"(?:^|(?<=\. ))(?=(?:Returns|Raises|Yields|Without a?mask) )", re.MULTILINE)
+    sentence = re.compile(r"(?:^|(?<=\. ))(?=(?:Returns|Raises|Yields) )", re.MULTILINE)
     written: list[str] = []
     for paragraph in paragraphs:
         if all(line.startswith("    ") for line in paragraph.splitlines()):

@@ -12,6 +12,8 @@ DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 
 import docstrings  # noqa: E402
+from docutils import nodes  # noqa: E402
+from sphinx import addnodes  # noqa: E402
 
 from fastbn import __version__  # noqa: E402
 
@@ -19,10 +21,12 @@ project = "fastbn"
 copyright = "the fastbn developers, BSD 3-Clause"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
+linkcheck_retries = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_static"]
 
 myst_heading_anchors = 3
+highlight_language = "none"  # of blocks that name no language: formulas and drawings
 # Code that is to be copied has no prompts: `>>>` and what it prints are left out.
 copybutton_prompt_text = ">>> "
 copybutton_only_copy_prompt_lines = True
@@ -58,6 +62,18 @@ html_theme_options = {
 }
 
 
+def link_pages(app, doctree):
+    """Link the pages that a page names as files, `docs/design.md` or `design.md`."""
+    for literal in list(doctree.findall(nodes.literal)):
+        name = literal.astext().removeprefix("docs/").lower()
+        if name.endswith(".md") and (DOCS / name).is_file() and not isinstance(literal.parent, nodes.reference):
+            target = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{name.removesuffix('.md')}"}
+            link = addnodes.pending_xref("", refexplicit=True, refwarn=True, refdoc=app.env.docname, **target)
+            literal.replace_self(link)
+            link += literal
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", docstrings.process)
     app.connect("autodoc-process-signature", docstrings.signature)
+    app.connect("doctree-read", link_pages)

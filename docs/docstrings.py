@@ -58,7 +58,7 @@ def marked_up(lines: list[str], names: set[str]) -> list[str]:
     written: list[str] = []
     for paragraph in paragraphs:
         if all(line.startswith("    ") for line in paragraph.splitlines()):
-            written += ["::", "", *paragraph.splitlines(), ""]
+            written += [".. code-block:: python", "", *paragraph.splitlines(), ""]
             continue
         marked = sentence.sub("\0", item.sub(lambda m: f"\0\1{m[1]}\1", paragraph))
         for part in marked.split("\0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 import re
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def documented() -> set[str]:
 
 
 def test_every_public_name_is_documented():
-    assert set(public_names()) == documented()
+    assert set(public_names()) <= documented()
+    assert [name for name in documented() if pydoc.locate(name) is None] == []
 
 
 def test_every_page_is_in_a_table_of_contents():
@@ -73,7 +75,9 @@ def test_docstrings_become_lists():
         "Raises ValueError.",
         "",
     ]
-    assert docstrings.marked_up(["One.", "", "    code = 1"], set()) == ["One.", "", "::", "", "    code = 1", ""]
+    assert docstrings.marked_up(["One.", "", "    code = 1"], set()) == [
+        *("One.", "", ".. code-block:: python", "", "    code = 1", "")
+    ]
 
 
 def test_classes_that_differ_by_dimensions_alone_are_short():

@@ -43,7 +43,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|fx|nn|Any|Iterator|Iterable|Callable|Collection|Mapping).*"),
     ("py:.*", r"(Tensor|Model|Schedule|Activation|str|int|float|bool|None|dict|list|tuple|type).*"),
-    ("py:.*", r"fastbn\.(nn|ops|autograd|transforms|testing)\..*"),
+    ("py:.*", r"fastbn\.(nn|ops|autograd|transforms|testing|inspect|backends)\..*"),
 ]
 
 html_theme = "pydata_sphinx_theme"

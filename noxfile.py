@@ -146,4 +146,4 @@ def screenshots(session: nox.Session) -> None:
     """Build the site and look at it in a browser, desktop and phone, light and dark: pictures, and faults as errors."""
     sphinx(session, "html", SITE)
     session.run("python", "-m", "pip", "install", "--quiet", "playwright")
-    session.run("python", "-m", "docs.screenshots", SITE, PICTURES)
+    session.run("python", "docs/screenshots.py", SITE, PICTURES)

@@ -1,7 +1,7 @@
 """Looks at the built site in a browser: pictures of each page, and what a picture does not show.
 
     nox -s screenshots                     # builds the site and writes pictures to .build/screenshots
-    python -m docs.screenshots SITE OUT    # the same of a site that is built
+    python docs/screenshots.py SITE OUT    # the same of a site that is built
 
 Each page is opened at a desktop's and a phone's width, light and dark. It is wrong if the page scrolls sideways, if
 something does not load, if it asks another host for anything, or if text has less contrast than 4.5 to 1 (WCAG 2.1,
@@ -107,7 +107,7 @@ def _wrong(tab: Any, site: Path, name: str, asked: list[str], failed: list[str])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m docs.screenshots", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("site", type=Path, help="the folder of the built site")
     parser.add_argument("out", type=Path, help="the folder for the pictures")
     args = parser.parse_args()

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pydoc
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import fastbn
 import fastbn.testing
 import fastbn.transforms
-from docs import docstrings, numerics
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def module(name: str) -> ModuleType:
+    """Import a module of docs/ by its path: another package may be called docs."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+docstrings, numerics = module("docstrings"), module("numerics")
 API = "".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
 MODULES = (fastbn, fastbn.functional, fastbn.testing, fastbn.transforms)
 

@@ -23,6 +23,7 @@ PYTEST = ("python", "-m", "pytest")
 # The tests of the benchmark time what they run, and so run alone.
 TIMED = "tests/bench"
 CMAKE_BUILD = ".build/cmake"
+SITE, PICTURES = ".build/site", ".build/screenshots"
 
 
 @nox.session
@@ -103,7 +104,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Write docs/plans.md and the code in docs/triton.md again, and fail where they were out of date."""
+    """Write docs/plans.md, the code in docs/triton.md and the tables of docs/numerics.md again, and fail where they
+    were out of date."""
     target = Path("docs", "plans.md")
     before = target.read_text()
     plans = session.run("python", "docs/plans.py", silent=True)
@@ -111,8 +113,37 @@ def docs(session: nox.Session) -> None:
     target.write_text(plans)
     if plans != before:
         session.error(f"{target} was out of date and has been written again")
-    target = Path("docs", "triton.md")
-    before = target.read_text()
-    session.run("python", "docs/triton_code.py")
-    if target.read_text() != before:
-        session.error(f"{target} was out of date and has been written again")
+    for target, command in (("triton", ("docs/triton_code.py",)), ("numerics", ("-m", "docs.numerics"))):
+        page = Path("docs", f"{target}.md")
+        before = page.read_text()
+        session.run("python", *command)
+        if page.read_text() != before:
+            session.error(f"{page} was out of date and has been written again")
+
+
+def sphinx(session: nox.Session, builder: str, folder: str) -> None:
+    """Install the extra `docs` and run Sphinx; every warning, and every reference that leads nowhere, is an error."""
+    packages = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"]
+    session.run("python", "-m", "pip", "install", "--quiet", *packages)
+    options = ("--fresh-env", "--nitpicky", "--fail-on-warning", "--keep-going", "--quiet")
+    session.run("python", "-m", "sphinx", "--builder", builder, *options, *session.posargs, "docs", folder)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation site into .build/site."""
+    sphinx(session, "html", SITE)
+
+
+@nox.session
+def links(session: nox.Session) -> None:
+    """Ask every link from the documentation to other sites whether it is there. It needs the network."""
+    sphinx(session, "linkcheck", ".build/links")
+
+
+@nox.session
+def screenshots(session: nox.Session) -> None:
+    """Build the site and look at it in a browser, desktop and phone, light and dark: pictures, and faults as errors."""
+    sphinx(session, "html", SITE)
+    session.run("python", "-m", "pip", "install", "--quiet", "playwright")
+    session.run("python", "docs/screenshots.py", SITE, PICTURES)

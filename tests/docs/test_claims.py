@@ -11,8 +11,8 @@ import pytest
 import fastbn
 from fastbn.ops.activations import ACTIVATIONS
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench" / "README.md"])
 TOP = "csrc fastbn tests bench docs examples .ci .github".split()
 # Paths that commands write or find elsewhere.
 MADE = {"demo/curves.png"}

@@ -1,0 +1,89 @@
+"""Builds the extension with AddressSanitizer in a copy of the tree, and runs tests through the bindings there.
+
+`python -m tests.nightly.bindings [argument of pytest ...]`. First a planted overrun must be reported: a tensor whose
+storage is smaller than its sizes say. The compiler is a script that adds flags, so that setup.py is as users run it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPY = ROOT / ".build" / "asan"
+# As in CMakeLists.txt, which has the reasons: these flags take minutes off the compilation.
+FLAGS = (
+    "-fsanitize=address -fno-omit-frame-pointer -g1 -O1 -fno-sanitize-address-use-after-scope "
+    "--param=asan-instrumentation-with-call-threshold=0"
+)
+TESTS = ("-q", "-m", "not slow", "-k", "not emulator and not stream and not triton", "tests/ops", "tests/functional")
+OVERRUN = """
+import torch, fastbn
+print("instruction set", fastbn._C.build_info()["cpu_instruction_set"], flush=True)
+x = torch.randn(4, 8, 1000)
+view = x.view(x.shape)
+x.untyped_storage().resize_(4096)
+fastbn.functional.batch_norm(view, None, None, training=True, backend="cpu")
+"""
+
+
+def copy_tree() -> None:
+    """Copy the files that git knows or would take."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    shutil.rmtree(COPY, ignore_errors=True)
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, COPY / name)
+
+
+def build() -> None:
+    compiler = COPY / ".build" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" {FLAGS}\n')
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "FASTBN_CUDA": "0", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=COPY, check=True, env=env)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the copy with AddressSanitizer, which has to be loaded before Python."""
+    compiler = os.environ.get("CXX", "c++").split()
+    library = subprocess.check_output([*compiler, "-print-file-name=libasan.so"], text=True).strip()
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(COPY),
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaks on purpose
+        "FASTBN_CPU": "avx2" if has_avx2() else "portable",  # it does not see the masked loads and stores of AVX-512
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=COPY, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def has_avx2() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and all(f" {flag}" in cpuinfo.read_text() for flag in ("avx2", "fma", "f16c"))
+
+
+def main() -> int:
+    copy_tree()
+    build()
+    planted = run("-c", OVERRUN)
+    if not re.search(r"heap-buffer-overflow[\s\S]*fastbn/_C", planted.stdout):
+        print(f"expected AddressSanitizer to report a heap-buffer-overflow in fastbn/_C, got\n{planted.stdout}")
+        return 1
+    print(planted.stdout.splitlines()[0])
+    print("the planted overrun was reported")
+    tests = run("-m", "pytest", *(sys.argv[1:] or TESTS))
+    print(tests.stdout)
+    return tests.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

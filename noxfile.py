@@ -120,7 +120,7 @@ def bindings(session: nox.Session) -> None:
 
 @nox.session
 def large(session: nox.Session) -> None:
-    """Run the tests of more than 2^31 elements on the CPU, which take 15 GB of memory."""
+    """Run the tests of more than 2^31 elements on the CPU, which take 14 GiB of memory."""
     session.run(*PYTEST, "-q", "-m", "large and not gpu", "tests/ops/test_large.py", *session.posargs)
 
 

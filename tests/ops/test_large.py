@@ -13,8 +13,9 @@ from tests import implementations
 
 EPS = 1e-5
 RELU = 1
-# Input, output and input gradient in bfloat16 are 4.3 GB each, the mask is a sixteenth of one.
-NEEDED_GIB = 14.5
+# Input, output and input gradient in bfloat16 take 4 GiB each, the mask a sixteenth of that, and torch and the pieces
+# the rest (an estimate).
+NEEDED_GIB = 14
 
 
 @pytest.mark.large

@@ -24,6 +24,7 @@ PYTEST = ("python", "-m", "pytest")
 TIMED = "tests/bench"
 CMAKE_BUILD = ".build/cmake"
 SITE, PICTURES = ".build/site", ".build/screenshots"
+TSAN_BUILD = ".build/tsan"
 
 
 @nox.session
@@ -94,6 +95,40 @@ def sanitize(session: nox.Session) -> None:
     folders = [f"tests/{name}" for name in ("functional", "numerics", "autograd", "ops")]
     selected = ("-k", "stream or emulator", "-m", "not slow")
     session.run(*PYTEST, "-q", *selected, *folders, *session.posargs, env=env)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Compare 10,000 drawn calls with torch and with extended precision, on all cores; options follow --."""
+    session.run("python", "-m", "tests.fuzz", "--cases", "10000", *session.posargs)
+
+
+@nox.session
+def threads(session: nox.Session) -> None:
+    """Run the CPU kernels on several threads under ThreadSanitizer."""
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    session.run("cmake", "-S", ".", "-B", TSAN_BUILD, *generator, "-DFASTBN_TSAN=ON", external=True)
+    jobs = str(os.cpu_count() or 1)
+    session.run("cmake", "--build", TSAN_BUILD, "--target", "test_threads", "--parallel", jobs, external=True)
+    session.run("ctest", "--test-dir", TSAN_BUILD, "-R", "^test_threads_", "--output-on-failure", external=True)
+
+
+@nox.session
+def bindings(session: nox.Session) -> None:
+    """Build the extension with AddressSanitizer in a copy of the tree, and run the tests of its ops there."""
+    session.run("python", "-m", "tests.nightly.bindings", *session.posargs)
+
+
+@nox.session
+def large(session: nox.Session) -> None:
+    """Run the tests of more than 2^31 elements on the CPU, which take 14 GiB of memory."""
+    session.run(*PYTEST, "-q", "-m", "large and not gpu", "tests/ops/test_large.py", *session.posargs)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Run the four above, or those named after --, and write their outcomes to CONTRIBUTING.md."""
+    session.run("python", "-m", "tests.nightly", *session.posargs)
 
 
 @nox.session

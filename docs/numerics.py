@@ -18,7 +18,7 @@ import torch
 
 from bench.machine import machine
 from fastbn.cli.verify import FULL_CASES
-from fastbn.testing import ParityCase, compare_case
+from fastbn.testing import VerifyCase, compare_case
 
 PAGE, FILE = Path(__file__).with_name("numerics.md"), Path(__file__).with_name("numerics.json")
 BEGIN, END = "<!-- tables: python -m docs.numerics -->\n", "<!-- end of tables -->\n"
@@ -32,11 +32,11 @@ def measured() -> dict[str, Any]:
     """Return machine and errors: of the cases of `fastbn verify`, and of channels with a large mean."""
     about = {key: value for key, value in machine(torch.device("cpu")).items() if key in KEPT}
     layouts = ("contiguous", "channels_last")
-    far = [ParityCase(SHAPE, mean=mean, std=1.0, layout=layout) for layout in layouts for mean in MEANS]
+    far = [VerifyCase(SHAPE, mean=mean, std=1.0, layout=layout) for layout in layouts for mean in MEANS]
     return {"machine": about, "cases": list(_rows(FULL_CASES)), "means": list(_rows(far))}
 
 
-def _rows(cases: Iterable[ParityCase]) -> Iterator[dict[str, Any]]:
+def _rows(cases: Iterable[VerifyCase]) -> Iterator[dict[str, Any]]:
     for case in cases:
         row = {
             "operation": case.operation + ("" if case.training else ", eval"),

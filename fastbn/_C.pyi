@@ -1,5 +1,5 @@
 # The compiled module: build information and the planner. Importing it registers torch.ops.fastbn.
-# tests/test_types.py holds these names to those of csrc/bindings/module.cpp.
+# tests/test_types.py holds these names to those of csrc/python/module.cpp.
 from collections.abc import Sequence
 from typing import Any
 

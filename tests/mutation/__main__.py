@@ -85,7 +85,7 @@ class Tree:
         )  # fmt: skip
         files = {Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
         if "extension" not in builds:  # the one that the checkout's tests use
-            files |= {path.relative_to(ROOT) for path in (ROOT / "fastbn").glob("_C*.so")}
+            files |= {path.relative_to(ROOT) for path in (ROOT / "fastbn").glob("*.so")}
         for path in files:
             target, content = self.path / path, (ROOT / path).read_bytes()
             if not target.exists() or target.read_bytes() != content:

@@ -41,6 +41,18 @@ def test_a_command_that_installs_a_wheel_takes_one():
         assert sorted(taken) == sorted([wheel] for wheel in wheels), page
 
 
+def test_pages_for_users_link_the_pages_that_they_name():
+    docs = ROOT / "docs"
+    named = [
+        f"{page.name}: {name}"
+        for page in docs.glob("*.md")
+        if page.name not in ("design.md", "doctor.md")
+        for name in re.findall(r"`(?:docs/)?(\w+\.md)`", page.read_text())
+        if (docs / name).exists()
+    ]
+    assert named == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_named_paths_exist(page):
     missing = [

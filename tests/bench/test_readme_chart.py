@@ -105,6 +105,12 @@ def test_no_text_is_cut_off_or_on_top_of_another():
         assert not any(inner.overlaps(other.shrunk(1, 0.7)) for other in boxes[index + 1 :]), texts[index].get_text()
 
 
+def test_each_panel_has_its_machine():
+    texts = [text.get_text() for text in readme_chart.draw(_shown(), "light").texts]
+    for panel, name in zip(_shown()["panels"], ("Layer", "Network"), strict=True):
+        assert f"{name}: {panel['run']}" in texts
+
+
 def test_readme_has_the_pictures_and_says_what_they_show():
     assert f'alt="{readme_chart.alternative(_shown())}"' in README
     assert all(f'"docs/readme_{theme}.svg"' in README for theme in readme_chart.THEMES)

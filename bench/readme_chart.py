@@ -40,7 +40,7 @@ THEMES = {
     "light": {"text": "#1F2328", "faint": "#59636E", "torch": "#0072B2", "float32": "#D55E00", "bfloat16": "#F2A66B"},
     "dark": {"text": "#F0F6FC", "faint": "#A3ADB8", "torch": "#56B4E9", "float32": "#D55E00", "bfloat16": "#F5B98A"},
 }
-# README shows the picture 540 pixels wide, a telephone some 350: text of 11 points is then 10 pixels high.
+# README shows the picture 460 pixels wide, a telephone some 350, where text of 11 points is 10 pixels high.
 _WIDTH, _ROW, _GAP = 5.2, 0.4, 0.9
 _TEXT, _SMALL = 11.5, 10.5
 _BAR = 0.38
@@ -147,7 +147,7 @@ def _captions(figure: Figure, height: float, shown: dict[str, Any], colors: dict
         figure.text(at + 0.045, top, dtype, size=_TEXT, color=colors["text"], va="center")
     notes = [
         "Geometric mean over the cases (worst case), on a CPU:",
-        *dict.fromkeys(panel["run"] for panel in shown["panels"]),
+        *(f"{name}: {panel['run']}" for name, panel in zip(("Layer", "Network"), shown["panels"], strict=True)),
     ]
     for line, note in enumerate(reversed(notes)):
         figure.text(0.01, (0.1 + 0.19 * line) / height, note, size=_SMALL - 1, color=colors["faint"], va="center")

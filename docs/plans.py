@@ -24,8 +24,8 @@ HEAD = """\
 
 The *planner* chooses how a CUDA kernel walks over a tensor. This page has its choices on an H200 for the activations of
 ResNet-50: in bfloat16, in training, without residual and activation. `fastbn.explain(x, direction, device="h200")`
-answers the same in words, and `design.md` says what the plans are. The planner chooses by predicted times; no stream
-kernel has been measured. `python docs/plans.py > docs/plans.md` writes this page.
+answers the same in words, and [Design](design.md#cuda-plans) says what the plans are. The planner chooses by predicted
+times; no stream kernel has been measured. `python docs/plans.py > docs/plans.md` writes this page.
 
 | cell | a stream plan, in one launch that reads each tensor once |
 |---|---|

@@ -146,7 +146,10 @@ def draw(results: dict) -> Figure:
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
         panels[0, column].set_title(_LABELS[variant], fontsize=10.5)
-        panels[1, column].set_title(f"test accuracy {statistics.mean(numbers['accuracy']):.0%}", fontsize=10.5)
+        panels[1, column].set_title(
+            f"test accuracy {statistics.mean(numbers['accuracy']):.0%}\n(mean of {len(numbers['accuracy'])} seeds)",
+            fontsize=10.5,
+        )
     panels[0, 0].set_ylabel("layer, at initialisation")
     panels[1, 0].set_ylabel(f"layer, after {results['settings']['steps']} steps")
     panels[1, 1].set_xlabel("what enters the ReLU (number: its standard deviation in a channel)")

@@ -89,5 +89,5 @@ def draw(results: dict) -> Figure:
         axes.set_ylabel("image")
     for axes in panels[-1]:
         axes.set_xlabel("channel")
-    made.suptitle("Coloured: what the output of the red element depends on")
+    made.suptitle("Coloured: what the output of the orange element depends on")
     return made

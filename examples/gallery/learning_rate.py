@@ -38,8 +38,8 @@ SETTINGS = {
 # The mean loss of the last steps is the final one, and a net has trained if it classifies as many test images.
 _LAST_STEPS = 20
 TRAINED = 0.5
-# Where the marks of divergence stand on the axis of learning rates, so that none hides another.
-_BESIDE = {PLAIN: 0.75, BN: 1.0, NOISY: 1.33}
+# How far up the axis of losses the marks of divergence stand, above all losses and so that none hides another.
+_ABOVE = {PLAIN: 2.8, BN: 3.0, NOISY: 3.2}
 
 
 class Noise(nn.Module):
@@ -180,10 +180,9 @@ def draw(results: dict) -> Figure:
             _line(losses, lrs, small, style)
             diverged = [lr for lr, seeds in zip(lrs, small, strict=True) if len(seeds) < results["settings"]["seeds"]]
             if diverged:
-                beside = [lr * _BESIDE[variant] for lr in diverged]
-                losses.plot(beside, [ceiling] * len(beside), "x", color=style["color"], markersize=8, clip_on=False)
+                losses.plot(diverged, [_ABOVE[variant]] * len(diverged), "x", color=style["color"], markersize=8)
             _line(accuracies, lrs, measures["accuracy"], style)
-        losses.set(title=name, xscale="log", ylim=(0, ceiling))
+        losses.set(title=name, xscale="log", ylim=(0, 3.35), yticks=[0, 0.5, 1, 1.5, 2, 2.5])
         accuracies.set(xlabel="learning rate", ylim=(0, 1))
         for axes in panels[:, column]:
             axes.grid()

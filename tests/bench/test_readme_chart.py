@@ -105,6 +105,12 @@ def test_no_text_is_cut_off_or_on_top_of_another():
         assert not any(inner.overlaps(other.shrunk(1, 0.7)) for other in boxes[index + 1 :]), texts[index].get_text()
 
 
+def test_each_panel_has_its_machine():
+    texts = [text.get_text() for text in readme_chart.draw(_shown(), "light").texts]
+    for panel, name in zip(_shown()["panels"], ("Layer", "Network"), strict=True):
+        assert f"{name}: {panel['run']}" in texts
+
+
 def test_readme_has_the_pictures_and_says_what_they_show():
     assert f'alt="{readme_chart.alternative(_shown())}"' in README
     assert all(f'"docs/readme_{theme}.svg"' in README for theme in readme_chart.THEMES)
@@ -118,8 +124,8 @@ def test_what_readme_says_of_the_results():
     )
     alone = readme_chart.layer_speedup(_layers(), "train_backward", "float32", "compile")
     assert (
-        f"takes torch eager {factor(eager['mean'])} times as long as fastbn ({eager['cases']} shapes), torch's oneDNN "
-        f"tensors {factor(onednn['mean'])} times ({onednn['cases']} shapes), and torch.compile "
+        f"takes torch eager {factor(eager['mean'])} times as long as fastbn ({eager['cases']} shapes), torch eager on "
+        f"oneDNN (mkldnn) tensors {factor(onednn['mean'])} times ({onednn['cases']} shapes), and torch.compile "
         f"{factor(compiled['mean'])} times ({compiled['cases']} shapes; {factor(alone['mean'])} times without the ReLU)"
     ) in text
     frozen = readme_chart.layer_speedup(_layers(), "frozen", "float32")
@@ -146,6 +152,17 @@ def test_every_slow_case_is_named():
         assert f"16x3x224x224 ({evaluated[0]}" in text or f"16x3x224x224 in evaluation ({evaluated[0]})" in text
         assert f"({evaluated[1]} to {evaluated[-1]})" in text
         assert f"({min(slow['frozen'])} to {max(slow['frozen'])} in nine cases)" in text
+
+
+def test_a_slow_case_of_the_sweeps_is_named_apart():
+    slow = [
+        (m.case, m.op, m.dtype, factor(m.speedup_over["torch"]))
+        for m in _layers().measurements
+        if m.implementation == FASTBN and is_sweep(m.group) and m.speedup_over["torch"] < 1
+    ]
+    assert slow == [("sweep_C-8x3000x8x8-channels_last", "train_backward", "float32", "0.86")]
+    for text in map(_words, (README, PERFORMANCE)):
+        assert "8x3000x8x8 in channels_last" in text and "(0.86), measured apart from the 39" in text
 
 
 def _over_torch() -> list[tuple[str, str, float]]:

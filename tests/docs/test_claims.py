@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,27 @@ def _alternatives(path: str) -> list[str]:
     if braces is None:
         return [path]
     return [path[: braces.start()] + part + path[braces.end() :] for part in braces[1].split(",")]
+
+
+def test_a_command_that_installs_a_wheel_takes_one():
+    """The wheels for CPUs and with CUDA of one version may lie in one folder."""
+    wheels = [f"fastbn-{fastbn.__version__}{local}-cp310-cp310-linux_x86_64.whl" for local in ("", "+cu130")]
+    for page in (ROOT / "README.md", ROOT / "docs" / "install.md"):
+        patterns = set(re.findall(r"fastbn-[\w.+*-]+\.whl", page.read_text()))
+        taken = [[wheel for wheel in wheels if fnmatch(wheel, pattern)] for pattern in patterns]
+        assert sorted(taken) == sorted([wheel] for wheel in wheels), page
+
+
+def test_pages_for_users_link_the_pages_that_they_name():
+    docs = ROOT / "docs"
+    named = [
+        f"{page.name}: {name}"
+        for page in docs.glob("*.md")
+        if page.name not in ("design.md", "doctor.md")
+        for name in re.findall(r"`(?:docs/)?(\w+\.md)`", page.read_text())
+        if (docs / name).exists()
+    ]
+    assert named == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

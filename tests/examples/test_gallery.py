@@ -279,6 +279,21 @@ def test_adam_and_fixed_statistics_give_such_biases_something_to_do(data):
     assert min(conv_bias.gradients(model.eval(), images.train, images.train_labels)) > 1e-3
 
 
+def test_a_diverged_seed_is_marked_at_its_rate(kept):
+    """Marks are inside the axes, and none is on top of another."""
+    results = kept["learning_rate"]
+    axes = learning_rate.draw(results).axes[1]
+    marks = [tuple(point) for line in axes.lines if line.get_marker() == "x" for point in line.get_xydata()]
+    assert sorted(x for x, _ in marks) == [1, 3, 10, 10, 10] and len(set(marks)) == len(marks)
+    assert {x for x, _ in marks} <= set(results["settings"]["lrs"])
+    assert all(2.6 < y < axes.get_ylim()[1] for _, y in marks)
+
+
+def test_an_accuracy_in_the_picture_says_of_how_many_seeds(kept):
+    titles = [axes.get_title() for axes in activations.draw(kept["activations"]).axes]
+    assert sum(title.endswith("(mean of 3 seeds)") for title in titles) == 3
+
+
 @pytest.fixture(scope="module")
 def page():
     return (DOCS / "gallery.md").read_text()

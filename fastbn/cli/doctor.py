@@ -16,6 +16,7 @@ from torch import nn
 
 from fastbn.cli.errors import CommandError, reason
 from fastbn.inspect.doctor import SEVERITIES, doctor
+from fastbn.inspect.doctor.diagnosis import printable
 
 SUMMARY = "find what is wrong with the BatchNorms of a model or a checkpoint"
 
@@ -65,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
         diagnosis = doctor(model, args.input, training=training, device=args.device)
     except ValueError as error:
         raise CommandError(_first_line(error)) from None
+    except SystemExit:
+        raise CommandError(f"expected a model that can be examined, got one whose code exits: {args.target}") from None
     print(json.dumps(diagnosis.as_dict(), indent=2) if args.json else diagnosis)
     return 1 if diagnosis.at_least(args.fail_on) else 0
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _first_line(error: BaseException) -> str:
+    return printable(str(error).strip().partition("\n")[0])
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -96,8 +99,8 @@ def _make(target: str) -> nn.Module:
         for part in path.split("."):
             made = getattr(made, part)
         model = made if isinstance(made, nn.Module) else made()
-    except Exception as error:  # whatever the user's code raises
-        got = f"{type(error).__name__}: {_first_line(error)}"
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        got = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")
         raise CommandError(f"expected a model from {target}, got {got}") from None
     if not isinstance(model, nn.Module):
         raise CommandError(f"expected a torch.nn.Module from {target}, got {type(model).__name__}")

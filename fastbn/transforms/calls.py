@@ -128,7 +128,7 @@ def _graphs(module: nn.Module) -> list[fx.Graph]:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 graphs.append(tracer.trace(module, concrete))
-        except Exception:  # whatever a forward raises for arguments that have no values
+        except (Exception, SystemExit):  # whatever a forward raises for arguments that have no values
             pass
         finally:  # a forward may assign to attributes
             vars(module).clear()

@@ -134,6 +134,32 @@ def test_models_that_cannot_be_made(folder, capsys, text, said, request):
     assert said.format(target) in line and target in line
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("raise SystemExit(0)", "expected a model from {}, got SystemExit: 0"),
+        ("def make(): raise SystemExit", "expected a model from {}, got SystemExit"),
+        (
+            "from torch import nn\nclass make(nn.Module):\n"
+            "    def __init__(self): super().__init__(); self.bn = nn.BatchNorm2d(8)\n"
+            "    def forward(self, x): raise SystemExit('\x1b[2J')",
+            r"doctor: the model's forward raised SystemExit: \x1b[2J",
+        ),
+        (
+            "from torch import nn\nclass make(nn.BatchNorm2d):\n    def __init__(self): super().__init__(8)\n"
+            "    def named_buffers(self, *args, **options): raise SystemExit(0)",
+            "expected a model that can be examined, got one whose code exits: {}",
+        ),
+    ],
+    ids=["import", "call", "forward", "elsewhere"],
+)
+def test_models_that_exit(folder, capsys, text, said, request):
+    target = write(folder, f"exits_{request.node.callspec.id}", text)
+    assert main(["doctor", target, "--input", "4,8,4,4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == said.format(target)
+
+
 def _module(folder):
     torch.save(nn.BatchNorm2d(8), folder / "file")
 

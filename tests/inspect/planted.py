@@ -24,6 +24,7 @@ class Faulty(nn.Module):
         self.negative, self.zero, self.exploded, self.exploded_mean = (_unit() for _ in range(4))
         self.never_updated, self.unmoved, self.lost_counter, self.zero_weight = (_unit() for _ in range(4))
         self.zero_eps, self.zero_momentum, self.keras_momentum, self.untracked = (_unit() for _ in range(4))
+        self.negative_momentum, self.mismatched = _unit(), _unit()
         self.by_eval, self.half_frozen = _unit(), _unit()
         self.biased = _unit(bias=True)
         self.after_relu = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.ReLU(), nn.BatchNorm2d(CHANNELS))
@@ -57,6 +58,8 @@ class Faulty(nn.Module):
         self.zero_eps[1].eps = 0.0
         self.zero_momentum[1].momentum = 0.0
         self.keras_momentum[1].momentum = 0.99
+        self.negative_momentum[1].momentum = -0.1
+        self.mismatched[1].running_var = torch.rand(CHANNELS + 1) + 0.5
         self.untracked[1] = nn.BatchNorm2d(CHANNELS, track_running_stats=False)
         self.by_eval[1].eval()
         self.half_frozen[1].requires_grad_(False)
@@ -66,6 +69,7 @@ class Faulty(nn.Module):
         x = self.exploded_mean(self.exploded(self.zero(self.negative(x))))
         x = self.zero_weight(self.lost_counter(self.unmoved(self.never_updated(x))))
         x = self.untracked(self.keras_momentum(self.zero_momentum(self.zero_eps(x))))
+        x = self.mismatched(self.negative_momentum(x))
         x = self.biased(self.half_frozen(self.by_eval(x)))
         x = self.after_dropout(self.after_relu(x))
         x = self.shared(x) + self.shared(x + 1)
@@ -86,7 +90,9 @@ FINDINGS = {
     ("never-updated", "unmoved.1"),
     ("lost-counter", "lost_counter.1"),
     ("zero-weight", "zero_weight.1"),
-    ("zero-eps", "zero_eps.1"),
+    ("mismatched-shapes", "mismatched.1"),
+    ("invalid-eps", "zero_eps.1"),
+    ("invalid-momentum", "negative_momentum.1"),
     ("zero-momentum", "zero_momentum.1"),
     ("large-momentum", "keras_momentum.1"),
     ("untracked-statistics", "untracked.1"),
@@ -122,6 +128,7 @@ def checkpoint() -> tuple[dict[str, object], set[tuple[str, str]]]:
     in_values = {
         "not-finite",
         "negative-variance",
+        "mismatched-shapes",
         "zero-variance",
         "exploded-statistics",
         "never-updated",

@@ -40,7 +40,7 @@ def moved(norm, batches=100):
 def test_every_planted_fault_is_found_once():
     diagnosis = fastbn.doctor(planted.Faulty(), planted.SHAPE)
     assert codes(diagnosis) == Counter(planted.FINDINGS)
-    assert diagnosis.layers == 25 and not diagnosis.left_out
+    assert diagnosis.layers == 27 and not diagnosis.left_out
 
 
 @pytest.mark.parametrize("make", [planted.evaluated, planted.checkpoint], ids=["evaluated", "checkpoint"])
@@ -91,9 +91,9 @@ def test_faults_are_in_order_and_say_what_to_do():
     order = [SEVERITIES.index(found.severity) for found in diagnosis.findings]
     assert order == sorted(order) and set(order) == {0, 1, 2}
     assert all(found.message and found.why.endswith(".") and found.advice.endswith(".") for found in diagnosis.findings)
-    assert [len(diagnosis.at_least(severity)) for severity in SEVERITIES] == [7, 20, 24]
+    assert [len(diagnosis.at_least(severity)) for severity in SEVERITIES] == [9, 22, 26]
     text = str(diagnosis)
-    assert "7 errors, 13 warnings, 4 notes." in text and all(found.layer in text for found in diagnosis.findings)
+    assert "9 errors, 13 warnings, 4 notes." in text and all(found.layer in text for found in diagnosis.findings)
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -224,6 +224,9 @@ NEAR_MISSES = {
     "a momentum of 0 in a frozen layer": lambda: fastbn.freeze(moved(nn.BatchNorm2d(8, momentum=0.0))),
     "a counter of an old checkpoint": lambda: moved(nn.BatchNorm2d(8), batches=0),
     "an activation of its own": lambda: _tail(fastbn.BatchNorm2d(8, activation="relu"), nn.Dropout(0.5)),
+    "a bias along another dimension than the channels": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm2d(8)),
+    "a momentum in a tensor": lambda: moved(nn.BatchNorm2d(8, momentum=torch.tensor(0.1))),
+    "an eps in a tensor": lambda: moved(nn.BatchNorm2d(8, eps=torch.tensor(1e-3))),
     "InstanceNorm": lambda: nn.Sequential(_conv(bias=True), nn.InstanceNorm2d(8), nn.ReLU()),
 }
 
@@ -249,7 +252,7 @@ def test_near_misses_are_not_found(name):
 def test_a_layer_with_an_activation_of_its_own():
     norm = moved(fastbn.BatchNorm2d(8, eps=0.0, momentum=0.0, activation="relu"))
     found = codes(fastbn.doctor(nn.Sequential(_conv(bias=True), norm), (4, 8, 4, 4)))
-    assert found == {("zero-eps", "1"): 1, ("zero-momentum", "1"): 1, ("bias-before-norm", "0"): 1}
+    assert found == {("invalid-eps", "1"): 1, ("zero-momentum", "1"): 1, ("bias-before-norm", "0"): 1}
 
 
 @pytest.mark.parametrize(
@@ -354,7 +357,7 @@ def test_a_model_that_cannot_be_copied():
     model = nn.Sequential(nn.BatchNorm2d(8, eps=0.0))
     model.generator = (i for i in range(3))
     diagnosis = fastbn.doctor(model)
-    assert codes(diagnosis) == {("zero-eps", "0"): 1} and diagnosis.conversion is None
+    assert codes(diagnosis) == {("invalid-eps", "0"): 1} and diagnosis.conversion is None
     assert "cannot be copied" in diagnosis.left_out[0] and "Not checked: modes, order" in str(diagnosis)
 
 
@@ -410,6 +413,161 @@ def test_torchscript_is_refused():
 def test_an_unknown_gpu():
     with pytest.raises(ValueError, match="h200"):
         fastbn.doctor(nn.BatchNorm2d(8), device="tpu")
+
+
+def _state(**tensors):
+    """Return the state_dict of a trained layer with some of its tensors replaced."""
+    state = moved(nn.BatchNorm1d(4)).state_dict() | tensors
+    return {f"bn.{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("num_batches_tracked", lambda: torch.tensor(1 + 2j)),
+        ("running_var", lambda: torch.ones(4).to_sparse()),
+        ("weight", lambda: torch.nested.nested_tensor([torch.ones(4), torch.ones(3)])),
+        ("running_mean", lambda: torch.ones(4, dtype=torch.complex64)),
+        ("bias", lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)),
+        ("running_mean", lambda: torch.ones(4, device="meta")),
+    ],
+    ids=["complex counter", "sparse", "nested", "complex", "quantized", "meta"],
+)
+def test_tensors_that_cannot_be_examined_are_named(name, make):
+    diagnosis = fastbn.doctor(_state(**{name: make()}))
+    assert not diagnosis.findings
+    assert diagnosis.left_out[0].startswith("values in bn: ")
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of", ["state", "module"])
+def test_a_counter_that_is_not_finite(count, of):
+    counter = torch.tensor(count)
+    model = moved(nn.BatchNorm1d(4)) if of == "module" else _state(num_batches_tracked=counter)
+    if of == "module":
+        model.num_batches_tracked = counter
+    (found,) = fastbn.doctor(model).findings
+    assert (found.code, found.message) == ("not-finite", f"num_batches_tracked is {count}")
+
+
+def test_a_checkpoint_whose_tensors_do_not_fit_each_other():
+    tensors = {"running_var": torch.ones(5) * 2, "weight": torch.ones(3), "bias": torch.ones(2)}
+    (found,) = fastbn.doctor(_state(**tensors)).findings
+    assert (found.code, found.layer) == ("mismatched-shapes", "bn")
+    assert sorted(re.findall(r"\d", found.message)) == ["2", "3", "4", "5"]
+    assert codes(fastbn.doctor(_state(num_batches_tracked=torch.ones(4)))) == {("mismatched-shapes", "bn"): 1}
+
+
+@pytest.mark.parametrize(
+    "name, value, found",
+    [
+        ("running_var", torch.ones(3), "mismatched-shapes"),
+        ("weight", nn.Parameter(torch.ones(3)), "mismatched-shapes"),
+        ("running_var", None, "incomplete-statistics"),
+        ("running_mean", None, "incomplete-statistics"),
+        ("weight", None, None),
+    ],
+    ids=["var", "weight", "no var", "no mean", "no weight"],
+)
+@pytest.mark.parametrize("shape", [None, (4, 8, 4, 4)], ids=["no input", "input"])
+def test_layers_that_cannot_run(name, value, found, shape):
+    norm = moved(nn.BatchNorm2d(8))
+    setattr(norm, name, value)
+    if found:
+        with pytest.raises((RuntimeError, ValueError)):
+            norm(torch.randn(4, 8, 4, 4))
+    findings = fastbn.doctor(norm, shape).findings
+    assert [each.code for each in findings] == ([found] if found else [])
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, fastbn.BatchNorm2d, fastbn.FrozenBatchNorm2d])
+def test_an_input_of_other_channels(norm):
+    model = moved(norm(4)) if norm is not fastbn.FrozenBatchNorm2d else fastbn.freeze(moved(nn.BatchNorm2d(4)))
+    (found,) = fastbn.doctor(model, (4, 5, 8, 8)).findings
+    assert (found.code, found.message) == ("mismatched-shapes", "its input of 4x5x8x8 has 5 channels, the layer 4")
+
+
+def test_a_layer_of_another_library_may_have_statistics_of_other_sizes():
+    class SphereBatchNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.randn(2))
+            self.register_buffer("running_var", torch.rand(3) + 0.5)
+
+        def forward(self, x):
+            return x
+
+    diagnosis = fastbn.doctor(SphereBatchNorm(), (16, 9))
+    assert diagnosis.layers == 1 and not diagnosis.findings
+
+
+@pytest.mark.parametrize("eps", [0, -1, float("nan"), float("inf"), "1"])
+def test_an_eps_that_no_layer_can_have(eps):
+    norm = moved(nn.BatchNorm2d(8))
+    norm.eps, norm.running_var[0] = eps, 1.0
+    (found,) = fastbn.doctor(norm).findings
+    assert (found.code, found.message) == ("invalid-eps", f"eps is {eps!r}")
+
+
+@pytest.mark.parametrize(
+    "momentum, found",
+    [
+        (float("nan"), "invalid-momentum"),
+        (-0.1, "invalid-momentum"),
+        (1.001, "invalid-momentum"),
+        ("0.1", "invalid-momentum"),
+        (torch.tensor(0.0), "zero-momentum"),
+        (torch.tensor(2.0), "invalid-momentum"),
+        (1, "large-momentum"),
+    ],
+    ids=["nan", "negative", "above 1", "text", "tensor of 0", "tensor of 2", "1"],
+)
+def test_a_momentum_that_no_average_has(momentum, found):
+    (each,) = fastbn.doctor(moved(nn.BatchNorm2d(8, momentum=momentum))).findings
+    assert each.code == found
+
+
+def test_a_bias_of_a_linear_is_subtracted_where_channels_are_last():
+    model = nn.Sequential(nn.Linear(6, 6), moved(nn.BatchNorm1d(6)))
+    assert not fastbn.doctor(model, (8, 6, 6)).findings
+    (seen,) = fastbn.doctor(model, (16, 6)).findings
+    (unseen,) = fastbn.doctor(model).findings
+    assert (seen.code, seen.message) == ("bias-before-norm", "its bias is subtracted again by 1")
+    assert unseen.message == "its bias is subtracted again by 1, if its output has two dimensions"
+
+
+class _Exits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        raise SystemExit(0)
+
+
+def test_a_forward_that_exits():
+    assert fastbn.doctor(_Exits()).left_out[0].startswith("order of bn: ")
+    with pytest.raises(ValueError, match="the model's forward raised SystemExit: 0"):
+        fastbn.doctor(_Exits(), (4, 8, 4, 4))
+
+
+def test_a_model_whose_copy_exits():
+    class Single(nn.BatchNorm2d):
+        def __deepcopy__(self, memo):
+            raise SystemExit(0)
+
+    assert "cannot be copied: its code raises SystemExit" in fastbn.doctor(Single(8)).left_out[0]
+
+
+def test_names_that_are_not_printable_are_escaped():
+    name = "x\x1b[2J\nNothing found.\u202e.é"
+    state = {f"{name}.{key}": tensor for key, tensor in _with_running(running_var=-1).state_dict().items()}
+    text = str(fastbn.doctor(state | {f"{name}.weight": torch.ones(8).to_sparse()}))
+    assert r"x\x1b[2J\nNothing found.\u202e.é" in text and "Nothing found." not in text.splitlines()
+    assert all(line.isprintable() for line in text.splitlines())
+    assert text.count("Nothing found.") == 2  # under its fault, and under what was not checked
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"a": {"b": {"c": s}}}], ids="012")

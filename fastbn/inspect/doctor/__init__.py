@@ -15,9 +15,9 @@ from fastbn.inspect.doctor import checkpoint, observed, order, settings
 from fastbn.inspect.doctor.conversion import Conversion, Traffic, predict
 from fastbn.inspect.doctor.diagnosis import Diagnosis, in_order, listed
 from fastbn.inspect.doctor.faults import FAULTS, SEVERITIES, Finding
-from fastbn.inspect.doctor.layers import is_frozen, norms_of, readable, setting
+from fastbn.inspect.doctor.layers import is_frozen, is_torchs, norms_of, number, setting, tensors_of
 from fastbn.inspect.doctor.twins import Twins, device_of, modes_of
-from fastbn.inspect.doctor.values import check_counter, check_values, values_of
+from fastbn.inspect.doctor.values import check_counter, check_shapes, check_values, is_read, values_of
 
 __all__ = ["FAULTS", "SEVERITIES", "Conversion", "Diagnosis", "Finding", "Traffic", "doctor"]
 
@@ -60,7 +60,8 @@ def doctor(
     layers = checkpoint.layers_in(model)
     if not layers:
         raise ValueError("doctor: expected a state_dict with running_mean and running_var, got none in this one")
-    return Diagnosis("state_dict", len(layers), in_order(list(checkpoint.check_state(layers))), _OF_MODULES)
+    findings = in_order(list(checkpoint.check_state(layers)))
+    return Diagnosis("state_dict", len(layers), findings, (*_unread(layers), *_OF_MODULES))
 
 
 def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | None) -> Diagnosis:
@@ -71,26 +72,26 @@ def _of_model(model: nn.Module, input: Any, training: bool | None, gpu: str | No
     with _generators_kept(where):
         try:
             twins = Twins(model, training)
-        except Exception as error:  # whatever a module raises that cannot be copied
-            why = str(error).partition(". ")[0]
+        except (Exception, SystemExit) as error:  # whatever a module raises that cannot be copied
+            why = str(error).partition(". ")[0] if isinstance(error, Exception) else "its code raises SystemExit"
             left_out.append(f"modes, order, batches and conversion, since the model cannot be copied: {why}")
         modes = modes_of(model) if twins is None else twins.examined
         for name, norm in norms.items():
             findings += settings.check_settings(name, norm)
         findings += _values(norms, modes)
-        if not all(readable(norm.running_var) for norm in norms.values() if norm.running_var is not None):
-            left_out.append("values of tensors that are on the meta device, or not initialised yet")
+        left_out += _unread({name: tensors_of(norm) for name, norm in norms.items()})
         if twins is not None:
             findings += settings.check_modes(twins)
-            found, unplaced = order.check_order(twins.make())
-            findings += found
-            if unplaced:
-                left_out.append(f"order of {listed(unplaced)}: torch.fx can trace no forward that calls these")
             seen: dict[str, list[observed.Seen]] = {}
             if input is not None:
                 twin = twins.make()
                 seen = observed.observe(twin, observed.arguments_of(input, model))
+            found, unplaced = order.check_order(twins.make(), seen)
+            findings += found
+            if input is not None:
                 findings += observed.check_calls(twin, seen)
+            if unplaced:
+                left_out.append(f"order of {listed(unplaced)}: torch.fx can trace no forward that calls these")
             conversion = predict(twins.make(), seen, where, gpu)
             if input is None:
                 left_out.append("batches and traffic, which take an input")
@@ -111,18 +112,25 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         random.setstate(state)
 
 
+def _unread(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield that values of some layers were not looked at. layers: their tensors by name."""
+    if names := [name for name, tensors in layers.items() if not is_read(tensors)]:
+        yield f"values in {listed(names)}: on the meta device, not initialised yet, or not dense real numbers"
+
+
 def _values(norms: dict[str, Any], modes: dict[str, bool]) -> Iterator[Finding]:
     """Yield what is wrong with the numbers in layers. modes: whether each module is in training mode."""
     found = {}
     for name, norm in norms.items():
-        tensors = dict(norm.named_parameters(recurse=False)) | dict(norm.named_buffers(recurse=False))
-        found[name] = values_of(name, tensors, setting(norm, "eps") or 0.0)
+        found[name] = values_of(name, tensors_of(norm), number(setting(norm, "eps")) or 0.0)
     others_moved = any(values.count for values in found.values())
     for name, values in found.items():
         norm = norms[name]
+        if is_torchs(norm):
+            yield from check_shapes(name, tensors_of(norm))
         yield from check_values(values)
         if is_frozen(norm):
             yield from check_counter(values, is_used=True, others_moved=others_moved, cumulative=False)
-        elif setting(norm, "momentum") != 0:  # zero-momentum says why statistics are as they were
+        elif number(setting(norm, "momentum")) != 0:  # zero-momentum says why statistics are as they were
             cumulative = setting(norm, "momentum") is None
             yield from check_counter(values, is_used=not modes[name], others_moved=others_moved, cumulative=cumulative)

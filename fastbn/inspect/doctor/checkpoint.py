@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.values import VECTORS, check_counter, check_values, values_of
+from fastbn.inspect.doctor.values import COUNTER, VECTORS, check_counter, check_shapes, check_values, values_of
 
-_PARTS = (*VECTORS, "num_batches_tracked")
+_PARTS = (*VECTORS, COUNTER)
 _STATISTICS = VECTORS[:2]
 # What wrappers (DataParallel, torch.compile) put before each key.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -36,11 +36,12 @@ def check_state(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
         if missing := [part for part in _STATISTICS if part not in parts]:
             there = next(part for part in _STATISTICS if part in parts)
             yield finding("incomplete-statistics", name, f"there is {there}, but no {missing[0]}")
+        yield from check_shapes(name, parts)
         values = values_of(name, parts)
         yield from check_values(values)
         yield from check_counter(values, is_used=True, others_moved=False, cumulative=None)
-        if "num_batches_tracked" not in parts and not missing:
-            yield finding("missing-counter", name, "there is no num_batches_tracked")
+        if COUNTER not in parts and not missing:
+            yield finding("missing-counter", name, f"there is no {COUNTER}")
 
 
 def _state_dicts(content: Mapping[Any, Any], where: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:

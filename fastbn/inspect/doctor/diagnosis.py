@@ -56,7 +56,7 @@ class Diagnosis:
         lines.append(f"{counted}." if counted else "Nothing found.")
         if self.conversion is not None and self.layers:
             lines += ["", *_conversion_text(self.conversion)]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
@@ -77,8 +77,14 @@ def _plural(count: int, noun: str) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Return up to three names, or two and how many more there are."""
+    """Return up to three names of layers, or two and how many more there are."""
+    names = [printable(name) or _ROOT for name in names]
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
+
+
+def printable(text: str) -> str:
+    """Return `text` with escapes, such as \\n and \\x1b, for what is not printable: names may be anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _wrapped(text: str, indent: str, first: str | None = None) -> list[str]:
@@ -90,7 +96,7 @@ def _fault(code: str, findings: list[Finding]) -> Iterator[str]:
     yield f"{findings[0].severity}  {code}"
     layers: dict[str, list[str]] = {}
     for found in findings:
-        layers.setdefault(found.message, []).append(found.layer or _ROOT)
+        layers.setdefault(found.message, []).append(found.layer)
     rows = [(listed(names), message) for message, names in layers.items()]
     width = max(len(names) for names, _ in rows[:_MAX_ROWS])
     yield from (f"  {names:{width}}  {message}" for names, message in rows[:_MAX_ROWS])
@@ -119,7 +125,7 @@ def _conversion_text(conversion: Conversion) -> Iterator[str]:
     yield f"fastbn.convert(model) would fuse {fused} with what follows, convert {converted} alone and leave {left}."
     for reason, layers in groupby(sorted(made.layers, key=lambda layer: layer.reason), key=lambda layer: layer.reason):
         if reason:
-            yield from _wrapped(f"{listed([layer.path or _ROOT for layer in layers])}: {reason}", "    ", "  ")
+            yield from _wrapped(f"{listed([layer.path for layer in layers])}: {reason}", "    ", "  ")
     if not conversion.traffic:
         return
     total = conversion.torch_bytes, conversion.fastbn_bytes

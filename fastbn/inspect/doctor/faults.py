@@ -56,13 +56,27 @@ FAULTS: dict[str, Fault] = {
     ),
     "incomplete-statistics": Fault(
         "error",
-        "Neither can be used without the other, and load_state_dict refuses such a checkpoint.",
-        "Save the whole state_dict, buffers included.",
+        "Neither can be used without the other: a call raises, and load_state_dict refuses such a checkpoint.",
+        "Save the whole state_dict, buffers included. In a model set both, or neither.",
     ),
-    "zero-eps": Fault(
+    "mismatched-shapes": Fault(
         "error",
-        "A channel whose variance is 0 is divided by 0, and torch refuses to train without a positive eps.",
+        "A layer has a statistic and a parameter for each channel of its input, and one counter. With other numbers a "
+        "call raises, or loading does.",
+        "Make the layer with as many channels as its input has. Tensors that do not fit each other were replaced by "
+        "hand, or are of several layers.",
+    ),
+    "invalid-eps": Fault(
+        "error",
+        "eps is to be finite and above 0. With 0 a channel that is constant is divided by 0, with less there is no "
+        "square root, and torch refuses to train with either.",
         "Set eps to 1e-5, torch's default, or to the value that the model was trained with.",
+    ),
+    "invalid-momentum": Fault(
+        "error",
+        "The momentum is the weight of the newest batch in an average, from 0 to 1. Outside of that the statistics "
+        "leave what was ever measured, and variances may fall below 0; with NaN they become NaN.",
+        "Set momentum to 0.1, torch's default, or to None for the average of all batches.",
     ),
     "one-value-per-channel": Fault(
         "error",

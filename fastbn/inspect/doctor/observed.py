@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.layers import is_frozen, norms_of, uses_batch
+from fastbn.inspect.doctor.layers import is_frozen, is_torchs, norms_of, tensors_of, uses_batch
 from fastbn.inspect.doctor.twins import device_of, dtype_of
+from fastbn.inspect.doctor.values import VECTORS
 
 # With fewer values per channel the variance of a batch has a relative error above a third: sqrt(2 / (n - 1)).
 MIN_VALUES = 16
@@ -65,7 +66,7 @@ def observe(twin: nn.Module, arguments: tuple[Any, ...]) -> dict[str, list[Seen]
     with torch.no_grad():
         try:
             twin(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"doctor: the model's forward raised {type(error).__name__}: {error}") from error
     return seen
 
@@ -91,6 +92,11 @@ def check_calls(twin: nn.Module, seen: dict[str, list[Seen]]) -> Iterator[Findin
         calls = seen[name]
         if len(calls) > 1 and not is_frozen(norm):
             yield finding("shared-layer", name, f"the layer is called {len(calls)} times in one forward pass")
+        channels = _channels_of(norm)
+        if other := next((call.shape for call in calls if channels not in (None, call.shape[1])), None):
+            size = "x".join(map(str, other))
+            message = f"its input of {size} has {other[1]} channels, the layer {channels}"
+            yield finding("mismatched-shapes", name, message)
         batches = [call for call in calls if call.by_batch]
         if not batches:
             continue
@@ -102,3 +108,11 @@ def check_calls(twin: nn.Module, seen: dict[str, list[Seen]]) -> Iterator[Findin
             yield finding("small-batch", name, f"its input of {size} is a batch of one")
         elif 1 < values < MIN_VALUES:
             yield finding("small-batch", name, f"its input of {size} has {values} values per channel")
+
+
+def _channels_of(norm: nn.Module) -> int | None:
+    """Return how many channels a layer of torch's kind takes, None where no tensor says it, and for other layers."""
+    if not is_torchs(norm):
+        return None
+    tensors = tensors_of(norm)
+    return next((tensors[name].numel() for name in VECTORS if name in tensors), None)

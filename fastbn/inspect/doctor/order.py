@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
 from fastbn.inspect.doctor.layers import is_frozen, is_norm, setting, uses_batch
+from fastbn.inspect.doctor.observed import Seen
 from fastbn.nn.torch_activations import ACTIVATIONS, FUNCTIONS, METHODS
 from fastbn.transforms.calls import Calls, Site, find_calls
 from fastbn.transforms.pairs import DIMS, kind_of
@@ -38,14 +39,21 @@ class _Call(NamedTuple):
         return first if isinstance(first, fx.Node) else None
 
 
-def check_order(twin: nn.Module) -> tuple[list[Finding], list[str]]:
-    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms whose calls nobody saw."""
+def check_order(twin: nn.Module, seen: Mapping[str, Sequence[Seen]]) -> tuple[list[Finding], list[str]]:
+    """Return what is wrong with the order of calls in a copy of a model, and the BatchNorms whose calls nobody saw.
+
+    seen: what `observe` saw of the layers, empty without an input.
+    """
     names = {module: name for name, module in twin.named_modules()}
     norms = [module for module in names if is_norm(module)]
     calls = find_calls(twin) if norms else Calls()
     sites = {module: list(_calls_of(module, calls)) for module in names if module in calls.callers}
     called = {norm: sites[norm] for norm in norms if norm in sites}
-    findings = [*_biases(twin, names, calls, sites), *_activations(names, called), *_neighbours(names, calls, called)]
+    findings = [
+        *_biases(twin, names, calls, sites, seen),
+        *_activations(names, called),
+        *_neighbours(names, calls, called),
+    ]
     return findings, [names[norm] for norm in norms if norm not in called and norm is not twin]
 
 
@@ -75,7 +83,11 @@ def _same_graph(a: _Call, b: _Call) -> bool:
 
 
 def _biases(
-    twin: nn.Module, names: dict[nn.Module, str], calls: Calls, sites: dict[nn.Module, list[_Call]]
+    twin: nn.Module,
+    names: dict[nn.Module, str],
+    calls: Calls,
+    sites: dict[nn.Module, list[_Call]],
+    seen: Mapping[str, Sequence[Seen]],
 ) -> Iterator[Finding]:
     """Yield the convolutions and Linears whose bias every reader of their output subtracts with the mean."""
     for module, its_calls in sites.items():
@@ -87,15 +99,23 @@ def _biases(
             continue  # a forward that cannot be traced may call it by itself
         readers = [call.module_of(user) for call in its_calls for user in call.node.users]
         if readers and all(_subtracts_mean(reader, module, twin.training) for reader in readers):
-            after = ", ".join(sorted({names[reader] for reader in readers if reader is not None}))
-            yield finding("bias-before-norm", names[module], f"its bias is subtracted again by {after}")
+            after = sorted({names[reader] for reader in readers if reader is not None})
+            message, inputs = f"its bias is subtracted again by {', '.join(after)}", [seen.get(each) for each in after]
+            if isinstance(module, nn.Linear):  # its bias is along the last dimension, the channels are the second one
+                if any(len(call.shape) != 2 for each in inputs for call in each or ()):
+                    continue
+                message += "" if all(inputs) else ", if its output has two dimensions"
+            yield finding("bias-before-norm", names[module], message)
 
 
 def _subtracts_mean(reader: Any, source: Any, is_training: bool) -> bool:
     """Return whether a module removes what `source` adds to each channel, in training."""
     if reader is None or not is_norm(reader) or is_frozen(reader) or (is_training and not uses_batch(reader)):
         return False
-    features = source.out_features if isinstance(source, nn.Linear) else source.out_channels
+    is_linear = isinstance(source, nn.Linear)
+    if is_linear and isinstance(reader, (nn.BatchNorm2d, nn.BatchNorm3d)):
+        return False
+    features = source.out_features if is_linear else source.out_channels
     return bool(setting(reader, "num_features") == features)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.layers import is_frozen, norms_of, setting
+from fastbn.inspect.doctor.layers import is_frozen, norms_of, number, setting
 from fastbn.inspect.doctor.twins import Twins
 
 # From here on a momentum is taken for that of a framework in which it weights the old value.
@@ -18,17 +19,29 @@ LARGE_MOMENTUM = 0.9
 def check_settings(name: str, norm: Any) -> Iterator[Finding]:
     """Yield what is wrong with eps, momentum and tracking of one BatchNorm."""
     eps, momentum = setting(norm, "eps"), setting(norm, "momentum")
-    if isinstance(eps, (int, float)) and not eps > 0:
-        yield finding("zero-eps", name, f"eps is {eps:g}")
+    if eps is not None and not 0 < (number(eps) or 0) < math.inf:
+        yield finding("invalid-eps", name, f"eps is {_shown(eps)}")
+    missing = [part for part in ("running_mean", "running_var") if getattr(norm, part, None) is None]
+    if len(missing) == 1:
+        there = "running_var" if missing == ["running_mean"] else "running_mean"
+        yield finding("incomplete-statistics", name, f"there is {there}, but no {missing[0]}")
     if is_frozen(norm):
         return
-    if norm.running_mean is None:
+    if len(missing) == 2:
         yield finding("untracked-statistics", name, "the layer has no running statistics")
-    elif isinstance(momentum, (int, float)):
-        if momentum == 0:
+    elif momentum is not None:
+        value = number(momentum)
+        if value is None or not 0 <= value <= 1:
+            yield finding("invalid-momentum", name, f"momentum is {_shown(momentum)}")
+        elif value == 0:
             yield finding("zero-momentum", name, "momentum is 0")
-        elif momentum >= LARGE_MOMENTUM:
-            yield finding("large-momentum", name, f"momentum is {momentum:g}")
+        elif value >= LARGE_MOMENTUM:
+            yield finding("large-momentum", name, f"momentum is {value:g}")
+
+
+def _shown(setting: Any) -> str:
+    value = number(setting)
+    return repr(setting)[:40] if value is None else f"{value:g}"
 
 
 def check_modes(twins: Twins) -> Iterator[Finding]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbn.inspect.doctor.faults import Finding, finding
-from fastbn.inspect.doctor.layers import readable
+from fastbn.inspect.doctor.layers import number, readable
 
 # A standard deviation of 1e4, of which six and a half reach the largest number of float16.
 EXPLODED_VAR = 1e8
@@ -18,18 +19,23 @@ EXPLODED_MEAN = torch.finfo(torch.float16).max
 
 
 VECTORS = ("running_mean", "running_var", "weight", "bias")
+COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a layer holds, vectors of shape (C,); None for what it has not, or what cannot be read."""
+    """What a layer holds, vectors of shape (C,); None for what it has not, or what cannot be read.
+
+    count: num_batches_tracked. bad_count: the same where it is NaN or infinite.
+    """
 
     layer: str
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    count: int | None = None  # num_batches_tracked
+    count: int | None = None
+    bad_count: float | None = None
     eps: float = 1e-5
 
     @property
@@ -41,10 +47,32 @@ class Values:
 
 def values_of(layer: str, tensors: Mapping[str, Any], eps: float = 1e-5) -> Values:
     """Return the values of a layer from its parameters and buffers by their names."""
-    counter = tensors.get("num_batches_tracked")
-    count = int(counter) if readable(counter) and counter is not None and counter.numel() == 1 else None
+    count = number(tensors.get(COUNTER))
     mean, var, weight, bias = (_read(tensors.get(name)) for name in VECTORS)
-    return Values(layer, mean, var, weight, bias, count, eps)
+    if count is None or math.isfinite(count):
+        return Values(layer, mean, var, weight, bias, None if count is None else int(count), eps=eps)
+    return Values(layer, mean, var, weight, bias, bad_count=count, eps=eps)
+
+
+def is_read(tensors: Mapping[str, Any]) -> bool:
+    """Return whether all tensors that a layer has are such that `values_of` can read them."""
+    return all(readable(tensors[name]) for name in (*VECTORS, COUNTER) if tensors.get(name) is not None)
+
+
+def check_shapes(layer: str, tensors: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield whether the tensors of a layer are of different numbers of channels. Their values need not be readable."""
+    sizes = {name: t.numel() for name in (*VECTORS, COUNTER) if (t := tensors.get(name)) is not None and _has_size(t)}
+    counters = sizes.pop(COUNTER, 1)
+    if len(set(sizes.values())) > 1:
+        (first, size), *others = sizes.items()
+        message = ", ".join([f"{first} has {_count(size, 'value')}", *(f"{name} {size}" for name, size in others)])
+        yield finding("mismatched-shapes", layer, message)
+    elif counters != 1:
+        yield finding("mismatched-shapes", layer, f"{COUNTER} has {_count(counters, 'value')}")
+
+
+def _has_size(tensor: Tensor) -> bool:
+    return not nn.parameter.is_lazy(tensor) and not tensor.is_nested
 
 
 def _read(tensor: Any) -> Tensor | None:
@@ -58,6 +86,8 @@ def check_values(values: Values) -> Iterator[Finding]:
         tensor = getattr(values, name)
         if tensor is not None and (wrong := _channels(~tensor.isfinite())):
             yield finding("not-finite", values.layer, f"{name} is NaN or infinite in {wrong}")
+    if values.bad_count is not None:
+        yield finding("not-finite", values.layer, f"{COUNTER} is {values.bad_count}")
     var, mean = values.running_var, values.running_mean
     if var is not None:
         if wrong := _channels(var < 0):
@@ -118,3 +148,7 @@ def _channels(mask: Tensor) -> str:
 
 def _batches(count: int) -> str:
     return f"{count} batch{'es' * (count != 1)}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -81,7 +81,7 @@ def trace(module: nn.Module, training: bool, input_type: type) -> Trace:
     with torch.random.fork_rng(devices=[]), watched_calls(tracer):
         try:
             result = call(_with_leaves(forward, tracer), twin, inputs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = str(error).strip().splitlines()
             raise Refused(tracer.refused or f"{type(error).__name__}: {text[0] if text else ''}"[:120]) from None
     if tracer.asks_class:

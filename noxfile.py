@@ -23,6 +23,8 @@ PYTEST = ("python", "-m", "pytest")
 # The tests of the benchmark time what they run, and so run alone.
 TIMED = "tests/bench"
 CMAKE_BUILD = ".build/cmake"
+SITE, PICTURES = ".build/site", ".build/screenshots"
+TSAN_BUILD = ".build/tsan"
 
 
 @nox.session
@@ -96,6 +98,40 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Compare 10,000 drawn calls with torch and with extended precision, on all cores; options follow --."""
+    session.run("python", "-m", "tests.fuzz", "--cases", "10000", *session.posargs)
+
+
+@nox.session
+def threads(session: nox.Session) -> None:
+    """Run the CPU kernels on several threads under ThreadSanitizer."""
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    session.run("cmake", "-S", ".", "-B", TSAN_BUILD, *generator, "-DFASTBN_TSAN=ON", external=True)
+    jobs = str(os.cpu_count() or 1)
+    session.run("cmake", "--build", TSAN_BUILD, "--target", "test_threads", "--parallel", jobs, external=True)
+    session.run("ctest", "--test-dir", TSAN_BUILD, "-R", "^test_threads_", "--output-on-failure", external=True)
+
+
+@nox.session
+def bindings(session: nox.Session) -> None:
+    """Build the extension with AddressSanitizer in a copy of the tree, and run the tests of its ops there."""
+    session.run("python", "-m", "tests.nightly.bindings", *session.posargs)
+
+
+@nox.session
+def large(session: nox.Session) -> None:
+    """Run the tests of more than 2^31 elements on the CPU, which take 14 GiB of memory."""
+    session.run(*PYTEST, "-q", "-m", "large and not gpu", "tests/ops/test_large.py", *session.posargs)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Run the four above, or those named after --, and write their outcomes to CONTRIBUTING.md."""
+    session.run("python", "-m", "tests.nightly", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Run the quick suite of the benchmark (a minute); options follow --."""
     session.run("python", "-m", "bench", "--suite", "quick", *session.posargs)
@@ -103,7 +139,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Write docs/plans.md and the code in docs/triton.md again, and fail where they were out of date."""
+    """Write docs/plans.md, the code in docs/triton.md and the tables of docs/numerics.md again, and fail where they
+    were out of date."""
     target = Path("docs", "plans.md")
     before = target.read_text()
     plans = session.run("python", "docs/plans.py", silent=True)
@@ -111,8 +148,37 @@ def docs(session: nox.Session) -> None:
     target.write_text(plans)
     if plans != before:
         session.error(f"{target} was out of date and has been written again")
-    target = Path("docs", "triton.md")
-    before = target.read_text()
-    session.run("python", "docs/triton_code.py")
-    if target.read_text() != before:
-        session.error(f"{target} was out of date and has been written again")
+    for target, command in (("triton", ("docs/triton_code.py",)), ("numerics", ("-m", "docs.numerics"))):
+        page = Path("docs", f"{target}.md")
+        before = page.read_text()
+        session.run("python", *command)
+        if page.read_text() != before:
+            session.error(f"{page} was out of date and has been written again")
+
+
+def sphinx(session: nox.Session, builder: str, folder: str) -> None:
+    """Install the extra `docs` and run Sphinx; every warning, and every reference that leads nowhere, is an error."""
+    packages = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["docs"]
+    session.run("python", "-m", "pip", "install", "--quiet", *packages)
+    options = ("--fresh-env", "--nitpicky", "--fail-on-warning", "--keep-going", "--quiet")
+    session.run("python", "-m", "sphinx", "--builder", builder, *options, *session.posargs, "docs", folder)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation site into .build/site."""
+    sphinx(session, "html", SITE)
+
+
+@nox.session
+def links(session: nox.Session) -> None:
+    """Ask every link from the documentation to other sites whether it is there. It needs the network."""
+    sphinx(session, "linkcheck", ".build/links")
+
+
+@nox.session
+def screenshots(session: nox.Session) -> None:
+    """Build the site and look at it in a browser, desktop and phone, light and dark: pictures, and faults as errors."""
+    sphinx(session, "html", SITE)
+    session.run("python", "-m", "pip", "install", "--quiet", "playwright")
+    session.run("python", "docs/screenshots.py", SITE, PICTURES)

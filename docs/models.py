@@ -330,19 +330,23 @@ def speedup(model: Model, budget: Budget) -> float:
 
 HEADER = """# What `fastbn.convert` makes of models
 
-`python -m docs.models > docs/models.md` writes this page; models have random weights, and most are small.
-*Layers* are the model's normalisations. The next columns count calls in evaluation: those that an activation or an
-addition follows (*fusable*; of two normalisations that are added, one is), and those that are one op with an
-activation, an addition, or both. Then come the errors of a training step in float32 against the unconverted
-model in float64, as relative norms of the outputs and of all gradients, the medians for three inputs: fastbn's, and
-torch's in brackets. Where they are large, some element lies on the other side of relu's kink than in float64.
+Each row is a model with random weights, before and after `fastbn.convert`. `python -m docs.models > docs/models.md` writes
+this page.
 
-*Speed* is torch's time over fastbn's of a training step, forward and backward, of the same small inputs (4 images of
-64 x 64 mostly) under autocast to bfloat16 in channels_last, the median of pairs that take turns. Below 1 fastbn is
-slower. Measured on {machine}.
+| column | meaning |
+|---|---|
+| layers | normalisations in the model |
+| left | of these, the ones that `convert` leaves as they are |
+| fusable | calls of a layer, in evaluation, that an activation or an addition follows. Where two normalised tensors are added, one of the two counts |
+| activation, addition, both | calls that are one operation with what follows: an activation, an addition, or an addition and an activation |
+| alone | calls that are an operation of their own |
+| output, gradient | the relative error of a training step in float32: the norm of the difference from the unconverted model in float64, over the norm of that. fastbn's error, and torch's in brackets; medians for three inputs. Large errors come from the ReLU: some input of it is just above 0 in float32, and just below in float64 |
+| speed | torch's time over fastbn's for a training step: below 1 fastbn is slower. Most inputs are small, 4 images of 64 x 64, under autocast to bfloat16 and in channels_last. The median of pairs that take turns |
+
+Measured on {machine}.
 
 {columns}
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 COLUMNS = (
     *("package", "model", "layers", "left", "fusable", "activation", "addition", "both", "alone"),
     *("output (torch)", "gradient (torch)", "speed"),

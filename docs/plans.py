@@ -22,21 +22,21 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 HEAD = """\
 # CUDA plans for ResNet-50
 
-What the planner chooses on an H200 for the activations of ResNet-50 in bfloat16, in training, without residual and
-activation; written by `python docs/plans.py > docs/plans.md`. `fastbn.explain(x, direction, device="h200")` answers
-the same in words, and `design.md` says what the plans are. The planner chooses by predicted times: no stream kernel
-has been measured.
+The *planner* chooses how a CUDA kernel walks over a tensor. This page has its choices on an H200 for the activations of
+ResNet-50: in bfloat16, in training, without residual and activation. `fastbn.explain(x, direction, device="h200")`
+answers the same in words, and `design.md` says what the plans are. The planner chooses by predicted times; no stream
+kernel has been measured. `python docs/plans.py > docs/plans.md` writes this page.
 
 | cell | a stream plan, in one launch that reads each tensor once |
 |---|---|
-| `4x33` | groups of blocks, each with tiles of its own, x splits: blocks that share a tile |
-| `r` | the kernel is `row_tiles`, else `channel_tiles` |
-| `+3` | tiles ahead: summed before the first of them is written |
-| `/4` | tiles that the ring has room for: a block's part of each |
+| `4x33` | 4 groups of blocks, each with tiles of its own; 33 blocks in a group, which share each tile |
+| `r` | the kernel is `row_tiles`; without it, the kernel is `channel_tiles` |
+| `+3` | 3 tiles are summed before the first of them is written |
+| `/4` | a block has room for its parts of 4 tiles |
 | `212K` | shared memory of a block, in KB |
 
-**T** is a two-phase plan, in three launches that read each tensor twice: blocks of the first launch, `r` as above, and
-the shared memory of a block.
+**T** is a two-phase plan, in three launches that read each tensor twice. The numbers after it are the blocks of the
+first launch, with `r` as above, and the shared memory of a block.
 """
 
 

@@ -3,6 +3,7 @@
 from fastbn import _check as _check  # first: says in one sentence what is missing
 from fastbn import functional
 from fastbn._version import __version__
+from fastbn.inspect.doctor import Diagnosis, Finding, doctor
 from fastbn.inspect.explain import explain
 from fastbn.inspect.info import info
 from fastbn.inspect.limits import set_max_sms
@@ -51,6 +52,8 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "Diagnosis",
+    "Finding",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
@@ -71,6 +74,7 @@ __all__ = [
     "checkpoint_safe",
     "compile_pass",
     "convert",
+    "doctor",
     "explain",
     "fold",
     "freeze",

@@ -82,7 +82,7 @@ WITHIN = {
         *("module", "compile_pass", "checkpoint", "fuse", "registry", "report", "sync", "convert", "freeze"),
         *("calls", "pairs", "fold", "tools", "accumulate", "population", "conventions"),
     ),
-    "inspect": ("model", "explain", "info", "limits"),
+    "inspect": ("model", "explain", "doctor", "info", "limits"),
     "testing": ("cases", "tolerance", "extended", "compare", "parity", "fixtures"),
     "measure": (
         *("timer", "operations", "workload", "inputs", "implementations", "gate", "copies", "machine", "one_shape"),

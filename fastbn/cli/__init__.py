@@ -8,10 +8,10 @@ import sys
 from typing import IO
 
 from fastbn._version import __version__
-from fastbn.cli import bench, demo, info, verify
+from fastbn.cli import bench, demo, doctor, info, verify
 from fastbn.cli.errors import CommandError, reason
 
-_COMMANDS = {"info": info, "verify": verify, "bench": bench, "demo": demo}
+_COMMANDS = {"info": info, "verify": verify, "bench": bench, "demo": demo, "doctor": doctor}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from fastbn.testing.tolerance import ACCEPTED_ULPS, ACCEPTED_ULPS_FLOAT64
 SUMMARY = "compare fastbn and torch.nn with float64 on this machine"
 
 _BF16, _F16, _F64 = torch.bfloat16, torch.float16, torch.float64
-_QUICK = [
+QUICK_CASES = [
     VerifyCase((64, 96)),
     VerifyCase((8, 32, 14, 14)),
     VerifyCase((8, 32, 14, 14), relu=True, residual=True, layout="channels_last"),
@@ -25,7 +25,7 @@ _QUICK = [
     VerifyCase((8, 16, 28, 28), mean=1e4, std=1e-2),
     VerifyCase((8, 32, 14, 14), _F64, relu=True, residual=True, parameter_dtype=_F64),
 ]
-_FULL = _QUICK + [
+FULL_CASES = QUICK_CASES + [
     VerifyCase((256, 120), relu=True),
     VerifyCase((8, 13, 31)),
     VerifyCase((16, 64, 56, 56), _BF16, relu=True, residual=True),
@@ -54,14 +54,16 @@ and {ACCEPTED_ULPS:g} ulp. float64 itself is compared with numpy.longdouble, to 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fastbn verify`."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both run (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help=f"only the {len(_QUICK)} smallest of {len(_FULL)} cases")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only the {len(QUICK_CASES)} smallest of {len(FULL_CASES)} cases"
+    )
     parser.epilog = _NOTE
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare all cases and print a table. Returns 1 if an error exceeds its bound, else 0."""
     where = device(args.device)
-    cases = _QUICK if args.quick else _FULL
+    cases = QUICK_CASES if args.quick else FULL_CASES
     left_out = extended.why_unavailable()
     if left_out:
         cases = [case for case in cases if case.dtype != _F64]

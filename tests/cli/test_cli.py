@@ -69,6 +69,7 @@ def test_no_gpu(command, capsys, monkeypatch):
         ([], ["info", "verify", "demo"]),
         (["info"], ["backends"]),
         (["verify"], ["--device", "--quick", "ulp"]),
+        (["doctor"], ["MODEL", "--input", "--mode", "--fail-on", "--json", "module:callable", "Exits with"]),
         (["demo"], ["--data", "--epochs", "--batch-size", "--lr", "--seed", "--out", "Time in BatchNorm"]),
     ],
 )

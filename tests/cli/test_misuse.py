@@ -23,7 +23,7 @@ import torch
 from bench import command, results
 from examples.lenet import command as example
 from examples.lenet.idx import read_idx
-from fastbn.cli import bench, build_parser, demo, info, main, verify
+from fastbn.cli import bench, build_parser, demo, doctor, info, main, verify
 from fastbn.cli.arguments import check_file
 from fastbn.cli.errors import CommandError
 from tests.examples import test_lenet
@@ -58,6 +58,10 @@ REFUSED = {
     ("demo", "--device"): ["tpu", "cuda:0", ""],
     ("demo", "--data"): ["", "a\0b"],
     ("demo", "--out"): ["", "a\0b"],
+    ("doctor", "--input"): ["", "0,3", "1,,3", "1,-3", "3,", "1.5", "4 3", "99999999999", "a"],
+    ("doctor", "--mode"): ["training", ""],
+    ("doctor", "--device"): ["cuda", "cpu", ""],
+    ("doctor", "--fail-on"): ["errors", ""],
     ("verify", "--device"): ["tpu", "cuda:0", ""],
     ("bench", "--suite"): ["all", ""],
     ("bench", "--part"): ["all", ""],
@@ -82,13 +86,15 @@ ACCEPTED = [
     ["demo", "--epochs", "1", "--lr", "1e-3"],
     ["bench", "--seconds", "0.01", "--time-limit", "0"],
     ["bench", "--time-limit", "1e5"],
+    ["doctor", "model:make", "--input", "1"],
+    ["doctor", "model:make", "--input", "32x3x224x224"],
 ]
 
 
 @pytest.fixture
 def idle(monkeypatch):
     """Make every command return 0 at once, so that only the parser can refuse anything."""
-    for each in (bench, demo, info, verify):
+    for each in (bench, demo, doctor, info, verify):
         monkeypatch.setattr(each, "run", lambda args: 0)
 
 
@@ -113,7 +119,7 @@ def test_the_table_holds_every_option_that_takes_a_value():
         (name, action.option_strings[0])
         for name, parser in commands.choices.items()
         for action in parser._actions
-        if action.nargs != 0
+        if action.option_strings and action.nargs != 0
     }
     assert options == set(REFUSED)
 

@@ -90,23 +90,34 @@ struct BackwardTest {
     return p;
   }
 
+  Backward<T> run(const Wanted& wanted, const cpu::Threads& threads) const {
+    const int64_t numel = a.layout.numel(), channels = a.layout.channels;
+    Backward<T> out{Tensor<T>(numel, a.shift), Tensor<T>(numel, a.shift), Tensor<Parameter<T>>(channels, a.shift),
+                    Tensor<Parameter<T>>(channels, a.shift)};
+    BackwardParams p = params();
+    p.statistics = wanted.statistics;
+    p.grad_input = pointer_if(wanted.input, out.grad_input);
+    p.grad_residual = pointer_if(options.residual, out.grad_residual);
+    p.grad_weight = vector_if(wanted.weight, out.grad_weight);
+    p.grad_bias = vector_if(wanted.bias, out.grad_bias);
+    p.sum_grad = sum_grad.data();
+    p.sum_grad_xhat = sum_grad_xhat.data();
+    p.count = count.data();
+    cpu::backward(p, threads);
+    return out;
+  }
+
+  std::pair<Doubles, Doubles> run_sums(const cpu::Threads& threads) const {
+    std::pair<Doubles, Doubles> out{Doubles(a.layout.channels, NAN), Doubles(a.layout.channels, NAN)};
+    BackwardParams p = params();
+    p.sum_grad = out.first.data();
+    p.sum_grad_xhat = out.second.data();
+    cpu::grad_sums(p, threads);
+    return out;
+  }
+
   void test_gradients(const Wanted& wanted) const {
-    const Backward<T> out = same_for_all_threads([&](const cpu::Threads& threads) {
-      const int64_t numel = a.layout.numel(), channels = a.layout.channels;
-      Backward<T> out{Tensor<T>(numel, a.shift), Tensor<T>(numel, a.shift), Tensor<Parameter<T>>(channels, a.shift),
-                      Tensor<Parameter<T>>(channels, a.shift)};
-      BackwardParams p = params();
-      p.statistics = wanted.statistics;
-      p.grad_input = pointer_if(wanted.input, out.grad_input);
-      p.grad_residual = pointer_if(options.residual, out.grad_residual);
-      p.grad_weight = vector_if(wanted.weight, out.grad_weight);
-      p.grad_bias = vector_if(wanted.bias, out.grad_bias);
-      p.sum_grad = sum_grad.data();
-      p.sum_grad_xhat = sum_grad_xhat.data();
-      p.count = count.data();
-      cpu::backward(p, threads);
-      return out;
-    });
+    const Backward<T> out = same_for_all_threads([&](const cpu::Threads& threads) { return run(wanted, threads); });
     for (int64_t k = 0; k < a.layout.channels; ++k) {
       if (wanted.bias) CHECK_NEAR(out.grad_bias.at(k), exact.sum[k], sum_bound(exact.absolute_sum[k]));
       if (wanted.weight) CHECK_NEAR(out.grad_weight.at(k), exact.sum_xhat[k], sum_bound(exact.absolute_sum_xhat[k]));
@@ -125,15 +136,7 @@ struct BackwardTest {
   }
 
   void test_sums() const {
-    using Sums = std::pair<Doubles, Doubles>;
-    const Sums sums = same_for_all_threads([&](const cpu::Threads& threads) {
-      Sums out{Doubles(a.layout.channels, NAN), Doubles(a.layout.channels, NAN)};
-      BackwardParams p = params();
-      p.sum_grad = out.first.data();
-      p.sum_grad_xhat = out.second.data();
-      cpu::grad_sums(p, threads);
-      return out;
-    });
+    const auto sums = same_for_all_threads([&](const cpu::Threads& threads) { return run_sums(threads); });
     for (int64_t k = 0; k < a.layout.channels; ++k) {
       CHECK_NEAR(sums.first[k], exact.sum[k], sum_bound(exact.absolute_sum[k]));
       CHECK_NEAR(sums.second[k], exact.sum_xhat[k], sum_bound(exact.absolute_sum_xhat[k]));

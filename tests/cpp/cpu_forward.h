@@ -95,19 +95,21 @@ void test_forward(const Case<T>& a, Statistics statistics, Activation activation
 }
 
 template <class T>
+std::pair<Doubles, Doubles> run_channel_stats(const Case<T>& a, const cpu::Threads& threads) {
+  std::pair<Doubles, Doubles> out{Doubles(a.layout.channels, NAN), Doubles(a.layout.channels, NAN)};
+  ForwardParams p;
+  p.layout = a.layout;
+  p.dtype = dtype_of<T>;
+  p.input = a.input.data();
+  p.mean = out.first.data();
+  p.var = out.second.data();
+  cpu::channel_stats(p, threads);
+  return out;
+}
+
+template <class T>
 void test_channel_stats(const Case<T>& a) {
-  using Stats = std::pair<Doubles, Doubles>;
-  const Stats stats = same_for_all_threads([&](const cpu::Threads& threads) {
-    Stats out{Doubles(a.layout.channels, NAN), Doubles(a.layout.channels, NAN)};
-    ForwardParams p;
-    p.layout = a.layout;
-    p.dtype = dtype_of<T>;
-    p.input = a.input.data();
-    p.mean = out.first.data();
-    p.var = out.second.data();
-    cpu::channel_stats(p, threads);
-    return out;
-  });
+  const auto stats = same_for_all_threads([&](const cpu::Threads& threads) { return run_channel_stats(a, threads); });
   for (int64_t k = 0; k < a.layout.channels; ++k) {
     CHECK_NEAR(stats.first[k], a.batch.mean[k], arithmetic<T>);
     CHECK_NEAR(stats.second[k], a.var[k], arithmetic<T> * (1 + a.var[k]));

@@ -1,10 +1,14 @@
-"""Runs many cases in two processes and prints a summary; exits with 1 if there are faults. `python -m tests.fuzz`."""
+"""Runs many cases, a process per core, and prints a summary; exits with 1 if there are faults. `python -m tests.fuzz`.
+
+The cases of a seed are the same for any number of processes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import multiprocessing
+import os
 import secrets
 import sys
 import tempfile
@@ -14,29 +18,38 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tests import implementations
-from tests.fuzz.run import Summary, run_alone
+from tests.fuzz.run import BATCH, Summary, run_alone
 
-PROCESSES = 2
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=None, help="drawn if not given; printed")
+    parser.add_argument("--processes", type=int, default=cores(), help="one per core if not given")
     parser.add_argument("--implementation", default="cpu", choices=[n for n in implementations.NAMES if n != "cuda"])
     options = parser.parse_args()
+    if options.cases < 1 or options.processes < 1:
+        parser.error(f"expected cases and processes to be positive, got {options.cases} and {options.processes}")
+    processes = min(options.processes, -(-options.cases // BATCH))
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    print(f"seed {seed}", flush=True)
+    again = f"--implementation {options.implementation} --cases {options.cases} --seed {seed}"
+    print(f"seed {seed}: python -m tests.fuzz {again}", flush=True)
     begin = time.perf_counter()
     implementations.load(options.implementation)  # the emulator is built once
     total, died = Summary(), []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         jobs = []
-        for i in range(PROCESSES):  # each in its own pool, so that a process that dies takes no other with it
+        for i in range(processes):  # each in its own pool, so that a process that dies takes no other with it
             pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-            file, number = folder / f"{i}.py", options.cases // PROCESSES + (i < options.cases % PROCESSES)
-            jobs.append((file, pool.submit(run_alone, number, seed + i, options.implementation, file)))
+            file = folder / f"{i}.py"
+            arguments = options.cases, seed, options.implementation, file, (i, processes)
+            jobs.append((file, pool.submit(run_alone, *arguments)))
         for file, job in jobs:
             try:
                 total.merge(job.result())

@@ -138,8 +138,12 @@ def run(
     max_numel: int = MAX_NUMEL,
     shrunk_kinds: int = 24,
     before_case: Callable[[Case], Any] = lambda case: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Summary:
-    """Examine that many cases, and shrink one of each of the first kinds of fault. Equal arguments draw equal cases."""
+    """Examine that many cases, and shrink one of each of the first kinds of fault. Equal arguments draw equal cases.
+
+    `share` (i, n) examines the i-th of n shares of them: the cases of a seed are the same for every n.
+    """
     emulated = implementation in implementations.EMULATED_LIMITS
     implementations.load(implementation)
     if emulated:
@@ -162,7 +166,7 @@ def run(
             return Report("none", [Fault(f"the fuzzer itself: {type(error).__name__}", traceback.format_exc())])
 
     with _unwritten_memory_is_nan():
-        for batch, start in enumerate(range(0, count, BATCH)):
+        for batch, start in list(enumerate(range(0, count, BATCH)))[share[0] :: share[1]]:
             new: dict[str, Found] = {}
 
             def explore(case: Case) -> None:
@@ -204,8 +208,8 @@ def _shrink(found: Found, drive: Callable, examined: Callable[[Case], Report]) -
         drive(test=shrinking, phases=(Phase.generate, Phase.shrink))
 
 
-def run_alone(count: int, seed: int, implementation: str, file: Path) -> Summary:
+def run_alone(count: int, seed: int, implementation: str, file: Path, share: tuple[int, int]) -> Summary:
     """Call `run` in a process of its own; `file` has the code of the current case in case the process dies."""
     faulthandler.enable()
     torch.set_num_threads(1)
-    return run(count, seed, implementation, before_case=lambda case: file.write_text(case.code()))
+    return run(count, seed, implementation, before_case=lambda case: file.write_text(case.code()), share=share)

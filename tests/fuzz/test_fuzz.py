@@ -35,6 +35,19 @@ def test_drawn_cases(implementation, capsys, record_property):
     assert not summary.found, f"FASTBN_FUZZ_SEED={seed}\n{summary.text()}"
 
 
+def test_the_cases_of_a_seed_are_the_same_for_any_number_of_processes(monkeypatch):
+    monkeypatch.setattr("tests.fuzz.run.BATCH", 4)
+
+    def drawn(share):
+        found = []
+        run(14, seed=3, max_numel=64, before_case=found.append, share=share)
+        return found
+
+    whole, halves = drawn((0, 1)), (drawn((0, 2)), drawn((1, 2)))
+    assert len(whole) == 14 and all(halves)
+    assert sorted(map(repr, [*halves[0], *halves[1]])) == sorted(map(repr, whole))
+
+
 def _wrong_momentum(op, *arguments):
     *rest, momentum, eps, activation, save_mask, param = arguments
     return op(*rest, momentum and 1.001 * momentum, eps, activation, save_mask, param)

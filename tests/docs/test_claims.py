@@ -11,8 +11,8 @@ import pytest
 import fastbn
 from fastbn.ops.activations import ACTIVATIONS
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench" / "README.md"])
 TOP = "csrc fastbn tests bench docs examples .ci .github".split()
 # Paths that commands write or find elsewhere.
 MADE = {"demo/curves.png"}
@@ -45,6 +45,33 @@ def test_named_paths_exist(page):
 def test_a_path_that_is_gone_is_found():
     assert _named("see `tests/gone.py`, or run python docs/gone.py > x") == {"tests/gone.py", "docs/gone.py"}
     assert _alternatives("csrc/cuda/{device,block}/") == ["csrc/cuda/device/", "csrc/cuda/block/"]
+
+
+def _dead_links(page: Path, text: str) -> list[str]:
+    """Return links of `text` to files that are absent, or to headings that the page they lead to has not."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
+        target = "".join(link)
+        path, _, heading = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        to = page.parent / path if path else page
+        # As on GitHub: in lower case, without punctuation, with hyphens for spaces.
+        titles = re.findall(r"^#+ (.+)$", text if to == page else to.read_text(), re.MULTILINE) if heading else []
+        slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        if not to.exists() or (heading and heading not in slugs):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_within_the_tree_lead_somewhere(page):
+    assert not _dead_links(page, page.read_text())
+
+
+def test_a_dead_link_is_found():
+    text = '# One, two\n[a](#one-two) [b](#three) [c](gone.md) [d](README.md) <img src="no.svg"> [e](https://a.b/c)'
+    assert _dead_links(ROOT / "CHANGELOG.md", text) == ["#three", "gone.md", "no.svg"]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS[1:])

@@ -113,7 +113,9 @@ def _is_expected(name: str, kind: str) -> bool:
 def build_paths() -> list[str]:
     """Return beginnings of paths that say where and by whom a file was built: of this machine, and usual ones."""
     here = {os.getcwd(), str(Path.home()), tempfile.gettempdir(), sysconfig.get_path("purelib")}
-    return sorted({path.rstrip("/") + "/" for path in here} | {"/home/", "/root/", "/tmp/", "/Users/", "/site-packages/"})
+    return sorted(
+        {path.rstrip("/") + "/" for path in here} | {"/home/", "/root/", "/tmp/", "/Users/", "/site-packages/"}
+    )
 
 
 def paths_in(content: bytes) -> list[str]:
@@ -148,9 +150,7 @@ def check(binary: Binary) -> Iterator[Finding]:
     problem = "the installed wheel has no such folder" if binary.search_paths else ""
     yield finding("RPATH", " ".join(binary.search_paths) or "none", problem)
 
-    missing = [
-        name for name, has in (("PT_GNU_RELRO", binary.has_relro), ("BIND_NOW", binary.binds_now)) if not has
-    ]
+    missing = [name for name, has in (("PT_GNU_RELRO", binary.has_relro), ("BIND_NOW", binary.binds_now)) if not has]
     yield finding("RELRO", "partial" if missing else "full", f"has no {', '.join(missing)}" if missing else "")
 
     plain = binary.has_plain_stack

@@ -102,7 +102,9 @@ def with_sbom(raw: Path, folder: Path, cuda: str | None) -> Path:
     tree = next((folder / "unpacked").iterdir())
     library = ELFFile(io.BytesIO((tree / "fastbn" / "libfastbn.so").read_bytes()))
     comments = library.get_section_by_name(".comment").data().strip(b"\0").split(b"\0")
-    content = sbom.document(raw.name.split("-")[1], pybind11.__version__, torch.__version__, comments[-1].decode(), cuda)
+    content = sbom.document(
+        raw.name.split("-")[1], pybind11.__version__, torch.__version__, comments[-1].decode(), cuda
+    )
     target = next(tree.glob("*.dist-info")) / "sboms"
     target.mkdir()
     (target / "fastbn.cdx.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -108,7 +108,9 @@ def _metadata(wheel: Wheel) -> tuple[str, str]:
     if not str(metadata.get_payload()).strip():
         problems.append("no description")
     urls = len(metadata.get_all("Project-URL", []))
-    return f"needs {', '.join(torch) or 'nothing'}, Python {metadata['Requires-Python']}; {urls} URLs", "; ".join(problems)
+    return f"needs {', '.join(torch) or 'nothing'}, Python {metadata['Requires-Python']}; {urls} URLs", "; ".join(
+        problems
+    )
 
 
 def _licence(wheel: Wheel) -> tuple[str, str]:

@@ -84,11 +84,13 @@ class Environment:
             assert shutil.which(compiler, path=self.variables["PATH"]) is None, compiler
 
     def ask(self, code: str) -> str:
-        return subprocess.run([self.python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [self.python, "-I", "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     def pip(self, *arguments: str) -> str:
-        """Run pip, with the variables that configure it. Returns "ok" or its last words."""
-        done = subprocess.run([self.python, "-m", "pip", "--quiet", *arguments], capture_output=True, text=True)
+        """Run pip, which PYTHONPATH and this folder do not concern (-I). Returns "ok" or its last words."""
+        done = subprocess.run([self.python, "-I", "-m", "pip", "--quiet", *arguments], capture_output=True, text=True)
         return _outcome(done)
 
     def run(self, *command: str, wrapper: tuple[str, ...] = ()) -> str:
@@ -160,7 +162,7 @@ def attempt(wheel: Path, python: str, torch: str | None, site_packages: bool) ->
         env = Environment(Path(name), python)
         row.python = env.ask("import platform; print(platform.python_version())")
         if site_packages:
-            where = subprocess.run([python, "-c", WHERE], check=True, capture_output=True, text=True).stdout
+            where = subprocess.run([python, "-I", "-c", WHERE], check=True, capture_output=True, text=True).stdout
             (env.site / "torch_of_another_environment.pth").write_text(where)
         elif torch:
             row.install = env.pip("install", f"torch=={torch}")

@@ -68,7 +68,7 @@ def _tags(wheel: Wheel) -> tuple[str, str]:
         return "none", str(error)
     inside = wheel.message("WHEEL").get_all("Tag", [])
     of_content = {tag for text in inside for tag in parse_tag(text)}
-    found = " ".join(sorted({f"{tag.interpreter}-{tag.abi}" for tag in of_name} | {tag.platform for tag in of_name}))
+    found = " ".join([*sorted({tag.interpreter for tag in of_name}), *sorted({tag.platform for tag in of_name})])
     if of_content != of_name:
         return found, f"WHEEL has other tags: {', '.join(sorted(inside)) or 'none'}"
     if str(version) != wheel.message("METADATA")["Version"]:

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         sys.exit("python -m release build: expected to run in the root of a clone of fastbn, got no setup.py here")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.no_sdist:
-        print(f"made {made(args.out, '--sdist', {})}", flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            print(f"made {made(args.out, '--sdist', configured(Path(name), [egg_info(name)]))}", flush=True)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -55,12 +56,31 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(finding.problem for finding in findings) else 0
 
 
+def call(command: list[str], env: dict[str, str] | None = None) -> None:
+    """Run a command, and exit with all that it printed if it fails."""
+    done = subprocess.run(
+        command, env=os.environ | (env or {}), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout}\npython -m release build: {' '.join(command)} ended with {done.returncode}")
+
+
 def made(out: Path, kind: str, env: dict[str, str]) -> Path:
     """Let `build` make a package into the folder `out`, with this environment's torch. Returns its path."""
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    command = [sys.executable, "-m", "build", "--no-isolation", kind, "--outdir", str(out)]
-    subprocess.run(command, check=True, env=os.environ | env, stdout=subprocess.DEVNULL)
+    call([sys.executable, "-m", "build", "--no-isolation", kind, "--outdir", str(out)], env)
     return next(path for path in out.iterdir() if before.get(path) != path.stat().st_mtime_ns)
+
+
+def egg_info(folder: str | Path) -> str:
+    """Return the setting for a fresh folder of names: setuptools would take what an older one in the clone lists."""
+    return f"[egg_info]\negg_base = {folder}"
+
+
+def configured(folder: Path, settings: list[str]) -> dict[str, str]:
+    """Return the environment in which setuptools reads these lines beside the project's own settings."""
+    (folder / "setup.cfg").write_text("\n".join(settings) + "\n")
+    return {"DIST_EXTRA_CONFIG": str(folder / "setup.cfg")}
 
 
 def wheel(folder: Path, cuda: bool, pythons: list[str]) -> Path:
@@ -74,14 +94,14 @@ def wheel(folder: Path, cuda: bool, pythons: list[str]) -> Path:
         "[build]",
         f"build_base = {Path('.build', 'release-cuda' if cuda else 'release-cpu')}",
         f"build_lib = {folder / 'lib'}",
+        egg_info(folder),
     ]
     env = {"FASTBN_CUDA": "1" if cuda else "0", "FASTBN_PYTHONS": os.pathsep.join(pythons)}
     if cuda:
         env["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
-        settings += ["[egg_info]", f"tag_build = +cu{''.join(sbom.cuda_version(nvcc()).split('.')[:2])}"]
-    (folder / "setup.cfg").write_text("\n".join(settings) + "\n")
+        settings.append(f"tag_build = +cu{''.join(sbom.cuda_version(nvcc()).split('.')[:2])}")
     (folder / "raw").mkdir()
-    return made(folder / "raw", "--wheel", env | {"DIST_EXTRA_CONFIG": str(folder / "setup.cfg")})
+    return made(folder / "raw", "--wheel", env | configured(folder, settings))
 
 
 def nvcc() -> str:
@@ -95,10 +115,7 @@ def with_sbom(raw: Path, folder: Path, cuda: str | None) -> Path:
     import pybind11
     import torch
 
-    def wheel_tool(*arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "wheel", *arguments], check=True, stdout=subprocess.DEVNULL)
-
-    wheel_tool("unpack", str(raw), "--dest", str(folder / "unpacked"))
+    call([sys.executable, "-m", "wheel", "unpack", str(raw), "--dest", str(folder / "unpacked")])
     tree = next((folder / "unpacked").iterdir())
     library = ELFFile(io.BytesIO((tree / "fastbn" / "libfastbn.so").read_bytes()))
     comments = library.get_section_by_name(".comment").data().strip(b"\0").split(b"\0")
@@ -109,7 +126,7 @@ def with_sbom(raw: Path, folder: Path, cuda: str | None) -> Path:
     target.mkdir()
     (target / "fastbn.cdx.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "listed").mkdir()
-    wheel_tool("pack", str(tree), "--dest", str(folder / "listed"))
+    call([sys.executable, "-m", "wheel", "pack", str(tree), "--dest", str(folder / "listed")])
     return next((folder / "listed").iterdir())
 
 
@@ -123,10 +140,8 @@ def named_for_its_c_library(wheel: Path, out: Path) -> Path:
     with tempfile.TemporaryDirectory() as name:
         excluded = [option for library in FROM_TORCH for option in ("--exclude", library)]
         command = [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", name, str(wheel)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"auditwheel failed:\n{done.stdout}{done.stderr}")
-        made = next(Path(name).iterdir())
-        target = out / made.name
-        target.write_bytes(made.read_bytes())
+        call(command)
+        repaired = next(Path(name).iterdir())
+        target = out / repaired.name
+        target.write_bytes(repaired.read_bytes())
         return target

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -140,12 +141,12 @@ if platform.machine() not in ("x86_64", "AMD64"):
 
 common = [
     *("-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden"),
-    "-fstack-protector-strong -D_FORTIFY_SOURCE=2",
+    "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2",
     *(f'-DFASTBN_VERSION=\\"{VERSION}\\"', f'-DFASTBN_TORCH_VERSION=\\"{torch.__version__}\\"'),
     f'-DFASTBN_CUDA_ARCHITECTURES=\\"{architectures}\\"',
 ]
 if CUDA:
-    common += ["-DFASTBN_WITH_CUDA", f"-isystem {CUDA}/include"]
+    common += ["-DFASTBN_WITH_CUDA", f"-isystem {shlex.quote(CUDA)}/include"]
 # A switch over an enum names every case, so that forgetting one that is added later is an error. g++ 12 warns of
 # std::string (its bug 105651).
 warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-restrict", "-Werror=switch"]
@@ -169,7 +170,8 @@ def headers(*packages: list[str]) -> list[str]:
     """Flags for the headers of packages, whose checks would put the paths of this machine into the binaries."""
     paths = [path for package in packages for path in package]
     outside = {path.partition("site-packages")[0] for path in paths}
-    return [*(f"-isystem {path}" for path in paths), *(f"-ffile-prefix-map={path}=" for path in sorted(outside))]
+    flags = [f"-isystem {shlex.quote(path)}" for path in paths]
+    return flags + [f"-ffile-prefix-map={shlex.quote(path)}=" for path in sorted(outside)]
 
 
 def library() -> Binary:
@@ -180,11 +182,11 @@ def library() -> Binary:
         *warnings,
         *headers(THIS["torch_headers"]),
     ]
-    links = [*(f"-L{path}" for path in THIS["torch_libraries"]), "-ltorch_cpu"]
+    links = [*(f"-L{shlex.quote(path)}" for path in THIS["torch_libraries"]), "-ltorch_cpu"]
     if platform.system() == "Linux":
         links.append("-Wl,-z,defs")
     if CUDA:
-        links += [f"-L{CUDA}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        links += [f"-L{shlex.quote(CUDA)}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return Binary("libfastbn.so", library_sources, flags, links)
 
 
@@ -200,8 +202,13 @@ def node(python: dict) -> Binary:
     # This order makes bindings/tensor.h that of csrc/node/aten.
     flags = ["-O2 -Icsrc/node/aten -Icsrc", *headers(python["torch_headers"], [python["headers"]])]
     flags += [f"-DTORCH_EXTENSION_NAME={name}"]
-    links = [*(f"-L{path}" for path in python["torch_libraries"]), "-lc10", "-ltorch_cpu", "-ltorch_python"]
-    return Binary(name + python["suffix"], sources("csrc/node/*.cpp"), flags, links, optional=True)
+    links = [
+        *(f"-L{shlex.quote(path)}" for path in python["torch_libraries"]),
+        "-lc10",
+        "-ltorch_cpu",
+        "-ltorch_python",
+    ]
+    return Binary(name + python["suffix"], ["csrc/node/unit.cpp"], flags, links, optional=True)
 
 
 modules = [module(python) for python in {python["suffix"]: python for python in PYTHONS}.values()]
@@ -226,17 +233,17 @@ class BuildWithNinja(build_ext):
             self.write_rules(writer)
             for binary in self.extensions:
                 self.write_binary(writer, folder / binary.name, binary, targets[binary.name])
-        if self.ninja(folder, *(targets[binary.name] for binary in self.extensions if not binary.optional)) != 0:
-            raise CompileError("fastbn: the compiler's messages are above")
-        if self.ninja(folder) != 0:
-            self.warn("fastbn works without fastbn._node_*, with more time per call")
-
-    def ninja(self, folder: Path, *targets: str) -> int:
-        """Build the targets, or all there are. Returns ninja's exit status."""
-        command = [os.path.join(BIN_DIR, "ninja"), "-f", str(folder / "build.ninja"), *targets]
+        command = [os.path.join(BIN_DIR, "ninja"), "-f", str(folder / "build.ninja"), "-k", "0"]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
-        return subprocess.run(command, env=os.environ | {"NINJA_STATUS": "[%f/%t, %e s] "}).returncode
+        for target in targets.values():  # what fails is missing, not old
+            Path(target).unlink(missing_ok=True)
+        subprocess.run(command, env=os.environ | {"NINJA_STATUS": "[%f/%t, %e s] "})
+        missing = [binary for binary in self.extensions if not os.path.exists(targets[binary.name])]
+        if not all(binary.optional for binary in missing):
+            raise CompileError("fastbn: the compiler's messages are above")
+        for binary in missing:
+            self.warn(f"fastbn works without {binary.filename}, with more time per call")
 
     def write_rules(self, writer: ninja_syntax.Writer) -> None:
         last = os.environ.get("CXXFLAGS", "")
@@ -250,7 +257,8 @@ class BuildWithNinja(build_ext):
         if CUDA:
             host = "-Xcompiler=-fPIC,-fvisibility=hidden,-fstack-protector-strong"
             flags = ["-std=c++20 -O3 -lineinfo -Icsrc", host, *architecture_flags(architectures)]
-            nvcc = f"{CUDA}/bin/nvcc -ccbin '{CXX.split()[-1]}' {' '.join(flags)}"
+            launcher, compiler = ("ccache ", CXX.split()[1]) if CXX.split()[0] == "ccache" else ("", CXX.split()[0])
+            nvcc = f"{launcher}{shlex.quote(CUDA)}/bin/nvcc -ccbin {compiler} {' '.join(flags)}"
             writer.rule(
                 "nvcc",
                 f"{nvcc} -MMD -MF $out.d -c $in -o $out",

@@ -122,20 +122,18 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows ma
     }
   }
   const InputRows<T> residual(args.residual, tile, ahead);
+  constexpr bool few = runs_rarely || sources == Sources::few;
   auto recompute = [&]<EpilogueKind kind>() FASTBN_INLINE_LAMBDA {
-    use(RecomputedGrad<T, per_column, kind>{args.affine, residual, tile.row_stride, args.activation, param});
+    if constexpr (occurs(kind, few))
+      use(RecomputedGrad<T, per_column, kind>{args.affine, residual, tile.row_stride, args.activation, param});
   };
-  if constexpr (sources == Sources::few) {
-    if (args.activation == Activation::relu) return recompute.template operator()<EpilogueKind::relu>();
-    return recompute.template operator()<EpilogueKind::any>();
-  }
-  switch (kind_of(args.activation)) {
-    case EpilogueKind::none:
-    case EpilogueKind::any: return;
+  switch (kind_of(args.activation, few)) {
+    case EpilogueKind::none: return;
     case EpilogueKind::relu: return recompute.template operator()<EpilogueKind::relu>();
     case EpilogueKind::silu: return recompute.template operator()<EpilogueKind::silu>();
     case EpilogueKind::short_formula: return recompute.template operator()<EpilogueKind::short_formula>();
     case EpilogueKind::out_of_line: return recompute.template operator()<EpilogueKind::out_of_line>();
+    case EpilogueKind::any: return recompute.template operator()<EpilogueKind::any>();
   }
 }
 

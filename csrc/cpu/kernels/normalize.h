@@ -58,25 +58,26 @@ void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64
   const OutputRows<T> output(args.output, tile, args.non_temporal);
 
   auto loop = [&]<EpilogueKind kind, bool plain>() FASTBN_INLINE_LAMBDA {
-    for_each_prepared<per_column, T>(
-        tile,
-        [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
-        [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-          const int64_t at = row * tile.row_stride + column;
-          V z = affine.apply(load(input.at(at), lanes));
-          if constexpr (!plain) {
-            if (residual) z = z + load(residual.at(at), lanes);
-          }
-          const V y = activate<kind>(args.activation, param, z);
-          if (!plain && mask)
-            store_bits<T>(
-                mask + row * mask_stride, column, lanes,
-                kind == EpilogueKind::relu ? relu_bits<T>(y) : to_bits<T>(activation_is_upper(args.activation, z)));
-          output.store(at, y, lanes);
-        });
+    if constexpr (occurs(kind, runs_rarely))
+      for_each_prepared<per_column, T>(
+          tile,
+          [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
+          [&](const Affine<V>& affine, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
+            const int64_t at = row * tile.row_stride + column;
+            V z = affine.apply(load(input.at(at), lanes));
+            if constexpr (!plain) {
+              if (residual) z = z + load(residual.at(at), lanes);
+            }
+            const V y = activate<kind>(args.activation, param, z);
+            if (!plain && mask)
+              store_bits<T>(
+                  mask + row * mask_stride, column, lanes,
+                  kind == EpilogueKind::relu ? relu_bits<T>(y) : to_bits<T>(activation_is_upper(args.activation, z)));
+            output.store(at, y, lanes);
+          });
   };
   const bool plain = !residual && !mask;
-  switch (kind_of(args.activation)) {
+  switch (kind_of(args.activation, runs_rarely)) {
     case EpilogueKind::none:
       return plain ? loop.template operator()<EpilogueKind::none, true>()
                    : loop.template operator()<EpilogueKind::none, false>();
@@ -86,7 +87,7 @@ void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64
     case EpilogueKind::short_formula: return loop.template operator()<EpilogueKind::short_formula, false>();
     case EpilogueKind::silu: return loop.template operator()<EpilogueKind::silu, false>();
     case EpilogueKind::out_of_line: return loop.template operator()<EpilogueKind::out_of_line, false>();
-    case EpilogueKind::any: return;
+    case EpilogueKind::any: return loop.template operator()<EpilogueKind::any, false>();
   }
 }
 

@@ -115,33 +115,33 @@ FASTBN_INLINE Vec<float> erf(Vec<float> x) {
 // How the loops specialise on the activation. Long formulas are out of line, one call per vector: inlined, each would
 // be longer than all the rest of a loop, and every loop would have all of them. silu is the exception: without the call
 // a loop keeps its coefficients in registers, which makes loops with silu 1.3 to 2 times as fast (EPYC 9004).
-// `any` is for loops that run rarely: one call per vector, whatever the activation.
+// Loops that run rarely are compiled for few kinds: `any` is one call per vector for all activations but relu.
 enum class EpilogueKind { none, relu, silu, short_formula, out_of_line, any };
 
-constexpr EpilogueKind kind_of(Activation activation) {
+constexpr EpilogueKind kind_of(Activation activation, bool few) {
+  if (form_of(activation) == Form::identity) return EpilogueKind::none;
   if (activation == Activation::relu) return EpilogueKind::relu;
+  if (few) return EpilogueKind::any;
   if (activation == Activation::silu) return EpilogueKind::silu;
-  switch (form_of(activation)) {
-    case Form::identity: return EpilogueKind::none;
-    case Form::piecewise_linear:
-    case Form::short_formula: return EpilogueKind::short_formula;
-    case Form::long_formula: return EpilogueKind::out_of_line;
-  }
-  __builtin_unreachable();
+  return form_of(activation) == Form::long_formula ? EpilogueKind::out_of_line : EpilogueKind::short_formula;
 }
 
-// Calls `use(struct of the activation)` if the activation is of that kind, or the kind is `any`.
+// Returns whether kind_of returns that kind.
+constexpr bool occurs(EpilogueKind kind, bool few) {
+  return kind == EpilogueKind::none || kind == EpilogueKind::relu || (kind == EpilogueKind::any) == few;
+}
+
+// Calls `use(struct of the activation)` if the activation is of that kind.
 template <EpilogueKind kind, class Use>
 FASTBN_INLINE void with_activation_of(Activation activation, Use&& use) {
   with_activation(activation, [&](auto a) FASTBN_INLINE_LAMBDA {
-    if constexpr (kind_of(a.id) == kind || kind == EpilogueKind::any) use(a);
+    if constexpr (kind_of(a.id, kind == EpilogueKind::any) == kind) use(a);
   });
 }
 
-template <class A>
+template <EpilogueKind kind, class A>
 __attribute__((noinline)) void activate_out_of_line(Activation activation, A param, Vec<A>& z) {
-  with_activation_of<EpilogueKind::out_of_line>(
-      activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z, param); });
+  with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z, param); });
 }
 template <EpilogueKind kind, class A>
 __attribute__((noinline)) void differentiate_out_of_line(Activation activation, A param, const Vec<A>& z,
@@ -155,8 +155,8 @@ template <EpilogueKind kind, class A>
 FASTBN_INLINE Vec<A> activate(Activation activation, A param, Vec<A> z) {
   if constexpr (kind == EpilogueKind::relu && std::is_same_v<A, float>)
     return max(Vec<A>(0), z);  // one instruction
-  else if constexpr (kind == EpilogueKind::out_of_line)
-    activate_out_of_line(activation, param, z);
+  else if constexpr (kind == EpilogueKind::out_of_line || kind == EpilogueKind::any)
+    activate_out_of_line<kind>(activation, param, z);
   else
     with_activation_of<kind>(activation, [&](auto a) FASTBN_INLINE_LAMBDA { z = activation_forward(a, z, param); });
   return z;

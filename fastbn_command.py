@@ -8,6 +8,7 @@ def main() -> int:
     try:
         from fastbn.cli import main as run
     except ImportError as error:
-        print(f"fastbn: {error}", file=sys.stderr)
+        text = str(error)
+        print(text if text.startswith("fastbn") else f"fastbn: {text}", file=sys.stderr)
         return 1
     return run()

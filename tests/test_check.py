@@ -43,7 +43,7 @@ def assert_one_sentence(folder: Path, sentence: str) -> None:
     """Assert that the command says `sentence` on one line and nothing else."""
     result = run(folder, "-c", COMMAND)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"fastbn: {sentence}") and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(sentence) and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_an_old_torch(copied):
@@ -60,7 +60,7 @@ def test_an_old_torch(copied):
 def test_no_torch(copied):
     result = run(copied, "-c", f"import sys; sys.modules['torch'] = None; {COMMAND}")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("fastbn: fastbn needs PyTorch 2.10 or newer, got none: pip install torch")
+    assert result.stderr.startswith("fastbn needs PyTorch 2.10 or newer, got none: pip install torch")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,12 @@ def test_a_torch_that_cannot_be_imported(copied, code, reason):
     plant_torch(copied, code)
     start = "fastbn needs PyTorch 2.10 or newer, and the installed one cannot be imported: "
     assert_one_sentence(copied, start + reason)
+
+
+def test_another_import_that_fails(copied):
+    (copied / "fastbn" / "__init__.py").unlink()
+    (copied / "fastbn" / "__init__.py").write_text("import nothing_of_this_name")
+    assert_one_sentence(copied, "fastbn: No module named 'nothing_of_this_name'")
 
 
 def test_no_module_for_this_python(copied):

@@ -143,7 +143,7 @@ common = [
     *("-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden"),
     "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2",
     *(f'-DFASTBN_VERSION=\\"{VERSION}\\"', f'-DFASTBN_TORCH_VERSION=\\"{torch.__version__}\\"'),
-    f'-DFASTBN_CUDA_ARCHITECTURES=\\"{architectures}\\"',
+    f"-DFASTBN_CUDA_ARCHITECTURES='\"{architectures}\"'",  # the shell sees semicolons
 ]
 if CUDA:
     common += ["-DFASTBN_WITH_CUDA", f"-isystem {shlex.quote(CUDA)}/include"]

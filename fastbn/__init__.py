@@ -1,5 +1,6 @@
 """fastbn: a drop-in BatchNorm for PyTorch whose forward and backward are fused kernels."""
 
+from fastbn import _check as _check  # first: says in one sentence what is missing
 from fastbn import functional
 from fastbn._version import __version__
 from fastbn.inspect.doctor import Diagnosis, Finding, doctor

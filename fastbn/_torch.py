@@ -49,6 +49,7 @@ __all__ = [
     "spin",
     "traceable_assert",
     "unwrap_if_dead",
+    "when_cuda_starts",
     "which_batch_norm",
     "without_compiled_code",
     "without_dispatch_modes",  # what selective checkpointing sees of a forward
@@ -63,6 +64,8 @@ after_autograd = torch._C._after_autograd_keyset
 spin: Callable[[int], None] = torch.cuda._sleep
 # Returns the kernels that torch's own batch_norm takes for its operands: cuDNN's, MIOpen's or its native ones.
 which_batch_norm: Callable[..., Any] = torch._C._select_batch_norm_backend
+# Calls a function when CUDA is initialised, or now if it is. To do so at import would break processes that fork later.
+when_cuda_starts: Callable[[Callable[[], None]], None] = torch.cuda._lazy_call
 # Returns whether torch.func transforms are active.
 has_functorch_transforms = torch._C._are_functorch_transforms_active
 # Asserts a condition on a tensor's metadata that is traced as a call, where `assert` and `raise` are branches.

@@ -52,6 +52,7 @@ DEVICE_LANGUAGE = re.compile(
 
 # For each layer of fastbn, lower ones first, the layers that its modules may import beside their own.
 MAY_IMPORT = {
+    "_check": set(),
     "_torch": set(),
     "_version": set(),
     "ops": {"_C", "_torch"},
@@ -61,7 +62,7 @@ MAY_IMPORT = {
     "nn": {"_torch", "autograd", "functional", "ops"},
     "transforms": {"_torch", "backends", "functional", "nn", "ops"},
     "inspect": {"_C", "_torch", "_version", "backends", "nn", "ops", "transforms"},
-    "__init__": {"_version", "functional", "nn", "transforms", "inspect", "ops"},
+    "__init__": {"_check", "_version", "functional", "nn", "transforms", "inspect", "ops"},
     "testing": {"functional", "nn", "backends", "ops"},
     "measure": {"__init__", "_torch", "backends", "ops", "testing"},
     "cli": {"__init__", "_version", "inspect", "measure", "testing"},

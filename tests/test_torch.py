@@ -248,6 +248,19 @@ def test_which_batch_norm_torch_takes():
     assert _torch.which_batch_norm(x, vector, vector, vector, vector, True, 1e-5).name.lower() == "native"
 
 
+def test_a_function_is_called_when_cuda_starts(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    _torch.when_cuda_starts(lambda: called.append("at once"))
+    queued = []
+    monkeypatch.setattr(torch.cuda, "_queued_calls", queued)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    _torch.when_cuda_starts(lambda: called.append("later"))
+    assert called == ["at once"]
+    queued[0][0]()
+    assert called == ["at once", "later"]
+
+
 @pytest.mark.gpu
 def test_spinning_keeps_a_stream_busy():
     _torch.spin(10**8)

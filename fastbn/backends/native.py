@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -90,7 +91,10 @@ class CudaBackend:
             return "no: this torch was built without CUDA"
         if not _C.build_info()["finds_cuda_stream"]:
             return "no: this torch does not offer its CUDA stream"
-        return "yes" if torch.cuda.is_available() else "no: torch sees no GPU"
+        if not torch.cuda.is_available():
+            return "no: torch sees no GPU"
+        reasons = [why_no_kernels(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        return "yes" if None in reasons else f"no: {reasons[0]}"
 
 
 def why_no_kernels(gpu: torch.device) -> str | None:
@@ -135,3 +139,15 @@ def two_phase_traffic(call: Call, direction: str) -> tuple[float, float]:
 
 CPU = CpuBackend()
 CUDA = CudaBackend()
+
+
+def warn_of_gpus_without_kernels() -> None:
+    """Warn once of each GPU that this build has no kernels for, if it has any: users of a build without expect none."""
+    for index in range(torch.cuda.device_count() if CUDA_ARCHITECTURES else 0):
+        reason = why_no_kernels(torch.device("cuda", index))
+        if reason is not None:
+            warnings.warn(f"{reason} (cuda:{index}): other backends run there, as `fastbn info` says", stacklevel=2)
+
+
+if CUDA_ARCHITECTURES and torch.version.cuda:
+    _torch.when_cuda_starts(warn_of_gpus_without_kernels)

@@ -12,18 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbn import _torch
+from fastbn import _C, _torch
 from fastbn.ops import activations
 from fastbn.ops.activations import is_piecewise_linear
 from fastbn.ops.layout import mask_shape, suggest_memory_format
-
-try:
-    from fastbn import _C
-except ImportError as error:
-    raise ImportError(
-        f"fastbn._C could not be loaded ({error}): build it with 'pip install .' in a clone of fastbn, against PyTorch "
-        "2.10 or newer"
-    ) from error
 
 activations.check_build(_C.activations())
 BUILD_INFO: dict[str, Any] = _C.build_info()

@@ -1,0 +1,1 @@
+"""How packages are made, checked and tried: `python -m release build|audit|try`. Needs the extra `release`."""

@@ -10,7 +10,7 @@ import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastbn.cli.errors import CommandError, reason
 
@@ -45,6 +45,18 @@ def patterns(text: str) -> list[str]:
     if not all(found):
         raise _refusal("patterns separated by commas", text)
     return found
+
+
+class Once(argparse.Action):
+    """Store the value of an option that may be given once, where argparse would take the last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise argparse.ArgumentError(self, f"expected it once, got {','.join(before)} and {','.join(values)}")
+        setattr(namespace, self.dest, values)
 
 
 def check_directory(option: str, directory: Path, *names: str) -> None:

@@ -5,7 +5,7 @@ they use: `python -m bench` there is the same command."""
 import argparse
 
 from fastbn.cli import clone, one_shape
-from fastbn.cli.arguments import number, path, patterns
+from fastbn.cli.arguments import Once, number, path, patterns
 from fastbn.cli.errors import CommandError
 
 SUMMARY = "time fastbn and its rivals on this machine"
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "compiled-torch, compiled-convert, compiled-fused, compiled-pass (without this, few cases are compiled)",
         ),
     ):
-        what.add_argument(f"--{name}", type=patterns, metavar="PATTERN", help=f"only these {of}")
+        what.add_argument(f"--{name}", type=patterns, action=Once, metavar="PATTERN", help=f"only these {of}")
     what.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -93,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time one shape, or run the benchmark of the clone. Returns the exit status that `_NOTE` describes."""
+    if args.list and args.json is not None:
+        raise CommandError("--json: expected no --list beside it, which measures nothing to write, got both")
     if args.shape is not None and args.suite is None:
         return one_shape.run(args)
     if args.json == one_shape.STDOUT:

@@ -37,7 +37,8 @@ _OF_SUITES = ("case", "part", "time_limit", "against_itself", "plots", "load", "
 def run(args: argparse.Namespace) -> int:
     """Time one shape, and print what came out. Returns 1 if fastbn's result is wrong or it cannot run here, else 0."""
     for option in _OF_SUITES:
-        if getattr(args, option):
+        given = getattr(args, option)
+        if given is not None and given is not False:
             name = option.replace("_", "-")
             raise CommandError(f"--{name}: expected --suite beside it, got --shape alone, which times one shape")
     workload = _workload(args)

@@ -14,8 +14,8 @@ from fastbn._torch import fake_tensors
 from fastbn.backends import aten, native, registry
 from fastbn.backends.registry import Name as BackendName
 from fastbn.inspect import model
+from fastbn.nn.torch_activations import ActivationLike, read_activation
 from fastbn.ops import dispatch
-from fastbn.ops.activations import Name as ActivationName
 from fastbn.ops.activations import check_param, describe_fused
 from fastbn.ops.activations import index as activation_index
 from fastbn.ops.dispatch import Backend, Call, Plan
@@ -33,7 +33,7 @@ def explain(
     shape_or_direction: Direction | str | None = None,
     *,
     direction: Direction | str | None = None,
-    activation: ActivationName | str | None = None,
+    activation: ActivationLike = None,
     activation_param: float | None = None,
     residual: bool = False,
     training: bool | None = None,
@@ -65,7 +65,7 @@ def explain(
     *,
     input_shape: Sequence[Any] | None = None,
     direction: str | None = None,
-    activation: str | None = None,
+    activation: ActivationLike = None,
     activation_param: float | None = None,
     residual: bool = False,
     training: bool | None = None,
@@ -82,8 +82,8 @@ def explain(
         explain(model, (64, 3, 224, 224))              # a model: {name of a layer: Plan} in the order of their calls
 
     The second argument is the direction, "forward" (default) or "backward", of a tensor or a shape, and the shape of
-    the input, or of each of several, of a layer or a model, whose direction is given by keyword. activation,
-    activation_param: as fastbn.functional.batch_norm takes them; the plan does not depend on the latter. training:
+    the input of a layer or a model, or of each of several of a model, whose direction is given by keyword. activation,
+    activation_param: as fastbn's layers take them; the plan does not depend on the latter. training:
     batch statistics (default), else frozen ones. residual: whether one is added; of modules only for a layer. A module
     has its own activation and mode, and what `fastbn.convert` fused shows in the plans' `fused`.
     dtype, memory_format: of a shape, by default torch's default dtype and torch.contiguous_format; of a module's input
@@ -98,7 +98,8 @@ def explain(
     torch's own layers are in the dict, and a variant such as GhostBatchNorm2d has a plan whose traffic is NaN.
 
     Raises ValueError for an argument outside these, for a backend that cannot take the call, and for a model that
-    cannot run without values; TypeError for what is no tensor, shape or module.
+    cannot run on such an input without values, or is compiled or scripted; TypeError for what is no tensor, shape or
+    module.
     """
     if isinstance(input, nn.Module):
         shape = shape_or_direction if input_shape is None else input_shape
@@ -125,12 +126,16 @@ def explain(
 
         if residual and not model.is_layer(input):
             raise ValueError(f"residual: expected False for a model, whose forward adds its own, got {residual!r}")
-        return model.explain_module(input, _check_shapes(shape), dtype, memory_format, plan)
+        shapes = _check_shapes(shape)
+        if len(shapes) > 1 and model.is_layer(input):
+            raise ValueError(f"input_shape: expected one for a layer, perhaps with residual=True, got {shapes}")
+        return model.explain_module(input, shapes, dtype, memory_format, plan)
     if input_shape is not None:
         raise ValueError(f"input_shape: expected none beside a {type(input).__name__}, got {input_shape!r}")
     if direction is not None and shape_or_direction is not None:
         raise ValueError(f"explain: expected one direction, got {shape_or_direction!r} and {direction!r}")
     toward = _check_direction(shape_or_direction if direction is None else direction)
+    fused, activation_param = read_activation(activation, activation_param)
     if not isinstance(input, Tensor):
         input, device = _without_values(input, dtype, memory_format, device)
     elif dtype is not None or memory_format is not None:
@@ -138,7 +143,7 @@ def explain(
     return _explain(
         input,
         toward,
-        activation=activation,
+        activation=fused,
         activation_param=activation_param,
         residual=residual,
         training=training is None or training,
@@ -238,7 +243,7 @@ def _without_values(
     sizes = _check_shape("explain", shape)
     layout = memory_format or torch.contiguous_format
     if isinstance(device, str) and device in _GPUS:
-        return torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout), device
+        return model.make_empty(sizes, dtype=dtype, device="meta", memory_format=layout), device
     expected = f"device: expected one of {', '.join(_GPUS)}, or a device of torch that is here"
     try:
         where = torch.device(device) if device is not None else torch.get_default_device()
@@ -247,4 +252,4 @@ def _without_values(
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{expected}, got {device or where!s}: torch sees no GPU")
     with fake_tensors():
-        return torch.empty(sizes, dtype=dtype, device=where, memory_format=layout), None
+        return model.make_empty(sizes, dtype=dtype, device=where, memory_format=layout), None

@@ -62,6 +62,15 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, kinds) or containers.is_layer(module) or type(module) in LAYERS
 
 
+def make_empty(shape: tuple[int, ...], **options: Any) -> Tensor:
+    """Return torch.empty(shape, **options). Raises ValueError where torch has no such tensor."""
+    try:
+        return torch.empty(shape, **options)
+    except (RuntimeError, TypeError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"explain: expected a shape that torch has such tensors of, got {shape}: {said}") from None
+
+
 def explain_module(
     module: nn.Module,
     shapes: Sequence[tuple[int, ...]],
@@ -108,6 +117,10 @@ def _calls(
         raise ValueError(
             "explain: expected a model that is not compiled, since the compiler chooses differently, got one"
         )
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        raise ValueError(
+            "explain: expected a model that is not a ScriptModule, whose layers run torch's own operations, got one"
+        )
     tensors = [*module.parameters(), *module.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
         raise ValueError("explain: expected a module whose lazy layers have seen an input, got one that has not")
@@ -124,7 +137,7 @@ def _calls(
             if is_layer(layer):
                 _listen(layer, lambda seen, name=name: calls.append((name, seen)), layer is twin)  # type: ignore[misc]
         inputs = [
-            torch.empty(
+            make_empty(
                 shape,
                 dtype=dtype or (None if first is None else first.dtype),
                 device=device,
@@ -156,6 +169,8 @@ def _listen(layer: Any, tell: Callable[[Seen], None], is_whole_model: bool) -> N
         training = layer.training and not isinstance(layer, _FROZEN)
         if isinstance(layer, BatchNormBase) and layer.running_mean is None and layer.running_var is None:
             training = True
+        if is_one_call:
+            _check_input(layer, input, training)
         fused = residual is not None, activation, param
         tell(Seen(layer, kind, is_one_call, input, *fused, training, is_whole_model))
         return torch.empty_like(input)
@@ -179,7 +194,20 @@ def _listen(layer: Any, tell: Callable[[Seen], None], is_whole_model: bool) -> N
     else:
         activation = getattr(layer, "activation", None)
         activation = activation if isinstance(layer, _WHITENING) else None
-        layer.register_forward_pre_hook(lambda module, args: (heard(args[0], None, activation, None), None)[1])
+
+        def tell_of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            heard(next(iter((*args, *kwargs.values()))), None, activation, None)
+
+        layer.register_forward_pre_hook(tell_of_input, with_kwargs=True)
+
+
+def _check_input(layer: Any, input: Tensor, training: bool) -> None:
+    """Raise ValueError for what the layer would refuse: other channels than its own, and no spread to normalise by."""
+    own = next((t for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias) if t is not None), None)
+    if own is not None and input.shape[1] != own.numel():
+        raise ValueError(f"expected {own.numel()} channels, got input size {list(input.shape)}")
+    if training and input.numel() == input.shape[1]:
+        raise ValueError(f"expected more than 1 value per channel when training, got input size {list(input.shape)}")
 
 
 def _listen_to_layer_of_another_library(layer: Any, heard: Callable[..., Tensor]) -> None:

@@ -88,7 +88,7 @@ def why_wrong(prepared: Prepared, inputs: Inputs, expected: Expected) -> str | N
         error = (picked.double() - exact).abs()
         # `error > allowed` would let NaN pass.
         if not bool((error <= allowed).all()):
-            excess = error / allowed
+            excess = torch.where(error <= allowed, 0.0, error / allowed)
             at = int(excess.nan_to_num(torch.inf).argmax())
             pick = [t.expand_as(error).flatten()[at].item() for t in (picked, exact, allowed)]
             return "{}: got {:.6g}, expected {:.6g} within {:.2g}".format(name, *pick)
@@ -127,22 +127,27 @@ def _reference(operation: Operation, inputs: Inputs, channels: Tensor) -> Iterat
         output, mean, inv_std, _ = reference.batch_norm_train(*operands, None, MOMENTUM, EPS, activation, False)
     else:
         output, mean, inv_std, _ = reference.batch_norm_frozen(*operands, EPS, activation, False)
-    yield "output", (output, _element_tolerance(output, dtype, count))
+    wide = (1, -1, *[1] * (x.dim() - 2))
+    slope = (weight * inv_std).view(wide)
+    # In float32, rounding the mean shifts xhat by so many roundings, and x * slope + shift has terms of that size.
+    steepness = (mean.abs() * inv_std).view(wide)
+    terms = (x * slope).abs() + bias.abs().view(wide)
+    terms = terms if residual is None else terms + residual.abs()
+    yield "output", (output, _element_tolerance(output, terms, dtype, count))
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
         yield name, (statistic, _sum_error(count) * (statistic.abs() + 1))
     if not operation.backward:
         return
     given = (grad_out, x, residual, None, weight, bias, mean, inv_std, operation.training, activation)
     grads = dict(zip(_GRADS, reference.batch_norm_backward(*given, True, True, True, operation.residual)))
-    wide = (1, -1, *[1] * (x.dim() - 2))
     xhat = (x - mean.view(wide)) * inv_std.view(wide)
     z = xhat * weight.view(wide) + bias.view(wide)
     grad_z = reference.activation_backward(grad_out, z if residual is None else z + residual, activation)
-    for name, terms in (("grad_weight", grad_z * xhat), ("grad_bias", grad_z)):
+    for name, terms in (("grad_weight", grad_z.abs() * (xhat.abs() + steepness)), ("grad_bias", grad_z)):
         yield name, (grads[name], _sum_tolerance(terms, dtype, count))
-    for name in ("grad_input", "grad_residual"):
+    for name, terms in (("grad_input", grad_z * slope * (1 + steepness)), ("grad_residual", grad_z)):
         if grads[name].numel():
-            yield name, (grads[name], _element_tolerance(grads[name], dtype, count))
+            yield name, (grads[name], _element_tolerance(grads[name], terms, dtype, count))
 
 
 def _sum_error(count: int) -> float:
@@ -153,10 +158,12 @@ def _sum_error(count: int) -> float:
     return torch.finfo(torch.float32).eps * (tolerance.ELEMENT_ROUNDINGS + count**0.5)
 
 
-def _element_tolerance(exact: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """Bound the error of elements at the scale of the channel's largest: terms are of that size and may cancel."""
+def _element_tolerance(exact: Tensor, terms: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Bound the error of elements at the scale of their channel's largest, or of the largest of `terms`: of these they
+    are sums, which cancel where a channel has few values.
+    """
     dims = reduced_dims(exact)
-    scale = exact.abs().amax(dims, keepdim=True)
+    scale = torch.maximum(exact.abs().amax(dims, keepdim=True), terms.abs().amax(dims, keepdim=True))
     return ROUNDINGS * tolerance.ulp(dtype, scale) + _sum_error(count) * scale
 
 

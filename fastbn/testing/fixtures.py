@@ -43,11 +43,18 @@ def bn_device() -> torch.device:
 def assert_bn_parity(bn_device: torch.device) -> Callable[..., None]:
     """fastbn.testing.assert_parity on `bn_device`; skips a case of float64 where nothing longer can measure it."""
 
-    def check(subject: Subject, case: ParityCase, *, gradients: bool = True, beside_torch: bool = True) -> None:
+    def check(
+        subject: Subject,
+        case: ParityCase,
+        *,
+        gradients: bool = True,
+        counter: bool = True,
+        beside_torch: bool = True,
+    ) -> None:
         __tracebackhide__ = True
         reason = why_not_measurable(case)
         if reason is not None:
             pytest.skip(reason)
-        assert_parity(subject, case, bn_device, gradients=gradients, beside_torch=beside_torch)
+        assert_parity(subject, case, bn_device, gradients=gradients, counter=counter, beside_torch=beside_torch)
 
     return check

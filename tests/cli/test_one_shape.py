@@ -132,6 +132,17 @@ def test_a_wrong_result_is_not_timed_and_fails(capsys, monkeypatch):
         (["--shape", "4,3", "--op", "train*"], "--op: expected one of train, "),
         (["--shape", "4,3", "--implementation", "apex"], "--implementation: expected some of torch, "),
         (["--shape", "4,3", "--case", "lenet"], "--case: expected --suite beside it"),
+        (["--shape", "4,3", "--time-limit", "0"], "--time-limit: expected --suite beside it"),
+        (["--shape", "4,3", "--list", "--json", "a"], "--json: expected no --list beside it"),
+        (["--suite", "quick", "--list", "--json", "a"], "--json: expected no --list beside it"),
+        (
+            ["--shape", "4,3", "--op", "train", "--op", "eval"],
+            "fastbn bench: error: argument --op: expected it once, got train and eval",
+        ),
+        (
+            ["--suite", "quick", "--dtype", "bf16", "--dtype", "half,float"],
+            "fastbn bench: error: argument --dtype: expected it once, got bf16 and half,float",
+        ),
         (["--shape", "4,3", "--against-itself"], "--against-itself: expected --suite beside it"),
         (["--shape", "4,3", "--compare", "old.json"], "--compare: expected --suite beside it"),
         (["--suite", "quick", "--json"], "--json: expected a file beside a suite, got none"),

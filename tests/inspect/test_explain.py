@@ -382,8 +382,22 @@ def test_several_inputs():
         ((_Net(), (4, 5, 8, 8)), {}, ValueError, r"_Net cannot run on tensors of shape \(4, 5, 8, 8\)"),
         ((nn.BatchNorm2d(3), (4, 3)), {}, ValueError, "BatchNorm2d cannot run .*: ValueError: expected 4D input"),
         ((fastbn.LazyBatchNorm2d(), (4, 3, 2, 2)), {}, ValueError, "lazy layers have seen an input"),
+        ((fastbn.BatchNorm2d(8), (2, 7, 4, 4)), {}, ValueError, r"expected 8 channels, got input size \[2, 7, 4, 4\]"),
+        ((fastbn.FrozenBatchNorm2d(8), (2, 7, 4, 4)), {}, ValueError, "expected 8 channels, got"),
+        ((fastbn.BatchNorm1d(8), (1, 8)), {}, ValueError, "expected more than 1 value per channel when training"),
+        ((fastbn.BatchNorm1d(8), ((4, 8), (4, 8))), {}, ValueError, "input_shape: expected one for a layer"),
+        (((2**40, 2**30),), {}, ValueError, r"expected a shape that torch has such .*, got \(1099511627776, "),
+        (((2**70, 3),), {}, ValueError, "expected a shape that torch has such"),
+        (
+            ((2, 8, 4),),
+            {"memory_format": torch.channels_last},
+            ValueError,
+            r"such .*, got \(2, 8, 4\): required rank 4",
+        ),
+        ((fastbn.BatchNorm1d(8), (2, 8, 4)), {"memory_format": torch.channels_last}, ValueError, "required rank 4"),
+        (((4, 3),), {"activation": nn.SELU()}, ValueError, r"activation: expected one of none, .* got SELU\(\)"),
     ],
-    ids=range(16),
+    ids=range(25),
 )
 def test_misuse_of_shapes_and_modules(arguments, options, error, message):
     with pytest.raises(error, match=message):
@@ -423,6 +437,32 @@ def test_a_model_whose_shapes_depend_on_values_says_so():
 
     with pytest.raises(ValueError, match=r"explain: Choose cannot run on tensors of shape \(5, 3\) without values: "):
         fastbn.explain(Choose(), (5, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(ValueError, match="explain: expected a model that is not a ScriptModule"):
+        fastbn.explain(nn.Sequential(torch.jit.script(nn.BatchNorm1d(3))), (4, 3))
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, fastbn.BatchNorm1d, fastbn.WhiteningBatchNorm1d])
+def test_layers_that_are_called_by_keyword(layer):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = layer(3)
+
+        def forward(self, x):
+            return self.bn(input=x)
+
+    assert fastbn.explain(Model(), (5, 3)).keys() == {"bn"}
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU, nn.functional.relu, "ReLU"], ids=["module", "class", "f", "name"]
+)
+def test_activations_as_layers_take_them(activation):
+    assert fastbn.explain((5, 3), activation=activation) == fastbn.explain((5, 3), activation="relu")
 
 
 def test_a_compiled_model_is_refused():

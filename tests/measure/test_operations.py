@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,3 +44,34 @@ def test_the_gate_passes_every_operation_that_has_a_name(activation, dtype):
         for name in (f"{mode}+{activation}", f"{mode}+add+{activation}"):
             admitted = list(gate.admit(rivals, Workload("one", case, dtype, operations.parse(name)), inputs))
             assert [each.reason for each in admitted] == ["", ""], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", ["train", "train_backward", "train_backward+add+relu"])
+@pytest.mark.parametrize("shape", [(2, 64), (3, 64), (2, 256, 1, 1), (1, 1, 1, 2), (4, 2048)], ids=str)
+def test_the_gate_passes_channels_of_few_values(shape, operation, dtype):
+    """Their gradients of the input cancel nearly to 0."""
+    assert _why_refused(shape, operation, dtype) == {"torch": "", "fastbn": ""}
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (4, 2048)], ids=str)
+def test_the_gate_still_refuses_wrong_gradients_of_such_channels(shape):
+    inputs = make_inputs(make_case("shape", *shape), torch.float32, torch.device("cpu"))
+    operation = operations.parse("train_backward")
+    (torchs,) = [each for each in implementations.implementations(torch.device("cpu")) if each.name == "torch"]
+    right = torchs.prepare(operation, inputs)
+
+    def call():
+        output, grad_input, *rest = right.call()
+        return output, grad_input + 1e-4 * inputs.grad_out, *rest
+
+    wrong = gate.why_wrong(dataclasses.replace(right, call=call), inputs, gate.expect(operation, inputs))
+    assert wrong and wrong.startswith("grad_input: got ")
+
+
+def _why_refused(shape, operation, dtype):
+    case = make_case("shape", *shape)
+    workload = Workload("shape", case, dtype, operations.parse(operation))
+    inputs = make_inputs(case, dtype, torch.device("cpu"))
+    rivals = [each for each in implementations.implementations(torch.device("cpu")) if each.name in ("torch", "fastbn")]
+    return {each.name: each.reason for each in gate.admit(rivals, workload, inputs)}

@@ -504,6 +504,9 @@ def test_list_names_what_would_be_measured(brief, capsys):
     ],
 )
 def test_bad_arguments(brief, capsys, arguments, message):
+    if arguments[0] in brief:  # which is refused twice
+        at = brief.index(arguments[0])
+        brief = brief[:at] + brief[at + 2 :]
     assert main([*brief, *arguments]) == 2
     assert message in capsys.readouterr().err
 

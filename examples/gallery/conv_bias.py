@@ -75,7 +75,7 @@ def _outputs(model: nn.Module, images: Tensor, biases: list[float]) -> list[floa
 def _absorbed(model: nn.Module, images: training.Images, settings: dict) -> dict[str, list[float]]:
     """Return each channel's bias, and how far its running mean is from that of a twin that was trained without biases.
 
-    Both are trained alike, in float64, so that their weights stay the same but for rounding. `losses` are the largest
+    Both are trained alike, in float64, so that their weights stay the same up to rounding. `losses` are the largest
     difference between theirs and `moved` the largest by which a bias moved.
     """
     plain, biased = copy.deepcopy(model).double(), with_biases(model, 1.0).double()

@@ -45,7 +45,7 @@ _ABOVE = {PLAIN: 2.8, BN: 3.0, NOISY: 3.2}
 class Noise(nn.Module):
     """Noise on (N, C, ...) float32 activations whose mean and variance per channel change at each step.
 
-    In training y = s x + m, where m and s differ between images and their own means and scales are drawn anew per
+    In training y = s x + m, where m and s differ between images and their own means and scales are drawn again per
     channel and step. In evaluation y = (1 + scale) / 2 x, the mean over the draws.
     """
 

@@ -129,7 +129,7 @@ def _reference(operation: Operation, inputs: Inputs, channels: Tensor) -> Iterat
         output, mean, inv_std, _ = reference.batch_norm_frozen(*operands, EPS, activation, False)
     wide = (1, -1, *[1] * (x.dim() - 2))
     slope = (weight * inv_std).view(wide)
-    # In float32, rounding the mean shifts xhat by so many roundings, and x * slope + shift has terms of that size.
+    # In float32, rounding the mean shifts xhat by |mean| / std roundings, and x * slope + shift has terms of that size.
     steepness = (mean.abs() * inv_std).view(wide)
     terms = (x * slope).abs() + bias.abs().view(wide)
     terms = terms if residual is None else terms + residual.abs()

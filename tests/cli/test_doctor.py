@@ -29,7 +29,7 @@ SOUND = (
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Be in an empty directory, of which modules are imported anew."""
+    """Be in an empty directory, of which modules are imported again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)

@@ -24,7 +24,6 @@ from examples.gallery import (
 )
 from examples.gallery.__main__ import compute, digest, draw, main, picture, written
 from examples.gallery.style import BN, NOISY, PLAIN
-from examples.lenet.data import load_digits
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # Settings with which a picture takes less than a second.
@@ -51,18 +50,7 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def data():
-    return load_digits(seed=0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Compute on one thread, as the command does: the tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -9,21 +9,8 @@ import pytest
 import torch
 
 from examples import small_batch
-from examples.lenet.data import load_digits
 
-
-@pytest.fixture(scope="module")
-def data():
-    return load_digits(seed=0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Compute on one thread, as the command does: the tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", [name for name in small_batch.METHODS if name not in ("LayerNorm", "none")])

@@ -36,7 +36,7 @@ fastbn.functional.batch_norm(x, None, None, training=True, backend="cpu")
 
 
 def update_copy() -> None:
-    """Copy the files that git knows or would take, and keep what was built of them. Other flags start anew."""
+    """Copy the files that git knows or would take, and keep what was built of them, unless the flags are others."""
     script = f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" {FLAGS}\n'
     if not COMPILER.exists() or COMPILER.read_text() != script:
         shutil.rmtree(COPY, ignore_errors=True)
@@ -56,7 +56,7 @@ def update_copy() -> None:
 
 
 def build() -> None:
-    env = {**os.environ, "CXX": str(COMPILER), "FASTBN_CUDA": "0", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    env = {**os.environ, "CXX": str(COMPILER), "FASTBN_CUDA": "0"}
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=COPY, check=True, env=env)
 
 

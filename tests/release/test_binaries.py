@@ -47,7 +47,7 @@ PLANTED = {
     "stack": (SOURCE, ("-Wl,-z,execstack",), "link with -z noexecstack"),
     "stack protector": (SOURCE, ("-fno-stack-protector",), "nothing calls __stack_chk_fail"),
     "debug sections": (SOURCE + '__attribute__((section(".debug_x"))) int x = 1;', (), "makes the wheel large"),
-    "build paths": (SOURCE + 'const char* path() { return "/root/clone/a.h"; }', (), "as /root/clone/a.h"),
+    "build paths": (SOURCE + 'const char* path() { return "/home/someone/a.h"; }', (), "as /home/someone/a.h"),
 }
 
 

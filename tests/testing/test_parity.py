@@ -18,7 +18,7 @@ from fastbn.testing import PARITY_CASES, ParityCase, assert_parity, extended, pa
 from tests.stock import FAST, STOCK
 
 ROOT = Path(__file__).resolve().parents[2]
-# One case of so many is in the fast tier; the number has no factor in common with the periods of the table.
+# The fast tier has one case of this number, which has no factor in common with the periods of the table.
 SAMPLE = 13
 DIMS = {"bn1d": 1, "bn2d": 2, "bn3d": 3}
 

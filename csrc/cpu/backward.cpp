@@ -34,7 +34,7 @@ class Backward {
         threads_(threads),
         table_(kernels(params.dtype)),
         partition_(params.layout, params.dtype, channels),
-        pivots_(size_t(partition_.entries())),
+        pivots_(size_t(partition_.entries() + table_padding)),
         relu_(partition_, compares(params) ? table_.relu_intervals : nullptr),
         grad_affine_(partition_, table_.column_planes),
         is_far_(std::is_same_v<A, float> && std::any_of(params.inv_std, params.inv_std + channels, is_far_from_one)) {

@@ -41,11 +41,11 @@ class CoefficientTable {
       : size_(partition.entries()),
         channels_(partition.channels()),
         shift_(partition.in_columns() ? column_planes - 1 : 0),
-        plane_(((size_ + shift_) >> shift_) + padding),
+        plane_(((size_ + shift_) >> shift_) + table_padding),
         stride_((shift_ + 1) * plane_),
         values_(size_t(members * stride_)) {
     for (int64_t end = plane_; end <= members * stride_; end += plane_)
-      std::fill_n(values_.data() + end - padding - shift_, padding + shift_, A(0));
+      std::fill_n(values_.data() + end - table_padding - shift_, table_padding + shift_, A(0));
   }
 
   void set(const Chunk& chunk, const ChunkCoefficients<A, members>& values) {
@@ -74,8 +74,6 @@ class CoefficientTable {
   int64_t plane() const { return plane_; }
 
  private:
-  static constexpr int64_t padding = 16;  // float lanes of the widest register
-
   A& at(int member, int64_t column) {
     return values_[size_t(member * stride_ + (column & shift_) * plane_ + (column >> shift_))];
   }
@@ -105,7 +103,7 @@ class ReluIntervalTable {
   ReluIntervalTable(const Partition& partition, FindReluIntervals* relu_intervals)
       : partition_(partition), relu_intervals_(relu_intervals) {
     if (!relu_intervals_) return;
-    first_.resize(size_t(partition.entries()));
+    first_.resize(size_t(partition.entries() + table_padding));
     span_.resize(first_.size());
   }
 

@@ -31,7 +31,7 @@ class MomentReducer {
       : params_(params),
         partition_(partition),
         table_(kernels(params.dtype)),
-        pivots_(size_t(partition.entries())),
+        pivots_(size_t(partition.entries() + table_padding)),
         totals_(partition, in_double(params)) {}
 
   void prepare(int64_t begin, int64_t end) {

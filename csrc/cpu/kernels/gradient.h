@@ -8,18 +8,13 @@
 #include "cpu/kernels/mask_bits.h"
 #include "cpu/kernels/normalize.h"
 #include "cpu/kernels/relu_interval.h"
+#include "cpu/kernels/short_rows.h"
 #include "cpu/kernels/sums.h"
 #include "cpu/simd/vec_math.h"
 #include "cpu/simd/vec_memory.h"
 #include "math/affine.h"
 
 namespace fastbn::cpu::FASTBN_ISA {
-
-// The mask bits of a tile, without gaps in its rows.
-struct MaskRows {
-  const uint8_t* bits;
-  int64_t stride;
-};
 
 // The sources of grad_z: without an activation, it is grad_out itself. All four share an interface: `prepare(at,
 // lanes)` returns what is the same down a column or along a run, and `grad_z` computes a vector from that, its
@@ -122,7 +117,7 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows ma
     }
   }
   const InputRows<T> residual(args.residual, tile, ahead);
-  constexpr bool few = runs_rarely || sources == Sources::few;
+  constexpr bool few = has_few_kinds<T> || sources == Sources::few;
   auto recompute = [&]<EpilogueKind kind>() FASTBN_INLINE_LAMBDA {
     if constexpr (occurs(kind, few))
       use(RecomputedGrad<T, per_column, kind>{args.affine, residual, tile.row_stride, args.activation, param});
@@ -137,17 +132,33 @@ FASTBN_INLINE void with_grad(const GradArgs& args, const Tile& tile, MaskRows ma
   }
 }
 
-// Calls `call(tile, its mask)` once or, if the mask has gaps, for a few rows at a time. Only tiles of columns have
-// gaps. `call` is no FASTBN_INLINE function, for its loops would be compiled twice.
-template <class Call>
-FASTBN_INLINE void with_mask_rows(const GradArgs& args, const Tile& tile, const MaskTile& mask_tile, Call&& call) {
+// Calls `call(arguments, tile, its mask)` once or, if rows are short, for copies of a few rows at a time.
+template <class T, class Call>
+void with_full_rows(const GradArgs& args, const Tile& tile, MaskRows mask, Call&& call) {
+  if (!has_short_rows<T>(tile)) return call(args, tile, mask);
+  PaddedGrads<T> copies;
+  for (int64_t row = 0; row < tile.rows; row += padded_rows) {
+    const Tile part = part_to_pad(tile, row);
+    GradArgs copied_args = args;
+    Tile copied = part;
+    MaskRows copied_mask{mask.bits ? mask.bits + row * mask.stride : nullptr, mask.stride};
+    copies.replace(copied_args, copied, copied_mask);
+    call(copied_args, copied, copied_mask);
+    copies.write(args, part);
+  }
+}
+
+// Calls `call(arguments, tile, its mask)` once or, if the mask has gaps or rows are short, for a few rows at a time.
+// Only tiles of columns have gaps. `call` is not inlined, for its loops would be compiled twice.
+template <class T, class Call>
+void with_mask_rows(const GradArgs& args, const Tile& tile, const MaskTile& mask_tile, Call&& call) {
   const uint8_t* mask = args.mask ? args.mask + mask_tile.offset : nullptr;
   if (!mask || args.activation == Activation::none || !has_gaps(mask_tile, tile.cols))
-    return call(tile, MaskRows{mask, mask_tile.row_stride});
+    return with_full_rows<T>(args, tile, {mask, mask_tile.row_stride}, call);
   for_gathered_rows(tile, [&](const Tile& part, int64_t first, uint64_t* words) {
     for (int64_t row = 0; row < part.rows; ++row)
       words[row] = gather_bits(mask + (first + row) * mask_tile.row_stride, tile.cols, mask_tile.run);
-    call(part, MaskRows{reinterpret_cast<const uint8_t*>(words), gathered_bytes});
+    with_full_rows<T>(args, part, {reinterpret_cast<const uint8_t*>(words), gathered_bytes}, call);
   });
 }
 
@@ -188,17 +199,26 @@ struct FrozenGrad {
 
 // Adds the gradient sums of a tile's channels to `sums`. `Also` is the other use of grad_z.
 template <class T, class Terms, template <class, bool> class Also = SumsOnly>
-void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums sums) {
+void channel_grad_sums(const GradArgs& tile_args, Tile tile, MaskTile mask_tile, ColumnSums sums) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  sum_channels<T>(tile, sums, [&](int64_t channel, int64_t first_row, const Tile& part) FASTBN_INLINE_LAMBDA {
+  PaddedGrads<T> copies;
+  sum_channels<T>(tile, sums, [&](int64_t channel, int64_t first_row, const Tile& rows) FASTBN_INLINE_LAMBDA {
+    const int64_t mask_offset =
+        mask_tile.offset + first_row * mask_tile.row_stride + channel * ((mask_tile.run + 7) / 8);
+    MaskRows mask{tile_args.mask ? tile_args.mask + mask_offset : nullptr, mask_tile.row_stride};
+    GradArgs copied_args;
+    const bool is_short = has_short_rows<T>(rows);
+    Tile part = rows;
+    if (is_short) {
+      copied_args = tile_args;
+      copies.replace(copied_args, part, mask);
+    }
+    const GradArgs& args = is_short ? copied_args : tile_args;
     const int64_t ahead = part.row_stride;
     const InputRows<T> grad_out(args.grad_out, part, ahead), input(args.input, part, ahead);
     const Also<T, false> also(args, part);
     const V pivot(static_cast<const A*>(args.pivot)[channel]);
-    const int64_t mask_offset =
-        mask_tile.offset + first_row * mask_tile.row_stride + channel * ((mask_tile.run + 7) / 8);
-    const MaskRows mask{args.mask ? args.mask + mask_offset : nullptr, mask_tile.row_stride};
     WideSums<A> result;
     with_grad<T, false, Also<T, false>::template sources<Terms>>(
         args, part, mask, ahead, [&](auto source) FASTBN_INLINE_LAMBDA {
@@ -214,6 +234,7 @@ void channel_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, Colu
                 terms.template add_weighted<T>(keep(lanes, grad_z, V(0)), x - pivot);
               });
         });
+    if (is_short) copies.write(tile_args, rows);
     return result;
   });
 }
@@ -253,8 +274,9 @@ void sum_column_grads(const GradArgs& args, const Tile& tile, MaskRows mask, Col
 // Adds the gradient sums of a tile's columns to `result`.
 template <class T, class Terms, template <class, bool> class Also = SumsOnly>
 void column_grad_sums(const GradArgs& args, Tile tile, MaskTile mask_tile, ColumnSums result) {
-  with_mask_rows(args, tile, mask_tile,
-                 [&](const Tile& part, MaskRows mask) { sum_column_grads<T, Terms, Also>(args, part, mask, result); });
+  with_mask_rows<T>(args, tile, mask_tile, [&](const GradArgs& rows_args, const Tile& part, MaskRows mask) {
+    sum_column_grads<T, Terms, Also>(rows_args, part, mask, result);
+  });
 }
 
 // Loads the coefficients of GradAffine. The pivot is that of `args.affine`, which recomputes z, so that the difference
@@ -321,11 +343,13 @@ void input_grad(const GradArgs& args, const Tile& tile, MaskRows mask) {
 // Writes grad_input and grad_residual of a tile.
 template <class T, bool per_column>
 void input_grad_tile(const GradArgs& args, Tile tile, MaskTile mask) {
+  auto call = [](const GradArgs& part_args, const Tile& part, MaskRows rows) {
+    input_grad<T, per_column>(part_args, part, rows);
+  };
   if constexpr (per_column)
-    with_mask_rows(args, tile, mask,
-                   [&](const Tile& part, MaskRows rows) { input_grad<T, per_column>(args, part, rows); });
+    with_mask_rows<T>(args, tile, mask, call);
   else
-    input_grad<T, per_column>(args, tile, {args.mask ? args.mask + mask.offset : nullptr, mask.row_stride});
+    with_full_rows<T>(args, tile, {args.mask ? args.mask + mask.offset : nullptr, mask.row_stride}, call);
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

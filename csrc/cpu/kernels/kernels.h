@@ -22,6 +22,7 @@ struct Tile {
   int64_t channel_step = 0;   // channels from one row to the next
   int64_t channels = 1;       // side by side, at most max_tile_channels
   bool out_of_cache = false;  // whether the tensor is too large for a core's caches
+  int64_t channel = 0;        // of the first row, counted from the channel at which the coefficients begin
 };
 
 constexpr int64_t max_tile_channels = 64;  // bounds the sums on the stack (an estimate)

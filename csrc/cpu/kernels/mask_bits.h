@@ -20,45 +20,57 @@ FASTBN_INLINE uint64_t relu_bits(const Vec<acc_t<T>>& y) {
   return to_bits<T>(!(y <= Vec<acc_t<T>>(0)));
 }
 
-// Stores the mask bits of a vector. Vectors of fewer than eight lanes share a byte with their neighbours; the first of
-// them overwrites it.
-template <class T, class Lanes>
-FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, uint64_t bits) {
-  constexpr int all = Vec<acc_t<T>>::lanes;
-  bits = bits >> lanes.first & ((uint64_t(1) << lanes.count) - 1);
-  column += lanes.first;
-  if constexpr (all < 8) {
-    const uint8_t part = uint8_t(bits << column % 8);
-    row[column / 8] = column % 8 == 0 ? part : uint8_t(row[column / 8] | part);
-  } else if (lanes.count == all) {  // more than eight lanes only on x86, which is little-endian
-    std::memcpy(row + column / 8, &bits, all / 8);
-  } else {
-    for (int i = 0; 8 * i < lanes.count; ++i) row[column / 8 + i] = uint8_t(bits >> 8 * i);
-  }
-}
+// The mask bits of a tile, without gaps in its rows.
+struct MaskRows {
+  const uint8_t* bits;
+  int64_t stride;
+};
 
-// Loads the mask bits of a vector.
-template <class T>
-FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, AllLanes<T>) {
-  constexpr int all = Vec<acc_t<T>>::lanes;
-  if constexpr (all > 8) {  // little-endian, as above
-    uint32_t bits = 0;
-    std::memcpy(&bits, row + column / 8, all / 8);
-    return bits;
-  } else {
-    uint32_t bits = row[column / 8];
-    if (all < 8) bits >>= column % 8;
-    return bits;
-  }
+// Store and load the `count` bits of columns from `column` on, of which the first to store is the first of a byte.
+__attribute__((noinline)) inline void store_some_bits(uint8_t* row, int64_t column, int count, uint64_t bits) {
+  bits &= (uint64_t(1) << count) - 1;
+  for (int i = 0; 8 * i < count; ++i) row[column / 8 + i] = uint8_t(bits >> 8 * i);
 }
 template <class T>
-FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, EndLanes<T> lanes) {
-  const int64_t first = column / 8, last = (column + lanes.first + lanes.count - 1) / 8;
+FASTBN_INLINE uint64_t load_some_bits(const uint8_t* row, int64_t column, int count) {
+  const int64_t first = column / 8, last = (column + count - 1) / 8;
   uint64_t bits = row[first];
   // The lanes reach at most this many further bytes, if they start at the last bit of one: a bound that g++ unrolls by.
   for (int i = 1; i <= (Vec<acc_t<T>>::lanes + 6) / 8; ++i)
     if (first + i <= last) bits |= uint64_t(row[first + i]) << 8 * i;
   return bits >> column % 8;
+}
+
+// Stores the mask bits of a vector. Vectors of fewer than eight lanes share a byte with their neighbours; the first of
+// them overwrites it. The last vector of a row leaves out the columns of the one that it overlaps.
+template <class T, class Lanes>
+FASTBN_INLINE void store_bits(uint8_t* row, int64_t column, Lanes lanes, uint64_t bits) {
+  constexpr int all = Vec<acc_t<T>>::lanes;
+  const int first = overlaps_at_ends ? int(-column & (all - 1)) : 0, count = lanes.count - first;
+  if constexpr (all < 8) {
+    const uint8_t part = uint8_t(bits >> first << (column + first) % 8);
+    uint8_t& byte = row[(column + first) / 8];
+    byte = (column + first) % 8 == 0 ? part : uint8_t(byte | part);
+  } else if (count == all) {  // more than eight lanes only on x86, which is little-endian
+    std::memcpy(row + column / 8, &bits, all / 8);
+  } else {
+    store_some_bits(row, column + first, count, bits >> first);
+  }
+}
+
+// Loads the mask bits of a vector.
+template <class T, template <class> class Lanes>
+FASTBN_INLINE uint64_t load_bits(const uint8_t* row, int64_t column, Lanes<T> lanes) {
+  constexpr int all = Vec<acc_t<T>>::lanes;
+  const bool overlaps = overlaps_at_ends && column % all != 0;
+  if (lanes.count < all || overlaps) return load_some_bits<T>(row, column, lanes.first + lanes.count);
+  if constexpr (all > 8) {  // little-endian, as above
+    uint32_t bits = 0;
+    std::memcpy(&bits, row + column / 8, all / 8);
+    return bits;
+  } else {
+    return uint32_t(row[column / 8]) >> column % 8;
+  }
 }
 
 // Rows that are gathered at a time, each of at most 64 elements.

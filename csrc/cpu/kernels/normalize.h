@@ -4,6 +4,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/loops.h"
 #include "cpu/kernels/mask_bits.h"
+#include "cpu/kernels/short_rows.h"
 #include "cpu/simd/vec_math.h"
 #include "cpu/simd/vec_memory.h"
 #include "math/affine.h"
@@ -42,7 +43,7 @@ FASTBN_INLINE void for_each_prepared(const Tile& tile, Prepare&& prepare, Visit&
                       });
   } else {
     for (int64_t row = 0; row < tile.rows; ++row) {
-      const auto prepared = prepare(row * tile.channel_step, AllLanes<T>{});
+      const auto prepared = prepare(tile.channel + row * tile.channel_step, AllLanes<T>{});
       for_each_column<T>(tile.cols,
                          [&](int64_t column, auto lanes) FASTBN_INLINE_LAMBDA { visit(prepared, row, column, lanes); });
     }
@@ -58,7 +59,7 @@ void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64
   const OutputRows<T> output(args.output, tile, args.non_temporal);
 
   auto loop = [&]<EpilogueKind kind, bool plain>() FASTBN_INLINE_LAMBDA {
-    if constexpr (occurs(kind, runs_rarely))
+    if constexpr (occurs(kind, has_few_kinds<T>))
       for_each_prepared<per_column, T>(
           tile,
           [&](int64_t at, auto lanes) FASTBN_INLINE_LAMBDA { return affine_at<per_column, T>(args.affine, at, lanes); },
@@ -77,7 +78,7 @@ void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64
           });
   };
   const bool plain = !residual && !mask;
-  switch (kind_of(args.activation, runs_rarely)) {
+  switch (kind_of(args.activation, has_few_kinds<T>)) {
     case EpilogueKind::none:
       return plain ? loop.template operator()<EpilogueKind::none, true>()
                    : loop.template operator()<EpilogueKind::none, false>();
@@ -91,14 +92,32 @@ void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64
   }
 }
 
+// Does the same for rows of any length.
+template <class T, bool per_column>
+void normalize_rows(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64_t mask_stride) {
+  if (!has_short_rows<T>(tile)) return normalize<T, per_column>(args, tile, mask, mask_stride);
+  PaddedRows<T> input, residual, output;
+  PaddedBits bits;
+  for (int64_t row = 0; row < tile.rows; row += padded_rows) {
+    const Tile part = part_to_pad(tile, row);
+    NormalizeArgs copies = args;
+    copies.input = input.copy(args.input, part);
+    copies.residual = residual.copy(args.residual, part);
+    copies.output = output.rows_of(args.output);
+    normalize<T, per_column>(copies, padded<T>(part), mask ? bits.bytes() : nullptr, PaddedBits::stride);
+    output.copy_to(args.output, part);
+    if (mask) bits.copy_to(mask + row * mask_stride, mask_stride, part);
+  }
+}
+
 // Writes the output and the mask of a tile.
 template <class T, bool per_column>
 void normalize_tile(const NormalizeArgs& args, Tile tile, MaskTile mask_tile) {
   uint8_t* mask = args.mask ? args.mask + mask_tile.offset : nullptr;
   if (!per_column || !mask || !has_gaps(mask_tile, tile.cols))
-    return normalize<T, per_column>(args, tile, mask, mask_tile.row_stride);
+    return normalize_rows<T, per_column>(args, tile, mask, mask_tile.row_stride);
   for_gathered_rows(tile, [&](const Tile& part, int64_t first, uint64_t* words) {
-    normalize<T, per_column>(args, part, reinterpret_cast<uint8_t*>(words), gathered_bytes);
+    normalize_rows<T, per_column>(args, part, reinterpret_cast<uint8_t*>(words), gathered_bytes);
     for (int64_t row = 0; row < part.rows; ++row)
       spread_bits(words[row], tile.cols, mask_tile.run, mask + (first + row) * mask_tile.row_stride);
   });

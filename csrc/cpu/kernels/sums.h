@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/loops.h"
+#include "cpu/kernels/short_rows.h"
 #include "cpu/simd/vec_memory.h"
 #include "math/pivot.h"
 
@@ -136,22 +137,32 @@ FASTBN_INLINE const WideSums<acc_t<T>>& in_memory_order(const WideSums<acc_t<T>>
 }
 
 // Adds each lane to the sum of its column.
-template <class T>
-FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, AllLanes<T>) {
+template <class A>
+FASTBN_INLINE void add_columns(double* sums, const WideVec<A>& wide) {
   constexpr int step = Vec<double>::lanes;
-  for (int i = 0; i < WideVec<acc_t<T>>::halves; ++i)
+  for (int i = 0; i < WideVec<A>::halves; ++i)
     store(sums + i * step, load(sums + i * step, AllLanes<double>{}) + wide.half[i]);
 }
-template <class T>
-FASTBN_INLINE void add_columns(double* sums, const WideVec<acc_t<T>>& wide, EndLanes<T> some) {
-  double lane[Vec<acc_t<T>>::lanes];
-  for (int i = 0; i < WideVec<acc_t<T>>::halves; ++i) store(lane + i * Vec<double>::lanes, wide.half[i]);
-  for (int i = some.first; i < some.first + some.count; ++i) sums[i] += lane[i];
+template <class A>
+__attribute__((noinline)) void add_some_columns(double* sums, const WideVec<A>& wide, int64_t first, int64_t end) {
+  double lane[Vec<A>::lanes];
+  for (int i = 0; i < WideVec<A>::halves; ++i) store(lane + i * Vec<double>::lanes, wide.half[i]);
+  for (int64_t i = first; i < end; ++i) sums[i] += lane[i];
 }
-template <class A, class Lanes>
-FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, const WideSums<A>& terms, Lanes lanes) {
-  add_columns(sums.first + column, terms.first, lanes);
-  add_columns(sums.second + column, terms.second, lanes);
+
+// Adds the sums of the vector at `column` to those of a row's columns, but for lanes that the vector before has
+// visited, and for those beyond the row.
+template <class A>
+FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, int64_t cols, const WideSums<A>& terms) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  const int64_t first = -column & (lanes - 1), end = std::min(lanes, cols - column);
+  if (end - first == lanes) {
+    add_columns(sums.first + column, terms.first);
+    add_columns(sums.second + column, terms.second);
+  } else {
+    add_some_columns(sums.first + column, terms.first, first, end);
+    add_some_columns(sums.second + column, terms.second, first, end);
+  }
 }
 
 // Returns the sums of a tile of one channel, per lane. `add(terms, row, column, lanes)` adds the terms of a vector.
@@ -178,14 +189,15 @@ FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Tile& tile, Add&& add) {
 }
 
 // Adds the sums of a tile's channels to `sums`. `sum(channel, first row, part)` returns those of part of a channel, per
-// lane. Channels are processed side by side, a few rows at a time, which is nearly memory order.
+// lane. Channels are processed side by side, a few rows at a time, which is nearly memory order. Short rows come no
+// more at a time than can be padded.
 template <class T, class Sum>
 FASTBN_INLINE void sum_channels(const Tile& tile, ColumnSums sums, Sum&& sum) {
   using A = acc_t<T>;
   struct {
     WideVec<A> first, second;
   } total[max_tile_channels];
-  const int64_t rows = tile.channels > 1 ? rows_of_channel_sums : tile.rows;
+  const int64_t rows = has_short_rows<T>(tile) ? padded_rows : tile.channels > 1 ? rows_of_channel_sums : tile.rows;
   for (int64_t row = 0; row < tile.rows; row += rows) {
     for (int64_t channel = 0; channel < tile.channels; ++channel) {
       Tile part = tile;
@@ -213,7 +225,7 @@ FASTBN_INLINE void sum_columns(const Tile& tile, int64_t rows, ColumnSums sums, 
     for (int64_t row = begin; row < end; ++row) add(terms, prepared, row, column, lanes);
     WideSums<acc_t<T>> wide;
     wide.join(in_memory_order<T>(terms));
-    add_columns(sums, column, wide, lanes);
+    add_columns(sums, column, tile.cols, wide);
   };
   for_each_strip<T>(tile, std::min(rows, Terms::max_terms), strip);
 }
@@ -269,22 +281,28 @@ void pivots(const void* data, const Layout& layout, int64_t begin, int64_t end, 
 template <class T, class Terms>
 void channel_sums(const void* data, Tile tile, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
-  sum_channels<T>(tile, sums, [&](int64_t channel, int64_t, const Tile& part) FASTBN_INLINE_LAMBDA {
-    const InputRows<T> input(data, part, part.row_stride);
+  PaddedRows<T> padded_input;
+  sum_channels<T>(tile, sums, [&](int64_t channel, int64_t, Tile part) FASTBN_INLINE_LAMBDA {
+    const void* source = data;
+    if (has_short_rows<T>(part)) {
+      source = padded_input.copy(data, part);
+      part = padded<T>(part);
+    }
+    const InputRows<T> input(source, part, part.row_stride);
     const Vec<A> narrow_pivot(static_cast<const A*>(pivots)[channel]);
     const typename Terms::Value pivot(narrow_pivot);
     return sum_channel<T, Terms>(part, [&](Terms& terms, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
-      const T* source = input.at(row * part.row_stride + column);
+      const T* at = input.at(row * part.row_stride + column);
       if constexpr (std::is_same_v<decltype(lanes), AllLanes<T>>)
-        terms.add_shifted(Terms::load_value(source, lanes), pivot);
+        terms.add_shifted(Terms::load_value(at, lanes), pivot);
       else
-        terms.add_shifted(typename Terms::Value(keep(lanes, load(source, lanes), narrow_pivot)), pivot);
+        terms.add_shifted(typename Terms::Value(keep(lanes, load(at, lanes), narrow_pivot)), pivot);
     });
   });
 }
 
 template <class T, class Terms>
-void column_sums(const void* data, Tile tile, const void* pivots, ColumnSums sums) {
+void sum_columns_of_rows(const void* data, const Tile& tile, const void* pivots, ColumnSums sums) {
   using A = acc_t<T>;
   using Value = typename Terms::Value;
   const InputRows<T> input(data, tile, rows_ahead_of_column_sums * tile.row_stride);
@@ -295,6 +313,19 @@ void column_sums(const void* data, Tile tile, const void* pivots, ColumnSums sum
       [&](Terms& terms, const Value& pivot, int64_t row, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
         terms.add_shifted(Terms::load_value(input.at(row * tile.row_stride + column), lanes), pivot);
       });
+}
+
+template <class T, class Terms>
+void column_sums(const void* data, Tile tile, const void* pivots, ColumnSums sums) {
+  if (has_short_rows<T>(tile)) {
+    PaddedRows<T> padded_input;
+    for (int64_t row = 0; row < tile.rows; row += padded_rows) {
+      const Tile part = part_to_pad(tile, row);
+      sum_columns_of_rows<T, Terms>(padded_input.copy(data, part), padded<T>(part), pivots, sums);
+    }
+  } else {
+    sum_columns_of_rows<T, Terms>(data, tile, pivots, sums);
+  }
 }
 
 }  // namespace fastbn::cpu::FASTBN_ISA

@@ -28,12 +28,15 @@ constexpr int register_bytes = 32, register_count = 16, parts = 2;
 constexpr int register_bytes = 16, register_count = 16, parts = 1;
 #endif
 
-// On x86-64, processors with AVX2 do not run the portable loops, which are then compiled for relu, and with one call
-// per vector for all other activations. That halves their code, and the time to compile it.
+// Whether loops on elements of T are compiled for relu, and with one call per vector for all other activations, which
+// halves their code and the time to compile it: those of float64, whose longer formulas are calls anyway, and, on
+// x86-64, the portable ones, which processors with AVX2 do not run.
+template <class T>
+constexpr bool has_few_kinds =
 #if defined(__x86_64__) && !defined(__AVX2__)
-constexpr bool runs_rarely = true;
+    true;
 #else
-constexpr bool runs_rarely = false;
+    std::is_same_v<T, double>;
 #endif
 
 // Calls `function(i)` for each part. A loop over the parts would be unrolled only when all of it has been inlined,

@@ -11,9 +11,10 @@
 
 namespace fastbn::cpu::FASTBN_ISA {
 
-// The lanes of a vector that hold unvisited elements of a row: all of them, or `count` at the end of the row. Those are
-// the last lanes of a vector that overlaps the one before it, or the first lanes if the row is shorter than a vector.
-// With AVX-512, which loads and stores any subset of lanes, they are always the first.
+// The lanes of a vector that hold unvisited elements of a row: all of them, or `count` at the end of the row. With
+// AVX-512, which loads and stores any subset of lanes, those are the first ones. Elsewhere they are the last ones of a
+// vector that overlaps the one before it, or the first ones of a row that was padded to a vector (short_rows.h), and
+// loads and stores are of all lanes.
 template <class T>
 struct AllLanes {
   static constexpr int count = Vec<acc_t<T>>::lanes, first = 0;
@@ -22,7 +23,6 @@ template <class T>
 struct EndLanes {
   int count, first;
 
-  FASTBN_INLINE bool overlaps() const { return first > 0; }
   FASTBN_INLINE uint32_t bits() const { return ((1u << count) - 1) << first; }
 };
 
@@ -51,18 +51,7 @@ FASTBN_INLINE Vec<acc_t<T>> keep(EndLanes<T> lanes, const Vec<acc_t<T>>& x, cons
   return select(from_bits<T>(lanes.bits()), x, others);
 }
 
-// Copies fewer elements than a vector has, as at most one move per power of two.
-template <int lanes, class T>
-FASTBN_INLINE void copy_some(T* target, const T* source, int count) {
-  int done = 0;
-  for (int piece = lanes / 2; piece > 0; piece /= 2) {
-    if (!(count & piece)) continue;
-    std::memcpy(target + done, source + done, size_t(piece) * sizeof(T));
-    done += piece;
-  }
-}
-
-// Loads a register of 2-byte elements as stored. Lanes beyond a row that is shorter than a register are 0.
+// Loads a register of 2-byte elements as stored. Lanes beyond a row that are not loaded are 0, here and below.
 template <class Source>
 FASTBN_INLINE Words load_register(const Source* source, AllLanes<bfloat16>) {
   static_assert(sizeof(Source) == 2);
@@ -71,16 +60,12 @@ FASTBN_INLINE Words load_register(const Source* source, AllLanes<bfloat16>) {
   return stored;
 }
 template <class Source>
-FASTBN_INLINE Words load_register(const Source* source, EndLanes<bfloat16> lanes) {
+FASTBN_INLINE Words load_register(const Source* source, [[maybe_unused]] EndLanes<bfloat16> lanes) {
 #if defined(__AVX512F__)
   static_assert(sizeof(Source) == 2);
   return (Words)_mm512_maskz_loadu_epi16(__mmask32(lanes.bits()), source);
 #else
-  if (lanes.overlaps()) return load_register(source, AllLanes<bfloat16>{});
-  constexpr int all = register_bytes / int(sizeof(Source));
-  Source lane[all] = {};
-  copy_some<all>(lane, source, lanes.count);
-  return load_register(lane, AllLanes<bfloat16>{});
+  return load_register(source, AllLanes<bfloat16>{});
 #endif
 }
 
@@ -105,7 +90,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
   }
 }
 // Loads the entries of the columns from `at` on from a table with planes. Lanes beyond its last column load its
-// padding.
+// padding, and so do, without AVX-512, those of all tables.
 template <class T, class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, int64_t at, Lanes lanes) {
   if constexpr (interleaved<T>) {
@@ -118,14 +103,14 @@ FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, in
     return load(table + at, lanes);
   }
 }
-// Loads the elements at the end of a row. Lanes beyond a row that is shorter than a vector are 0.
+// Loads the elements at the end of a row.
 template <class Source, class T>
-FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
-  using V = Vec<acc_t<T>>;
+FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, [[maybe_unused]] EndLanes<T> lanes) {
+#if defined(__AVX512F__)
   if constexpr (sizeof(Source) == 2 && interleaved<T>) {
     return unpack_interleaved(load_register(source, lanes));
   } else {
-#if defined(__AVX512F__)
+    using V = Vec<acc_t<T>>;
     V x;
     for_each_part([&](auto i) FASTBN_INLINE_LAMBDA {
       const uint32_t part_bits = lanes.bits() >> i * V::part_lanes;
@@ -138,13 +123,10 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, EndLanes<T> lanes) {
         x.part[i] = (Doubles)_mm512_maskz_loadu_pd(__mmask8(part_bits), part);
     });
     return to_order_of<T>(x);
-#else
-    if (lanes.overlaps()) return load(source, AllLanes<T>{});
-    Source lane[V::lanes] = {};
-    copy_some<V::lanes>(lane, source, lanes.count);
-    return load(lane, AllLanes<T>{});
-#endif
   }
+#else
+  return load(source, AllLanes<T>{});
+#endif
 }
 
 // Returns its argument, of whose origin the compiler then knows nothing. It would make one masked load of a load and a
@@ -192,7 +174,7 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, AllLanes<T> = {}) {
   }
 }
 template <class T>
-FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, EndLanes<T> lanes) {
+FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, [[maybe_unused]] EndLanes<T> lanes) {
 #if defined(__AVX512F__)
   const uint32_t bits = lanes.bits();
   if constexpr (interleaved<T>)
@@ -204,11 +186,7 @@ FASTBN_INLINE void store(T* target, const Vec<acc_t<T>>& x, EndLanes<T> lanes) {
   else
     _mm512_mask_storeu_pd(target, __mmask8(bits), (__m512d)x.part[0]);
 #else
-  constexpr int all = Vec<acc_t<T>>::lanes;
-  if (lanes.overlaps()) return store(target, x);
-  T lane[all];
-  store(lane, x);
-  copy_some<all>(target, lane, lanes.count);
+  store(target, x);
 #endif
 }
 

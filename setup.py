@@ -4,7 +4,7 @@ torch from 2.10 on; fastbn/_C, a module for one version of Python; and fastbn/_n
 FASTBN_CUDA=0|1|auto   builds without CUDA, with CUDA, or (default) with CUDA if nvcc is found, GPU or not
 TORCH_CUDA_ARCH_LIST   as in torch; default: those of sm_80, sm_90 and sm_100 that nvcc knows, and PTX of the last for
                        newer GPUs
-MAX_JOBS               how many compilers run at once (default: one for each core)
+MAX_JOBS               how many compilers run at once (default: ninja's, one or two more than there are cores)
 FASTBN_PYTHONS         interpreters separated by os.pathsep: for each, _C is built too, and the node if it has torch
 CXX, CXXFLAGS          the compiler, which may be "ccache g++", and flags that come last
 """
@@ -213,7 +213,7 @@ def node(python: dict) -> Binary:
 
 modules = [module(python) for python in {python["suffix"]: python for python in PYTHONS}.values()]
 nodes = [node(python) for python in PYTHONS if python["torch"]]
-BINARIES = {binary.name: binary for binary in [library(), *modules, *nodes]}
+BINARIES = {binary.name: binary for binary in [*nodes, library(), *modules]}  # in the order in which they are begun
 
 
 class BuildWithNinja(build_ext):
@@ -256,7 +256,7 @@ class BuildWithNinja(build_ext):
         )
         if CUDA:
             host = "-Xcompiler=-fPIC,-fvisibility=hidden,-fstack-protector-strong"
-            flags = ["-std=c++20 -O3 -lineinfo -Icsrc", host, *architecture_flags(architectures)]
+            flags = ["-std=c++20 -O3 -Icsrc", host, *architecture_flags(architectures)]
             launcher, compiler = ("ccache ", CXX.split()[1]) if CXX.split()[0] == "ccache" else ("", CXX.split()[0])
             nvcc = f"{launcher}{shlex.quote(CUDA)}/bin/nvcc -ccbin {compiler} {' '.join(flags)}"
             writer.rule(
@@ -271,7 +271,7 @@ class BuildWithNinja(build_ext):
     def write_binary(self, writer: ninja_syntax.Writer, folder: Path, binary: Binary, target: str) -> None:
         objects = []
         # The files that take longest come first.
-        for source in sorted(binary.sources, key=lambda path: (path not in per_file, not path.endswith(".cu"))):
+        for source in sorted(binary.sources, key=lambda path: ("/kernels_" not in path, not path.endswith(".cu"))):
             built = str(folder / Path(source).with_suffix(".o").name)
             rule = "nvcc" if source.endswith(".cu") else "compile"
             flags = f"{binary.flags} {per_file.get(source, '')}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from fastbn import nn as layers
+from fastbn._torch import BatchNormBase
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety
 from fastbn.transforms.module import Model, require_module, require_not_accumulating
 from fastbn.transforms.sync import class_before_sync
@@ -29,7 +31,8 @@ def freeze(model: Model, *, affine: bool = True) -> Model:
     From then on the running statistics normalise, whatever mode the model is in, and nothing moves them. affine: also
     stop training weight and bias (`requires_grad`). Only classes and that flag change: parameters, buffers, hooks and
     the state_dict stay, so optimisers built before and checkpoints written before or after keep working. Exact types
-    only, as in `fastbn.convert`, and what it has synchronised.
+    only, as in `fastbn.convert`, and what it has synchronised. A warning names other BatchNorms, such as timm's
+    BatchNormAct2d, whose running statistics still move.
 
     Returns `model`. Raises TypeError if it is not a torch.nn.Module, and ValueError, before anything has changed, if a
     layer has no running statistics, is a fastbn.SyncBatchNorm that was no BatchNorm1d, 2d or 3d before, or is within
@@ -55,6 +58,13 @@ def freeze(model: Model, *, affine: bool = True) -> Model:
         if affine:
             module.requires_grad_(False)
         module.__class__ = _FROZEN[_class_to_freeze(module)]
+    moving = [
+        f"{name or '(the model itself)'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNormBase) and module.running_mean is not None
+    ]
+    if moving:
+        warnings.warn(f"freeze: statistics of {', '.join(moving)} are not frozen", stacklevel=2)
     return model
 
 

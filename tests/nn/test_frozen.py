@@ -210,6 +210,17 @@ def test_layers_without_running_statistics_are_refused():
             function(3)
 
 
+def test_a_warning_names_layers_of_other_classes_whose_statistics_still_move():
+    class Derived(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(2), Derived(2), Derived(2, track_running_stats=False), nn.InstanceNorm2d(2))
+    with pytest.warns(UserWarning, match=r"^freeze: statistics of 1 \(Derived\) are not frozen$") as caught:
+        fastbn.freeze(model)
+    assert len(caught) == 1
+    assert [type(module) for module in model] == [fastbn.FrozenBatchNorm2d, Derived, Derived, nn.InstanceNorm2d]
+
+
 def test_other_tools_do_not_take_a_frozen_layer_for_a_batch_norm():
     frozen = nn.Sequential(fastbn.FrozenBatchNorm2d(3))
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(frozen)[0]) is fastbn.FrozenBatchNorm2d

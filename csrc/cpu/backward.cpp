@@ -134,8 +134,10 @@ class Backward {
     const auto channel_sums = writes      ? table_.channel_frozen_grad
                               : in_double ? table_.channel_grad_sums_in_double
                                           : table_.channel_grad_sums;
-    (partition_.in_columns() ? column_sums : channel_sums)(
-        args_from(partition_.first_channel(i), true), partition_.tile(i), partition_.mask_tile(i), totals_->of_tile(i));
+    GradArgs args = args_from(partition_.first_channel(i), true);
+    if (!writes) args.grad_input = args.grad_residual = nullptr;
+    (partition_.in_columns() ? column_sums : channel_sums)(args, partition_.tile(i), partition_.mask_tile(i),
+                                                           totals_->of_tile(i));
   }
 
   bool merge(int64_t begin, int64_t end, Precision precision) {

@@ -28,10 +28,6 @@ constexpr int64_t min_out_of_cache_bytes_of_long_rows = int64_t(8) << 20, max_pr
 // 9005).
 constexpr int64_t min_run_bytes_of_group = 2048;
 
-// Entries of padding after those of a table, of which loops load a vector at a time: float lanes of the widest
-// register.
-constexpr int64_t table_padding = 16;
-
 // The tiles of a tensor's first `channels` channels: all channels, or those of a panel (panels.h).
 class Partition {
  public:

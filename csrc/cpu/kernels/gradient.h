@@ -98,8 +98,8 @@ struct RecomputedGrad {
   }
 };
 
-// The sources that a loop is compiled for: all; few in a loop that runs rarely, where all activations but relu share
-// one; or GradOut alone, in a loop that never has an activation.
+// The sources that a loop is compiled for: all; few in a loop that runs rarely, and with has_few_kinds, where all
+// activations but relu share one; or GradOut alone, in a loop that never has an activation.
 enum class Sources { all, few, grad_out };
 
 // Calls `use(source)` with the source of grad_z.

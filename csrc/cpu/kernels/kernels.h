@@ -22,7 +22,7 @@ struct Tile {
   int64_t channel_step = 0;   // channels from one row to the next
   int64_t channels = 1;       // side by side, at most max_tile_channels
   bool out_of_cache = false;  // whether the tensor is too large for a core's caches
-  int64_t channel = 0;        // of the first row, counted from the channel at which the coefficients begin
+  int64_t channel = 0;        // of the first row among the coefficients, not 0 in parts of a tile alone
 };
 
 constexpr int64_t max_tile_channels = 64;  // bounds the sums on the stack (an estimate)
@@ -34,6 +34,10 @@ struct MaskTile {
   int64_t row_stride = 0;
   int64_t run = 0;  // in elements
 };
+
+// Entries that tables of columns have beyond those of the tile, since loops load vectors of them: float lanes of the
+// widest register. Their values reach no result.
+constexpr int64_t table_padding = 16;
 
 // The members of Affine as arrays of acc_t<T>, with an element per channel or column of the tile. If the kernels'
 // column_planes is 2, arrays of columns have two planes (coefficients.h): even columns from 0 on, odd ones from `plane`

@@ -26,7 +26,7 @@ struct MaskRows {
   int64_t stride;
 };
 
-// Store and load the `count` bits of columns from `column` on, of which the first to store is the first of a byte.
+// Store and load the `count` bits of columns from `column` on. To store, `column` must be a multiple of 8.
 __attribute__((noinline)) inline void store_some_bits(uint8_t* row, int64_t column, int count, uint64_t bits) {
   bits &= (uint64_t(1) << count) - 1;
   for (int i = 0; 8 * i < count; ++i) row[column / 8 + i] = uint8_t(bits >> 8 * i);
@@ -86,6 +86,7 @@ FASTBN_INLINE void for_gathered_rows(const Tile& tile, Call&& call) {
   for (int64_t row = 0; row < tile.rows; row += gathered_rows) {
     Tile part = tile;
     part.offset += row * tile.row_stride;
+    part.channel += row * tile.channel_step;
     part.rows = tile.rows - row < gathered_rows ? tile.rows - row : gathered_rows;
     call(part, row, bits);
   }

@@ -92,7 +92,7 @@ void normalize(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64
   }
 }
 
-// Does the same for rows of any length.
+// Does what `normalize` does, for rows of any length.
 template <class T, bool per_column>
 void normalize_rows(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, int64_t mask_stride) {
   if (!has_short_rows<T>(tile)) return normalize<T, per_column>(args, tile, mask, mask_stride);
@@ -104,6 +104,7 @@ void normalize_rows(const NormalizeArgs& args, const Tile& tile, uint8_t* mask, 
     copies.input = input.copy(args.input, part);
     copies.residual = residual.copy(args.residual, part);
     copies.output = output.rows_of(args.output);
+    copies.non_temporal = false;
     normalize<T, per_column>(copies, padded<T>(part), mask ? bits.bytes() : nullptr, PaddedBits::stride);
     output.copy_to(args.output, part);
     if (mask) bits.copy_to(mask + row * mask_stride, mask_stride, part);

@@ -68,7 +68,8 @@ class PaddedRows {
 // The mask bits of the rows.
 class PaddedBits {
  public:
-  static constexpr int64_t stride = 2;  // bytes for the lanes of the widest vector without AVX-512
+  static constexpr int64_t stride = 2;  // in bytes
+  static_assert(!overlaps_at_ends || Vec<float>::lanes <= 8 * stride);
 
   uint8_t* bytes() { return bytes_; }
   __attribute__((noinline)) const uint8_t* copy(const uint8_t* mask, int64_t mask_stride, const Tile& part) {
@@ -96,14 +97,17 @@ class PaddedBits {
 template <class T>
 class PaddedGrads {
  public:
-  // Replaces the arguments of a loop by copies.
+  // Replaces the arguments of a loop by copies. A loop is to write all outputs that it is given, or is to be given
+  // none.
   void replace(GradArgs& args, Tile& part, MaskRows& mask) {
     args.grad_out = grad_out_.copy(args.grad_out, part);
     args.input = input_.copy(args.input, part);
-    args.residual = residual_.copy(args.residual, part);
+    const bool has_epilogue = args.activation != Activation::none;  // otherwise grad_z is grad_out
+    args.residual = residual_.copy(has_epilogue && !mask.bits ? args.residual : nullptr, part);
     args.grad_input = grad_input_.rows_of(args.grad_input);
     args.grad_residual = grad_residual_.rows_of(args.grad_residual);
-    mask = {bits_.copy(mask.bits, mask.stride, part), PaddedBits::stride};
+    args.non_temporal = false;
+    mask = {bits_.copy(has_epilogue ? mask.bits : nullptr, mask.stride, part), PaddedBits::stride};
     part = padded<T>(part);
   }
   // Copies the outputs to the tensors of the arguments as they were before.

@@ -29,8 +29,8 @@ constexpr int register_bytes = 16, register_count = 16, parts = 1;
 #endif
 
 // Whether loops on elements of T are compiled for relu, and with one call per vector for all other activations, which
-// halves their code and the time to compile it: those of float64, whose longer formulas are calls anyway, and, on
-// x86-64, the portable ones, which processors with AVX2 do not run.
+// halves their code and the time to compile it: those of float64, whose longer formulas are calls anyway (an estimate),
+// and, on x86-64, the portable ones, which processors with AVX2 do not run.
 template <class T>
 constexpr bool has_few_kinds =
 #if defined(__x86_64__) && !defined(__AVX2__)

@@ -115,7 +115,8 @@ FASTBN_INLINE Vec<float> erf(Vec<float> x) {
 // How the loops specialise on the activation. Long formulas are out of line, one call per vector: inlined, each would
 // be longer than all the rest of a loop, and every loop would have all of them. silu is the exception: without the call
 // a loop keeps its coefficients in registers, which makes loops with silu 1.3 to 2 times as fast (EPYC 9004).
-// Loops that run rarely are compiled for few kinds: `any` is one call per vector for all activations but relu.
+// Loops that run rarely, and those of has_few_kinds, are compiled for few: `any` is one call per vector for all
+// activations but relu.
 enum class EpilogueKind { none, relu, silu, short_formula, out_of_line, any };
 
 constexpr EpilogueKind kind_of(Activation activation, bool few) {

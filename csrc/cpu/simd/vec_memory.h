@@ -51,7 +51,7 @@ FASTBN_INLINE Vec<acc_t<T>> keep(EndLanes<T> lanes, const Vec<acc_t<T>>& x, cons
   return select(from_bits<T>(lanes.bits()), x, others);
 }
 
-// Loads a register of 2-byte elements as stored. Lanes beyond a row that are not loaded are 0, here and below.
+// Loads a register of 2-byte elements as stored. With AVX-512, lanes beyond a row are 0, here and below.
 template <class Source>
 FASTBN_INLINE Words load_register(const Source* source, AllLanes<bfloat16>) {
   static_assert(sizeof(Source) == 2);
@@ -90,7 +90,7 @@ FASTBN_INLINE Vec<acc_t<T>> load(const Source* source, AllLanes<T>) {
   }
 }
 // Loads the entries of the columns from `at` on from a table with planes. Lanes beyond its last column load its
-// padding, and so do, without AVX-512, those of all tables.
+// padding. Without AVX-512 every table is read so.
 template <class T, class Lanes>
 FASTBN_INLINE Vec<acc_t<T>> load_planes(const acc_t<T>* table, int64_t plane, int64_t at, Lanes lanes) {
   if constexpr (interleaved<T>) {

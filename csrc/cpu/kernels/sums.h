@@ -150,7 +150,7 @@ __attribute__((noinline)) void add_some_columns(double* sums, const WideVec<A>& 
   for (int64_t i = first; i < end; ++i) sums[i] += lane[i];
 }
 
-// Adds the sums of the vector at `column` to those of a row's columns, but for lanes that the vector before has
+// Adds the sums of the vector at `column` to those of a row's columns, except for lanes that the vector before has
 // visited, and for those beyond the row.
 template <class A>
 FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, int64_t cols, const WideSums<A>& terms) {

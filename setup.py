@@ -35,13 +35,6 @@ def fail(message: str) -> None:
 
 
 try:
-    import torch
-except ImportError:
-    fail("building needs PyTorch 2.10 or newer: pip install torch, then pip install --no-build-isolation .")
-
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-    fail(f"building needs PyTorch 2.10 or newer, got {torch.__version__}")
-try:
     import pybind11
     from ninja import BIN_DIR, ninja_syntax
 except ImportError as error:
@@ -110,14 +103,19 @@ print(json.dumps(about))
 
 def describe(interpreter: str) -> dict:
     """Ask a Python for what extensions of its version, and of its torch, are built with."""
-    return json.loads(subprocess.run([interpreter, "-c", ASK], check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run([interpreter, "-c", ASK], check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(path for pattern in patterns for path in glob.glob(pattern, recursive=True))
 
 
+# Importing torch takes seconds, so it is left to this one process, and pip calls this file three times.
 THIS = describe(sys.executable)
+if THIS["torch"] is None:
+    fail("building needs PyTorch 2.10 or newer: pip install torch, then pip install --no-build-isolation .")
+if tuple(int(part) for part in THIS["torch"].split(".")[:2]) < OLDEST_TORCH:
+    fail(f"building needs PyTorch 2.10 or newer, got {THIS['torch']}")
 others = filter(None, os.environ.get("FASTBN_PYTHONS", "").split(os.pathsep))
 PYTHONS = [THIS, *map(describe, others)]
 CUDA = find_cuda()
@@ -142,7 +140,7 @@ if platform.machine() not in ("x86_64", "AMD64"):
 common = [
     *("-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden"),
     "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2",
-    *(f'-DFASTBN_VERSION=\\"{VERSION}\\"', f'-DFASTBN_TORCH_VERSION=\\"{torch.__version__}\\"'),
+    *(f'-DFASTBN_VERSION=\\"{VERSION}\\"', f'-DFASTBN_TORCH_VERSION=\\"{THIS["torch"]}\\"'),
     f"-DFASTBN_CUDA_ARCHITECTURES='\"{architectures}\"'",  # the shell sees semicolons
 ]
 if CUDA:

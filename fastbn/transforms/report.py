@@ -79,7 +79,11 @@ def report(model: nn.Module) -> Report:
         for site in containers.fused_children(module):
             if site.add or site.activation:
                 layer = _innermost(module.get_submodule(site.child))
-                if layer is not None:
+                if layer is not None and site.obstacle:
+                    refusals[layer] = (
+                        f"{site.obstacle} comes next, and what follows it is fused where that does nothing"
+                    )
+                elif layer is not None:
                     fused[layer] = site.add, site.activation, path
         if not is_generated(type(module)):
             reason = _why_not_fused(module)

@@ -70,6 +70,30 @@ def test_follows_what_the_modules_are_now():
     assert outcomes(model) == {"bn1": "converted", "bn2": "fused with addition"}
 
 
+class DropsBeforeItAdds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.drop, self.relu = nn.BatchNorm2d(3), nn.Dropout2d(0.5), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.drop(self.bn(x)) + x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tells_what_explain_tells_of_a_step_that_does_nothing_in_evaluation(training):
+    model = fastbn.convert(DropsBeforeItAdds()).train(training)
+    (layer,) = report(model).layers
+    assert layer.outcome == ("converted" if training else "fused with addition and relu")
+    assert ("Dropout2d comes next" in layer.reason) == training
+    assert bool(fastbn.explain(model, (2, 3, 4, 4))["bn"].fused) == (not training)
+
+
+def test_of_a_step_that_has_been_removed():
+    model = fastbn.convert(DropsBeforeItAdds()).eval()
+    del model.drop, model.relu
+    assert outcomes(model) == {"bn": "converted"}
+
+
 def test_changes_nothing():
     model = net()
     types = [type(m) for m in model.modules()]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastbn.nn.epilogue import known_activation, takes_epilogue
+from fastbn.nn.epilogue import is_identity, known_activation, takes_epilogue
 from fastbn.transforms.checkpoint import class_without_checkpoint_safety, set_class
 from fastbn.transforms.fuse.layers import LAYER
 from fastbn.transforms.fuse.patterns import find, merge
@@ -17,12 +17,14 @@ from fastbn.transforms.fuse.trace import Refused, may_be_subclassed, trace
 
 
 class Fused(NamedTuple):
-    """A child of a container that takes what follows it. is_tail: also what follows the container."""
+    """A child of a container that takes what follows it. is_tail: also what follows the container. obstacle: the class
+    of a module that comes first and does something now, so that nothing is fused."""
 
     child: str
     add: bool
     activation: str | None
     is_tail: bool
+    obstacle: str | None = None
 
 
 def has_candidates(module: nn.Module) -> bool:
@@ -97,13 +99,20 @@ def fused_children(module: nn.Module) -> list[Fused]:
         found, tail = children_of(module)  # type: ignore[arg-type]
         return [Fused(name, False, activation, name == tail) for name, activation in found]
     sites = []
-    for child, add, step, function, is_tail in getattr(cls, "_fastbn_sites", ()):
+    for child, add, step, function, is_tail, before in getattr(cls, "_fastbn_sites", ()):
         name: str | None = function.rstrip("_") or None
         if step:
-            try:
-                known = known_activation(module.get_submodule(step))
-            except AttributeError:
-                known = None
+            known = known_activation(_step(module, step))
             name = None if known is None else known[0]
-        sites.append(Fused(child, add, name, is_tail))
+        steps = (_step(module, path) for path in before)
+        obstacle = next((type(step).__name__ for step in steps if not is_identity(step)), None)
+        sites.append(Fused(child, add, name, is_tail, obstacle))
     return sites
+
+
+def _step(module: nn.Module, path: str) -> nn.Module | None:
+    """Return a module that forward calls, or None if it has been removed."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None

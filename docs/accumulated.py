@@ -7,6 +7,7 @@ Errors are relative to the whole batch: the norm of the difference by the norm, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,7 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(CLASSES, (IMAGES,), generator=generator)
 
 
+@functools.cache
 def step(depth: int, seed: int, size: int, accumulates: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of all parameters, and the running variances of the first and the last BatchNorm."""
     model, (images, classes) = network(depth), data(seed)

@@ -274,12 +274,11 @@ def results(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([t.detach().double().flatten() for t in ts]) for ts in (outputs, grads))  # type: ignore
 
 
-def measure(model: Model, budget: Budget | None = None) -> Row:
-    """Return the row of a model; a budget also times its training step."""
+def count(model: Model) -> Row:
+    """Return the row of a model with its counts alone."""
     torch.manual_seed(0)
     stock, inputs = model.build(), model.inputs()
     row = Row(model)
-    reference = copy.deepcopy(stock).double()
     fast = fastbn.convert(copy.deepcopy(stock))
     report = fastbn.transforms.report(fast)
     row.layers = len(report.layers)
@@ -290,6 +289,15 @@ def measure(model: Model, budget: Budget | None = None) -> Row:
     row.fusable = followers.fusable
     with torch.no_grad(), recorded(row.fused):
         fast.eval()(*inputs)
+    return row
+
+
+def measure(model: Model, budget: Budget | None = None) -> Row:
+    """Return the row of a model; a budget also times its training step."""
+    row = count(model)
+    torch.manual_seed(0)
+    stock = model.build()
+    fast, reference = fastbn.convert(copy.deepcopy(stock)), copy.deepcopy(stock).double()
     errors: dict[str, list[tuple[float, ...]]] = {"stock": [], "fast": []}
     for seed in range(3):
         torch.manual_seed(seed)

@@ -14,9 +14,9 @@ sys.modules[spec.name] = models
 spec.loader.exec_module(models)
 
 
-def row(package, name, budget=None):
+def model_of(package, name):
     (model,) = [model for model in models.GROUPS[package]() if model.name == name]
-    return models.measure(model, budget)
+    return model
 
 
 # (package, model, fused with: activation, addition, both; alone). Of two that are added one stays alone.
@@ -42,7 +42,7 @@ MODELS = [
     [pytest.param(*model, id=model[1], marks=needs(model[0])) for model in MODELS],
 )
 def test_what_is_fused(package, name, activation, addition, both, alone):
-    found = row(package, name)
+    found = models.count(model_of(package, name))
     counts = [found.fused[kind] for kind in ("activation", "addition", "addition+activation", "")]
     assert counts == [activation, addition, both, alone]
     assert found.fused_calls == found.fusable and not found.left
@@ -50,7 +50,7 @@ def test_what_is_fused(package, name, activation, addition, both, alone):
 
 @pytest.mark.parametrize("name", ["DCGAN generator", "DCGAN discriminator"])
 def test_a_small_row(name):
-    found = row("torch", name, models.Budget(seconds=0.05, min_rounds=3))
+    found = models.measure(model_of("torch", name), models.Budget(seconds=0.05, min_rounds=3))
     assert found.fused_calls == found.fusable == found.layers
     for fast, stock in zip(found.errors["fast"], found.errors["stock"], strict=True):
         assert fast < 2 * stock + 1e-7

@@ -38,6 +38,12 @@ def test_a_part_passes_only_if_it_ran(name):
     assert part.outcome(0, "") == "failed"
 
 
+def test_programs_are_counted_as_ctest_4_reports_them():
+    part = BY_NAME["threads"]
+    assert part.count("100% tests passed out of 6\n") == 6
+    assert part.count("83% tests passed, 1 tests failed out of 6\n") == 0
+
+
 def test_a_part_that_skips_its_tests_is_skipped():
     assert BY_NAME["large"].outcome(0, "ss\n2 skipped, 2 deselected in 1.00s\n") == "skipped"
 

@@ -28,6 +28,20 @@ constexpr int64_t min_out_of_cache_bytes_of_long_rows = int64_t(8) << 20, max_pr
 // 9005).
 constexpr int64_t min_run_bytes_of_group = 2048;
 
+// A sum that keeps its rounding errors, which have one sign where terms are equal, such as those of a constant gradient
+// (Knuth's two-sum).
+struct SumWithError {
+  double sum = 0, error = 0;
+
+  void add(double term) {
+    const double next = sum + term, part = next - sum;
+    error += (sum - (next - part)) + (term - part);
+    sum = next;
+  }
+  // Returns the sum alone where it is infinite or NaN, and so is the error.
+  double total() const { return error - error == 0 ? sum + error : sum; }
+};
+
 // The tiles of a tensor's first `channels` channels: all channels, or those of a panel (panels.h).
 class Partition {
  public:
@@ -160,25 +174,32 @@ class Partition {
   // Adds up the partial sums of channels [begin, end), tile by tile, so that memory is read in order and each channel
   // is always summed in the same order.
   void merge(double* partials, int64_t begin, int64_t end, ColumnSums totals) const {
-    std::fill(totals.first + begin, totals.first + end, 0.0);
-    std::fill(totals.second + begin, totals.second + end, 0.0);
-    if (!in_columns_) {
-      for (int64_t c = begin; c < end; ++c) {
-        const int64_t first = c / width_ * tiles_per_group_;
-        for (int64_t i = first; i < first + tiles_per_group_; ++i) {
+    constexpr int64_t step = 64;  // channels at a time
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t channels = std::min(step, end - first);
+      SumWithError sum[step], sum_of_second[step];
+      if (in_columns_) {
+        for (int64_t i = 0; i < tiles_; ++i) {
           const ColumnSums sums = column_sums(i, partials);
-          totals.first[c] += sums.first[c % width_];
-          totals.second[c] += sums.second[c % width_];
+          const int64_t cols = i + 1 == tiles_ && tail_ > 0 ? tail_ : width_;
+          for (int64_t j = first; j < cols; j += channels_) {
+            for (int64_t c = 0; c < channels; ++c) sum[c].add(sums.first[j + c]);
+            for (int64_t c = 0; c < channels; ++c) sum_of_second[c].add(sums.second[j + c]);
+          }
+        }
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t tile = (first + c) / width_ * tiles_per_group_, column = (first + c) % width_;
+          for (int64_t i = tile; i < tile + tiles_per_group_; ++i) {
+            const ColumnSums sums = column_sums(i, partials);
+            sum[c].add(sums.first[column]);
+            sum_of_second[c].add(sums.second[column]);
+          }
         }
       }
-      return;
-    }
-    for (int64_t i = 0; i < tiles_; ++i) {
-      const ColumnSums sums = column_sums(i, partials);
-      const int64_t cols = i + 1 == tiles_ && tail_ > 0 ? tail_ : width_;
-      for (int64_t j = 0; j < cols; j += channels_) {
-        for (int64_t c = begin; c < end; ++c) totals.first[c] += sums.first[j + c];
-        for (int64_t c = begin; c < end; ++c) totals.second[c] += sums.second[j + c];
+      for (int64_t c = 0; c < channels; ++c) {
+        totals.first[first + c] = sum[c].total();
+        totals.second[first + c] = sum_of_second[c].total();
       }
     }
   }

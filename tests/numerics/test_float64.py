@@ -15,6 +15,7 @@ from tests import implementations, tiers
 
 EPS = 1e-5
 MOMENTUM = 0.3
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = [case for case in cases.ORDINARY if case.numel and case.count > 1 and case.data not in ("inf", "nan")]
 SMALL = [case for case in CASES if case in cases.SMALL_DENSE]
 
@@ -104,6 +105,37 @@ def test_far_from_zero(ops, layout, steepness):
     inv_std = extended.inverse_std(extended.statistics(wide_x)[1], EPS)
     exact = extended.normalize(extended.deviations(wide_x), extended.wide(ones), extended.wide(zeros), inv_std)
     assert extended.error_in_ulp(y, exact) <= tolerance.ACCEPTED_ULPS_FLOAT64
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "ops, shape",
+    [
+        pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))}", marks=implementations.marks(name))
+        for name in ("reference", "cpu", "emulator", "cuda", "triton", "triton_split")
+        for shape in ((129, 2, 5, 1), (64, 3, 28, 28), (4096, 8, 1, 1))
+        if shape[0] == 129 or not implementations.is_slow(name)
+    ],
+    indirect=["ops"],
+)
+def test_sum_of_equal_gradients(ops, shape, layout):
+    """As `y.sum().backward()` has them: rounding errors of equal terms have one sign and do not average out."""
+    case = cases.make_case("equal", *shape, layout=layout)
+    x, _, weight, _, mean, var = _tensors(case, ops.device)
+    inv_std, flags = (var + EPS).rsqrt(), (False, True, True, False)
+    shifted = extended.wide(x - mean.view(1, -1, 1, 1))
+    for seed in range(4):
+        value = cases.make_normal(case, torch.float64, ops.device, seed=seed)[:1, :, :1, :1]
+        grad_out = value.expand_as(x).contiguous(memory_format=FORMATS[layout])
+        inputs = grad_out, x, None, None, weight, None, mean, inv_std
+        actual = ops.namespace.batch_norm_backward(*inputs, True, 0, *flags)[2]
+        stock = torch.ops.aten.native_batch_norm_backward(
+            grad_out, x, weight, None, None, mean, inv_std, True, EPS, [False, True, True]
+        )[2]
+        exact = extended.gradients(
+            extended.wide(grad_out), shifted, *(extended.wide(t) for t in (weight, inv_std)), True
+        )
+        _assert_held({"grad_bias": (actual, stock, exact[2], None)}, f"{case}, seed {seed}")
 
 
 @pytest.mark.slow

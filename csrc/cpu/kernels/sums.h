@@ -111,6 +111,41 @@ struct WideSums {
     first += Value(other.first);
     second += Value(other.second);
   }
+  FASTBN_INLINE WideVec<A> first_total() const { return first; }
+  FASTBN_INLINE WideVec<A> second_total() const { return second; }
+};
+
+// Those of float64 elements, which double alone does not sum to 4 ulp: rounding errors of equal terms, such as those of
+// a constant gradient, have one sign, and made 70 ulp of 64x3x28x28 in channels_last. So sums of a few terms are added
+// up with their errors (Knuth's two-sum).
+template <>
+struct WideSums<double> {
+  Vec<double> first{0.0}, second{0.0}, first_rest{0.0}, second_rest{0.0};
+
+  FASTBN_INLINE void join(const WideSums& other) {
+    add(first, first_rest, other.first);
+    add(second, second_rest, other.second);
+    first_rest += other.first_rest;
+    second_rest += other.second_rest;
+  }
+  template <int64_t limit>
+  FASTBN_INLINE void join(const LaneSums<double, limit>& other) {
+    add(first, first_rest, other.first);
+    add(second, second_rest, other.second);
+  }
+  FASTBN_INLINE WideVec<double> first_total() const { return total(first, first_rest); }
+  FASTBN_INLINE WideVec<double> second_total() const { return total(second, second_rest); }
+
+ private:
+  static FASTBN_INLINE void add(Vec<double>& sum, Vec<double>& rest, const Vec<double>& term) {
+    const Vec<double> total = sum + term, part = total - sum;
+    rest += (sum - (total - part)) + (term - part);
+    sum = total;
+  }
+  // Where a sum is infinite, its error is NaN.
+  static FASTBN_INLINE WideVec<double> total(const Vec<double>& sum, const Vec<double>& rest) {
+    return WideVec<double>(select(rest >= rest, sum + rest, sum));
+  }
 };
 
 // The types that fast loops accumulate in. Squares of differences do not cancel, so float rounding averages out, and in
@@ -118,9 +153,9 @@ struct WideSums {
 // held to 2 ulp. With float sums bfloat16 stays within that (median 0.5 ulp, maximum 1.5 over 150 tensors of 8
 // channels; stock's median is 1.7 to 11). float32 does not (0.8 and 3.9; stock's maximum is 2.5), not even in groups of
 // two terms if a channel is alone (tests/numerics: 4.8). A double sum as long as a tile has rounding that is visible in
-// float64 results; sums of 16 terms, added up, do not.
+// float64 results; sums of eight terms, added up with their rounding errors, do not.
 template <class T>
-using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 16>, WideSums<acc_t<T>>>;
+using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 8>, WideSums<acc_t<T>>>;
 template <class T>
 using Terms = std::conditional_t<std::is_same_v<T, double>, DoubleTerms<T>, LaneSums<float, 16>>;
 template <class T>
@@ -157,11 +192,11 @@ FASTBN_INLINE void add_columns(ColumnSums sums, int64_t column, int64_t cols, co
   constexpr int64_t lanes = Vec<A>::lanes;
   const int64_t first = -column & (lanes - 1), end = std::min(lanes, cols - column);
   if (end - first == lanes) {
-    add_columns(sums.first + column, terms.first);
-    add_columns(sums.second + column, terms.second);
+    add_columns(sums.first + column, terms.first_total());
+    add_columns(sums.second + column, terms.second_total());
   } else {
-    add_some_columns(sums.first + column, terms.first, first, end);
-    add_some_columns(sums.second + column, terms.second, first, end);
+    add_some_columns(sums.first + column, terms.first_total(), first, end);
+    add_some_columns(sums.second + column, terms.second_total(), first, end);
   }
 }
 
@@ -194,8 +229,9 @@ FASTBN_INLINE WideSums<acc_t<T>> sum_channel(const Tile& tile, Add&& add) {
 template <class T, class Sum>
 FASTBN_INLINE void sum_channels(const Tile& tile, ColumnSums sums, Sum&& sum) {
   using A = acc_t<T>;
-  struct {
-    WideVec<A> first, second;
+  union Total {
+    WideSums<A> sums;
+    Total() {}  // leaves it uninitialised
   } total[max_tile_channels];
   const int64_t rows = has_short_rows<T>(tile) ? padded_rows : tile.channels > 1 ? rows_of_channel_sums : tile.rows;
   for (int64_t row = 0; row < tile.rows; row += rows) {
@@ -205,29 +241,39 @@ FASTBN_INLINE void sum_channels(const Tile& tile, ColumnSums sums, Sum&& sum) {
       part.rows = std::min(rows, tile.rows - row);
       part.channels = 1;
       WideSums<A> terms = sum(channel, row, part);
-      if (row > 0) terms.join(WideSums<A>{total[channel].first, total[channel].second});
-      total[channel] = {terms.first, terms.second};
+      if (row > 0) terms.join(total[channel].sums);
+      total[channel].sums = terms;
     }
   }
   for (int64_t channel = 0; channel < tile.channels; ++channel) {
-    sums.first[channel] += total[channel].first.total();
-    sums.second[channel] += total[channel].second.total();
+    sums.first[channel] += total[channel].sums.first_total().total();
+    sums.second[channel] += total[channel].sums.second_total().total();
   }
 }
+
+// Bytes of rows of float64 whose sums are added up in registers, with their errors, before they are added to those of a
+// tile. They fit in L1: longer strips take up to 1.7 times as long (4096x512; Xeon).
+constexpr int64_t strip_bytes_of_double = 32768;
 
 // Adds the sums of a tile's columns to `sums`. `prepare(column, lanes)` returns the coefficients that `add(terms,
 // prepared, row, column, lanes)` uses.
 template <class T, class Terms, class Prepare, class Add>
 FASTBN_INLINE void sum_columns(const Tile& tile, int64_t rows, ColumnSums sums, Prepare&& prepare, Add&& add) {
+  constexpr bool is_double = std::is_same_v<T, double>;
+  const int64_t strip_rows = is_double ? std::max(rows, strip_bytes_of_double / (tile.cols * int64_t(sizeof(T))))
+                                       : std::min(rows, Terms::max_terms);
   auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
     const auto prepared = prepare(column, lanes);
-    Terms terms;
-    for (int64_t row = begin; row < end; ++row) add(terms, prepared, row, column, lanes);
     WideSums<acc_t<T>> wide;
-    wide.join(in_memory_order<T>(terms));
+    for (int64_t row = begin, next; row < end; row = next) {
+      next = is_double ? std::min(end, row + Terms::max_terms) : end;
+      Terms terms;
+      for (int64_t at = row; at < next; ++at) add(terms, prepared, at, column, lanes);
+      wide.join(in_memory_order<T>(terms));
+    }
     add_columns(sums, column, tile.cols, wide);
   };
-  for_each_strip<T>(tile, std::min(rows, Terms::max_terms), strip);
+  for_each_strip<T>(tile, strip_rows, strip);
 }
 
 // Returns the mean of 16 elements of a channel if it lies within the range of the five samples, else `median`. The

@@ -460,7 +460,11 @@ class _Examination:
         # Subnormal terms are rounded by half of the smallest number each and then scaled.
         info = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
         smallest = info.smallest_normal * info.eps
-        computed = computed + tolerance.ELEMENT_ROUNDINGS / 2 * smallest * slope.nan_to_num(posinf=1.0).clamp(min=1)
+        rounded = tolerance.ELEMENT_ROUNDINGS / 2 * smallest
+        computed = computed + rounded * slope.nan_to_num(posinf=1.0).clamp(min=1)
+        if self.activation != "none":  # so are those of the parameters' gradients, of which x-hat scales one
+            xhat_sum = torch.from_numpy(exact.channel_sum(np.abs(fwd.xhat)).astype(np.float64))
+            sum_off, product_off = sum_off + rounded * count, product_off + rounded * xhat_sum.nan_to_num(posinf=0.0)
         if self.batch_stats:  # and so is the coefficient of x - mean
             deviation = self.xhat_scale / torch.from_numpy(fwd.inv_std.astype(np.float64)).abs()
             computed = computed + smallest / 2 * deviation.nan_to_num(posinf=0.0)

@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -34,6 +33,10 @@ def fail(message: str) -> None:
     sys.exit(f"fastbn: {message}")
 
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    fail("building needs setuptools 77 or newer: pip install 'setuptools>=77'")
 try:
     import pybind11
     from ninja import BIN_DIR, ninja_syntax
@@ -89,14 +92,14 @@ def architecture_flags(architectures: str) -> list[str]:
 ASK = """
 import json, sys, sysconfig
 about = {"tag": f"cp{sys.version_info[0]}{sys.version_info[1]}", "suffix": sysconfig.get_config_var("EXT_SUFFIX")}
-about |= {"headers": sysconfig.get_path("include"), "torch": None}
+about |= {"headers": sysconfig.get_path("include"), "torch": None, "error": None}
 try:
     import torch
     from torch.utils import cpp_extension
     about |= {"torch": torch.__version__, "torch_headers": cpp_extension.include_paths()}
     about |= {"torch_libraries": cpp_extension.library_paths()}
-except ImportError:
-    pass
+except ImportError as error:
+    about["error"] = str(error)
 print(json.dumps(about))
 """
 
@@ -113,7 +116,8 @@ def sources(*patterns: str) -> list[str]:
 # Importing torch takes seconds, so it is left to this one process, and pip calls this file three times.
 THIS = describe(sys.executable)
 if THIS["torch"] is None:
-    fail("building needs PyTorch 2.10 or newer: pip install torch, then pip install --no-build-isolation .")
+    remedy = "pip install torch, then pip install --no-build-isolation ."
+    fail(f"building needs PyTorch 2.10 or newer, got '{THIS['error']}': {remedy}")
 if tuple(int(part) for part in THIS["torch"].split(".")[:2]) < OLDEST_TORCH:
     fail(f"building needs PyTorch 2.10 or newer, got {THIS['torch']}")
 others = filter(None, os.environ.get("FASTBN_PYTHONS", "").split(os.pathsep))

@@ -1,6 +1,7 @@
 // Cuts tensors of few rows and very many channels into panels of neighbouring channels. One thread takes a panel
 // through all phases of an op. Rows alone would give too few tiles to split among threads, and this way the per-channel
-// tables, several times as large as the rows, stay in a core's caches. A channel's sums do not depend on the panels.
+// tables, several times as large as the rows, stay in a core's caches. In all types but float64, a channel's sums do
+// not depend on the panels.
 #pragma once
 
 #include <algorithm>

@@ -38,7 +38,7 @@ struct SumWithError {
     error += (sum - (next - part)) + (term - part);
     sum = next;
   }
-  // Returns the sum alone where it is infinite or NaN, and so is the error.
+  // Returns the sum alone where it is infinite or NaN, for then the error is NaN.
   double total() const { return error - error == 0 ? sum + error : sum; }
 };
 
@@ -46,7 +46,10 @@ struct SumWithError {
 class Partition {
  public:
   Partition(const Layout& layout, DType dtype, int64_t channels)
-      : layout_(layout), channels_(channels), in_columns_(layout.channels_are_innermost()) {
+      : layout_(layout),
+        channels_(channels),
+        in_columns_(layout.channels_are_innermost()),
+        is_float64_(dtype == DType::float64) {
     const int64_t bytes = layout.numel() * element_size(dtype);
     if (in_columns_) {
       // Several rows of few channels are packed into one, so that vectors are full. The mask bits of a packed row fit
@@ -171,47 +174,61 @@ class Partition {
     return {first, first + width_};
   }
 
-  // Adds up the partial sums of channels [begin, end), tile by tile, so that memory is read in order and each channel
-  // is always summed in the same order.
+  // Adds up the partial sums of channels [begin, end), so that each channel is always summed in the same order; those
+  // of float64 with their rounding errors.
   void merge(double* partials, int64_t begin, int64_t end, ColumnSums totals) const {
-    constexpr int64_t step = 64;  // channels at a time
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t channels = std::min(step, end - first);
-      SumWithError sum[step], sum_of_second[step];
-      if (in_columns_) {
-        for (int64_t i = 0; i < tiles_; ++i) {
+    if (!in_columns_) {
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t tile = c / width_ * tiles_per_group_;
+        SumWithError first, second;
+        for (int64_t i = tile; i < tile + tiles_per_group_; ++i) {
           const ColumnSums sums = column_sums(i, partials);
-          const int64_t cols = i + 1 == tiles_ && tail_ > 0 ? tail_ : width_;
-          for (int64_t j = first; j < cols; j += channels_) {
-            for (int64_t c = 0; c < channels; ++c) sum[c].add(sums.first[j + c]);
-            for (int64_t c = 0; c < channels; ++c) sum_of_second[c].add(sums.second[j + c]);
-          }
+          first.add(sums.first[c % width_]);
+          second.add(sums.second[c % width_]);
         }
-      } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t tile = (first + c) / width_ * tiles_per_group_, column = (first + c) % width_;
-          for (int64_t i = tile; i < tile + tiles_per_group_; ++i) {
-            const ColumnSums sums = column_sums(i, partials);
-            sum[c].add(sums.first[column]);
-            sum_of_second[c].add(sums.second[column]);
-          }
-        }
+        totals.first[c] = first.total();
+        totals.second[c] = second.total();
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        totals.first[first + c] = sum[c].total();
-        totals.second[first + c] = sum_of_second[c].total();
+    } else if (is_float64_) {
+      for (int64_t first = begin; first < end; first += chunk_channels) {
+        const int64_t channels = std::min(chunk_channels, end - first);
+        SumWithError sum[chunk_channels], sum_of_second[chunk_channels];
+        for_each_partial(partials, first, [&](const double* firsts, const double* seconds) {
+          for (int64_t c = 0; c < channels; ++c) sum[c].add(firsts[c]);
+          for (int64_t c = 0; c < channels; ++c) sum_of_second[c].add(seconds[c]);
+        });
+        for (int64_t c = 0; c < channels; ++c) totals.first[first + c] = sum[c].total();
+        for (int64_t c = 0; c < channels; ++c) totals.second[first + c] = sum_of_second[c].total();
       }
+    } else {  // double has digits to spare
+      std::fill(totals.first + begin, totals.first + end, 0.0);
+      std::fill(totals.second + begin, totals.second + end, 0.0);
+      for_each_partial(partials, begin, [&](const double* firsts, const double* seconds) {
+        for (int64_t c = begin; c < end; ++c) totals.first[c] += firsts[c - begin];
+        for (int64_t c = begin; c < end; ++c) totals.second[c] += seconds[c - begin];
+      });
     }
   }
 
  private:
+  // Calls `use(first sums, second sums)` for all partial sums of columns, in memory order, with the addresses of those
+  // of channel `begin`.
+  template <class Use>
+  void for_each_partial(double* partials, int64_t begin, Use&& use) const {
+    for (int64_t i = 0; i < tiles_; ++i) {
+      const ColumnSums sums = column_sums(i, partials);
+      const int64_t cols = i + 1 == tiles_ && tail_ > 0 ? tail_ : width_;
+      for (int64_t j = begin; j < cols; j += channels_) use(sums.first + j, sums.second + j);
+    }
+  }
+
   int64_t parts_of_image() const {
     return (layout_.channels + channels_per_image_tile_ - 1) / channels_per_image_tile_;
   }
 
   Layout layout_;
   int64_t channels_;
-  bool in_columns_, out_of_cache_ = false, goes_by_group_ = false;
+  bool in_columns_, is_float64_, out_of_cache_ = false, goes_by_group_ = false;
   int64_t width_ = 0, rows_per_tile_ = 0, tiles_ = 0;
   int64_t fold_ = 1, row_stride_ = 0, rows_ = 0, tail_ = 0;                 // channels innermost
   int64_t piece_size_ = 0, pieces_ = 0, tiles_per_group_ = 0, groups_ = 0;  // channels outermost

@@ -80,9 +80,7 @@ def report(model: nn.Module) -> Report:
             if site.add or site.activation:
                 layer = _innermost(module.get_submodule(site.child))
                 if layer is not None and site.obstacle:
-                    refusals[layer] = (
-                        f"{site.obstacle} comes next, and what follows it is fused where that does nothing"
-                    )
+                    refusals[layer] = site.obstacle
                 elif layer is not None:
                     fused[layer] = site.add, site.activation, path
         if not is_generated(type(module)):
@@ -146,7 +144,7 @@ def _innermost(module: nn.Module) -> nn.Module | None:
     """Return the layer that takes the epilogue which a child is given."""
     while not _is_layer(module):
         tail = next((site for site in containers.fused_children(module) if site.is_tail), None)
-        if tail is None or tail.activation is not None or tail.add:
+        if tail is None or tail.activation is not None or tail.add or tail.obstacle:
             return None
         module = module.get_submodule(tail.child)
     return module

@@ -113,7 +113,7 @@ def test_far_from_zero(ops, layout, steepness):
     [
         pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))}", marks=implementations.marks(name))
         for name in ("reference", "cpu", "emulator", "cuda", "triton", "triton_split")
-        for shape in ((129, 2, 5, 1), (64, 3, 28, 28), (4096, 8, 1, 1))
+        for shape in ((129, 2, 5, 1), (64, 3, 28, 28), (4096, 8, 1, 1), (24, 57, 28, 28))
         if shape[0] == 129 or not implementations.is_slow(name)
     ],
     indirect=["ops"],

@@ -70,28 +70,64 @@ def test_follows_what_the_modules_are_now():
     assert outcomes(model) == {"bn1": "converted", "bn2": "fused with addition"}
 
 
-class DropsBeforeItAdds(nn.Module):
-    def __init__(self):
+class Drops(nn.Module):
+    """Dropout between a BatchNorm and what follows it: in the forward with `way`, or in a child."""
+
+    def __init__(self, way):
         super().__init__()
-        self.bn, self.drop, self.relu = nn.BatchNorm2d(3), nn.Dropout2d(0.5), nn.ReLU()
+        self.way, self.bn, self.drop, self.relu = way, nn.BatchNorm2d(3), nn.Dropout2d(0.5), nn.ReLU()
 
     def forward(self, x):
-        return self.relu(self.drop(self.bn(x)) + x)
+        if self.way == "before the addition":
+            return self.relu(self.drop(self.bn(x)) + x)
+        if self.way == "before the activation":
+            return self.relu(self.drop(self.bn(x)))
+        return self.relu(self.drop(self.bn(x) + x))
+
+
+class DropsAtItsEnd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.drop = nn.BatchNorm2d(3), nn.Dropout2d(0.5)
+
+    def forward(self, x):
+        return self.drop(self.bn(x))
+
+
+class AddsToAChild(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = DropsAtItsEnd()
+
+    def forward(self, x):
+        return F.relu(self.child(x) + x)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_tells_what_explain_tells_of_a_step_that_does_nothing_in_evaluation(training):
-    model = fastbn.convert(DropsBeforeItAdds()).train(training)
+@pytest.mark.parametrize(
+    "make, active, idle",
+    [
+        (lambda: Drops("before the addition"), "converted", "fused with addition and relu"),
+        (lambda: Drops("before the activation"), "converted", "fused with relu"),
+        (lambda: Drops("after the addition"), "fused with addition", "fused with addition and relu"),
+        (AddsToAChild, "converted", "fused with addition and relu"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d(0.5), nn.ReLU()), "converted", "fused with relu"),
+    ],
+)
+def test_tells_what_explain_tells_of_a_step_that_does_nothing_in_evaluation(make, active, idle, training):
+    model = fastbn.convert(make()).train(training)
     (layer,) = report(model).layers
-    assert layer.outcome == ("converted" if training else "fused with addition and relu")
-    assert ("Dropout2d comes next" in layer.reason) == training
-    assert bool(fastbn.explain(model, (2, 3, 4, 4))["bn"].fused) == (not training)
+    assert layer.outcome == (active if training else idle)
+    (plan,) = fastbn.explain(model, (2, 3, 4, 4)).values()
+    assert ("relu" in plan.fused, "add" in plan.fused) == ("relu" in layer.outcome, "add" in layer.outcome)
 
 
-def test_of_a_step_that_has_been_removed():
-    model = fastbn.convert(DropsBeforeItAdds()).eval()
+def test_of_a_step_that_is_active_and_of_one_that_has_been_removed():
+    model = fastbn.convert(Drops("before the addition"))
+    assert report(model).layers[0].reason == "Dropout2d (drop) follows, and is active now"
     del model.drop, model.relu
-    assert outcomes(model) == {"bn": "converted"}
+    (layer,) = report(model.eval()).layers
+    assert (layer.outcome, layer.reason) == ("converted", "drop follows in forward, and was removed")
 
 
 def test_changes_nothing():

@@ -2,6 +2,8 @@
 // they add to double; the exact ones (phases.h) do not. The sums of a constant channel are exactly zero.
 #pragma once
 
+#include <new>
+
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/loops.h"
 #include "cpu/kernels/short_rows.h"
@@ -115,9 +117,8 @@ struct WideSums {
   FASTBN_INLINE WideVec<A> second_total() const { return second; }
 };
 
-// Those of float64 elements, which double alone does not sum to 4 ulp: rounding errors of equal terms, such as those of
-// a constant gradient, have one sign, and made 70 ulp of 64x3x28x28 in channels_last. So sums of a few terms are added
-// up with their errors (Knuth's two-sum).
+// The same sums for float64 elements, with their rounding errors (Knuth's two-sum): without them the errors of equal
+// terms, such as those of a constant gradient, have one sign, and made 70 ulp of 64x3x28x28 in channels_last.
 template <>
 struct WideSums<double> {
   Vec<double> first{0.0}, second{0.0}, first_rest{0.0}, second_rest{0.0};
@@ -142,7 +143,7 @@ struct WideSums<double> {
     rest += (sum - (total - part)) + (term - part);
     sum = total;
   }
-  // Where a sum is infinite, its error is NaN.
+  // Where the sum is infinite, the error is NaN.
   static FASTBN_INLINE WideVec<double> total(const Vec<double>& sum, const Vec<double>& rest) {
     return WideVec<double>(select(rest >= rest, sum + rest, sum));
   }
@@ -153,7 +154,7 @@ struct WideSums<double> {
 // held to 2 ulp. With float sums bfloat16 stays within that (median 0.5 ulp, maximum 1.5 over 150 tensors of 8
 // channels; stock's median is 1.7 to 11). float32 does not (0.8 and 3.9; stock's maximum is 2.5), not even in groups of
 // two terms if a channel is alone (tests/numerics: 4.8). A double sum as long as a tile has rounding that is visible in
-// float64 results; sums of eight terms, added up with their rounding errors, do not.
+// float64 results; sums of eight terms, added up with their rounding errors over a strip of rows or a run, do not.
 template <class T>
 using DoubleTerms = std::conditional_t<std::is_same_v<T, double>, LaneSums<double, 8>, WideSums<acc_t<T>>>;
 template <class T>
@@ -242,7 +243,7 @@ FASTBN_INLINE void sum_channels(const Tile& tile, ColumnSums sums, Sum&& sum) {
       part.channels = 1;
       WideSums<A> terms = sum(channel, row, part);
       if (row > 0) terms.join(total[channel].sums);
-      total[channel].sums = terms;
+      new (&total[channel].sums) WideSums<A>(terms);
     }
   }
   for (int64_t channel = 0; channel < tile.channels; ++channel) {
@@ -252,7 +253,7 @@ FASTBN_INLINE void sum_channels(const Tile& tile, ColumnSums sums, Sum&& sum) {
 }
 
 // Bytes of rows of float64 whose sums are added up in registers, with their errors, before they are added to those of a
-// tile. They fit in L1: longer strips take up to 1.7 times as long (4096x512; Xeon).
+// tile, in groups of eight rows. Longer strips take up to 1.7 times as long (4096x512; a Xeon with 48 KiB of L1).
 constexpr int64_t strip_bytes_of_double = 32768;
 
 // Adds the sums of a tile's columns to `sums`. `prepare(column, lanes)` returns the coefficients that `add(terms,
@@ -260,8 +261,9 @@ constexpr int64_t strip_bytes_of_double = 32768;
 template <class T, class Terms, class Prepare, class Add>
 FASTBN_INLINE void sum_columns(const Tile& tile, int64_t rows, ColumnSums sums, Prepare&& prepare, Add&& add) {
   constexpr bool is_double = std::is_same_v<T, double>;
-  const int64_t strip_rows = is_double ? std::max(rows, strip_bytes_of_double / (tile.cols * int64_t(sizeof(T))))
-                                       : std::min(rows, Terms::max_terms);
+  const int64_t strip_rows = is_double
+                                 ? std::max(rows, strip_bytes_of_double / (tile.cols * int64_t(sizeof(T))) / 8 * 8)
+                                 : std::min(rows, Terms::max_terms);
   auto strip = [&](int64_t begin, int64_t end, int64_t column, auto lanes) FASTBN_INLINE_LAMBDA {
     const auto prepared = prepare(column, lanes);
     WideSums<acc_t<T>> wide;

@@ -17,8 +17,10 @@ from fastbn.transforms.fuse.trace import Refused, may_be_subclassed, trace
 
 
 class Fused(NamedTuple):
-    """A child of a container that takes what follows it. is_tail: also what follows the container. obstacle: the class
-    of a module that comes first and does something now, so that nothing is fused."""
+    """A child of a container that takes what follows it. is_tail: also what follows the container.
+
+    obstacle: why nothing is fused now, where a module comes first that should do nothing.
+    """
 
     child: str
     add: bool
@@ -99,15 +101,27 @@ def fused_children(module: nn.Module) -> list[Fused]:
         found, tail = children_of(module)  # type: ignore[arg-type]
         return [Fused(name, False, activation, name == tail) for name, activation in found]
     sites = []
-    for child, add, step, function, is_tail, before in getattr(cls, "_fastbn_sites", ()):
+    for child, add, step, function, is_tail, before, between in getattr(cls, "_fastbn_sites", ()):
         name: str | None = function.rstrip("_") or None
         if step:
             known = known_activation(_step(module, step))
             name = None if known is None else known[0]
-        steps = (_step(module, path) for path in before)
-        obstacle = next((type(step).__name__ for step in steps if not is_identity(step)), None)
-        sites.append(Fused(child, add, name, is_tail, obstacle))
+        obstacle, second = _obstacle(module, before), _obstacle(module, between)
+        if second and add:
+            name = None
+        sites.append(Fused(child, add, name, is_tail, obstacle or (None if add else second)))
     return sites
+
+
+def _obstacle(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """Return what the first of these steps is that does something, or None if all are identities now."""
+    for path in paths:
+        step = _step(module, path)
+        if step is None:
+            return f"{path} follows in forward, and was removed"
+        if not is_identity(step):
+            return f"{type(step).__name__} ({path}) follows, and is active now"
+    return None
 
 
 def _step(module: nn.Module, path: str) -> nn.Module | None:

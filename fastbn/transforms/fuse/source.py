@@ -88,7 +88,8 @@ class _Writer:
                 next((str(n.target) for n in site.after[-1:] if n.op == "call_module"), ""),
                 next((getattr(n.target, "__name__", str(n.target)) for n in site.after[-1:]), ""),
                 site.is_tail,
-                tuple(str(step.target) for step in site.before if step.op == "call_module"),
+                tuple(str(step.target) for step in site.before),
+                tuple(str(step.target) for step in site.after[:-1]),
             )
             for site in self.sites
         ]

@@ -113,11 +113,11 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path for pattern in patterns for path in glob.glob(pattern, recursive=True))
 
 
-# Importing torch takes seconds, so it is left to this one process, and pip calls this file three times.
+# Importing torch takes seconds, and pip runs this file several times, so only this process imports it.
 THIS = describe(sys.executable)
 if THIS["torch"] is None:
     remedy = "pip install torch, then pip install --no-build-isolation ."
-    fail(f"building needs PyTorch 2.10 or newer, got '{THIS['error']}': {remedy}")
+    fail(f"building needs PyTorch 2.10 or newer, got none ({THIS['error']}): {remedy}")
 if tuple(int(part) for part in THIS["torch"].split(".")[:2]) < OLDEST_TORCH:
     fail(f"building needs PyTorch 2.10 or newer, got {THIS['torch']}")
 others = filter(None, os.environ.get("FASTBN_PYTHONS", "").split(os.pathsep))

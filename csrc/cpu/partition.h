@@ -8,6 +8,7 @@
 
 #include "cpu/kernels/kernels.h"
 #include "math/layout.h"
+#include "math/moments.h"
 
 namespace fastbn::cpu {
 
@@ -28,18 +29,16 @@ constexpr int64_t min_out_of_cache_bytes_of_long_rows = int64_t(8) << 20, max_pr
 // 9005).
 constexpr int64_t min_run_bytes_of_group = 2048;
 
-// A sum that keeps its rounding errors, which have one sign where terms are equal, such as those of a constant gradient
-// (Knuth's two-sum).
-struct SumWithError {
-  double sum = 0, error = 0;
+// A sum with its rounding errors (kernels/sums.h says why).
+struct SumWithRest {
+  double sum = 0, rest = 0;
 
   void add(double term) {
-    const double next = sum + term, part = next - sum;
-    error += (sum - (next - part)) + (term - part);
+    const double next = sum + term;
+    rest += rest_of_sum(sum, term, next);
     sum = next;
   }
-  // Returns the sum alone where it is infinite or NaN, for then the error is NaN.
-  double total() const { return error - error == 0 ? sum + error : sum; }
+  double total() const { return rest - rest == 0 ? sum + rest : sum; }
 };
 
 // The tiles of a tensor's first `channels` channels: all channels, or those of a panel (panels.h).
@@ -180,7 +179,7 @@ class Partition {
     if (!in_columns_) {
       for (int64_t c = begin; c < end; ++c) {
         const int64_t tile = c / width_ * tiles_per_group_;
-        SumWithError first, second;
+        SumWithRest first, second;
         for (int64_t i = tile; i < tile + tiles_per_group_; ++i) {
           const ColumnSums sums = column_sums(i, partials);
           first.add(sums.first[c % width_]);
@@ -192,7 +191,7 @@ class Partition {
     } else if (is_float64_) {
       for (int64_t first = begin; first < end; first += chunk_channels) {
         const int64_t channels = std::min(chunk_channels, end - first);
-        SumWithError sum[chunk_channels], sum_of_second[chunk_channels];
+        SumWithRest sum[chunk_channels], sum_of_second[chunk_channels];
         for_each_partial(partials, first, [&](const double* firsts, const double* seconds) {
           for (int64_t c = 0; c < channels; ++c) sum[c].add(firsts[c]);
           for (int64_t c = 0; c < channels; ++c) sum_of_second[c].add(seconds[c]);

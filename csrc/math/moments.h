@@ -9,6 +9,13 @@
 
 namespace fastbn {
 
+// Returns the rounding error of `sum`, which is a + b rounded (Knuth's two-sum). It is NaN where the sum is not finite.
+template <class F>
+FASTBN_INLINE F rest_of_sum(F a, F b, F sum) {
+  const F added = sum - a;
+  return (a - (sum - added)) + (b - added);
+}
+
 // The moments of one channel: count, mean, and m2, the sum of squared deviations from the mean.
 struct Moments {
   double count = 0;
@@ -25,8 +32,7 @@ struct Moments {
 
   // Returns the rounding error of the mean of `from_shifted`, which is visible only with float64 elements.
   static FASTBN_INLINE double rest_of_mean(double count, double pivot, double sum) {
-    const double offset = sum / count, mean = pivot + offset, added = mean - pivot;
-    const double rest = (pivot - (mean - added)) + (offset - added);
+    const double offset = sum / count, rest = rest_of_sum(pivot, offset, pivot + offset);
     return rest - rest == 0 ? rest : 0;
   }
 
